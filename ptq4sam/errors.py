@@ -1,0 +1,27 @@
+"""Named errors. Each message is one line: what was asked, what was found, what to do."""
+
+from __future__ import annotations
+
+
+class Ptq4samError(Exception):
+    """Base of every error that a user can cause and mend; the command line prints it as one line."""
+
+
+class ConfigError(Ptq4samError):
+    """A configuration file, scheme or command-line value is not usable."""
+
+
+class DataError(Ptq4samError):
+    """An image, annotation or prompt is missing or damaged."""
+
+
+class CheckpointError(Ptq4samError):
+    """A weight file does not fit the model that was asked for, or is damaged."""
+
+
+class CalibrationError(Ptq4samError):
+    """Calibration or reconstruction cannot give a usable quantized model."""
+
+
+class DependencyError(Ptq4samError):
+    """An optional package that the request needs is not installed."""

@@ -1,0 +1,249 @@
+"""SAM's image encoder: a ViT with windowed attention and decomposed relative positions.
+
+Follows Kirillov et al., "Segment Anything" (2023) and Li et al., "Exploring Plain Vision
+Transformer Backbones for Object Detection" (ViTDet, 2022). Parameter names are the official ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ptq4sam.sam.common import LayerNorm2d, MLPBlock
+
+# Bytes of attention bias that one call of scaled_dot_product_attention may be given. The whole bias
+# of a global attention at 1024 px is 12 x 4096 x 4096 floats (805 MB); in pieces it costs nothing.
+_BIAS_BYTES = 32 * 2**20
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and project each."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [batch, in_chans, height, width] to [batch, rows, columns, embed_dim]."""
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over a grid, with decomposed relative positions."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool,
+        use_rel_pos: bool,
+        input_size: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.use_rel_pos = use_rel_pos
+        if use_rel_pos:
+            head_dim = dim // num_heads
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * input_size[0] - 1, head_dim))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * input_size[1] - 1, head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within each [rows, columns] grid of a [batch, rows, columns, dim] tensor."""
+        rows, columns = x.shape[1:3]
+        query, key, value = self.split_heads(self.qkv(x))
+        attended = self._attend(query, key, value, (rows, columns))
+        return self.proj(self.merge_heads(attended, (rows, columns)))
+
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split [batch, rows, columns, 3*dim] into three [batch, heads, tokens, head_dim]."""
+        batch, rows, columns, _ = qkv.shape
+        qkv = qkv.reshape(batch, rows * columns, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        return query, key, value
+
+    def merge_heads(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Join [batch, heads, tokens, head_dim] to [batch, rows, columns, dim]."""
+        batch = x.shape[0]
+        return x.transpose(1, 2).reshape(batch, grid[0], grid[1], -1)
+
+    def position_bias(
+        self, query: Tensor, grid: tuple[int, int], first_row: int = 0, last_row: int | None = None
+    ) -> Tensor:
+        """Relative-position logits of some rows of queries (ViTDet, section 3).
+
+        Args:
+            query: [batch, heads, (last_row - first_row) * columns, head_dim], unscaled.
+            grid: (rows, columns) of the keys.
+            first_row: first query row.
+            last_row: row after the last query row; None for all.
+
+        Returns:
+            [batch, heads, queries, rows * columns].
+        """
+        rows, columns = grid
+        last_row = rows if last_row is None else last_row
+        table_h = relative_table(self.rel_pos_h, rows)[first_row:last_row]
+        table_w = relative_table(self.rel_pos_w, columns)
+        batch, heads, _, head_dim = query.shape
+        grid_query = query.reshape(batch * heads, last_row - first_row, columns, head_dim)
+        bias_h = torch.einsum("brcd,rkd->brck", grid_query, table_h)
+        bias_w = torch.einsum("brcd,ckd->brck", grid_query, table_w)
+        bias = bias_h[..., :, None] + bias_w[..., None, :]
+        return bias.reshape(batch, heads, -1, rows * columns)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
+        if not self.use_rel_pos:
+            return F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        rows, columns = grid
+        row_bytes = query.shape[0] * self.num_heads * columns * rows * columns * query.itemsize
+        rows_at_once = max(1, min(rows, _BIAS_BYTES // row_bytes))
+        pieces = []
+        for first in range(0, rows, rows_at_once):
+            last = min(rows, first + rows_at_once)
+            part = query[:, :, first * columns : last * columns]
+            bias = self.position_bias(part, grid, first, last)
+            pieces.append(
+                F.scaled_dot_product_attention(part, key, value, attn_mask=bias, scale=self.scale)
+            )
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+class Block(nn.Module):
+    """Transformer block with window attention (window_size > 0) or global attention (0)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        use_rel_pos: bool,
+        window_size: int,
+        input_size: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        attention_size = (window_size, window_size) if window_size else input_size
+        self.attn = Attention(dim, num_heads, qkv_bias, use_rel_pos, attention_size)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLPBlock(dim, int(dim * mlp_ratio))
+        self.window_size = window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [batch, rows, columns, dim] to the same shape."""
+        shortcut = x
+        x = self.norm1(x)
+        if self.window_size:
+            windows, padded = window_partition(x, self.window_size)
+            x = window_unpartition(self.attn(windows), self.window_size, padded, shortcut.shape)
+        else:
+            x = self.attn(x)
+        x = shortcut + x
+        return x + self.mlp(self.norm2(x))
+
+
+class ImageEncoderViT(nn.Module):
+    """SAM's image encoder: [batch, 3, img_size, img_size] to [batch, out_chans, grid, grid]."""
+
+    def __init__(
+        self,
+        img_size: int = 1024,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        out_chans: int = 256,
+        qkv_bias: bool = True,
+        use_abs_pos: bool = True,
+        use_rel_pos: bool = True,
+        window_size: int = 14,
+        global_attn_indexes: Sequence[int] = (2, 5, 8, 11),
+    ) -> None:
+        super().__init__()
+        self.img_size = img_size
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        grid = img_size // patch_size
+        self.pos_embed: nn.Parameter | None = (
+            nn.Parameter(torch.zeros(1, grid, grid, embed_dim)) if use_abs_pos else None
+        )
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                use_rel_pos,
+                window_size=0 if index in global_attn_indexes else window_size,
+                input_size=(grid, grid),
+            )
+            for index in range(depth)
+        )
+        self.neck = nn.Sequential(
+            nn.Conv2d(embed_dim, out_chans, kernel_size=1, bias=False),
+            LayerNorm2d(out_chans),
+            nn.Conv2d(out_chans, out_chans, kernel_size=3, padding=1, bias=False),
+            LayerNorm2d(out_chans),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed normalised, padded images; see the class for shapes."""
+        x = self.patch_embed(x)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+
+def relative_table(table: Tensor, size: int) -> Tensor:
+    """Rows of a relative-position table for every query and key position of one axis.
+
+    Args:
+        table: [2 * table_size - 1, head_dim].
+        size: number of positions; a table made for another size is interpolated linearly.
+
+    Returns:
+        [size queries, size keys, head_dim].
+    """
+    wanted = 2 * size - 1
+    if table.shape[0] != wanted:
+        resized = F.interpolate(table.t()[None], size=wanted, mode="linear")
+        table = resized[0].t()
+    position = torch.arange(size, device=table.device)
+    return table[position[:, None] - position[None, :] + size - 1]
+
+
+def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
+    """Cut [batch, rows, columns, dim] into windows, padding with zeros.
+
+    Returns:
+        [batch * windows, window_size, window_size, dim] and the padded (rows, columns).
+    """
+    batch, rows, columns, dim = x.shape
+    pad_rows, pad_columns = -rows % window_size, -columns % window_size
+    if pad_rows or pad_columns:
+        x = F.pad(x, (0, 0, 0, pad_columns, 0, pad_rows))
+    rows, columns = rows + pad_rows, columns + pad_columns
+    x = x.view(
+        batch, rows // window_size, window_size, columns // window_size, window_size, dim
+    ).transpose(2, 3)
+    return x.reshape(-1, window_size, window_size, dim), (rows, columns)
+
+
+def window_unpartition(
+    windows: Tensor, window_size: int, padded: tuple[int, int], shape: Sequence[int]
+) -> Tensor:
+    """Undo `window_partition`; `shape` is the original [batch, rows, columns, dim]."""
+    batch, rows, columns, dim = shape
+    x = windows.view(
+        batch, padded[0] // window_size, padded[1] // window_size, window_size, window_size, dim
+    ).transpose(2, 3)
+    return x.reshape(batch, padded[0], padded[1], dim)[:, :rows, :columns].contiguous()

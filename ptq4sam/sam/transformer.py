@@ -1,0 +1,131 @@
+"""The two-way transformer of SAM's mask decoder (Kirillov et al., 2023, figure 14)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ptq4sam.sam.common import MLPBlock
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose internal width may be smaller than the embedding's."""
+
+    def __init__(self, embedding_dim: int, num_heads: int, downsample_rate: int = 1) -> None:
+        super().__init__()
+        internal_dim = embedding_dim // downsample_rate
+        self.num_heads = num_heads
+        self.scale = (internal_dim // num_heads) ** -0.5
+        self.q_proj = nn.Linear(embedding_dim, internal_dim)
+        self.k_proj = nn.Linear(embedding_dim, internal_dim)
+        self.v_proj = nn.Linear(embedding_dim, internal_dim)
+        self.out_proj = nn.Linear(internal_dim, embedding_dim)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from q [batch, n, dim] to k, v [batch, m, dim]; the result is as q."""
+        query = self.split_heads(self.q_proj(q))
+        key = self.split_heads(self.k_proj(k))
+        value = self.split_heads(self.v_proj(v))
+        attended = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        return self.out_proj(self.merge_heads(attended))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[batch, tokens, internal_dim] to [batch, heads, tokens, head_dim]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        """[batch, heads, tokens, head_dim] to [batch, tokens, internal_dim]."""
+        return x.transpose(1, 2).flatten(2)
+
+
+class TwoWayAttentionBlock(nn.Module):
+    """Self-attention of tokens, tokens to image, MLP on tokens, image to tokens."""
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        attention_downsample_rate: int,
+        skip_first_layer_pe: bool,
+    ) -> None:
+        super().__init__()
+        self.self_attn = Attention(embedding_dim, num_heads)
+        self.norm1 = nn.LayerNorm(embedding_dim)
+        self.cross_attn_token_to_image = Attention(
+            embedding_dim, num_heads, attention_downsample_rate
+        )
+        self.norm2 = nn.LayerNorm(embedding_dim)
+        self.mlp = MLPBlock(embedding_dim, mlp_dim, nn.ReLU)
+        self.norm3 = nn.LayerNorm(embedding_dim)
+        self.norm4 = nn.LayerNorm(embedding_dim)
+        self.cross_attn_image_to_token = Attention(
+            embedding_dim, num_heads, attention_downsample_rate
+        )
+        self.skip_first_layer_pe = skip_first_layer_pe
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Update tokens [batch, n, dim] and image [batch, m, dim]; the `_pe` are as these."""
+        if self.skip_first_layer_pe:
+            queries = self.self_attn(queries, queries, queries)
+        else:
+            q = queries + query_pe
+            queries = queries + self.self_attn(q, q, queries)
+        queries = self.norm1(queries)
+        attended = self.cross_attn_token_to_image(queries + query_pe, keys + key_pe, keys)
+        queries = self.norm2(queries + attended)
+        queries = self.norm3(queries + self.mlp(queries))
+        attended = self.cross_attn_image_to_token(keys + key_pe, queries + query_pe, queries)
+        keys = self.norm4(keys + attended)
+        return queries, keys
+
+
+class TwoWayTransformer(nn.Module):
+    """Let prompt tokens and the image embedding attend to each other."""
+
+    def __init__(
+        self,
+        depth: int,
+        embedding_dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        attention_downsample_rate: int = 2,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TwoWayAttentionBlock(
+                embedding_dim,
+                num_heads,
+                mlp_dim,
+                attention_downsample_rate,
+                skip_first_layer_pe=index == 0,
+            )
+            for index in range(depth)
+        )
+        self.final_attn_token_to_image = Attention(
+            embedding_dim, num_heads, attention_downsample_rate
+        )
+        self.norm_final_attn = nn.LayerNorm(embedding_dim)
+
+    def forward(
+        self, image_embedding: Tensor, image_pe: Tensor, point_embedding: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attend both ways.
+
+        Args:
+            image_embedding: [batch, dim, rows, columns].
+            image_pe: position encoding, as image_embedding.
+            point_embedding: [batch, n, dim].
+
+        Returns:
+            Tokens [batch, n, dim] and image [batch, rows * columns, dim].
+        """
+        keys = image_embedding.flatten(2).transpose(1, 2)
+        key_pe = image_pe.flatten(2).transpose(1, 2)
+        queries = point_embedding
+        for layer in self.layers:
+            queries, keys = layer(queries, keys, point_embedding, key_pe)
+        attended = self.final_attn_token_to_image(queries + point_embedding, keys + key_pe, keys)
+        return self.norm_final_attn(queries + attended), keys
