@@ -222,7 +222,7 @@ def generate_scene(seed: int | np.random.Generator, width: int = 320, height: in
 def _annotation(instance: SceneInstance, identifier: int, image_id: int) -> dict[str, Any]:
     from pycocotools import mask as coco_mask
 
-    encoded = coco_mask.encode(np.asfortranarray(instance.mask.astype(np.uint8)))
+    encoded: Any = coco_mask.encode(np.asfortranarray(instance.mask.astype(np.uint8)))
     x0, y0, x1, y1 = (float(value) for value in instance.box)
     return {
         "id": identifier,
@@ -233,7 +233,7 @@ def _annotation(instance: SceneInstance, identifier: int, image_id: int) -> dict
         "iscrowd": 0,
         "segmentation": {
             "size": [int(side) for side in encoded["size"]],
-            "counts": bytes(encoded["counts"]).decode("ascii"),
+            "counts": encoded["counts"].decode("ascii"),
         },
     }
 
