@@ -34,4 +34,5 @@ class MLPBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., dim] to [..., dim]."""
-        return self.lin2(self.act(self.lin1(x)))
+        projected: Tensor = self.lin2(self.act(self.lin1(x)))
+        return projected

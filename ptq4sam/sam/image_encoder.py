@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from ptq4sam.sam.common import LayerNorm2d, MLPBlock
 
@@ -28,7 +28,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, in_chans, height, width] to [batch, rows, columns, embed_dim]."""
-        return self.proj(x).permute(0, 2, 3, 1)
+        patches: Tensor = self.proj(x)
+        return patches.permute(0, 2, 3, 1)
 
 
 class Attention(nn.Module):
@@ -58,7 +59,8 @@ class Attention(nn.Module):
         rows, columns = x.shape[1:3]
         query, key, value = self.split_heads(self.qkv(x))
         attended = self._attend(query, key, value, (rows, columns))
-        return self.proj(self.merge_heads(attended, (rows, columns)))
+        projected: Tensor = self.proj(self.merge_heads(attended, (rows, columns)))
+        return projected
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split [batch, rows, columns, 3*dim] into three [batch, heads, tokens, head_dim]."""
@@ -145,7 +147,8 @@ class Block(nn.Module):
         else:
             x = self.attn(x)
         x = shortcut + x
-        return x + self.mlp(self.norm2(x))
+        changed: Tensor = self.mlp(self.norm2(x))
+        return x + changed
 
 
 class ImageEncoderViT(nn.Module):
@@ -200,7 +203,8 @@ class ImageEncoderViT(nn.Module):
             x = x + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        return self.neck(x.permute(0, 3, 1, 2))
+        embedding: Tensor = self.neck(x.permute(0, 3, 1, 2))
+        return embedding
 
 
 def relative_table(table: Tensor, size: int) -> Tensor:

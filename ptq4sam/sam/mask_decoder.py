@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -15,15 +17,14 @@ class MLP(nn.Module):
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
         super().__init__()
         sizes = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(
-            nn.Linear(before, after) for before, after in zip(sizes[:-1], sizes[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., input_dim] to [..., output_dim]."""
         for layer in self.layers[:-1]:
             x = layer(x).relu()
-        return self.layers[-1](x)
+        projected: Tensor = self.layers[-1](x)
+        return projected
 
 
 class MaskDecoder(nn.Module):
@@ -88,13 +89,9 @@ class MaskDecoder(nn.Module):
 
         `image_embeddings` may also be [prompts, ...], one image a prompt (used in training).
         """
-        prompts = sparse.shape[0]
-        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([output_tokens.expand(prompts, -1, -1), sparse], dim=1)
-        source = image_embeddings + dense
-        tokens, source_tokens = self.transformer(source, image_pe.expand_as(source), tokens)
+        tokens, source_tokens = self.attend(image_embeddings, image_pe, sparse, dense)
         ious = self.iou_prediction_head(tokens[:, 0])
-        upscaled = self.output_upscaling(source_tokens.transpose(1, 2).reshape(source.shape))
+        upscaled = self.output_upscaling(source_tokens.transpose(1, 2).reshape(dense.shape))
         mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens].unbind(1)
         weights = torch.stack(
             [
@@ -105,3 +102,15 @@ class MaskDecoder(nn.Module):
         )
         masks = (weights @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[-2:])
         return masks, ious
+
+    def attend(
+        self, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The two-way transformer alone: tokens [prompts, n, dim], image [prompts, cells, dim]."""
+        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([output_tokens.expand(sparse.shape[0], -1, -1), sparse], dim=1)
+        source = image_embeddings + dense
+        attended: tuple[Tensor, Tensor] = self.transformer(
+            source, image_pe.expand_as(source), tokens
+        )
+        return attended

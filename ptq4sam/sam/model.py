@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from ptq4sam.sam.image_encoder import ImageEncoderViT
 from ptq4sam.sam.mask_decoder import MaskDecoder
@@ -39,7 +39,7 @@ class Sam(nn.Module):
     @property
     def image_size(self) -> int:
         """Side of the square input in pixels."""
-        return self.image_encoder.img_size
+        return self.prompt_encoder.input_image_size[0]
 
     @property
     def device(self) -> torch.device:

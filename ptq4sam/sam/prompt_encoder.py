@@ -73,7 +73,8 @@ class PromptEncoder(nn.Module):
 
     def dense_positions(self) -> Tensor:
         """Position encoding of the image embedding: [1, embed_dim, rows, columns]."""
-        return self.pe_layer(self.image_embedding_size)[None]
+        positions: Tensor = self.pe_layer(self.image_embedding_size)
+        return positions[None]
 
     def forward(
         self,
@@ -115,14 +116,13 @@ class PromptEncoder(nn.Module):
         # Pixel centres lie at half coordinates.
         embedding = self.pe_layer.encode_points(coordinates + 0.5, self.input_image_size)
         embedding = torch.where(labels[..., None] == -1, torch.zeros_like(embedding), embedding)
-        kinds = ((-1, self.not_a_point_embed), *enumerate(self.point_embeddings[:2]))
-        for label, kind in kinds:
-            embedding = embedding + (labels[..., None] == label) * kind.weight
+        kinds = {-1: "not_a_point_embed", 0: "point_embeddings.0", 1: "point_embeddings.1"}
+        for label, kind in kinds.items():
+            weight = self.get_parameter(f"{kind}.weight")
+            embedding = embedding + (labels[..., None] == label) * weight
         return embedding
 
     def _embed_boxes(self, boxes: Tensor) -> Tensor:
-        corners = self.pe_layer.encode_points(
-            boxes.reshape(-1, 2, 2) + 0.5, self.input_image_size
-        )
-        kinds = torch.stack([embedding.weight[0] for embedding in self.point_embeddings[2:]])
+        corners = self.pe_layer.encode_points(boxes.reshape(-1, 2, 2) + 0.5, self.input_image_size)
+        kinds = torch.cat([self.get_parameter(f"point_embeddings.{k}.weight") for k in (2, 3)])
         return corners + kinds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from ptq4sam.sam.common import MLPBlock
 
@@ -27,11 +27,13 @@ class Attention(nn.Module):
         key = self.split_heads(self.k_proj(k))
         value = self.split_heads(self.v_proj(v))
         attended = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
-        return self.out_proj(self.merge_heads(attended))
+        projected: Tensor = self.out_proj(self.merge_heads(attended))
+        return projected
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[batch, tokens, internal_dim] to [batch, heads, tokens, head_dim]."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        batch, tokens, _ = x.shape
+        return x.reshape(batch, tokens, self.num_heads, -1).transpose(1, 2)
 
     def merge_heads(self, x: Tensor) -> Tensor:
         """[batch, heads, tokens, head_dim] to [batch, tokens, internal_dim]."""

@@ -1,0 +1,263 @@
+"""Masks for prompts on one picture: resizing, coordinates, and decoding in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ptq4sam.errors import DataError
+from ptq4sam.sam.model import Sam
+
+ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
+
+# Bytes that the temporary full-size logits of `Predictor.full_resolution` may take.
+_RESIZE_BYTES = 64 * 2**20
+_LABELS = {-1, 0, 1}
+
+
+@dataclass(frozen=True)
+class ImageEmbedding:
+    """A picture after the image encoder; encode once, decode for any number of prompts.
+
+    Attributes:
+        features: [1, channels, rows, columns].
+        input_size: (height, width) in pixels after resizing, before padding.
+        original_size: (height, width) of the picture in pixels.
+    """
+
+    features: Tensor
+    input_size: tuple[int, int]
+    original_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Masks of N prompts, M each (3 with multimask, else 1).
+
+    Attributes:
+        low_res: logits [N, M, height, width] of the padded input at a quarter of its size.
+        iou_predictions: the model's own estimate of each mask's IoU [N, M].
+    """
+
+    low_res: Tensor
+    iou_predictions: Tensor
+
+
+class Predictor:
+    """Predict masks with a SAM, float or quantized.
+
+    Nothing here keeps gradients, but tensors are ordinary ones (no inference mode), so that what
+    hooks collect during calibration can be trained on.
+    """
+
+    def __init__(self, sam: Sam, max_prompts_at_once: int = 16) -> None:
+        """Wrap a model.
+
+        Args:
+            sam: the model; its encoder or decoder may be replaced by quantized modules.
+            max_prompts_at_once: prompts that the decoder takes at once. For SAM's own decoder each
+                needs about 40 MB of temporary memory.
+        """
+        if max_prompts_at_once < 1:
+            raise ValueError(f"max_prompts_at_once must be positive, not {max_prompts_at_once}")
+        self.sam = sam
+        self.max_prompts_at_once = max_prompts_at_once
+        self._embedding: ImageEmbedding | None = None
+
+    @property
+    def embedding(self) -> ImageEmbedding:
+        """The picture of the last `set_image`.
+
+        Raises:
+            DataError: no picture was set.
+        """
+        if self._embedding is None:
+            raise DataError("masks were asked for before a picture: call set_image first")
+        return self._embedding
+
+    def set_image(self, image: npt.NDArray[np.uint8]) -> None:
+        """Encode the picture that `predict` is to use; see `embed`."""
+        self._embedding = self.embed(image)
+
+    @torch.no_grad()
+    def embed(self, image: npt.NDArray[np.uint8]) -> ImageEmbedding:
+        """Encode a picture.
+
+        Args:
+            image: RGB [height, width, 3], uint8.
+
+        Raises:
+            DataError: the array is not such a picture.
+        """
+        resized = resize_longest_side(image, self.sam.image_size)
+        pixels = torch.from_numpy(resized).permute(2, 0, 1)[None].to(self.sam.device)
+        features = self.sam.image_encoder(self.sam.preprocess(pixels))
+        height, width = image.shape[:2]
+        return ImageEmbedding(features, resized.shape[:2], (height, width))
+
+    @torch.no_grad()
+    def predict(
+        self,
+        points: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        boxes: ArrayLike | None = None,
+        masks: ArrayLike | None = None,
+        multimask: bool = False,
+        embedding: ImageEmbedding | None = None,
+    ) -> Prediction:
+        """Predict masks for N prompts; those given together belong together row by row.
+
+        Args:
+            points: [N, n, 2] (x, y) in pixels of the original picture.
+            labels: [N, n] of 1 (object), 0 (background) or -1 (padding).
+            boxes: [N, 4] xyxy in pixels of the original picture.
+            masks: [N, 1, height, width] low-resolution logits of an earlier prediction.
+            multimask: three masks a prompt instead of one.
+            embedding: the picture; None for that of `set_image`.
+
+        Raises:
+            DataError: no picture was set, or the prompts do not have these shapes.
+        """
+        embedding = self.embedding if embedding is None else embedding
+        prompts = self._prompts(points, labels, boxes, masks, embedding)
+        count = next(len(value) for value in prompts.values())
+        image_pe = self.sam.prompt_encoder.dense_positions()
+        # Without prompts nothing passes the decoder, whose observers must not see empty tensors.
+        masks_each = 3 if multimask else 1
+        mask_size = self.sam.prompt_encoder.mask_input_size
+        low_res = [embedding.features.new_empty(0, masks_each, *mask_size)]
+        ious = [embedding.features.new_empty(0, masks_each)]
+        for first in range(0, count, self.max_prompts_at_once):
+            part = {
+                key: value[first : first + self.max_prompts_at_once]
+                for key, value in prompts.items()
+            }
+            given = (part["points"], part["labels"]) if "points" in part else None
+            sparse, dense = self.sam.prompt_encoder(given, part.get("boxes"), part.get("masks"))
+            mask, iou = self.sam.mask_decoder(
+                embedding.features, image_pe, sparse, dense, multimask
+            )
+            low_res.append(mask)
+            ious.append(iou)
+        return Prediction(torch.cat(low_res), torch.cat(ious))
+
+    @torch.no_grad()
+    def full_resolution(self, low_res: Tensor, embedding: ImageEmbedding | None = None) -> Tensor:
+        """Resize logits [N, M, height, width] to the original picture: [N, M, *original_size].
+
+        A pixel is in the mask where its logit is above 0. The temporary memory is bounded; the
+        result itself takes 4 bytes a pixel: use `binary_masks` where the masks alone are needed.
+        """
+        embedding = self.embedding if embedding is None else embedding
+        result = low_res.new_empty(*low_res.shape[:2], *embedding.original_size)
+        return self._resize_into(result, low_res, embedding)
+
+    @torch.no_grad()
+    def binary_masks(self, low_res: Tensor, embedding: ImageEmbedding | None = None) -> Tensor:
+        """As `full_resolution`, but boolean masks: [N, M, *original_size]."""
+        embedding = self.embedding if embedding is None else embedding
+        shape = (*low_res.shape[:2], *embedding.original_size)
+        result = torch.empty(shape, dtype=torch.bool, device=low_res.device)
+        return self._resize_into(result, low_res, embedding)
+
+    def _resize_into(self, result: Tensor, low_res: Tensor, embedding: ImageEmbedding) -> Tensor:
+        height, width = embedding.original_size
+        mask_bytes = low_res.element_size() * (self.sam.image_size**2 + height * width)
+        at_once = max(1, _RESIZE_BYTES // mask_bytes)
+        flat, flat_result = low_res.flatten(0, 1), result.flatten(0, 1)
+        for first in range(0, len(flat), at_once):
+            piece = slice(first, first + at_once)
+            logits = self.sam.postprocess_masks(
+                flat[piece, None], embedding.input_size, embedding.original_size
+            )[:, 0]
+            flat_result[piece] = logits > 0 if result.dtype == torch.bool else logits
+        return result
+
+    def _prompts(
+        self,
+        points: ArrayLike | None,
+        labels: ArrayLike | None,
+        boxes: ArrayLike | None,
+        masks: ArrayLike | None,
+        embedding: ImageEmbedding,
+    ) -> dict[str, Tensor]:
+        if (points is None) != (labels is None):
+            raise DataError("points and labels must be given together: one label a point")
+        prompts: dict[str, Tensor] = {}
+        if points is not None and labels is not None:
+            coordinates = _tensor("points", points, (None, None, 2))
+            prompts["points"] = to_input_pixels(coordinates, embedding).float()
+            kinds = _tensor("labels", labels, tuple(coordinates.shape[:2]))
+            found = set(kinds.flatten().tolist())
+            if not found <= _LABELS:
+                raise DataError(f"labels must be -1, 0 or 1, but found {sorted(found - _LABELS)}")
+            prompts["labels"] = kinds.int()
+        if boxes is not None:
+            corners = _tensor("boxes", boxes, (None, 4)).reshape(-1, 2, 2)
+            prompts["boxes"] = to_input_pixels(corners, embedding).reshape(-1, 4).float()
+        if masks is not None:
+            size = self.sam.prompt_encoder.mask_input_size
+            prompts["masks"] = _tensor("masks", masks, (None, 1, *size)).float()
+        if not prompts:
+            raise DataError("no prompt was given: give points and labels, boxes or masks")
+        counts = {key: len(value) for key, value in prompts.items()}
+        if len(set(counts.values())) > 1:
+            raise DataError(f"prompts given together must be equally many, but found {counts}")
+        return {key: value.to(self.sam.device) for key, value in prompts.items()}
+
+
+def input_size(original_size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Size (height, width) of a picture whose longest side is scaled to `side` pixels."""
+    scale = side * 1.0 / max(original_size)
+    # The official code would make a side of nothing out of a very thin picture.
+    height, width = (max(1, int(length * scale + 0.5)) for length in original_size)
+    return height, width
+
+
+def resize_longest_side(image: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
+    """Resize a picture so that its longest side has `side` pixels (bilinear, antialiased).
+
+    Args:
+        image: RGB [height, width, 3], uint8.
+        side: in pixels.
+
+    Raises:
+        DataError: the array is not such a picture.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise DataError(
+            "a picture must be an RGB array [height, width, 3] of uint8, but found "
+            f"{list(image.shape)} of {image.dtype}"
+        )
+    height, width = input_size((image.shape[0], image.shape[1]), side)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    return np.array(resized)
+
+
+def to_input_pixels(coordinates: Tensor, embedding: ImageEmbedding) -> Tensor:
+    """Scale [..., 2] (x, y) from pixels of the original picture to those of the input."""
+    height, width = (
+        new / old for new, old in zip(embedding.input_size, embedding.original_size, strict=True)
+    )
+    return coordinates * coordinates.new_tensor([width, height])
+
+
+def _tensor(name: str, value: ArrayLike, shape: tuple[int | None, ...]) -> Tensor:
+    # float64 on the CPU, as the official predictor scales coordinates.
+    tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    fits = tensor.ndim == len(shape) and all(
+        wanted in (None, found) for wanted, found in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("N" if size is None else str(size) for size in shape)
+        raise DataError(f"{name} must have shape [{wanted}], but found {list(tensor.shape)}")
+    if not tensor.isfinite().all():
+        raise DataError(f"{name} must be finite numbers, but found nan or infinity")
+    return tensor
