@@ -26,7 +26,7 @@ find_python() {
             return
         fi
     done
-    fail "Python 3.10 or newer is needed, found $("${candidates[0]}" --version 2>&1 || true);" \
+    fail "Python 3.10 or newer is needed, found $("${candidates[0]}" --version 2>&1 | head -n 1);" \
         "install one, or name it: PYTHON=/path/to/python3 ./environment.sh"
 }
 
