@@ -1,0 +1,1 @@
+"""How a SAM becomes a quantized SAM: quantized blocks, insertion, calibration, audit, storage."""

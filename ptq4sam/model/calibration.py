@@ -1,0 +1,147 @@
+"""Calibration: pictures through the float network while observers collect ranges.
+
+Order of PTQ4SAM: bimodal integration is decided and folded on the first picture, then activation
+observers see every picture without quantization, then weight observers see the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.errors import CalibrationError
+from ptq4sam.methods.bimodal import channel_signs, fold_signs, is_bimodal
+from ptq4sam.model.attention import QuantizedDecoderAttention
+from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.model.layers import observe_weights, weight_quantizers
+from ptq4sam.quantization.modes import quantizer_mode
+from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.quantization.scheme import Methods
+from ptq4sam.sam.model import Sam
+from ptq4sam.sam.transformer import TwoWayTransformer
+
+_log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class CalibrationItem:
+    """One calibration picture.
+
+    Attributes:
+        pixels: [1, 3, side, side], normalised and padded.
+        boxes: [n, 4] xyxy in pixels of that input, n >= 1.
+    """
+
+    pixels: Tensor
+    boxes: Tensor
+
+
+def check_calibration(items: Sequence[CalibrationItem]) -> None:
+    """Refuse a calibration set that would leave quantizers without a range.
+
+    Raises:
+        CalibrationError: no pictures, or a picture without boxes.
+    """
+    if len(items) == 0:
+        raise CalibrationError(
+            "calibration needs at least 1 picture, found 0: check the calibration images"
+        )
+
+
+@torch.no_grad()
+def run_item(sam: Sam, item: CalibrationItem) -> None:
+    """One picture through the image encoder and the decoder's transformer."""
+    features = sam.image_encoder(item.pixels.to(sam.device))
+    run_decoder(sam, features, item.boxes)
+
+
+@torch.no_grad()
+def run_decoder(sam: Sam, features: Tensor, boxes: Tensor) -> None:
+    """The boxes of one picture [n, 4] through the decoder's transformer."""
+    sparse, dense = sam.prompt_encoder(boxes=boxes.to(sam.device))
+    positions = sam.prompt_encoder.dense_positions()
+    sam.mask_decoder.attend(features.to(sam.device), positions, sparse, dense)
+
+
+def calibrate(
+    sam: QuantizedSam,
+    items: Sequence[CalibrationItem],
+    progress: Callable[[Sequence[CalibrationItem], str], Iterable[CalibrationItem]],
+) -> None:
+    """Set every quantizer of `sam` from calibration pictures.
+
+    Args:
+        sam: a model with inserted quantizers.
+        items: the pictures.
+        progress: wraps the sequence to show how far it is.
+
+    Raises:
+        CalibrationError: no pictures, or a range that is not finite.
+    """
+    check_calibration(items)
+    methods = sam.scheme.ptq4sam
+    if methods.BIG:
+        with quantizer_mode(sam, Mode.FLOAT):
+            sam.folded = integrate_bimodal(
+                sam.mask_decoder.transformer, methods, lambda: run_item(sam, items[0])
+            )
+        _log.info("bimodal integration folded %s", ", ".join(sam.folded) or "no attention")
+    with observing_activations(sam):
+        for item in progress(items, "observing activations"):
+            run_item(sam, item)
+    observe_weights(sam)
+
+
+@contextlib.contextmanager
+def observing_activations(module: nn.Module) -> Iterator[None]:
+    """Activation quantizers observe, weights stay float, within the `with` block."""
+    weights = set(map(id, weight_quantizers(module)))
+    with (
+        quantizer_mode(module, Mode.FLOAT, lambda q: id(q) in weights),
+        quantizer_mode(module, Mode.OBSERVE, lambda q: id(q) not in weights),
+    ):
+        yield
+
+
+@torch.no_grad()
+def integrate_bimodal(
+    two_way: TwoWayTransformer, methods: Methods, run_first_picture: Callable[[], None]
+) -> list[str]:
+    """Fold signs into query and key projections behind bimodal post-key activations.
+
+    Only attentions from tokens to the image are looked at (PTQ4SAM, section 3.2).
+
+    Args:
+        two_way: a transformer with quantizers in float mode.
+        methods: settings of the detection.
+        run_first_picture: runs the first calibration picture through the transformer.
+
+    Returns:
+        Names of the attentions that were folded.
+    """
+    candidates = {
+        name: module
+        for name, module in two_way.named_modules()
+        if isinstance(module, QuantizedDecoderAttention) and name.endswith("token_to_image")
+    }
+    keys: dict[str, Tensor] = {}
+    handles = [
+        module.k_proj.register_forward_hook(
+            lambda _module, _inputs, output, name=name: keys.__setitem__(name, output.detach())
+        )
+        for name, module in candidates.items()
+    ]
+    try:
+        run_first_picture()
+    finally:
+        for handle in handles:
+            handle.remove()
+    folded = [name for name, key in keys.items() if is_bimodal(key, methods)]
+    for name in folded:
+        fold_signs(candidates[name].q_proj, candidates[name].k_proj, channel_signs(keys[name]))
+    return folded
+

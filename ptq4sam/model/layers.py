@@ -1,0 +1,81 @@
+"""Linear and convolution layers whose weight and input pass through quantizers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.quantization.modes import quantizer_mode
+from ptq4sam.quantization.quantizers import Mode, Quantizer
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer on quantized input and weight; parameter names stay those of nn.Linear."""
+
+    def __init__(
+        self, source: nn.Linear, weight_quantizer: Quantizer, input_quantizer: Quantizer
+    ) -> None:
+        super().__init__(source.in_features, source.out_features, device="meta")
+        self.weight, self.bias = source.weight, source.bias
+        self.weight_quantizer = weight_quantizer
+        self.input_quantizer = input_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in_features] to [..., out_features]."""
+        weight = self.weight_quantizer(self.weight)
+        return nn.functional.linear(self.input_quantizer(x), weight, self.bias)
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution on quantized input and weight; parameter names stay those of nn.Conv2d."""
+
+    def __init__(
+        self, source: nn.Conv2d, weight_quantizer: Quantizer, input_quantizer: Quantizer
+    ) -> None:
+        nn.Module.__init__(self)
+        # Sizes, stride, padding, weight and bias are the source's own: a convolution has too many
+        # options to name them all here without forgetting one.
+        self.__dict__.update(
+            {name: value for name, value in vars(source).items() if not name.startswith("_")}
+        )
+        self._reversed_padding_repeated_twice = source._reversed_padding_repeated_twice
+        self.weight, self.bias = source.weight, source.bias
+        self.weight_quantizer = weight_quantizer
+        self.input_quantizer = input_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [batch, in_channels, height, width] to [batch, out_channels, height', width']."""
+        weight = self.weight_quantizer(self.weight)
+        return self._conv_forward(self.input_quantizer(x), weight, self.bias)
+
+
+QuantizedLayer = QuantizedLinear | QuantizedConv2d
+
+
+def quantized_layers(module: nn.Module) -> list[tuple[str, QuantizedLayer]]:
+    """Every quantized layer below `module` with its path, in registration order."""
+    return [
+        (name, layer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, QuantizedLinear | QuantizedConv2d)
+    ]
+
+
+def weight_quantizers(module: nn.Module) -> list[Quantizer]:
+    """The quantizers of weights below `module`."""
+    return [layer.weight_quantizer for _, layer in quantized_layers(module)]
+
+
+@torch.no_grad()
+def observe_weights(module: nn.Module) -> None:
+    """Set the grid of every weight from the weight itself."""
+    for _, layer in quantized_layers(module):
+        with quantizer_mode(layer.weight_quantizer, Mode.OBSERVE):
+            layer.weight_quantizer(layer.weight)
+
+
+@torch.no_grad()
+def put_weights_on_grid(module: nn.Module) -> None:
+    """Replace every weight by its quantized value, so that the file holds what is computed."""
+    for _, layer in quantized_layers(module):
+        layer.weight.copy_(layer.weight_quantizer(layer.weight))

@@ -1,0 +1,318 @@
+"""Train vit_nano, the small SAM that ships with the package, from a seed.
+
+    python tools/train_vit_nano.py --coco IMAGES ANNOTATIONS --coco ... --out ptq4sam/assets/...
+
+First on 128 px windows of SAM's 256 px input (same scale, a quarter of the work), then on whole
+inputs. Without --coco it trains on generated scenes alone. A killed run resumes from --state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from nano_data import Photographs, WindowDataset, collate
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from ptq4sam.sam.model import Sam
+from ptq4sam.sam.registry import VARIANTS, build_variant
+
+_log = logging.getLogger("train_vit_nano")
+
+_DECAY = 0.999
+_POINT_SHARE = 0.08
+_REFINE_SHARE = 0.12
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One stretch of training at one window size."""
+
+    window: int
+    batch: int
+    steps: int
+    peak_rate: float
+    final_rate: float
+
+
+def rate_at(phase: Phase, step: int) -> float:
+    """Linear warm-up over 200 steps, then cosine from the peak to the final rate."""
+    warm = min(1.0, (step + 1) / 200)
+    cosine = 0.5 + 0.5 * np.cos(np.pi * step / phase.steps)
+    return float(warm * (phase.final_rate + (phase.peak_rate - phase.final_rate) * cosine))
+
+
+def build_model(window: int) -> Sam:
+    """vit_nano whose encoder takes windows; the prompt encoder keeps the whole input's frame."""
+    whole = build_variant("vit_nano", VARIANTS["vit_nano"])
+    if window != whole.image_size:
+        small = dataclasses.replace(VARIANTS["vit_nano"], image_size=window)
+        whole.image_encoder = build_variant("vit_nano", small).image_encoder
+    return whole
+
+
+def enlarge_encoder(state: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Carry the weights of a window encoder over to the whole input.
+
+    Position embeddings are tiled (they know the place in a window only), relative tables keep
+    their offsets and repeat their ends.
+    """
+    moved = {}
+    for name, value in state.items():
+        wanted = target[name].shape
+        if value.shape == wanted:
+            moved[name] = value
+        elif name.endswith("pos_embed"):
+            moved[name] = value.repeat(
+                1, wanted[1] // value.shape[1], wanted[2] // value.shape[2], 1
+            )
+        else:
+            side = (wanted[0] - value.shape[0]) // 2
+            moved[name] = F.pad(value.t()[None], (side, side), mode="replicate")[0].t()
+    return moved
+
+
+def mask_loss(logits: Tensor, target: Tensor, boxes: Tensor, stride: float) -> Tensor:
+    """Dice plus cross entropy, most of it in and around the box; [n, m, h, w] to [n, m]."""
+    target = target[:, None].expand_as(logits)
+    probability = logits.sigmoid()
+    overlap = (probability * target).sum((-1, -2))
+    total = (probability + target).sum((-1, -2))
+    dice = 1 - (2 * overlap + 1) / (total + 1)
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    near = near_box(boxes / stride, logits.shape[-1])[:, None]
+    inside = (entropy * near).sum((-1, -2)) / near.sum((-1, -2))
+    return dice + inside + 0.5 * entropy.mean((-1, -2))
+
+
+def near_box(boxes: Tensor, size: int) -> Tensor:
+    """1 within boxes [n, 4] grown by a fifth of their sides and two cells; [n, size, size]."""
+    margin = 0.2 * (boxes[:, 2:] - boxes[:, :2]) + 2
+    low, high = boxes[:, :2] - margin, boxes[:, 2:] + margin
+    cell = torch.arange(size) + 0.5
+    inside_x = (cell > low[:, :1]) & (cell < high[:, :1])
+    inside_y = (cell > low[:, 1:]) & (cell < high[:, 1:])
+    return (inside_y[:, :, None] & inside_x[:, None, :]).float()
+
+
+def total_loss(logits: Tensor, ious: Tensor, target: Tensor, boxes: Tensor, stride: float) -> Tensor:
+    """Loss of the single mask, of the best of three, and of the predicted IoUs."""
+    losses = mask_loss(logits, target, boxes, stride)
+    with torch.no_grad():
+        predicted, true = logits > 0, target[:, None] > 0.5
+        union = (predicted | true).sum((-1, -2)).clamp(min=1)
+        measured = (predicted & true).sum((-1, -2)) / union
+    best = losses[:, 1:].min(dim=1).values
+    return (losses[:, 0] + 0.4 * best + F.mse_loss(ious, measured)).mean()
+
+
+def sample_points(target: Tensor, stride: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One to three random object points of each mask, in window pixels, and their labels."""
+    count = int(torch.randint(1, 4, (), generator=generator))
+    weight = (target > 0.5).flatten(1).float() + 1e-9
+    index = torch.multinomial(weight, count, replacement=True, generator=generator)
+    size = target.shape[-1]
+    points = torch.stack([index % size, index // size], dim=-1) * stride + stride / 2
+    return points, torch.ones(points.shape[:2])
+
+
+class Trainer:
+    """Model, optimiser and moving average of one phase."""
+
+    def __init__(self, phase: Phase, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.phase = phase
+        self.model = build_model(phase.window).train()
+        for parameter in self.model.parameters():
+            if parameter.dim() == 4 and parameter.shape[0] == 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+        decayed = [p for p in self.model.parameters() if p.dim() > 1]
+        plain = [p for p in self.model.parameters() if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+            lr=phase.peak_rate,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.step = 0
+
+    def load_weights(self, state: dict[str, Tensor]) -> None:
+        """Start from the averaged weights of an earlier phase."""
+        moved = enlarge_encoder(state, self.model.state_dict())
+        self.model.load_state_dict(moved)
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+    def train_step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> float:
+        """One optimiser step; returns the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate_at(self.phase, self.step)
+        generator = torch.Generator().manual_seed(self.step)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self.loss(batch, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(_DECAY, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                self.average[name].lerp_(value, 1 - decay)
+        return float(loss.detach())
+
+    def loss(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
+        """Loss of one batch: boxes mostly, at times points, at times a second pass with a mask."""
+        pixels, boxes, masks, owner, offsets = batch
+        model = self.model
+        normalized = (pixels.float() - model.pixel_mean) / model.pixel_std
+        normalized = torch.where(pixels < 0, 0.0, normalized)
+        embedding = model.image_encoder(normalized)[owner]
+        stride = self.phase.window / (4 * embedding.shape[-1])
+        target = F.avg_pool2d(masks[:, None].float() / 255, int(stride))[:, 0]
+        shift = offsets[owner].float()
+        positions = self._positions(offsets // 8, embedding.shape[-1])[owner]
+        if torch.rand((), generator=generator) < _POINT_SHARE:
+            points, labels = sample_points(target, stride, generator)
+            prompt = {"points": (points + shift[:, None], labels)}
+        else:
+            prompt = {"boxes": boxes + shift.repeat(1, 2)}
+        sparse = model.prompt_encoder(**prompt)[0]
+        dense = model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        dense = dense.expand_as(embedding)
+        logits, ious = model.mask_decoder.predict_all(embedding, positions, sparse, dense)
+        loss = total_loss(logits.float(), ious.float(), target, boxes, stride)
+        if torch.rand((), generator=generator) < _REFINE_SHARE:
+            dense = model.prompt_encoder.mask_downscaling(logits[:, :1].detach())
+            logits, ious = model.mask_decoder.predict_all(embedding, positions, sparse, dense)
+            loss = loss + total_loss(logits.float(), ious.float(), target, boxes, stride)
+        return loss
+
+    def _positions(self, cells: Tensor, size: int) -> Tensor:
+        whole = self.model.prompt_encoder.dense_positions()[0]
+        return torch.stack([whole[:, y : y + size, x : x + size] for x, y in cells.tolist()])
+
+    def state(self) -> dict[str, object]:
+        """Everything a resumed run needs."""
+        return {
+            "window": self.phase.window,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Continue from `state`."""
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.average = state["average"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def run_phase(trainer: Trainer, dataset: WindowDataset, arguments: argparse.Namespace) -> None:
+    """Train to the end of the phase, saving the state every few minutes."""
+    phase = trainer.phase
+    order = range(trainer.step * phase.batch, phase.steps * phase.batch)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        phase.batch,
+        sampler=order,
+        collate_fn=collate,
+        num_workers=1,
+        prefetch_factor=8,
+    )
+    started, saved, losses = time.monotonic(), time.monotonic(), []
+    for batch in loader:
+        losses.append(trainer.train_step(batch))
+        if trainer.step % 100 == 0:
+            pace = (time.monotonic() - started) / len(losses)
+            _log.info(
+                "window %d step %d/%d loss %.4f, %.2f s a step",
+                phase.window,
+                trainer.step,
+                phase.steps,
+                float(np.mean(losses[-100:])),
+                pace,
+            )
+        if time.monotonic() - saved > 120:
+            write_atomically(trainer.state(), arguments.state)
+            saved = time.monotonic()
+    write_atomically(trainer.state(), arguments.state)
+
+
+def write_atomically(state: dict[str, object], path: Path) -> None:
+    """Save through a temporary file, so that a kill never leaves half a file."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def export(average: dict[str, Tensor], path: Path) -> None:
+    """Write the averaged weights as float16 safetensors."""
+    temporary = path.with_suffix(".tmp")
+    save_file({k: v.to(torch.float16).contiguous() for k, v in average.items()}, temporary)
+    os.replace(temporary, path)
+    _log.info("wrote %s", path)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--coco", nargs=2, action="append", default=[], type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--state", type=Path, default=Path("train_vit_nano.pt"))
+    parser.add_argument("--window-steps", type=int, default=3400)
+    parser.add_argument("--whole-steps", type=int, default=1200)
+    parser.add_argument("--scene-share", type=float, default=0.3)
+    parser.add_argument("--boxes", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train both phases and export."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    photographs = Photographs(arguments.coco) if arguments.coco else None
+    _log.info("%d photographs", len(photographs) if photographs else 0)
+    phases = [
+        Phase(128, 8, arguments.window_steps, 1e-3, 3e-4),
+        Phase(256, 4, arguments.whole_steps, 5e-4, 1e-5),
+    ]
+    state = torch.load(arguments.state, weights_only=True) if arguments.state.exists() else None
+    weights: dict[str, Tensor] | None = None
+    for phase in phases:
+        trainer = Trainer(phase, arguments.seed)
+        if weights is not None:
+            trainer.load_weights(weights)
+        if state is not None and state["window"] == phase.window:
+            trainer.restore(state)
+        elif state is not None and state["window"] > phase.window:
+            continue
+        dataset = WindowDataset(
+            photographs,
+            arguments.scene_share,
+            phase.window,
+            trainer.model.prompt_encoder.input_image_size[0],
+            arguments.boxes,
+            arguments.seed,
+            phase.steps * phase.batch,
+        )
+        run_phase(trainer, dataset, arguments)
+        weights = trainer.average
+    export(weights, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
