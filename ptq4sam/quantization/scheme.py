@@ -1,0 +1,258 @@
+"""Schemes: the frozen, validated description of a quantization.
+
+A scheme is read from YAML with the keys and values of the published PTQ4SAM configurations
+(exp/config44.yaml) and some of our own, marked below. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ptq4sam.errors import ConfigError
+from ptq4sam.records import FieldError, Record
+
+OBSERVER_NAMES = (
+    "MinMaxObserver",
+    "AvgMinMaxObserver",
+    "MSEObserver",
+    "AvgMSEObserver",
+    "MSEFastObserver",
+    "AvgMSEFastObserver",
+    "PCTObserver",
+)
+PER_TENSOR_OBSERVER_NAMES = (
+    "AvgMinMaxObserver",
+    "AvgMSEObserver",
+    "AvgMSEFastObserver",
+    "PCTObserver",
+)
+QUANTIZER_NAMES = (
+    "FixedFakeQuantize",
+    "LSQFakeQuantize",
+    "LSQPlusFakeQuantize",
+    "AdaRoundFakeQuantize",
+)
+LEARNED_SCALE_QUANTIZER_NAMES = ("LSQFakeQuantize", "LSQPlusFakeQuantize")
+ADAROUND = "AdaRoundFakeQuantize"
+
+
+@dataclass(frozen=True)
+class TensorFormat(Record):
+    """Number format of the weights or of the activations.
+
+    Attributes:
+        quantizer: one of QUANTIZER_NAMES.
+        observer: one of OBSERVER_NAMES.
+        bit: bits, 2 to 16.
+        symmetric: zero point 0 on a signed grid, else an unsigned grid with a zero point.
+        ch_axis: 0 for a scale per output channel, -1 for one per tensor.
+    """
+
+    quantizer: str
+    observer: str
+    bit: int
+    symmetric: bool = False
+    ch_axis: int = -1
+
+    def _validate(self) -> None:
+        _require_name(self.quantizer, "quantizer", QUANTIZER_NAMES)
+        _require_name(self.observer, "observer", OBSERVER_NAMES)
+        self._require(2 <= self.bit <= 16, "bit", "2 to 16")
+        self._require(self.ch_axis in (-1, 0), "ch_axis", "-1 (per tensor), 0 (per channel)")
+        if self.ch_axis == 0 and self.observer in PER_TENSOR_OBSERVER_NAMES:
+            channelwise = [n for n in OBSERVER_NAMES if n not in PER_TENSOR_OBSERVER_NAMES]
+            raise FieldError(
+                "observer",
+                f"{self.observer} works per tensor only: set ch_axis to -1, "
+                f"or use one of {', '.join(channelwise)}",
+            )
+
+
+@dataclass(frozen=True)
+class Reconstruction(Record):
+    """How units are reconstructed (QDrop, Wei et al. 2022; BRECQ, Li et al. 2021; AdaRound).
+
+    Attributes:
+        batch_size: pictures a step.
+        scale_lr: Adam's first learning rate of the activation scales, annealed to 0 by a cosine.
+        warm_up: share of the steps without rounding regularizer, in [0, 1).
+        weight: factor of the rounding regularizer.
+        iters: steps a unit.
+        b_range: exponent of the regularizer at the end of the warm-up and at the last step.
+        keep_gpu: keep captured activations on the device of the model rather than in main memory.
+        round_mode: "learned_hard_sigmoid" (AdaRound's rectified sigmoid).
+        drop_prob: probability that an element stays float, in activations and unit inputs; 0 is
+            off. (Published files only have 0.5.)
+        rounding_lr: ours; Adam's learning rate of the rounding variables.
+        learn_rounding: ours; learn the rounding of the weights.
+        learn_scale: ours; learn the scales of the activations.
+        granularity: ours; reconstruct whole attentions, MLPs and the neck ("unit", as BRECQ and
+            QDrop) or one layer after another ("layer", as AdaRound).
+        weights_only: ours, and what --brecq sets; activations stay float while reconstructing, so
+            that learn_scale becomes false and drop_prob 0.
+    """
+
+    batch_size: int = 1
+    scale_lr: float = 4e-5
+    warm_up: float = 0.2
+    weight: float = 0.01
+    iters: int = 20000
+    b_range: tuple[float, float] = (20.0, 2.0)
+    keep_gpu: bool = True
+    round_mode: Literal["learned_hard_sigmoid"] = "learned_hard_sigmoid"
+    drop_prob: float = 0.5
+    rounding_lr: float = 1e-3
+    learn_rounding: bool = True
+    learn_scale: bool = True
+    granularity: Literal["unit", "layer"] = "unit"
+    weights_only: bool = False
+
+    def _validate(self) -> None:
+        self._require(self.batch_size >= 1, "batch_size", "1 or more")
+        self._require(self.scale_lr > 0, "scale_lr", "more than 0")
+        self._require(self.rounding_lr > 0, "rounding_lr", "more than 0")
+        self._require(0 <= self.warm_up < 1, "warm_up", "0 to below 1")
+        self._require(self.weight >= 0, "weight", "0 or more")
+        self._require(self.iters >= 1, "iters", "1 or more")
+        self._require(
+            self.b_range[0] >= self.b_range[1] > 0, "b_range", "[start, end], start >= end > 0"
+        )
+        self._require(0 <= self.drop_prob < 1, "drop_prob", "0 to below 1")
+        if self.weights_only:
+            object.__setattr__(self, "learn_scale", False)
+            object.__setattr__(self, "drop_prob", 0.0)
+        if not (self.learn_rounding or self.learn_scale):
+            raise FieldError("learn_rounding", "nothing to learn: no rounding and no scale")
+
+
+@dataclass(frozen=True)
+class Methods(Record):
+    """The two methods of PTQ4SAM (Lv et al., CVPR 2024).
+
+    Attributes:
+        BIG: bimodal integration of the post-key activations in the decoder (section 3.2).
+        AGQ: adaptive granularity quantization of softmax outputs (section 3.3).
+        global_num: points at which the density of the activations is estimated.
+        peak_distance: smallest distance between two peaks, in points.
+        peak_height: smallest height of a peak, as a share of the sum of the density.
+    """
+
+    BIG: bool = False
+    AGQ: bool = False
+    global_num: int = 128
+    peak_distance: int = 32
+    peak_height: float = 0.01
+
+    def _validate(self) -> None:
+        self._require(self.global_num >= 3, "global_num", "3 or more")
+        self._require(
+            1 <= self.peak_distance <= self.global_num,
+            "peak_distance",
+            f"1 to global_num ({self.global_num})",
+        )
+        self._require(0 < self.peak_height < 1, "peak_height", "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Scheme(Record):
+    """A quantization: formats, methods and reconstruction.
+
+    Attributes:
+        a_qconfig: format of the activations, per tensor.
+        w_qconfig: format of the weights.
+        calibrate: number of calibration pictures.
+        recon: reconstruction settings; None (no such section) calibrates by statistics only.
+        ptq4sam: bimodal integration and adaptive granularity; without the section both are off.
+        compat: ours; "published" leaves activations dropped and roundings soft after
+            reconstruction, as the published implementation does, to reproduce its numbers; they
+            are not those of a quantized model.
+    """
+
+    a_qconfig: TensorFormat
+    w_qconfig: TensorFormat
+    calibrate: int = 32
+    recon: Reconstruction | None = None
+    ptq4sam: Methods = Methods()
+    compat: Literal["faithful", "published"] = "faithful"
+
+    def _validate(self) -> None:
+        self._require(self.calibrate >= 1, "calibrate", "1 or more")
+        if self.a_qconfig.ch_axis != -1:
+            raise FieldError("a_qconfig.ch_axis", "activations are quantized per tensor: -1")
+        if self.a_qconfig.quantizer == ADAROUND:
+            allowed = ", ".join(name for name in QUANTIZER_NAMES if name != ADAROUND)
+            raise FieldError(
+                "a_qconfig.quantizer", f"{ADAROUND} is for weights; allowed: {allowed}"
+            )
+        if self.recon is not None:
+            self._check_learning(self.recon)
+
+    def _check_learning(self, recon: Reconstruction) -> None:
+        if recon.learn_rounding and self.w_qconfig.quantizer != ADAROUND:
+            raise FieldError(
+                "recon.learn_rounding",
+                f"needs w_qconfig.quantizer {ADAROUND}, not {self.w_qconfig.quantizer}",
+            )
+        if recon.learn_scale and self.a_qconfig.quantizer not in LEARNED_SCALE_QUANTIZER_NAMES:
+            raise FieldError(
+                "recon.learn_scale",
+                f"needs a_qconfig.quantizer {' or '.join(LEARNED_SCALE_QUANTIZER_NAMES)}, "
+                f"not {self.a_qconfig.quantizer}; set it to false to learn the rounding alone",
+            )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Scheme:
+        """Read a scheme from a YAML file.
+
+        Raises:
+            ConfigError: the file is not there, is not YAML, or describes no possible scheme.
+        """
+        return cls.from_dict(_read_yaml(Path(path)), path)
+
+    def to_yaml(self) -> str:
+        """YAML text that `from_yaml` reads back to an equal scheme."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key given twice is an error instead of overwriting silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in keys:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark
+                )
+            keys.add(key if isinstance(key, Hashable) else None)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> object:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, siblings, n=1)
+        hint = f"; did you mean {path.with_name(close[0])}?" if close else ""
+        raise ConfigError(f"{path}: no such scheme file{hint}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not YAML: {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).replace("\n", " ")
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
+
+
+def _require_name(name: str, key: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
+        raise FieldError(key, f"{name!r} given; {hint}")
