@@ -79,13 +79,13 @@ class Reconstruction(Record):
     """How units are reconstructed (QDrop, Wei et al. 2022; BRECQ, Li et al. 2021; AdaRound).
 
     Attributes:
-        batch_size: pictures a step.
+        batch_size: pictures a step: 1, as pictures have different numbers of boxes.
         scale_lr: Adam's first learning rate of the activation scales, annealed to 0 by a cosine.
         warm_up: share of the steps without rounding regularizer, in [0, 1).
         weight: factor of the rounding regularizer.
         iters: steps a unit.
         b_range: exponent of the regularizer at the end of the warm-up and at the last step.
-        keep_gpu: keep captured activations on the device of the model rather than in main memory.
+        keep_gpu: keep captured activations on the device of the model; no result depends on it.
         round_mode: "learned_hard_sigmoid" (AdaRound's rectified sigmoid).
         drop_prob: probability that an element stays float, in activations and unit inputs; 0 is
             off. (Published files only have 0.5.)
@@ -114,7 +114,7 @@ class Reconstruction(Record):
     weights_only: bool = False
 
     def _validate(self) -> None:
-        self._require(self.batch_size >= 1, "batch_size", "1 or more")
+        self._require(self.batch_size == 1, "batch_size", "1")
         self._require(self.scale_lr > 0, "scale_lr", "more than 0")
         self._require(self.rounding_lr > 0, "rounding_lr", "more than 0")
         self._require(0 <= self.warm_up < 1, "warm_up", "0 to below 1")
@@ -224,14 +224,16 @@ class _StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader, but a key given twice is an error instead of overwriting silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys: set[Any] = set()
+        keys: set[object] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in keys:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in keys:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark
+                    problem=f"key {key_node.value!r} is given twice",
+                    problem_mark=key_node.start_mark,
                 )
-            keys.add(key if isinstance(key, Hashable) else None)
+            keys.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
