@@ -103,10 +103,11 @@ class Record:
         for assignment in assignments:
             key, text = split_assignment(assignment)
             try:
-                value = yaml.safe_load(text)
+                assign(mapping, key, yaml.safe_load(text))
             except yaml.YAMLError:
                 raise ConfigError(f"override {assignment!r}: the value is not YAML") from None
-            assign(mapping, key, value)
+            except FieldError as error:
+                raise ConfigError(f"override {assignment!r}: {error}") from None
         return self.from_dict(mapping, f"override {' '.join(assignments)}")
 
 

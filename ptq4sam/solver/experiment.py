@@ -1,0 +1,166 @@
+"""Experiments: what a configuration file under projects/configs/ describes, typed and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from ptq4sam.errors import DependencyError
+from ptq4sam.records import FieldError, Record
+from ptq4sam.solver.config import load_config
+
+DetectorType = Literal[
+    "ground-truth",
+    "results",
+    "scene-detector",
+    "onnx",
+    "torchvision",
+    "mmdet",
+    "hdetr",
+    "focalnet_dino",
+]
+"""Where boxes come from; the last three have no backend here yet."""
+
+COMING = ("mmdet", "hdetr", "focalnet_dino")
+
+
+@dataclass(frozen=True)
+class SamConfig(Record):
+    """Which SAM.
+
+    Attributes:
+        type: its size; vit_nano ships with the package.
+        checkpoint: its weights; None for those that ship with the package.
+    """
+
+    type: Literal["vit_nano", "vit_b", "vit_l", "vit_h"]
+    checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class DetectorConfig(Record):
+    """Which detector gives the boxes.
+
+    Attributes:
+        type: kind of detector or source.
+        checkpoint: its weights, an .onnx file, or a COCO results JSON for "results".
+        config: a file under mmdetection/configs/ for "mmdet"; the model's name in torchvision for
+            "torchvision".
+        requires: extra of this package that brings its library.
+    """
+
+    type: DetectorType
+    checkpoint: Path | None = None
+    config: str | None = None
+    requires: str | None = None
+
+    def _validate(self) -> None:
+        if self.type in ("onnx", "results", *COMING) and self.checkpoint is None:
+            raise FieldError("checkpoint", f"missing; a {self.type} detector needs a file")
+        if self.type in ("mmdet", "torchvision") and self.config is None:
+            raise FieldError("config", f"missing; a {self.type} detector needs one")
+
+    def require_available(self) -> None:
+        """Check that the detector can run here.
+
+        Raises:
+            DependencyError: its library is not installed, or it has no backend yet.
+        """
+        if self.type in COMING:
+            problem = (
+                f"detector {self.type!r} needs the extra {self.requires!r}, which is not there yet"
+            )
+        elif self.type == "onnx" and find_spec("onnxruntime") is None:
+            problem = "detector 'onnx' needs onnxruntime: pip install 'ptq4sam[onnx]'"
+        else:
+            return
+        raise DependencyError(
+            f"{problem}; boxes of any detector can be given: --prompts boxes.json"
+        )
+
+    @property
+    def prompts(self) -> str:
+        """The same source as an argument of `ptq4sam evaluate --prompts`."""
+        if self.type == "results":
+            return str(self.checkpoint)
+        if self.type == "onnx":
+            return f"onnx:{self.checkpoint}"
+        if self.type in ("ground-truth", "scene-detector"):
+            return self.type
+        return f"{self.type}:{self.config or self.checkpoint}"
+
+
+@dataclass(frozen=True)
+class DataConfig(Record):
+    """A data set.
+
+    Attributes:
+        images: folder.
+        annotations: COCO instances JSON; None takes every picture in the folder.
+        limit: use the first ones only.
+    """
+
+    images: Path
+    annotations: Path | None = None
+    limit: int | None = None
+
+    def _validate(self) -> None:
+        self._require(self.limit is None or self.limit >= 1, "limit", "1 or more")
+
+
+@dataclass(frozen=True)
+class PromptingConfig(Record):
+    """How boxes become masks and scores.
+
+    Attributes:
+        best_in_multi_mask: take the best of three masks by predicted IoU, not the single mask.
+        cascade: a second pass with the first mask's logits and its box.
+        use_sam_iou: multiply the detector's score by the predicted IoU.
+        max_per_image: boxes an image that SAM is prompted with, best scores first (COCO's AP counts
+            100 of them).
+        score_threshold: boxes below it are dropped.
+    """
+
+    best_in_multi_mask: bool = False
+    cascade: bool = False
+    use_sam_iou: bool = True
+    max_per_image: int = 100
+    score_threshold: float = 0.0
+
+    def _validate(self) -> None:
+        self._require(self.max_per_image >= 1, "max_per_image", "1 or more")
+        self._require(0 <= self.score_threshold <= 1, "score_threshold", "0 to 1")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig(Record):
+    """An experiment: model, detector, data and prompting.
+
+    Attributes:
+        sam: the model to quantize.
+        detector: where boxes come from.
+        data: pictures to score.
+        calibration: pictures to calibrate on; the scheme says how many.
+        prompting: from boxes to masks.
+    """
+
+    sam: SamConfig
+    detector: DetectorConfig
+    data: DataConfig
+    calibration: DataConfig | None = None
+    prompting: PromptingConfig = PromptingConfig()
+
+    @classmethod
+    def from_file(cls, path: str | Path, *options: str) -> ExperimentConfig:
+        """Read a configuration file.
+
+        Args:
+            path: the file.
+            options: overrides as after --cfg-options, "sam.checkpoint=other.pth".
+
+        Raises:
+            ConfigError: the file cannot be read, or a key or value is not usable.
+        """
+        return cls.from_dict(load_config(path, options), path)
