@@ -1,0 +1,1 @@
+_base_ = ["../_base_/coco.py", "../_base_/sam_vit_h.py", "../_base_/hdetr_r50.py"]

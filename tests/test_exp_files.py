@@ -1,0 +1,117 @@
+"""The files that ship: schemes in exp/, experiments in projects/configs/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ptq4sam.errors import DependencyError
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.solver.experiment import ExperimentConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ["minmax", "percentile", "omse", "ptq4sam-s", "adaround", "brecq", "qdrop", "ptq4sam-l"]
+PUBLISHED_EXPERIMENTS = [
+    f"{stem}-{size}.py"
+    for stem in (
+        "yolox/yolo_l-sam-vit",
+        "faster_rcnn/faster-rcnn-r50_sam-vit",
+        "hdetr/r50-hdetr_sam-vit",
+        "focalnet_dino/focalnet-l-dino_sam-vit",
+    )
+    for size in "blh"
+]
+
+
+def scheme(name: str) -> Scheme:
+    return Scheme.from_yaml(ROOT / "exp" / f"{name}.yaml")
+
+
+def experiment(name: str) -> ExperimentConfig:
+    return ExperimentConfig.from_file(ROOT / "projects" / "configs" / name)
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("row", ["config", *ROWS])
+def test_scheme_of_each_row(row: str, bits: int) -> None:
+    read = scheme(f"{row}{bits}{bits}")
+    assert (read.a_qconfig.bit, read.w_qconfig.bit, read.calibrate) == (bits, bits, 32)
+    assert (read.w_qconfig.ch_axis, read.compat) == (0, "faithful")
+    assert (read.recon is None) == (row in ("minmax", "percentile", "omse", "ptq4sam-s"))
+    with_methods = row in ("config", "ptq4sam-s", "ptq4sam-l")
+    assert read.ptq4sam.BIG == with_methods
+    assert read.ptq4sam.AGQ == with_methods
+
+
+def test_every_scheme_file_is_tested() -> None:
+    names = {path.stem for path in (ROOT / "exp").glob("*.yaml")}
+    assert names == {f"{row}{bits}{bits}" for row in ["config", *ROWS] for bits in (4, 6)}
+
+
+@pytest.mark.parametrize("bits", ["44", "66"])
+def test_relations_between_rows(bits: str) -> None:
+    large = scheme("ptq4sam-l" + bits)
+    assert scheme("config" + bits) == large
+    assert scheme("qdrop" + bits) == large.with_overrides("ptq4sam.BIG=false", "ptq4sam.AGQ=false")
+    assert scheme("ptq4sam-s" + bits) == large.with_overrides(
+        "recon=null",
+        "a_qconfig.quantizer=FixedFakeQuantize",
+        "w_qconfig.quantizer=FixedFakeQuantize",
+    )
+    brecq = scheme("brecq" + bits)
+    assert brecq.recon is not None
+    assert (brecq.recon.learn_scale, brecq.recon.drop_prob) == (False, 0)
+    assert scheme("adaround" + bits) == brecq.with_overrides("recon.granularity=layer")
+
+
+@pytest.mark.parametrize("bits", ["44", "66"])
+def test_observers_of_the_statistic_rows(bits: str) -> None:
+    observers = {
+        row: (scheme(row + bits).a_qconfig.observer, scheme(row + bits).w_qconfig.observer)
+        for row in ("minmax", "percentile", "omse")
+    }
+    assert observers == {
+        "minmax": ("MinMaxObserver", "MinMaxObserver"),
+        "percentile": ("PCTObserver", "MinMaxObserver"),
+        "omse": ("MSEObserver", "MSEObserver"),
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED_EXPERIMENTS)
+def test_published_experiment(name: str) -> None:
+    read = experiment(name)
+    size = name.removesuffix(".py")[-1]
+    assert read.sam.type == f"vit_{size}"
+    assert str(read.sam.checkpoint).startswith(f"ckpt/sam_vit_{size}_")
+    assert read.data.images == Path("data/coco/val2017")
+    assert read.calibration is not None
+    assert read.calibration.images == Path("data/coco/train2017")
+    assert read.prompting.use_sam_iou
+    assert read.prompting.max_per_image == (300 if "detr" in name or "dino" in name else 100)
+    if read.detector.config is not None:
+        assert (ROOT / read.detector.config).is_file()
+    with pytest.raises(DependencyError, match="needs the extra"):
+        read.detector.require_available()
+
+
+def test_every_experiment_can_be_read() -> None:
+    paths = [p for p in (ROOT / "projects" / "configs").glob("*/*.py") if p.parent.name != "_base_"]
+    assert len(paths) > len(PUBLISHED_EXPERIMENTS)
+    for path in paths:
+        ExperimentConfig.from_file(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [
+        ("scenes/scene-detector_sam-vit-nano.py", "scene-detector"),
+        ("scenes/ground-truth_sam-vit-nano.py", "ground-truth"),
+        ("yolox/yolox_nano-sam-vit-nano.py", "onnx:ckpt/yolox_nano.onnx"),
+    ],
+)
+def test_experiment_with_vit_nano(name: str, prompts: str) -> None:
+    read = experiment(name)
+    assert (read.sam.type, read.sam.checkpoint) == ("vit_nano", None)
+    assert read.detector.prompts == prompts
+    read.detector.require_available()
