@@ -40,8 +40,7 @@ def test_scheme_of_each_row(row: str, bits: int) -> None:
     assert (read.w_qconfig.ch_axis, read.compat) == (0, "faithful")
     assert (read.recon is None) == (row in ("minmax", "percentile", "omse", "ptq4sam-s"))
     with_methods = row in ("config", "ptq4sam-s", "ptq4sam-l")
-    assert read.ptq4sam.BIG == with_methods
-    assert read.ptq4sam.AGQ == with_methods
+    assert {read.ptq4sam.BIG, read.ptq4sam.AGQ} == {with_methods}
 
 
 def test_every_scheme_file_is_tested() -> None:
