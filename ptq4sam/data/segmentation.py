@@ -1,0 +1,82 @@
+"""COCO's three ways to write a mask: polygons, run lengths, and compressed run lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_HUGE = 1e15
+
+
+def segmentation_problem(segmentation: Any, height: int, width: int) -> str | None:
+    """What makes a segmentation unusable for a picture of that size, or None."""
+    if not segmentation:
+        return "there is no segmentation"
+    if isinstance(segmentation, list):
+        usable = all(
+            isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and are_numbers(p)
+            for p in segmentation
+        )
+        return None if usable else "a polygon is not a list of at least three points"
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        return "the segmentation is neither polygons nor a run-length encoding"
+    if segmentation["size"] != [height, width]:
+        return f"its mask has size {segmentation['size']}, not {[height, width]}"
+    counts = segmentation["counts"]
+    runs = uncompress(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):
+        return "its run lengths are not numbers of pixels"
+    return None if sum(runs) == height * width else "its run lengths do not fill the picture"
+
+
+def encode_segmentation(segmentation: Any, height: int, width: int) -> Any:
+    """Compressed run-length encoding, in pycocotools' form, of a usable segmentation."""
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, list):
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return coco_mask.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
+    """The mask, bool [height, width], of a usable segmentation."""
+    from pycocotools import mask as coco_mask
+
+    encoded = encode_segmentation(segmentation, height, width)
+    drawn: NDArray[np.uint8] = coco_mask.decode(encoded)
+    return drawn.astype(np.bool_)
+
+
+def uncompress(counts: str) -> list[int] | None:
+    """Run lengths of COCO's compressed text, or None where it is none.
+
+    Each number is written in groups of 5 bits, lowest first, sign-extended; from the fourth on it
+    is the difference to the number before the last. (pycocotools itself reads whatever text is
+    given, and leaves pixels undefined that no run covers.)
+    """
+    symbols = np.frombuffer(counts.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
+    if not symbols.size or symbols.min() < 0 or symbols.max() > 63 or symbols[-1] & 32:
+        return None
+    last = np.flatnonzero(symbols & 32 == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    groups = last - first + 1
+    if groups.max() > 7:
+        return None
+    shifts = 5 * (np.arange(symbols.size) - np.repeat(first, groups))
+    numbers = np.add.reduceat((symbols & 31) << shifts, first)
+    numbers -= np.where(symbols[last] & 16, 1 << 5 * groups, 0)
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return [int(number) for number in numbers]
+
+
+def are_numbers(values: Sequence[Any]) -> bool:
+    """Whether all are finite numbers."""
+    # Also NaN and infinity fail: neither compares as smaller. Few steps a number, for train2017 has
+    # 80 million of them.
+    return set(map(type, values)) <= {int, float} and abs(sum(values)) < _HUGE
