@@ -96,7 +96,8 @@ class Attention(nn.Module):
         grid_query = query.reshape(batch * heads, last_row - first_row, columns, head_dim)
         bias_h = torch.einsum("brcd,rkd->brck", grid_query, table_h)
         bias_w = torch.einsum("brcd,ckd->brck", grid_query, table_w)
-        bias = bias_h[..., :, None] + bias_w[..., None, :]
+        # Contiguous terms make a contiguous sum, which the reshape need not copy.
+        bias = bias_h.contiguous()[..., :, None] + bias_w.contiguous()[..., None, :]
         return bias.reshape(batch, heads, -1, rows * columns)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -105,15 +106,17 @@ class Attention(nn.Module):
         rows, columns = grid
         row_bytes = query.shape[0] * self.num_heads * columns * rows * columns * query.itemsize
         rows_at_once = max(1, min(rows, _BIAS_BYTES // row_bytes))
-        pieces = []
+        # Written in place: results kept in a list would lie between the freed biases in memory.
+        attended = torch.empty_like(query)
         for first in range(0, rows, rows_at_once):
             last = min(rows, first + rows_at_once)
-            part = query[:, :, first * columns : last * columns]
+            tokens = slice(first * columns, last * columns)
+            part = query[:, :, tokens]
             bias = self.position_bias(part, grid, first, last)
-            pieces.append(
-                F.scaled_dot_product_attention(part, key, value, attn_mask=bias, scale=self.scale)
+            attended[:, :, tokens] = F.scaled_dot_product_attention(
+                part, key, value, attn_mask=bias, scale=self.scale
             )
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        return attended
 
 
 class Block(nn.Module):
