@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ptq4sam.data.images import ImageRecord
 from ptq4sam.data.scenes import SCENE_CATEGORIES
 from ptq4sam.errors import CheckpointError, DependencyError
-
-if TYPE_CHECKING:
-    from ptq4sam.data import ImageRecord
-    from ptq4sam.prompts import Prompts
+from ptq4sam.prompts.record import Prompts, clean
 
 SCENE_DETECTOR_WEIGHTS = Path(__file__).parents[1] / "assets" / "scene_detector.safetensors"
 
@@ -214,10 +212,7 @@ class SceneDetector:
 
     def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:
         """Boxes of one RGB image (H, W, 3), in its own pixels, best first."""
-        from ptq4sam.prompts import Prompts
-
-        boxes, scores, category_ids = self.detect(image)
-        return Prompts(image_id=record.id, boxes=boxes, scores=scores, category_ids=category_ids)
+        return clean(record, *self.detect(image))
 
 
 def _load_weights(model: nn.Module, path: Path) -> str:
