@@ -1,0 +1,24 @@
+"""Where boxes come from: one record, one interface, a small adapter a source, a cache on disk."""
+
+from ptq4sam.prompts.cache import CachedPrompts, cached
+from ptq4sam.prompts.coco_results import CocoResults, to_results, write_results
+from ptq4sam.prompts.factory import open_prompts
+from ptq4sam.prompts.ground_truth import GroundTruth
+from ptq4sam.prompts.record import Prompts, PromptSource, clean
+from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
+from ptq4sam.prompts.yolox import YoloxOnnx
+
+__all__ = [
+    "CachedPrompts",
+    "CocoResults",
+    "GroundTruth",
+    "PromptSource",
+    "Prompts",
+    "TorchvisionDetector",
+    "YoloxOnnx",
+    "cached",
+    "clean",
+    "open_prompts",
+    "to_results",
+    "write_results",
+]

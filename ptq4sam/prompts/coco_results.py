@@ -1,0 +1,154 @@
+"""Boxes from and to a COCO results file: what any detector can write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq4sam.data.images import ImageRecord, ImageSet
+from ptq4sam.errors import DataError
+from ptq4sam.files import write_json
+from ptq4sam.prompts.record import Prompts, clean
+
+_log = logging.getLogger(__name__)
+
+
+class CocoResults:
+    """Prompt source: boxes that a detector has written as COCO results.
+
+    The file is a list of `{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`.
+    A picture that it does not name has no boxes. Boxes of pictures outside of the data set are not
+    used: a data set may be a part of what the detector saw.
+
+    Args:
+        path: the file.
+        dataset: what it is about.
+        limit: use at most so many boxes of a picture, best first.
+
+    Raises:
+        DataError: the file is missing or damaged, is no list of results, or belongs to other
+            pictures or categories.
+    """
+
+    name = "COCO results"
+
+    def __init__(self, path: Path, dataset: ImageSet, limit: int | None = 100) -> None:
+        self.path = path
+        self.limit = limit
+        self.dropped: Counter[str] = Counter()
+        entries, self._digest = _read(path)
+        self._entries: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+        for number, entry in enumerate(entries):
+            _check(entry, number, path)
+            self._entries[entry["image_id"]].append(entry)
+        self._check_fit(dataset)
+
+    def fingerprint(self) -> str:
+        """Identifies the file by its bytes."""
+        return f"{self._digest}-{self.limit}"
+
+    def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:
+        """The file's boxes of a picture; the pixels are not looked at."""
+        entries = self._entries.get(record.id, [])
+        boxes = [[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in entries)]
+        return clean(
+            record,
+            np.array(boxes, np.float32).reshape(-1, 4),
+            [entry["score"] for entry in entries],
+            [entry["category_id"] for entry in entries],
+            self.limit,
+            self.dropped,
+        )
+
+    def _check_fit(self, dataset: ImageSet) -> None:
+        if not self._entries:
+            return
+        here = [record.id for record in dataset.images if record.id in self._entries]
+        if not here:
+            raise DataError(
+                f"{self.path} has boxes of {len(self._entries)} images, none of which is in the "
+                "data set: give the boxes of these images"
+            )
+        known = set(dataset.category_ids)
+        used = Counter(entry["category_id"] for id_ in here for entry in self._entries[id_])
+        unknown = {category: count for category, count in used.items() if category not in known}
+        if known and len(unknown) == len(used):
+            raise DataError(
+                f"{self.path} has category ids {_some(used)}, the data set has {_some(known)}: "
+                "write the data set's ids"
+            )
+        if known and unknown:
+            total = sum(unknown.values())
+            _log.warning(
+                "%s: %d boxes have categories that the data set lacks (ids %s): they cannot score",
+                self.path,
+                total,
+                _some(unknown),
+            )
+
+
+def to_results(prompts: Prompts) -> list[dict[str, Any]]:
+    """The boxes of a picture as COCO results."""
+    corners = prompts.boxes.astype(np.float64)
+    sizes = corners[:, 2:] - corners[:, :2]
+    return [
+        {
+            "image_id": prompts.image_id,
+            "category_id": int(category),
+            "bbox": [*map(float, corner), *map(float, size)],
+            "score": float(score),
+        }
+        for corner, size, score, category in zip(
+            corners[:, :2], sizes, prompts.scores, prompts.category_ids, strict=True
+        )
+    ]
+
+
+def write_results(prompts: Iterable[Prompts], path: Path) -> None:
+    """Write the boxes of many pictures as a COCO results file, at once or not at all."""
+    write_json([result for one in prompts for result in to_results(one)], path)
+
+
+def _read(path: Path) -> tuple[list[Any], str]:
+    try:
+        raw = path.read_bytes()
+        content = json.loads(raw)
+    except FileNotFoundError:
+        raise DataError(f"there is no file of boxes {path}") from None
+    except OSError as error:
+        raise DataError(f"file of boxes {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"file of boxes {path} is not JSON: {error}") from error
+    if not isinstance(content, list):
+        hint = "; this looks like annotations" if "annotations" in content else ""
+        raise DataError(f"{path} is not a list of COCO results{hint}")
+    return content, hashlib.sha256(raw).hexdigest()[:16]
+
+
+def _check(entry: Any, number: int, path: Path) -> None:
+    box = entry.get("bbox") if isinstance(entry, dict) else None
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        raise DataError(f"{path}: result {number} has no bbox [x, y, width, height]")
+    for key in ("image_id", "category_id"):
+        if not isinstance(entry.get(key), int):
+            raise DataError(f"{path}: result {number} has {key} {entry.get(key)!r}, not a number")
+    if not _is_number(entry.get("score")):
+        raise DataError(f"{path}: result {number} has score {entry.get('score')!r}, not a number")
+
+
+def _is_number(value: object) -> bool:
+    # NaN is one here: detectors write it, and `clean` drops it.
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _some(ids: Iterable[int]) -> str:
+    ordered = sorted(ids)
+    return ", ".join(map(str, ordered[:8])) + (", ..." if len(ordered) > 8 else "")

@@ -1,0 +1,53 @@
+"""Boxes of the annotations themselves: what a perfect detector would find."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq4sam.data.coco import CocoDataset, Instance
+from ptq4sam.data.images import ImageRecord, ImageSet
+from ptq4sam.errors import DataError
+from ptq4sam.prompts.record import Prompts, clean
+
+
+class GroundTruth:
+    """Prompt source: annotated boxes with score 1, in file order; crowd regions are left out.
+
+    Raises:
+        DataError: the data set has no annotations.
+    """
+
+    name = "ground truth"
+
+    def __init__(self, dataset: ImageSet) -> None:
+        if not isinstance(dataset, CocoDataset) or not dataset.annotated_images():
+            raise DataError("prompts from ground truth need a data set with annotations")
+        self._dataset = dataset
+
+    def fingerprint(self) -> str:
+        """Identifies the annotations."""
+        return self._dataset.fingerprint()
+
+    def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:
+        """The annotated boxes of a picture; the pixels are not looked at."""
+        found, objects = self._usable(record)
+        categories = np.array([item.category_id for item in objects], np.int64)
+        return Prompts(record.id, found.boxes, found.scores, categories)
+
+    def truth(self, record: ImageRecord) -> NDArray[np.bool_]:
+        """Annotated masks, bool [n, height, width], one for each box of `prompts`, in its order."""
+        _, objects = self._usable(record)
+        masks = np.zeros((len(objects), record.height, record.width), np.bool_)
+        for mask, item in zip(masks, objects, strict=True):
+            mask[:] = item.mask
+        return masks
+
+    def _usable(self, record: ImageRecord) -> tuple[Prompts, list[Instance]]:
+        """Boxes that can prompt, and their objects."""
+        objects = [item for item in self._dataset.instances(record) if not item.iscrowd]
+        boxes = np.array([item.box for item in objects], np.float32).reshape(-1, 4)
+        # Places stand for categories, so that one sees which boxes are left.
+        places = np.arange(len(objects))
+        found = clean(record, boxes, np.ones(len(objects)), places)
+        return found, [objects[place] for place in found.category_ids]

@@ -1,0 +1,125 @@
+"""Any of torchvision's detection models."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import pickle
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ptq4sam.data.images import ImageRecord
+from ptq4sam.errors import CheckpointError, ConfigError, DependencyError
+from ptq4sam.prompts.detections import file_digest
+from ptq4sam.prompts.record import Prompts, clean
+
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
+
+
+class TorchvisionDetector:
+    """Prompt source: boxes of a torchvision detection model.
+
+    The model's labels are taken as the data set's category ids, as they are in torchvision's COCO
+    weights.
+
+    Args:
+        model: a name of `torchvision.models.detection`, or a module that maps a list of RGB
+            pictures [3, h, w] in 0-1 to a list of {"boxes", "scores", "labels"}.
+        checkpoint: state dict for a named model; None downloads torchvision's own weights.
+        score_threshold: detections at or below it are dropped.
+        limit: keep at most so many boxes a picture.
+        device: where it runs.
+
+    Raises:
+        ConfigError: torchvision has no such model.
+        CheckpointError: the weights are missing or do not fit.
+        DependencyError: torchvision is not installed.
+    """
+
+    name = "torchvision"
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        checkpoint: Path | None = None,
+        score_threshold: float = 0.01,
+        limit: int = 100,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.score_threshold, self.limit = score_threshold, limit
+        self._given, self._checkpoint = model, checkpoint
+        self._device = torch.device(device)
+        if isinstance(model, nn.Module):
+            self._identity = _state_digest(model)
+        else:
+            weights = "default" if checkpoint is None else file_digest(checkpoint)
+            self._identity = f"{model} {weights} torchvision {_version()}"
+
+    def fingerprint(self) -> str:
+        """Identifies model, weights and settings."""
+        return f"{self._identity} {self.score_threshold} {self.limit}"
+
+    @torch.no_grad()
+    def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:
+        """Boxes of an RGB picture [height, width, 3], best first."""
+        pixels = torch.from_numpy(np.array(image)).to(self._device).permute(2, 0, 1)
+        found: dict[str, Any] = self._model([pixels.float() / 255.0])[0]
+        sure = found["scores"] > self.score_threshold
+        boxes, scores, labels = (
+            found[k][sure].cpu().numpy() for k in ("boxes", "scores", "labels")
+        )
+        return clean(record, boxes, scores, labels, self.limit)
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        if isinstance(self._given, nn.Module):
+            return self._given.eval().to(self._device)
+        return _build(self._given, self._checkpoint).eval().to(self._device)
+
+
+def _build(name: str, checkpoint: Path | None) -> nn.Module:
+    from torchvision import models
+
+    names = models.list_models(module=models.detection)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1) or names
+        raise ConfigError(
+            f"torchvision has no detection model {name!r}: did you mean {', '.join(near)}?"
+        )
+    if checkpoint is None:
+        model: nn.Module = models.get_model(name, weights="DEFAULT")
+        return model
+    model = models.get_model(name, weights=None, weights_backbone=None)
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        # torchvision's training script keeps the weights under "model".
+        model.load_state_dict(state.get("model", state))
+    except (*_UNREADABLE, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{checkpoint} has no weights of {name}: {reason}") from error
+    return model
+
+
+def _state_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _version() -> str:
+    try:
+        return metadata.version("torchvision")
+    except metadata.PackageNotFoundError as error:
+        raise DependencyError(
+            "prompts of torchvision:... need torchvision, which is not installed here: "
+            "pip install torchvision"
+        ) from error
