@@ -1,0 +1,137 @@
+"""COCO average precision of masks and boxes (Lin et al., 2014), by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ptq4sam.data.coco import CocoDataset, coco_index
+from ptq4sam.data.images import ImageRecord, ImageSet
+from ptq4sam.errors import DataError
+from ptq4sam.prompts.coco_results import to_results
+from ptq4sam.prompts.record import Prompts
+
+_STATISTICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR": 8}
+
+
+class MaskScores:
+    """Collects masks of a data set and computes their AP.
+
+    Attributes:
+        results: the masks in the COCO results format.
+    """
+
+    def __init__(self, dataset: ImageSet) -> None:
+        self._dataset = dataset
+        self.results: list[dict[str, Any]] = []
+
+    def add(
+        self,
+        record: ImageRecord,
+        masks: NDArray[np.bool_] | Sequence[dict[str, Any]],
+        scores: ArrayLike,
+        category_ids: ArrayLike,
+    ) -> None:
+        """Add the masks of one picture.
+
+        Args:
+            record: the picture.
+            masks: bool [n, height, width], or n run-length encodings as `encode_masks` gives.
+            scores: [n].
+            category_ids: [n].
+
+        Raises:
+            ValueError: the numbers of masks, scores and categories differ, or the masks have
+                another size than the picture.
+        """
+        encoded = encode_masks(masks) if isinstance(masks, np.ndarray) else masks
+        for mask, score, category in zip(
+            encoded, np.asarray(scores).tolist(), np.asarray(category_ids).tolist(), strict=True
+        ):
+            if mask["size"] != [record.height, record.width]:
+                raise ValueError(f"mask of {mask['size']} pixels for {record}")
+            self.results.append(
+                {
+                    "image_id": record.id,
+                    "category_id": int(category),
+                    "segmentation": mask,
+                    "score": float(score),
+                }
+            )
+
+    def summarize(self) -> dict[str, float]:
+        """AP, AP50, AP75, APs, APm, APl and AR in percent, over at most 100 masks a picture.
+
+        All pictures of the data set count, also those without masks. NaN where nothing of that
+        size is annotated.
+
+        Raises:
+            DataError: the data set has no annotations.
+        """
+        from pycocotools import mask as coco_mask
+
+        areas = [float(coco_mask.area(result["segmentation"])) for result in self.results]
+        return _average_precision(self._dataset, self.results, areas, "segm")
+
+
+class BoxScores:
+    """Collects boxes of a data set and computes their AP."""
+
+    def __init__(self, dataset: ImageSet) -> None:
+        self._dataset = dataset
+        self.results: list[dict[str, Any]] = []
+
+    def add(self, prompts: Prompts) -> None:
+        """Add the boxes of one picture."""
+        self.results.extend(to_results(prompts))
+
+    def summarize(self) -> dict[str, float]:
+        """As `MaskScores.summarize`, for boxes."""
+        areas = [result["bbox"][2] * result["bbox"][3] for result in self.results]
+        return _average_precision(self._dataset, self.results, areas, "bbox")
+
+
+def encode_masks(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """Compressed run-length encodings, as JSON can hold, of masks [n, height, width]."""
+    from pycocotools import mask as coco_mask
+
+    if len(masks) == 0:
+        return []
+    encoded: Any = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+    return [
+        {"size": [int(side) for side in one["size"]], "counts": one["counts"].decode("ascii")}
+        for one in encoded
+    ]
+
+
+def _average_precision(
+    dataset: ImageSet,
+    results: Sequence[dict[str, Any]],
+    areas: Sequence[float],
+    kind: Literal["segm", "bbox"],
+) -> dict[str, float]:
+    from pycocotools.cocoeval import COCOeval
+
+    if not isinstance(dataset, CocoDataset) or not dataset.annotated_images():
+        raise DataError("scores need a data set with annotations")
+    # What COCO.loadRes does, which however fails where nothing was found.
+    found = [
+        {**result, "id": number, "iscrowd": 0, "area": area}
+        for number, (result, area) in enumerate(zip(results, areas, strict=True), start=1)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(dataset.ground_truth, coco_index(dataset, found), kind)
+        evaluation.params.imgIds = [record.id for record in dataset.images]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = [float(value) for value in evaluation.stats]
+    # pycocotools writes -1 where there is nothing to find.
+    percent = [100 * value if value >= 0 else math.nan for value in values]
+    return {name: percent[place] for name, place in _STATISTICS.items()}
