@@ -82,14 +82,19 @@ class DetectorConfig(Record):
 
     @property
     def prompts(self) -> str:
-        """The same source as an argument of `ptq4sam evaluate --prompts`."""
+        """The same source as an argument of `ptq4sam evaluate --prompts`.
+
+        Raises:
+            DependencyError: the detector cannot run here.
+        """
+        self.require_available()
         if self.type == "results":
             return str(self.checkpoint)
         if self.type == "onnx":
             return f"onnx:{self.checkpoint}"
-        if self.type in ("ground-truth", "scene-detector"):
-            return self.type
-        return f"{self.type}:{self.config or self.checkpoint}"
+        if self.type == "torchvision":
+            return f"torchvision:{self.config}" + (f":{self.checkpoint}" if self.checkpoint else "")
+        return self.type
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,10 @@ class DataConfig(Record):
 
 @dataclass(frozen=True)
 class PromptingConfig(Record):
-    """How boxes become masks and scores.
+    """How boxes become masks and scores; the fields of evaluation's `Prompting`, checked.
 
     Attributes:
+        multimask: let the decoder propose three masks a box and keep the first.
         best_in_multi_mask: take the best of three masks by predicted IoU, not the single mask.
         cascade: a second pass with the first mask's logits and its box.
         use_sam_iou: multiply the detector's score by the predicted IoU.
@@ -123,6 +129,7 @@ class PromptingConfig(Record):
         score_threshold: boxes below it are dropped.
     """
 
+    multimask: bool = False
     best_in_multi_mask: bool = False
     cascade: bool = False
     use_sam_iou: bool = True

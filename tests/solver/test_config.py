@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -282,5 +283,8 @@ def test_prompts_argument_of_a_detector() -> None:
 
 def test_a_detector_that_is_not_there_names_extra_and_way_out() -> None:
     DetectorConfig("ground-truth").require_available()
+    hdetr = DetectorConfig("hdetr", Path("x.pth"), requires="mmdet")
     with pytest.raises(DependencyError, match=r"the extra 'mmdet'.*--prompts boxes\.json"):
-        DetectorConfig("hdetr", Path("x.pth"), requires="mmdet").require_available()
+        hdetr.require_available()
+    with pytest.raises(DependencyError, match="'hdetr' needs"):
+        _ = hdetr.prompts
