@@ -1,0 +1,197 @@
+"""Adaptive granularity quantization of softmax outputs (PTQ4SAM, Lv et al. 2024, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from ptq4sam.errors import CalibrationError
+from ptq4sam.quantization.grid import Grid
+from ptq4sam.quantization.mse import POWER
+from ptq4sam.quantization.quantizers import EPS, Quantizer
+
+TAUS = (1, 2, 4)
+"""Granularities: points are spaced by factors of 2, 2^(1/2) and 2^(1/4)."""
+FLOOR = 1e-20
+"""Smallest attention that a logarithm is taken of."""
+# Attention elements quantized at once in the search: one of ViT-B's global attentions at 1024 px
+# has 201 million, of which no copy may be held.
+_PIECE = {"cpu": 2**20, "cuda": 2**25}
+
+
+class AdaptiveGranularityQuantizer(Quantizer):
+    """Points s * 2^(-code / tau) for code 0 .. 2^bits - 1, and zero.
+
+    Calibration chooses tau and s so that the product with the values changes least. In integers
+    2^(-code / tau) is a shift by code div tau of one of tau table entries, that of code mod tau.
+
+    Args:
+        grid: its bits give the number of points.
+
+    Attributes:
+        tau: [] one of TAUS.
+        scale: [] largest point, learned.
+    """
+
+    tau: Tensor
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("tau", torch.ones(()))
+        self._batches = 0
+        self._scale_sums = [0.0] * len(TAUS)
+        self._error_sums = [0.0] * len(TAUS)
+
+    @property
+    def tau_scales(self) -> list[float]:
+        """Mean best scale of each tau over the batches observed."""
+        return [total / max(1, self._batches) for total in self._scale_sums]
+
+    @property
+    def tau_errors(self) -> list[float]:
+        """Sum of the least errors of each tau over the batches observed."""
+        return list(self._error_sums)
+
+    def observe(self, x: Tensor, value: Tensor | None) -> None:
+        """Search tau and scale for a batch and set those that are best for all so far.
+
+        Args:
+            x: [..., n, m] softmax output.
+            value: [..., m, channels] what it is multiplied with.
+
+        Raises:
+            CalibrationError: no value was given, or an attention that is negative or all zero.
+        """
+        if value is None:
+            raise CalibrationError(
+                "its search weighs errors by the values, none were given: call it with "
+                "(attention, value)"
+            )
+        low, high = torch.aminmax(x)
+        if float(low) < 0 or float(high) == 0:
+            raise CalibrationError(
+                f"softmax outputs were expected, found values from {float(low):.3g} to "
+                f"{float(high):.3g}: use another quantizer here"
+            )
+        search = _ScaleSearch(x, value, self.grid.levels)
+        for index, tau in enumerate(TAUS):
+            scale, error = search.best_scale(tau, float(high))
+            self._scale_sums[index] += scale
+            self._error_sums[index] += error
+        self._batches += 1
+        best = self._error_sums.index(min(self._error_sums))
+        self.tau.fill_(TAUS[best])
+        self._set_parameters(self.scale.new_tensor(self.tau_scales[best]), self.zero_point)
+        self.clamp_scale_()
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Move `x` to the nearest point in the logarithm; points below the last give zero."""
+        scale = self.scale.abs().clamp(min=EPS)
+        if not torch.is_grad_enabled():
+            return _quantize_(x.clone(), scale, self.tau, self.grid.levels)
+        result: Tensor = _AdaptiveGranularity.apply(  # type: ignore[no-untyped-call]
+            x, scale, self.tau, self.grid.levels
+        )
+        return result
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of `x`, int32; code 2^bits, one beyond the grid, stands for zero."""
+        self._require_calibration()
+        codes = _log_codes_(x.clone(), self.scale.abs().clamp(min=EPS), self.tau)
+        return codes.clamp_(0, self.grid.levels).to(torch.int32)
+
+
+def _log_codes_(x: Tensor, scale: Tensor, tau: Tensor) -> Tensor:
+    """Overwrite `x` by round(-tau * log2(x / scale)), not clamped."""
+    return x.clamp_(min=FLOOR).div_(scale).log2_().mul_(-tau).round_()
+
+
+def _quantize_(x: Tensor, scale: Tensor, tau: Tensor, levels: int) -> Tensor:
+    """Overwrite `x` by its quantized value."""
+    codes = _log_codes_(x, scale, tau)
+    vanishing = codes >= levels
+    return codes.clamp_(min=0).div_(-tau).exp2_().mul_(scale).masked_fill_(vanishing, 0)
+
+
+class _AdaptiveGranularity(torch.autograd.Function):
+    """Straight through the rounding of the code, cut where the code is clamped or vanishes.
+
+    Within the grid s * 2^(log2(a / s)) does not depend on s, so that only attentions above the
+    largest point move the scale.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, tau: Tensor, levels: int) -> Tensor:
+        quantized = _quantize_(x.clone(), scale, tau, levels)
+        ctx.save_for_backward(x, scale, tau, quantized)
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, scale, tau, quantized = ctx.saved_tensors
+        above = _log_codes_(x.clone(), scale, tau) < 0
+        for_x = for_scale = None
+        if ctx.needs_input_grad[0]:
+            inside = ~above & (x > FLOOR)
+            for_x = torch.where(inside, gradient * quantized / x.clamp(min=FLOOR), 0.0)
+        if ctx.needs_input_grad[1]:
+            for_scale = (gradient * above).sum()
+        return for_x, for_scale, None, None
+
+
+class _ScaleSearch:
+    """Error of one batch's product with the values as a function of tau and scale.
+
+    Args:
+        attention: [..., n, m].
+        value: [..., m, channels], the same leading axes.
+        levels: number of points.
+    """
+
+    def __init__(self, attention: Tensor, value: Tensor, levels: int) -> None:
+        self._attention = attention.detach().reshape(-1, *attention.shape[-2:])
+        self._value = value.detach().reshape(-1, *value.shape[-2:])
+        self._levels = levels
+        heads, queries, _ = self._attention.shape
+        self._exact = self._value.new_empty(heads, queries, value.shape[-1])
+        for part, piece, values in self._pieces():
+            self._exact[part] = piece @ values
+
+    def best_scale(self, tau: int, largest: float) -> tuple[float, float]:
+        """The scale of least error up to the largest attention, and that error."""
+        found = minimize_scalar(
+            lambda scale: self.error(tau, scale),
+            bounds=(min(0.1, 0.01 * largest), largest),
+            method="bounded",
+        )
+        return float(found.x), float(found.fun)
+
+    def error(self, tau: int, scale: float) -> float:
+        """Mean |Q(A) V - A V|^2.4."""
+        scale_tensor = self._attention.new_tensor(scale)
+        tau_tensor = self._attention.new_tensor(tau)
+        total = torch.zeros((), dtype=torch.float64, device=self._attention.device)
+        for part, piece, values in self._pieces():
+            quantized = _quantize_(piece.clone(), scale_tensor, tau_tensor, self._levels)
+            difference = (quantized @ values).sub_(self._exact[part])
+            total += difference.abs_().pow_(POWER).sum(dtype=torch.float64)
+        return float(total) / self._exact.numel()
+
+    def _pieces(self) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
+        """Where a piece of the attention is, the piece, and the values it is multiplied with."""
+        heads, queries, keys = self._attention.shape
+        elements = _PIECE.get(self._attention.device.type, 2**20)
+        rows = min(queries, max(1, elements // keys))
+        at_once = max(1, elements // (rows * keys)) if rows == queries else 1
+        for first in range(0, heads, at_once):
+            head = slice(first, first + at_once)
+            for start in range(0, queries, rows):
+                row = slice(start, start + rows)
+                yield (head, row), self._attention[head, row], self._value[head]

@@ -1,0 +1,65 @@
+"""Bimodal integration of post-key activations (PTQ4SAM, Lv et al. 2024, section 3.2).
+
+Keys of some attentions form two peaks, each channel being in one of them. As q_j * k_j =
+(-q_j) * (-k_j), the sign of a channel can be flipped in query and key together, which leaves the
+float output as it is and brings the peaks together.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.signal import find_peaks
+from scipy.stats import gaussian_kde
+from torch import Tensor, nn
+
+from ptq4sam.quantization.observers import require_finite
+from ptq4sam.quantization.scheme import Methods
+
+
+def is_bimodal(x: Tensor, settings: Methods) -> bool:
+    """Whether a key activation has exactly two peaks.
+
+    The density is a Gaussian kernel estimate with Scott's bandwidth of all values of the first
+    batch element at `settings.global_num` points between the smallest and the largest.
+
+    Args:
+        x: [batch, tokens, channels] output of a key projection.
+        settings: number of points, least height and distance of peaks.
+
+    Raises:
+        CalibrationError: `x` is empty or has values that are not finite.
+    """
+    require_finite(x)
+    values = x[0].detach().flatten().double().cpu().numpy()
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return False
+    density = gaussian_kde(values)(np.linspace(low, high, settings.global_num))
+    peaks, _ = find_peaks(
+        density, height=settings.peak_height * density.sum(), distance=settings.peak_distance
+    )
+    return len(peaks) == 2
+
+
+def channel_signs(x: Tensor) -> Tensor:
+    """The sign of each channel's mean, +1 for a mean of 0.
+
+    Args:
+        x: [batch, tokens, channels].
+
+    Returns:
+        [channels] of +1 and -1.
+    """
+    mean = x.detach().flatten(0, -2).mean(dim=0)
+    # torch.sign(0) is 0 and would erase the channel.
+    return torch.where(mean >= 0, 1.0, -1.0).to(x.dtype)
+
+
+@torch.no_grad()
+def fold_signs(query: nn.Linear, key: nn.Linear, signs: Tensor) -> None:
+    """Multiply output channels of both projections by `signs` [channels] in place."""
+    for layer in (query, key):
+        layer.weight.mul_(signs[:, None])
+        if layer.bias is not None:
+            layer.bias.mul_(signs)

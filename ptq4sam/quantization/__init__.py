@@ -1,0 +1,1 @@
+"""Grids, observers, quantizers, rounding and schemes: tensor mathematics that knows no model."""

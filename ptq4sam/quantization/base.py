@@ -1,0 +1,199 @@
+"""What all quantizers share: they observe a tensor, then map it to its grid and back."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.errors import CalibrationError
+from ptq4sam.quantization.grid import Grid, affine_codes, fake_quantize
+from ptq4sam.quantization.observers import OBSERVERS, require_finite
+
+EPS = torch.finfo(torch.float32).eps
+"""Smallest learned scale."""
+
+
+class Mode(enum.Enum):
+    """What a quantizer does with what passes it."""
+
+    FLOAT = "float"
+    """Nothing."""
+    OBSERVE = "observe"
+    """Takes its range into account and lets it pass as it is."""
+    QUANTIZE = "quantize"
+    """Moves it to the grid."""
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers.
+
+    Subclasses register `scale` (a buffer, or a parameter where it is learned) and implement
+    `observe`, `quantize` and `codes`.
+
+    Args:
+        grid: the codes allowed.
+
+    Attributes:
+        mode: what it does with its input.
+        name: path in the model, for messages.
+        drop_probability: probability that an element of the output is the float value (QDrop, Wei
+            et al. 2022); 0 is off.
+        generator: source of that choice; None is torch's own.
+        scale: [] or [channels], in the units of the data.
+        zero_point: the code of zero, as floating point, of that shape.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    calibrated: Tensor
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.mode = Mode.QUANTIZE
+        self.name = ""
+        self.drop_probability = 0.0
+        self.generator: torch.Generator | None = None
+        # The flag is read at every forward: a copy in Python spares waiting for a device.
+        self._is_calibrated = False
+        self.register_buffer("calibrated", torch.tensor(False))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether scale and zero point were set by calibration or read from a file."""
+        return self._is_calibrated
+
+    def forward(self, x: Tensor, value: Tensor | None = None) -> Tensor:
+        """Observe or quantize `x`, as the mode says.
+
+        Args:
+            x: any shape.
+            value: what `x` will be multiplied with, [..., m, channels] for `x` [..., n, m]; only
+                softmax quantizers look at it, and only when they observe.
+
+        Returns:
+            The shape of `x`.
+
+        Raises:
+            CalibrationError: it was not calibrated, or `x` gives no range.
+        """
+        if self.mode is Mode.FLOAT:
+            return x
+        if self.mode is Mode.OBSERVE:
+            self._observe(x, value)
+            return x
+        self._require_calibration()
+        quantized = self.quantize(x)
+        if self.drop_probability > 0:
+            device = x.device if self.generator is None else self.generator.device
+            random = torch.rand(x.shape, generator=self.generator, device=device)
+            return torch.where(random.to(x.device) < self.drop_probability, x, quantized)
+        return quantized
+
+    def observe(self, x: Tensor, value: Tensor | None) -> None:
+        """Take a finite batch into account and set the scale by all so far."""
+        raise NotImplementedError
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Move `x` to the grid."""
+        raise NotImplementedError
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of `x`, int32.
+
+        Raises:
+            CalibrationError: the quantizer was not calibrated.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def clamp_scale_(self) -> None:
+        """Make a learned scale positive again after an optimiser's step: |s|, at least EPS."""
+        self.scale.abs_().clamp_(min=EPS)
+
+    def extra_repr(self) -> str:
+        """Bits and mode."""
+        kind = "symmetric" if self.grid.symmetric else "asymmetric"
+        return f"{self.grid.bits} bits, {kind}, {self.mode.value}"
+
+    def _label(self) -> str:
+        return f"quantizer {self.name}" if self.name else f"a {type(self).__name__} without a name"
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor, value: Tensor | None) -> None:
+        try:
+            require_finite(x)
+            self.observe(x, value)
+        except CalibrationError as error:
+            raise CalibrationError(f"{self._label()}: {error}") from error
+
+    def _require_calibration(self) -> None:
+        if not self._is_calibrated:
+            raise CalibrationError(
+                f"{self._label()} was asked to quantize but has no scale: calibrate the model first"
+            )
+
+    def _set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
+        self.scale.data = scale
+        self.zero_point = zero_point
+        self.calibrated.fill_(True)
+        self._is_calibrated = True
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # One scale a channel has a size that only calibration knows.
+        for name, own in [
+            *self.named_parameters(recurse=False),
+            *self.named_buffers(recurse=False),
+        ]:
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape != own.shape:
+                own.data = own.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._is_calibrated = bool(self.calibrated)
+
+
+class AffineQuantizer(Quantizer):
+    """Evenly spaced points: one scale and zero point a tensor or a channel.
+
+    Args:
+        grid: the codes allowed.
+        observer: name of the observer that sets the range, a key of OBSERVERS.
+        channel_axis: axis with a scale for each index; None for one in all.
+    """
+
+    def __init__(
+        self, grid: Grid, observer: str = "MinMaxObserver", channel_axis: int | None = None
+    ) -> None:
+        super().__init__(grid)
+        self.channel_axis = channel_axis
+        self.observer = OBSERVERS[observer](grid, channel_axis)
+
+    def observe(self, x: Tensor, value: Tensor | None) -> None:
+        """Take a batch into account and set scale and zero point by all so far."""
+        self.observer.observe(x)
+        self._set_parameters(*self.observer.quantization_parameters())
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Move `x` to the nearest point of the grid."""
+        return fake_quantize(x, self.scale, self.zero_point, self.grid, self.channel_axis)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of `x` in qmin..qmax, int32."""
+        self._require_calibration()
+        codes = affine_codes(x, self.scale, self.zero_point, self.grid, self.channel_axis)
+        return codes.to(torch.int32)
+
+
+class FixedQuantizer(AffineQuantizer):
+    """Scale and zero point stay what calibration made them."""
+
+    def __init__(
+        self, grid: Grid, observer: str = "MinMaxObserver", channel_axis: int | None = None
+    ) -> None:
+        super().__init__(grid, observer, channel_axis)
+        self.register_buffer("scale", torch.ones(()))

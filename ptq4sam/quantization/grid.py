@@ -1,0 +1,149 @@
+"""Integer grids and fake quantization: the number formats everything else is built on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq4sam.errors import ConfigError
+
+MIN_SCALE = 1e-8
+"""Smallest scale a range can give; a tensor of zeros would have none otherwise."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers that codes of a tensor may take.
+
+    Attributes:
+        bits: bits of a code, 2 to 16.
+        symmetric: signed codes with zero point 0; else unsigned codes with a zero point.
+
+    Raises:
+        ConfigError: `bits` is outside 2 to 16.
+    """
+
+    bits: int
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 16:
+            raise ConfigError(f"a grid of {self.bits} bits was asked for: use 2 to 16 bits")
+
+    @property
+    def levels(self) -> int:
+        """How many codes there are."""
+        return 1 << self.bits
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return -(self.levels // 2) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return self.qmin + self.levels - 1
+
+    def affine_parameters(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for a range, which is extended to contain 0.
+
+        Args:
+            minimum: lower ends, any shape, in the units of the data.
+            maximum: upper ends, the same shape.
+
+        Returns:
+            scale (at least MIN_SCALE) and zero point (a code, as floating point), of that shape.
+        """
+        low = minimum.clamp(max=0)
+        high = maximum.clamp(min=0)
+        steps = self.qmax - self.qmin
+        if self.symmetric:
+            scale = (torch.maximum(-low, high) / (steps / 2)).clamp(min=MIN_SCALE)
+            return scale, torch.zeros_like(scale)
+        scale = ((high - low) / steps).clamp(min=MIN_SCALE)
+        zero_point = (self.qmin - torch.round(low / scale)).clamp(self.qmin, self.qmax)
+        return scale, zero_point
+
+
+def along_channels(parameter: Tensor, dimensions: int, channel_axis: int | None) -> Tensor:
+    """Shape a scale or zero point so that it broadcasts over a tensor of so many dimensions."""
+    if channel_axis is None or parameter.dim() == 0:
+        return parameter
+    shape = [1] * dimensions
+    shape[channel_axis] = -1
+    return parameter.reshape(shape)
+
+
+def affine_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, channel_axis: int | None = None
+) -> Tensor:
+    """Codes of `x` on the grid: clamp(round(x / scale) + zero point), in the dtype of `x`."""
+    scale = along_channels(scale, x.dim(), channel_axis)
+    zero_point = along_channels(zero_point, x.dim(), channel_axis)
+    return (x / scale).round_().add_(zero_point).clamp_(grid.qmin, grid.qmax)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, channel_axis: int | None = None
+) -> Tensor:
+    """Move `x` to the nearest point of a grid: (clamp(round(x/s) + z, qmin, qmax) - z) * s.
+
+    Rounds half to even. Gradients go straight through the rounding and reach `x`, the scale and
+    the zero point (LSQ, Esser et al. 2020; LSQ+, Bhalgat et al. 2020).
+
+    Args:
+        x: any shape.
+        scale: one value, or one for each index of `channel_axis`.
+        zero_point: the same shape.
+        grid: the codes allowed.
+        channel_axis: axis of `x` that the scales belong to; None for one scale in all.
+
+    Returns:
+        The shape of `x`.
+    """
+    scale = along_channels(scale, x.dim(), channel_axis)
+    zero_point = along_channels(zero_point, x.dim(), channel_axis)
+    if not torch.is_grad_enabled():
+        return _dequantize(affine_codes(x, scale, zero_point, grid), scale, zero_point)
+    result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
+        x, scale, zero_point, grid
+    )
+    return result
+
+
+def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return codes.sub_(zero_point).mul_(scale)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Fake quantization that keeps nothing but its inputs for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.grid = grid
+        return _dequantize(affine_codes(x, scale, zero_point, grid), scale, zero_point)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, scale, zero_point = ctx.saved_tensors
+        grid = ctx.grid
+        ratio = x / scale
+        unclamped = ratio.round() + zero_point
+        inside = (unclamped >= grid.qmin) & (unclamped <= grid.qmax)
+        for_x = for_scale = for_zero_point = None
+        if ctx.needs_input_grad[0]:
+            for_x = gradient * inside
+        if ctx.needs_input_grad[1]:
+            multiple = unclamped.clamp_(grid.qmin, grid.qmax).sub_(zero_point)
+            for_scale = gradient * torch.where(inside, multiple - ratio, multiple)
+            for_scale = for_scale.sum_to_size(scale.shape)
+        if ctx.needs_input_grad[2]:
+            for_zero_point = torch.where(inside, 0.0, -gradient * scale)
+            for_zero_point = for_zero_point.sum_to_size(zero_point.shape)
+        return for_x, for_scale, for_zero_point, None

@@ -1,0 +1,300 @@
+"""Searches for the range whose fake quantization errs least."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from ptq4sam.quantization.grid import MIN_SCALE, Grid
+
+POWER = 2.4
+"""Exponent of the error that ranges are searched by (as in QDrop)."""
+WIDTHS = 100
+"""How many widths a grid search tries."""
+MAX_SEARCH_BITS = 10
+"""Most bits of an asymmetric grid search; its work grows with 4^bits."""
+
+
+class Side(enum.Enum):
+    """On which side of zero all values are."""
+
+    POSITIVE = "pos"
+    NEGATIVE = "neg"
+    BOTH = "no"
+
+
+def side_of(values: Tensor) -> Side:
+    """On which side of zero all values are."""
+    low, high = torch.aminmax(values)
+    if low >= 0:
+        return Side.POSITIVE
+    return Side.NEGATIVE if high <= 0 else Side.BOTH
+
+
+def pieces(rows: Tensor) -> Iterator[Tensor]:
+    """Views [r, columns] of [r, n] rows, small enough to stay in a cache."""
+    elements = 2**18 if rows.device.type == "cpu" else 2**24
+    yield from torch.split(rows, max(1, elements // max(1, rows.shape[0])), dim=1)
+
+
+def range_loss(
+    rows: Tensor, minimum: Tensor, maximum: Tensor, grid: Grid, power: float = POWER
+) -> Tensor:
+    """Mean |q(x) - x|^power of each row quantized in its range.
+
+    Args:
+        rows: [r, n].
+        minimum: [r] lower ends.
+        maximum: [r] upper ends.
+        grid: the codes the ranges are divided into.
+        power: exponent of the error.
+
+    Returns:
+        [r] float64.
+    """
+    scale, zero_point = grid.affine_parameters(minimum, maximum)
+    scale, zero_point = scale[:, None], zero_point[:, None]
+    total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
+    for piece in pieces(rows):
+        error = (piece / scale).round_().add_(zero_point).clamp_(grid.qmin, grid.qmax)
+        error = error.sub_(zero_point).mul_(scale).sub_(piece).abs_().pow_(power)
+        total += error.sum(dim=1, dtype=torch.float64)
+    return total / rows.shape[1]
+
+
+def grid_search(rows: Tensor, grid: Grid, side: Side, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """The best of a fixed set of ranges, by `range_loss`; the first of equals.
+
+    On one side of zero or on a symmetric grid the set is WIDTHS thresholds up to the largest
+    magnitude; else WIDTHS widths up to that of the data, each at every zero point.
+
+    Args:
+        rows: [channels, elements].
+        grid: the codes ranges are divided into.
+        side: where the data is.
+        per_channel: rows are channels, some of which may be on one side of zero.
+
+    Returns:
+        Lower and upper ends, [channels] each.
+    """
+    if side is not Side.BOTH or grid.symmetric:
+        return _search_thresholds(rows, grid, side)
+    low, high = torch.aminmax(rows, dim=1)
+    if per_channel:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    at_once = max(1, _BOUNDS // (WIDTHS * grid.levels))
+    kernels = _clip_kernels(grid.levels, rows.device)
+    found = [
+        _search_widths(part, extent, grid, kernels)
+        for part, extent in zip(
+            torch.split(rows, at_once), torch.split(high - low, at_once), strict=True
+        )
+    ]
+    return torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])
+
+
+def _threshold_range(threshold: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros_like(threshold)
+    low = zero if side is Side.POSITIVE else -threshold
+    high = zero if side is Side.NEGATIVE else threshold
+    return low, high
+
+
+def _search_thresholds(rows: Tensor, grid: Grid, side: Side) -> tuple[Tensor, Tensor]:
+    largest = rows.abs().amax(dim=1)
+    best = torch.full(largest.shape, torch.inf, dtype=torch.float64, device=rows.device)
+    best_threshold = largest
+    for step in range(1, WIDTHS + 1):
+        threshold = largest / WIDTHS * step
+        loss = range_loss(rows, *_threshold_range(threshold, side), grid)
+        best_threshold = torch.where(loss < best, threshold, best_threshold)
+        best = torch.minimum(best, loss)
+    return _threshold_range(best_threshold, side)
+
+
+# The two-dimensional search tries WIDTHS * 2^bits ranges. Evaluating them all is not needed: a
+# lower bound of each loss comes from moments of the data in bins of one step, and only ranges whose
+# bound is not above the loss of the most promising one are evaluated as they would have been.
+_BOUNDS = 2**23
+"""Bounds held at once."""
+_SLACK = 1e-3
+"""Relative error granted to a bound, for rounding."""
+
+
+def _search_widths(
+    rows: Tensor, extent: Tensor, grid: Grid, kernels: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    levels = grid.levels
+    widths = torch.stack([extent / WIDTHS * step for step in range(1, WIDTHS + 1)], dim=1)
+    bounds = torch.empty(rows.shape[0], WIDTHS, levels, dtype=torch.float64, device=rows.device)
+    for index in range(WIDTHS):
+        step = (widths[:, index] / grid.qmax).clamp(min=MIN_SCALE)
+        bounds[:, index] = _lower_bounds(rows, step, levels, kernels)
+    bounds = bounds.flatten(1)
+
+    def ends(row: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+        width = widths[row, candidate // levels]
+        shift = (candidate % levels) * (width / grid.qmax)
+        return -shift, width - shift
+
+    every_row = torch.arange(rows.shape[0], device=rows.device)
+    promising = bounds.argmin(dim=1)
+    limit = range_loss(rows, *ends(every_row, promising), grid)
+    # Data that lies on a grid has no error but that of float32 itself.
+    noise = (16 * torch.finfo(torch.float32).eps * rows.abs().amax(dim=1).double()).pow(POWER)
+    limit = limit * (1 + _SLACK) + noise
+    row, candidate = (bounds <= limit[:, None]).nonzero(as_tuple=True)
+    low, high = ends(row, candidate)
+    at_once = max(1, 2**22 // rows.shape[1])
+    parts = zip(*(torch.split(tensor, at_once) for tensor in (row, low, high)), strict=True)
+    loss = torch.cat([range_loss(rows[r], start, end, grid) for r, start, end in parts])
+    # Candidates come in order, so that stable sorting leaves the first of equals in front.
+    order = loss.argsort(stable=True)
+    order = order[row[order].argsort(stable=True)]
+    counts = torch.bincount(row, minlength=rows.shape[0])
+    first = order[counts.cumsum(0) - counts]
+    return low[first], high[first]
+
+
+def _clip_kernels(levels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of a bin's moments in a lower bound of the error of clipping it.
+
+    A value t steps from the centre of a bin that is m >= 1 steps above a range's end u costs
+    (m + t)^p. With 2 < p < 3 its expansion to second order is a lower bound for t >= 0, and for
+    -1/2 <= t < 0 as soon as the largest third-order term, |t| <= 1/2, is taken off.
+
+    Returns:
+        Three [bins, levels] float64: for the number of values, the sum of t and that of t^2, in
+        bins -2 levels .. 2 levels and for ends 0 .. levels - 1; zero where a bin is not above.
+    """
+    reach = 2 * levels
+    bins = torch.arange(-reach, reach + 1, dtype=torch.float64, device=device)
+    distance = bins[:, None] - torch.arange(levels, device=device)
+    above = distance > 0
+    distance = distance.clamp(min=1)
+    second = POWER * (POWER - 1) / 2
+    third = second * (POWER - 2) / 3
+    curvature = second * distance.pow(POWER - 2) - third / 2 * (distance - 0.5).pow(POWER - 3)
+    return (
+        distance.pow(POWER) * above,
+        POWER * distance.pow(POWER - 1) * above,
+        curvature * above,
+    )
+
+
+def _lower_bounds(rows: Tensor, step: Tensor, levels: int, kernels: tuple[Tensor, ...]) -> Tensor:
+    """Lower bounds of the loss of ranges of (levels - 1) steps at each zero point.
+
+    Args:
+        rows: [r, n].
+        step: [r] positive.
+        levels: how many codes there are.
+        kernels: of `_clip_kernels`.
+
+    Returns:
+        [r, levels] float64.
+    """
+    reach = 2 * levels
+    bins = 2 * reach + 1
+    channels, count = rows.shape
+    first_bin = torch.arange(channels, device=rows.device)[:, None] * bins + reach
+    sums = torch.zeros(4, channels * bins, dtype=torch.float64, device=rows.device)
+    for piece in pieces(rows):
+        ratio = piece / step[:, None]
+        code = ratio.round().clamp_(-reach, reach)
+        offset = ratio.sub_(code).flatten()
+        index = (code.long() + first_bin).flatten()
+        sums[0] += torch.bincount(index, minlength=channels * bins)
+        for total, moment in zip(
+            sums[1:], (offset, offset.square(), offset.abs().pow(POWER)), strict=True
+        ):
+            total += torch.bincount(index, moment.double(), minlength=channels * bins)
+    number, shift, spread, error = sums.view(4, channels, bins)
+    above = number @ kernels[0] + shift @ kernels[1] + spread @ kernels[2]
+    below = number.flip(1) @ kernels[0] - shift.flip(1) @ kernels[1] + spread.flip(1) @ kernels[2]
+    # Codes -z .. levels-1-z are inside at zero point z; its upper end is levels-1-z, its lower -z.
+    inside = error[:, reach - levels + 1 : reach + levels].cumsum(dim=1)
+    inside = torch.cat([torch.zeros_like(inside[:, :1]), inside], dim=1)
+    inside = (inside[:, levels:] - inside[:, :-levels]).flip(1)
+    loss: Tensor = (inside + above.flip(1) + below) * step[:, None].double().pow(POWER)
+    return loss / count
+
+
+def fast_search(rows: Tensor, grid: Grid, side: Side, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """A good range by bounded scalar minimisation of `range_loss`, cut to the data's own.
+
+    On one side of zero or on a symmetric grid over the threshold; else over the width, and for each
+    width over the shift.
+
+    Args:
+        rows: [channels, elements].
+        grid: the codes ranges are divided into.
+        side: where the data is.
+        per_channel: rows are channels, some of which may be on one side of zero.
+
+    Returns:
+        Lower and upper ends, [channels] each.
+    """
+    low, high = torch.aminmax(rows, dim=1)
+    if per_channel:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    one_sided = side is not Side.BOTH or grid.symmetric
+    ends = []
+    for row, start, end in zip(
+        torch.split(rows, 1), torch.split(low, 1), torch.split(high, 1), strict=True
+    ):
+        if one_sided:
+            largest = float(torch.maximum(start.abs(), end.abs()))
+            threshold = torch.full_like(end, _minimize_threshold(row, grid, side, largest))
+            found = _threshold_range(threshold, side)
+        else:
+            width, shift = _minimize_width(row, grid, float(end - start))
+            found = (torch.full_like(start, -shift), torch.full_like(end, width - shift))
+        ends.append((torch.maximum(found[0], start), torch.minimum(found[1], end)))
+    return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
+
+
+def _minimize_threshold(row: Tensor, grid: Grid, side: Side, largest: float) -> float:
+    if largest == 0:
+        return 0.0
+
+    def loss(threshold: float) -> float:
+        ends = _threshold_range(row.new_tensor([threshold]), side)
+        return float(range_loss(row, *ends, grid))
+
+    bounds = (min(0.1, 0.01 * largest), largest)
+    return float(minimize_scalar(loss, bounds=bounds, method="bounded").x)
+
+
+def _minimize_width(row: Tensor, grid: Grid, extent: float) -> tuple[float, float]:
+    """Width and shift of the range [-shift, width - shift]."""
+    if extent == 0:
+        return 0.0, 0.0
+    # Many shifts give the same scale and zero point, and so the same loss.
+    known: dict[tuple[float, float], float] = {}
+
+    def loss(width: float, shift: float) -> float:
+        low, high = row.new_tensor([-shift]), row.new_tensor([width - shift])
+        scale, zero_point = grid.affine_parameters(low, high)
+        key = (float(scale), float(zero_point))
+        if key not in known:
+            known[key] = float(range_loss(row, low, high, grid))
+        return known[key]
+
+    def best_shift(width: float) -> tuple[float, float]:
+        step = width / (grid.qmax - grid.qmin)
+        found = minimize_scalar(
+            lambda shift: loss(width, shift),
+            bounds=(step * grid.qmin, step * grid.qmax),
+            method="bounded",
+        )
+        return float(found.x), float(found.fun)
+
+    bounds = (min(0.1, 0.01 * extent), extent)
+    found = minimize_scalar(lambda width: best_shift(width)[1], bounds=bounds, method="bounded")
+    width = float(found.x)
+    return width, best_shift(width)[0]

@@ -1,0 +1,241 @@
+"""Observers: they see one batch of a tensor after another and end up with a range."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.errors import CalibrationError, ConfigError
+from ptq4sam.quantization.grid import Grid
+from ptq4sam.quantization.mse import (
+    MAX_SEARCH_BITS,
+    Side,
+    fast_search,
+    grid_search,
+    range_loss,
+    side_of,
+)
+
+
+class Observer(nn.Module):
+    """Collects a range; a new observer is one method, `batch_range`.
+
+    Args:
+        grid: the codes that the range will be divided into.
+        channel_axis: axis with a range for each index; None for one range in all.
+
+    Attributes:
+        minimum: lower ends so far, [] or [channels].
+        maximum: upper ends so far.
+        batches: how many batches were observed.
+
+    Raises:
+        ConfigError: the observer works per tensor only, and a channel axis was given.
+    """
+
+    averages: ClassVar[bool] = False
+    """Whether ranges of batches are averaged; else the widest ends count."""
+    per_tensor_only: ClassVar[bool] = False
+    minimum: Tensor
+    maximum: Tensor
+
+    def __init__(self, grid: Grid, channel_axis: int | None = None) -> None:
+        super().__init__()
+        if channel_axis is not None and (self.per_tensor_only or self.averages):
+            raise ConfigError(
+                f"{type(self).__name__} was asked for one range a channel, it has one a tensor: "
+                "use MinMaxObserver, MSEObserver or MSEFastObserver, or no channel axis"
+            )
+        self.grid = grid
+        self.channel_axis = channel_axis
+        self.batches = 0
+        self.register_buffer("minimum", torch.tensor(math.inf), persistent=False)
+        self.register_buffer("maximum", torch.tensor(-math.inf), persistent=False)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Take one batch into account.
+
+        Raises:
+            CalibrationError: `x` is empty or has values that are not finite.
+        """
+        require_finite(x)
+        rows = x.detach().float()
+        if self.channel_axis is None:
+            rows = rows.reshape(1, -1)
+        else:
+            rows = rows.movedim(self.channel_axis, 0).flatten(1)
+        low, high = self.batch_range(rows)
+        if self.channel_axis is None:
+            low, high = low[0], high[0]
+        self._merge(low, high)
+
+    def batch_range(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The range of one batch.
+
+        Args:
+            rows: [channels, elements] float32; one row where there is one range in all.
+
+        Returns:
+            Lower and upper ends, [channels] each.
+        """
+        raise NotImplementedError
+
+    def quantization_parameters(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the range so far, [] or [channels].
+
+        Raises:
+            CalibrationError: nothing was observed.
+        """
+        if self.batches == 0:
+            raise CalibrationError(
+                "a range was asked for, but nothing was observed: run calibration data first"
+            )
+        return self.grid.affine_parameters(self.minimum, self.maximum)
+
+    def _merge(self, low: Tensor, high: Tensor) -> None:
+        if self.batches == 0:
+            self.minimum, self.maximum = low.clone(), high.clone()
+        elif self.averages:
+            self.minimum = self.minimum + (low - self.minimum) / (self.batches + 1)
+            self.maximum = self.maximum + (high - self.maximum) / (self.batches + 1)
+        else:
+            self.minimum = torch.minimum(self.minimum, low)
+            self.maximum = torch.maximum(self.maximum, high)
+        self.batches += 1
+
+
+def require_finite(x: Tensor) -> None:
+    """Refuse a tensor that gives no range.
+
+    Raises:
+        CalibrationError: `x` is empty or has values that are not finite.
+    """
+    if x.numel() == 0:
+        raise CalibrationError(
+            f"an empty tensor {list(x.shape)} was to be observed: give every calibration picture "
+            "at least one prompt"
+        )
+    # A NaN reaches both ends, so that no mask of the whole tensor is needed.
+    low, high = torch.aminmax(x.detach())
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        bad = int((~torch.isfinite(x)).sum())
+        raise CalibrationError(
+            f"{bad} of {x.numel()} observed values are NaN or infinite: check the weights and the "
+            "calibration pictures"
+        )
+
+
+class MinMaxObserver(Observer):
+    """Smallest and largest value seen."""
+
+    def batch_range(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value of each row."""
+        low, high = torch.aminmax(rows, dim=1)
+        return low, high
+
+
+class AvgMinMaxObserver(MinMaxObserver):
+    """Mean over batches of their smallest and largest values."""
+
+    averages = True
+
+
+class MSEObserver(Observer):
+    """The range of least mean |q(x) - x|^2.4, from a grid of widths and shifts.
+
+    Raises:
+        ConfigError: an asymmetric grid of more than `MAX_SEARCH_BITS` bits, which would take hours.
+    """
+
+    max_bits: ClassVar[int] = MAX_SEARCH_BITS
+
+    def __init__(self, grid: Grid, channel_axis: int | None = None) -> None:
+        super().__init__(grid, channel_axis)
+        if not grid.symmetric and grid.bits > self.max_bits:
+            raise ConfigError(
+                f"{type(self).__name__} was asked for {grid.bits} bits, it can search up to "
+                f"{self.max_bits}: use MSEFastObserver or MinMaxObserver"
+            )
+        self.side: Side | None = None
+
+    def batch_range(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Search each row's range; the side of zero is that of the first batch."""
+        if self.side is None:
+            self.side = side_of(rows)
+        return self._search(rows, self.side)
+
+    def _search(self, rows: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+        return grid_search(rows, self.grid, side, self.channel_axis is not None)
+
+
+class AvgMSEObserver(MSEObserver):
+    """Mean over batches of the ranges of MSEObserver."""
+
+    averages = True
+
+
+class MSEFastObserver(MSEObserver):
+    """The objective of MSEObserver by bounded scalar minimisation."""
+
+    max_bits = 16
+
+    def _search(self, rows: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+        return fast_search(rows, self.grid, side, self.channel_axis is not None)
+
+
+class AvgMSEFastObserver(MSEFastObserver):
+    """Mean over batches of the ranges of MSEFastObserver."""
+
+    averages = True
+
+
+class PCTObserver(Observer):
+    """The two-sided percentile of least squared error."""
+
+    per_tensor_only = True
+    percentiles: ClassVar[tuple[float, ...]] = (0.99, 0.999, 0.9999, 0.99999)
+
+    def batch_range(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The best of the percentiles; the first of equals."""
+        ends = [
+            (low.reshape(1), high.reshape(1)) for low, high in _tails(rows[0], self.percentiles)
+        ]
+        losses = [float(range_loss(rows, *end, self.grid, power=2.0)) for end in ends]
+        return ends[losses.index(min(losses))]
+
+
+def _tails(values: Tensor, percentiles: tuple[float, ...]) -> list[tuple[Tensor, Tensor]]:
+    """Linearly interpolated quantiles 1-p and p of [n] values for each p, from the tails alone."""
+    count = values.numel()
+    depth = min(count, math.ceil((1 - min(percentiles)) * (count - 1)) + 2)
+    smallest = values.topk(depth, largest=False).values
+    largest = values.topk(depth).values
+    ends = []
+    for percentile in percentiles:
+        position = (1 - percentile) * (count - 1)
+        index = min(int(position), depth - 1)
+        beyond = min(index + 1, depth - 1)
+        share = position - index
+        low = smallest[index] + share * (smallest[beyond] - smallest[index])
+        high = largest[index] + share * (largest[beyond] - largest[index])
+        ends.append((low, high))
+    return ends
+
+
+OBSERVERS: dict[str, type[Observer]] = {
+    observer.__name__: observer
+    for observer in (
+        MinMaxObserver,
+        AvgMinMaxObserver,
+        MSEObserver,
+        AvgMSEObserver,
+        MSEFastObserver,
+        AvgMSEFastObserver,
+        PCTObserver,
+    )
+}
+"""Observers by their published names."""

@@ -1,0 +1,130 @@
+"""Quantizers with learned scales, and all quantizers by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.quantization.base import EPS, AffineQuantizer, FixedQuantizer, Mode, Quantizer
+from ptq4sam.quantization.grid import Grid, affine_codes, fake_quantize
+from ptq4sam.quantization.rounding import AdaRoundQuantizer
+
+__all__ = [
+    "EPS",
+    "QUANTIZERS",
+    "AffineQuantizer",
+    "FixedQuantizer",
+    "LSQPlusQuantizer",
+    "LSQQuantizer",
+    "Mode",
+    "Quantizer",
+]
+
+
+class LSQQuantizer(AffineQuantizer):
+    """The scale is learned, the zero point stays (LSQ, Esser et al. 2020)."""
+
+    def __init__(
+        self, grid: Grid, observer: str = "MinMaxObserver", channel_axis: int | None = None
+    ) -> None:
+        super().__init__(grid, observer, channel_axis)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Move `x` to the grid; the scale's gradient is divided by sqrt(numel * qmax)."""
+        scale = _scale_gradient(self._positive_scale(), self._gradient_factor(x))
+        return fake_quantize(x, scale, self.zero_point, self.grid, self.channel_axis)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of `x` in qmin..qmax, int32."""
+        self._require_calibration()
+        zero_point = self._code_of_zero()
+        codes = affine_codes(x, self._positive_scale(), zero_point, self.grid, self.channel_axis)
+        return codes.to(torch.int32)
+
+    def _code_of_zero(self) -> Tensor:
+        return self.zero_point
+
+    def _set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
+        super()._set_parameters(scale, zero_point)
+        self.clamp_scale_()
+
+    def _positive_scale(self) -> Tensor:
+        # Whoever optimises calls clamp_scale_(); this keeps a step in between from harm.
+        return self.scale.abs().clamp(min=EPS)
+
+    def _gradient_factor(self, x: Tensor) -> float:
+        """1 / sqrt(elements that share a scale * qmax)."""
+        return 1.0 / math.sqrt(x.numel() / max(1, self.scale.numel()) * self.grid.qmax)
+
+
+class LSQPlusQuantizer(LSQQuantizer):
+    """Scale and zero point are learned (LSQ+, Bhalgat et al. 2020)."""
+
+    def __init__(
+        self, grid: Grid, observer: str = "MinMaxObserver", channel_axis: int | None = None
+    ) -> None:
+        super().__init__(grid, observer, channel_axis)
+        del self.zero_point
+        self.zero_point = nn.Parameter(torch.zeros(()))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Move `x` to the grid; both gradients are divided by sqrt(numel * qmax)."""
+        factor = self._gradient_factor(x)
+        scale = _scale_gradient(self._positive_scale(), factor)
+        zero_point = _scale_gradient(self._code_of_zero(), factor)
+        return fake_quantize(x, scale, zero_point, self.grid, self.channel_axis)
+
+    def _set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
+        own = self.zero_point
+        own.data = zero_point
+        super()._set_parameters(scale, own)
+
+    def _code_of_zero(self) -> Tensor:
+        # Between the steps of an optimiser it is no whole number; the grid needs one.
+        rounded: Tensor = _RoundStraightThrough.apply(  # type: ignore[no-untyped-call]
+            self.zero_point
+        )
+        return rounded.clamp(self.grid.qmin, self.grid.qmax)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def _scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x` itself, whose gradient is multiplied by `factor`."""
+    if not torch.is_grad_enabled():
+        return x
+    result: Tensor = _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]
+    return result
+
+
+QUANTIZERS: dict[str, type[AffineQuantizer]] = {
+    "FixedFakeQuantize": FixedQuantizer,
+    "LSQFakeQuantize": LSQQuantizer,
+    "LSQPlusFakeQuantize": LSQPlusQuantizer,
+    "AdaRoundFakeQuantize": AdaRoundQuantizer,
+}
+"""Quantizers by their published names."""

@@ -1,0 +1,112 @@
+"""Learned rounding of weights (AdaRound, Nagel et al. 2020)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.errors import CalibrationError
+from ptq4sam.quantization.base import FixedQuantizer
+from ptq4sam.quantization.grid import Grid, along_channels
+
+# The sigmoid is stretched to (-0.1, 1.1) and cut, so that 0 and 1 are reached (AdaRound, eq. 23).
+_STRETCH = 1.2
+_OFFSET = -0.1
+
+
+class AdaRoundQuantizer(FixedQuantizer):
+    """Rounds each weight up or down as learned; the scale stays what calibration made it.
+
+    A saved quantizer with learned rounding is read as "hard".
+
+    Attributes:
+        rounding: "nearest"; "soft" while learning, between the two neighbours; "hard" afterwards,
+            up where alpha >= 0.
+        alpha: one variable a weight, in its shape; empty before learning.
+    """
+
+    def __init__(
+        self, grid: Grid, observer: str = "MinMaxObserver", channel_axis: int | None = None
+    ) -> None:
+        super().__init__(grid, observer, channel_axis)
+        self.rounding: Literal["nearest", "soft", "hard"] = "nearest"
+        self.alpha = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether there are rounding variables."""
+        return self.alpha.numel() > 0
+
+    @torch.no_grad()
+    def begin_learning(self, weight: Tensor) -> None:
+        """Start from rounding variables that leave `weight` where it is within its grid.
+
+        Raises:
+            CalibrationError: the quantizer was not calibrated.
+        """
+        self._require_calibration()
+        ratio = weight / along_channels(self.scale, weight.dim(), self.channel_axis)
+        fraction = ratio - ratio.floor()
+        self.alpha = nn.Parameter(-torch.log(_STRETCH / (fraction - _OFFSET) - 1))
+        self.rounding = "soft"
+
+    def finish_learning(self) -> None:
+        """Round hard from now on.
+
+        Raises:
+            CalibrationError: nothing was learned.
+        """
+        self._require_alpha()
+        self.rounding = "hard"
+
+    def forget_learning(self) -> None:
+        """Drop the rounding variables; right once the weights themselves lie on the grid."""
+        self.alpha = nn.Parameter(self.alpha.new_empty(0), requires_grad=False)
+        self.rounding = "nearest"
+
+    def rounding_share(self) -> Tensor:
+        """How far each weight goes up, h(alpha) in [0, 1], in the shape of the weight."""
+        self._require_alpha()
+        return (_STRETCH * torch.sigmoid(self.alpha) + _OFFSET).clamp(0, 1)
+
+    def rounding_regularizer(self, beta: float) -> Tensor:
+        """sum(1 - |2h - 1|^beta), which draws h to 0 or 1 (AdaRound, eq. 24)."""
+        return (1 - (2 * self.rounding_share() - 1).abs().pow(beta)).sum()
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Move the weight `x` to the grid (while "soft": between its points)."""
+        if self.rounding == "nearest":
+            return super().quantize(x)
+        scale = along_channels(self.scale, x.dim(), self.channel_axis)
+        zero_point = along_channels(self.zero_point, x.dim(), self.channel_axis)
+        up = self.rounding_share() if self.rounding == "soft" else self._up()
+        return (self._learned_codes(x, up) - zero_point) * scale
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of the weight `x`, int32; those of hard rounding while it is soft."""
+        if self.rounding == "nearest":
+            return super().codes(x)
+        return self._learned_codes(x, self._up()).to(torch.int32)
+
+    def _up(self) -> Tensor:
+        self._require_alpha()
+        return (self.alpha.detach() >= 0).to(self.alpha.dtype)
+
+    def _learned_codes(self, x: Tensor, up: Tensor) -> Tensor:
+        scale = along_channels(self.scale, x.dim(), self.channel_axis)
+        zero_point = along_channels(self.zero_point, x.dim(), self.channel_axis)
+        return ((x / scale).floor() + up + zero_point).clamp(self.grid.qmin, self.grid.qmax)
+
+    def _require_alpha(self) -> None:
+        if not self.has_learned:
+            raise CalibrationError(
+                f"{self._label()} was asked for learned rounding but has learned none: call "
+                "begin_learning first"
+            )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.rounding = "hard" if self.has_learned else "nearest"
