@@ -276,9 +276,16 @@ def test_prompts_argument_of_a_detector() -> None:
     assert DetectorConfig("results", path).prompts == "boxes.json"
     assert DetectorConfig("onnx", Path("x.onnx")).prompts == "onnx:x.onnx"
     assert DetectorConfig("ground-truth").prompts == "ground-truth"
-    assert (
-        DetectorConfig("torchvision", config="ssd300_vgg16").prompts == "torchvision:ssd300_vgg16"
-    )
+    ssd = DetectorConfig("torchvision", config="ssd300_vgg16")
+    assert ssd.prompts == "torchvision:ssd300_vgg16"
+    assert replace(ssd, checkpoint=Path("a.pth")).prompts == "torchvision:ssd300_vgg16:a.pth"
+
+
+def test_prompting_has_the_fields_of_the_evaluation() -> None:
+    from ptq4sam.evaluation.segmentation import Prompting
+
+    assert Prompting(**PromptingConfig().to_dict()) == Prompting()
+    assert set(PromptingConfig().to_dict()) == {field.name for field in fields(Prompting)}
 
 
 def test_a_detector_that_is_not_there_names_extra_and_way_out() -> None:
