@@ -50,9 +50,22 @@ def rate_at(phase: Phase, step: int) -> float:
     return float(warm * (phase.final_rate + (phase.peak_rate - phase.final_rate) * cosine))
 
 
+def position_frequencies(count: int) -> Tensor:
+    """Frequencies [2, count] of the position encoding, in cycles per half side of the input.
+
+    SAM draws them at random. A small decoder trained briefly finds boxes much sooner when they are
+    the harmonics of each axis, of which a step at a box's edge is a sum.
+    """
+    harmonics = torch.cat([torch.arange(1, 25) / 4, torch.logspace(0.83, 1.25, count // 2 - 24)])
+    zeros = torch.zeros(count // 2)
+    return torch.stack([torch.cat([harmonics, zeros]), torch.cat([zeros, harmonics])])
+
+
 def build_model(window: int) -> Sam:
     """vit_nano whose encoder takes windows; the prompt encoder keeps the whole input's frame."""
     whole = build_variant("vit_nano", VARIANTS["vit_nano"])
+    matrix = whole.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+    matrix.copy_(position_frequencies(matrix.shape[1]))
     if window != whole.image_size:
         small = dataclasses.replace(VARIANTS["vit_nano"], image_size=window)
         whole.image_encoder = build_variant("vit_nano", small).image_encoder
@@ -156,8 +169,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.phase, self.step)
         generator = torch.Generator().manual_seed(self.step)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = self.loss(batch, generator)
+        loss = self.loss(batch, generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -175,7 +187,9 @@ class Trainer:
         model = self.model
         normalized = (pixels.float() - model.pixel_mean) / model.pixel_std
         normalized = torch.where(pixels < 0, 0.0, normalized)
-        embedding = model.image_encoder(normalized)[owner]
+        # Prompts stay in float32: bfloat16 would round a box to whole pixels.
+        with torch.autocast("cpu", torch.bfloat16):
+            embedding = model.image_encoder(normalized)[owner]
         stride = self.phase.window / (4 * embedding.shape[-1])
         target = F.avg_pool2d(masks[:, None].float() / 255, int(stride))[:, 0]
         shift = offsets[owner].float()
@@ -188,11 +202,13 @@ class Trainer:
         sparse = model.prompt_encoder(**prompt)[0]
         dense = model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         dense = dense.expand_as(embedding)
-        logits, ious = model.mask_decoder.predict_all(embedding, positions, sparse, dense)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, ious = model.mask_decoder.predict_all(embedding, positions, sparse, dense)
         loss = total_loss(logits.float(), ious.float(), target, boxes, stride)
         if torch.rand((), generator=generator) < _REFINE_SHARE:
-            dense = model.prompt_encoder.mask_downscaling(logits[:, :1].detach())
-            logits, ious = model.mask_decoder.predict_all(embedding, positions, sparse, dense)
+            with torch.autocast("cpu", torch.bfloat16):
+                dense = model.prompt_encoder.mask_downscaling(logits[:, :1].detach())
+                logits, ious = model.mask_decoder.predict_all(embedding, positions, sparse, dense)
             loss = loss + total_loss(logits.float(), ious.float(), target, boxes, stride)
         return loss
 
@@ -270,8 +286,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--coco", nargs=2, action="append", default=[], type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--state", type=Path, default=Path("train_vit_nano.pt"))
-    parser.add_argument("--window-steps", type=int, default=3400)
-    parser.add_argument("--whole-steps", type=int, default=1200)
+    parser.add_argument("--window-steps", type=int, default=2200)
+    parser.add_argument("--whole-steps", type=int, default=1300)
     parser.add_argument("--scene-share", type=float, default=0.3)
     parser.add_argument("--boxes", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)

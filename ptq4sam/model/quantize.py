@@ -123,7 +123,7 @@ class _Reconstructor:
                 data = UnitData(captured.inputs, exact.inputs, exact.outputs)
                 generator = torch.Generator(self._sam.device)
                 generator.manual_seed(self._seed * 100_003 + self._done)
-                pairs = [(layer.weight, layer.weight_quantizer) for layer in _layers(module)]
+                pairs = [(layer.weight, layer.weight_quantizer) for _, layer in quantized_layers(module)]
                 losses = reconstruct_unit(
                     module,
                     pairs,

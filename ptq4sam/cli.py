@@ -1,0 +1,173 @@
+"""The `ptq4sam` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ptq4sam.errors import ConfigError, Ptq4samError
+
+_PLANNED = {
+    "export": "deployment files (ONNX, OpenVINO)",
+    "sweep": "sweeps over schemes",
+    "report": "the HTML report of a run",
+    "download": "weights and data by name",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status (2 for an error the user can mend)."""
+    parsed = build_parser().parse_args(arguments)
+    return guarded(lambda: parsed.run(parsed), verbose=parsed.verbose)
+
+
+def guarded(action: Callable[[], int], verbose: bool = False) -> int:
+    """Run an action with the log on stderr and named errors as one line."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_path=False, log_time_format="[%X]")
+    logger = logging.getLogger("ptq4sam")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        return action()
+    except Ptq4samError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    finally:
+        logger.removeHandler(handler)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line with all its verbs."""
+    parser = argparse.ArgumentParser(prog="ptq4sam", description=__doc__)
+    parser.add_argument("--verbose", action="store_true", help="log details")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    evaluate = verbs.add_parser("evaluate", help="score a SAM, float or quantized, on a data set")
+    _add_run_arguments(evaluate, data_required=True)
+    evaluate.add_argument("--show-dir", type=Path, help="write pictures with masks here")
+    evaluate.add_argument("--show-score-thr", type=float, default=0.3, metavar="T")
+    evaluate.add_argument("--out", type=Path, help="write the masks as COCO results JSON")
+    evaluate.set_defaults(run=_evaluate)
+
+    quantize = verbs.add_parser("quantize", help="quantize a SAM and write it to a file")
+    _add_run_arguments(quantize, data_required=False)
+    quantize.add_argument("--output", type=Path, required=True, metavar="F.safetensors")
+    quantize.set_defaults(run=_quantize)
+
+    audit = verbs.add_parser("audit", help="prove that a quantized model is one")
+    audit.add_argument("model", type=Path, help="file written by ptq4sam quantize")
+    audit.set_defaults(run=_audit)
+
+    scenes = verbs.add_parser("scenes", help="write generated scenes as a COCO-format data set")
+    scenes.add_argument("folder", type=Path)
+    scenes.add_argument("--train", type=int, default=32, metavar="N")
+    scenes.add_argument("--val", type=int, default=100, metavar="N")
+    scenes.add_argument("--seed", type=int, default=0)
+    scenes.set_defaults(run=_scenes)
+
+    demo = verbs.add_parser("demo", help="the whole job on the embedded model and scenes")
+    demo.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"))
+    demo.set_defaults(run=_demo)
+
+    for name, what in _PLANNED.items():
+        planned = verbs.add_parser(name, help=f"not in this version: {what}")
+        planned.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+        planned.set_defaults(run=_planned, verb=name)
+    return parser
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser, data_required: bool) -> None:
+    parser.add_argument("--model", default="vit_nano", help="vit_nano, vit_b, vit_l or vit_h")
+    parser.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
+    parser.add_argument("--scheme", type=Path, help="quantize by this file, e.g. exp/config44.yaml")
+    parser.add_argument(
+        "--scheme-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override the scheme, e.g. recon.iters=500",
+    )
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="leave the image encoder float"
+    )
+    parser.add_argument("--images", type=Path, required=data_required, help="folder of pictures")
+    parser.add_argument("--annotations", type=Path, required=data_required, metavar="A.json")
+    parser.add_argument(
+        "--prompts",
+        default="ground-truth",
+        help="boxes.json, ground-truth, scene-detector, onnx:FILE or torchvision:NAME[:FILE]",
+    )
+    parser.add_argument("--calibration-images", type=Path)
+    parser.add_argument("--calibration-annotations", type=Path, metavar="B.json")
+    parser.add_argument("--calibration-prompts", help="as --prompts, for calibration pictures")
+    parser.add_argument("--calibration-size", type=int, metavar="N")
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N pictures only")
+    parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+    parser.add_argument("--score-threshold", type=float, default=0.0, metavar="T")
+    parser.add_argument("--max-per-image", type=int, default=100, metavar="N")
+    parser.add_argument("--best-in-multi-mask", action="store_true")
+    parser.add_argument("--cascade", action="store_true")
+    parser.add_argument("--no-sam-iou", action="store_true", help="score without predicted IoUs")
+    parser.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work-dir", type=Path, required=data_required, default=Path("work_dirs"))
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from ptq4sam.experiments.requests import execute, settings_from_arguments
+
+    settings = settings_from_arguments(
+        parsed,
+        show_dir=parsed.show_dir,
+        show_threshold=parsed.show_score_thr,
+        results=parsed.out,
+    )
+    return execute(settings)
+
+
+def _quantize(parsed: argparse.Namespace) -> int:
+    from ptq4sam.experiments.requests import execute, settings_from_arguments
+
+    if parsed.scheme is None:
+        raise ConfigError("ptq4sam quantize needs a scheme: give --scheme exp/config44.yaml")
+    return execute(settings_from_arguments(parsed, save_model=parsed.output))
+
+
+def _audit(parsed: argparse.Namespace) -> int:
+    from ptq4sam.experiments.run import audit_model
+    from ptq4sam.model.storage import load
+
+    report = audit_model(load(parsed.model))
+    sys.stdout.write("\n".join(report.lines()) + "\n")
+    return 0 if report.passed else 1
+
+
+def _scenes(parsed: argparse.Namespace) -> int:
+    from ptq4sam.data.scenes import write_scenes
+
+    for offset, (name, count) in enumerate((("train", parsed.train), ("val", parsed.val))):
+        write_scenes(parsed.folder, count, 2 * parsed.seed + offset, name)
+    return 0
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    from ptq4sam.experiments.demo import run_demo
+
+    return run_demo(parsed.work_dir)
+
+
+def _planned(parsed: argparse.Namespace) -> int:
+    raise ConfigError(
+        f"ptq4sam {parsed.verb} is not in this version ({_PLANNED[parsed.verb]}): "
+        "see ptq4sam --help for what is"
+    )

@@ -1,0 +1,99 @@
+"""Boxes to scored masks: one mask a box, the best of three, or a cascade (PTQ4SAM, section 4.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ptq4sam.sam.predictor import ImageEmbedding, Predictor
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How boxes prompt a SAM and how its masks are scored.
+
+    Attributes:
+        multimask: let the decoder propose three masks a box and keep the first of them, unless
+            `best_in_multi_mask` chooses.
+        best_in_multi_mask: of three masks a box keep the one with the highest predicted IoU.
+        cascade: prompt a second time with the box and the first mask's logits.
+        use_sam_iou: multiply the detector's score by the predicted IoU, else by the mean
+            probability inside the mask.
+        max_per_image: boxes used in a picture, highest scores first.
+        score_threshold: boxes below this detector score are not used.
+    """
+
+    multimask: bool = False
+    best_in_multi_mask: bool = False
+    cascade: bool = False
+    use_sam_iou: bool = True
+    max_per_image: int = 100
+    score_threshold: float = 0.0
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """Masks of one picture: bool [n, height, width], scores [n] and predicted IoUs [n]."""
+
+    masks: NDArray[np.bool_]
+    scores: NDArray[np.float32]
+    predicted_ious: NDArray[np.float32]
+
+
+def segment(
+    predictor: Predictor,
+    embedding: ImageEmbedding,
+    boxes: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    prompting: Prompting,
+) -> Segmented:
+    """Predict and score one mask a box.
+
+    Args:
+        predictor: a float or quantized SAM.
+        embedding: the encoded picture.
+        boxes: [n, 4] xyxy in original pixels.
+        scores: [n] of the detector.
+        prompting: how.
+    """
+    if len(boxes) == 0:
+        empty = np.zeros(0, np.float32)
+        return Segmented(np.zeros((0, *embedding.original_size), np.bool_), empty, empty)
+    logits, ious = _predict(predictor, embedding, boxes, None, prompting)
+    if prompting.cascade:
+        logits, ious = _predict(predictor, embedding, boxes, logits, prompting)
+    masks = predictor.binary_masks(logits, embedding)[:, 0]
+    quality = ious if prompting.use_sam_iou else _probability_inside(logits)
+    total = torch.from_numpy(scores).to(quality) * quality
+    return Segmented(masks.cpu().numpy(), total.cpu().numpy(), ious.cpu().numpy())
+
+
+def _predict(
+    predictor: Predictor,
+    embedding: ImageEmbedding,
+    boxes: NDArray[np.float32],
+    masks: Tensor | None,
+    prompting: Prompting,
+) -> tuple[Tensor, Tensor]:
+    """Logits [n, 1, h, w] and predicted IoUs [n] of the mask that is kept for each box."""
+    multimask = prompting.multimask or prompting.best_in_multi_mask
+    prediction = predictor.predict(
+        boxes=boxes, masks=masks, multimask=multimask, embedding=embedding
+    )
+    row = torch.arange(len(boxes), device=prediction.iou_predictions.device)
+    if prompting.best_in_multi_mask:
+        chosen = prediction.iou_predictions.argmax(dim=1)
+    else:
+        chosen = torch.zeros_like(row)
+    return prediction.low_res[row, chosen][:, None], prediction.iou_predictions[row, chosen]
+
+
+def _probability_inside(logits: Tensor) -> Tensor:
+    """Mean probability of the pixels in each mask [n, 1, h, w]; 0 for an empty mask."""
+    inside = (logits > 0).flatten(1)
+    total = (logits.sigmoid().flatten(1) * inside).sum(dim=1)
+    return total / inside.sum(dim=1).clamp(min=1)

@@ -1,0 +1,36 @@
+"""Pictures with masks, boxes and scores; float and quantized side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ptq4sam.data import CocoDataset
+from ptq4sam.evaluation.pictures import draw_masks, side_by_side
+from ptq4sam.experiments.evaluate import Picture
+
+
+class PictureWriter:
+    """Writes one JPEG a picture into a folder."""
+
+    def __init__(self, folder: Path, dataset: CocoDataset, threshold: float) -> None:
+        self._folder, self._threshold = folder, threshold
+        self._names = dataset.category_names
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, picture: Picture) -> None:
+        """Draw one evaluated picture."""
+        labels = [self._names.get(int(c), str(c)) for c in picture.prompts.category_ids]
+        drawn = [
+            draw_masks(
+                picture.image,
+                segmented.masks,
+                picture.prompts.boxes,
+                segmented.scores,
+                labels,
+                self._threshold,
+            )
+            for segmented in (picture.reference, picture.segmented)
+            if segmented is not None
+        ]
+        result = drawn[0] if len(drawn) == 1 else side_by_side(*drawn, ("float", "quantized"))
+        result.save(self._folder / f"{picture.record.path.stem}.jpg", quality=90)

@@ -1,0 +1,85 @@
+"""From parsed command-line arguments to a run, and its outcome to the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ptq4sam.errors import ConfigError
+from ptq4sam.evaluation.segmentation import Prompting
+from ptq4sam.experiments.run import Run
+from ptq4sam.experiments.settings import DataSettings, RunSettings
+from ptq4sam.experiments.summary import summary_table
+from ptq4sam.progress import bars
+from ptq4sam.quantization.scheme import Scheme
+
+
+def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSettings:
+    """The run that `ptq4sam evaluate` or `quantize` was asked for.
+
+    Args:
+        parsed: the arguments.
+        more: further fields of the settings.
+
+    Raises:
+        ConfigError: arguments do not belong together.
+    """
+    scheme = None
+    if parsed.scheme is not None:
+        scheme = Scheme.from_yaml(parsed.scheme)
+        if parsed.scheme_options:
+            scheme = scheme.with_overrides(*parsed.scheme_options)
+    elif parsed.scheme_options:
+        raise ConfigError("--scheme-options changes a scheme, but none was given: add --scheme")
+    return RunSettings(
+        model=parsed.model,
+        data=data_pair("", parsed.images, parsed.annotations),
+        prompts=parsed.prompts,
+        work_dir=parsed.work_dir,
+        checkpoint=parsed.checkpoint,
+        scheme=scheme,
+        quantize_encoder=not parsed.decoder_only,
+        calibration=data_pair(
+            "calibration-", parsed.calibration_images, parsed.calibration_annotations
+        ),
+        calibration_prompts=parsed.calibration_prompts,
+        calibration_size=parsed.calibration_size,
+        prompting=Prompting(
+            best_in_multi_mask=parsed.best_in_multi_mask,
+            cascade=parsed.cascade,
+            use_sam_iou=not parsed.no_sam_iou,
+            max_per_image=parsed.max_per_image,
+            score_threshold=parsed.score_threshold,
+        ),
+        limit=parsed.limit,
+        skip_bad=parsed.skip_bad,
+        device=parsed.device,
+        seed=parsed.seed,
+        **more,
+    )
+
+
+def data_pair(prefix: str, images: Path | None, annotations: Path | None) -> DataSettings | None:
+    """Both halves of a data set, or None where neither is given.
+
+    Raises:
+        ConfigError: one is given without the other.
+    """
+    if images is None and annotations is None:
+        return None
+    if images is None or annotations is None:
+        missing = "images" if images is None else "annotations"
+        raise ConfigError(
+            f"--{prefix}images and --{prefix}annotations belong together: add --{prefix}{missing}"
+        )
+    return DataSettings(images, annotations)
+
+
+def execute(settings: RunSettings) -> int:
+    """Do the run with progress bars and print its summary."""
+    metrics = Run(settings, bars).execute()
+    sys.stdout.write(summary_table(metrics) + "\n")
+    sys.stdout.write(f"written to {settings.work_dir / 'metrics.json'}\n")
+    return 0

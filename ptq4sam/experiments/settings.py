@@ -1,0 +1,92 @@
+"""What one run is asked to do, complete and validated, whichever command line asked for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ptq4sam.errors import ConfigError
+from ptq4sam.evaluation.segmentation import Prompting
+from ptq4sam.quantization.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """A data set on disk: a folder of pictures and a COCO instances file."""
+
+    images: Path
+    annotations: Path
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One run.
+
+    Attributes:
+        model: name of the SAM, ignored where `checkpoint` is a quantized model.
+        data: what is evaluated; None where a run only quantizes.
+        prompts: a prompt source as the command line names it (see `open_prompts`).
+        work_dir: receives metrics.json, run.log and the scheme as used.
+        checkpoint: float weights or a quantized model; None for the embedded weights.
+        scheme: the quantization; None evaluates the model as it is.
+        quantize_encoder: quantize the image encoder too, not only the mask decoder.
+        calibration: pictures to calibrate on; needed with a scheme.
+        calibration_prompts: prompt source of the calibration pictures; None for `prompts`, or for
+            ground truth where `prompts` is a file of boxes (which knows other pictures only).
+        calibration_size: pictures to calibrate on; None for the scheme's own number.
+        prompting: how boxes prompt and how masks are scored.
+        limit: evaluate the first pictures only.
+        skip_bad: skip damaged pictures and annotations instead of stopping.
+        device: torch device; None for CUDA where there is one.
+        seed: fixes every random choice.
+        cache_dir: where detections are kept between runs.
+        show_dir: where pictures with masks are written; None for none.
+        show_threshold: lowest score of a mask that is drawn.
+        results: where the masks are written as COCO results; None for nowhere.
+        score: whether metrics are computed; without, only `results` are written.
+        save_model: where the quantized model is written; None for nowhere.
+    """
+
+    model: str
+    data: DataSettings | None
+    prompts: str
+    work_dir: Path
+    checkpoint: Path | None = None
+    scheme: Scheme | None = None
+    quantize_encoder: bool = True
+    calibration: DataSettings | None = None
+    calibration_prompts: str | None = None
+    calibration_size: int | None = None
+    prompting: Prompting = field(default_factory=Prompting)
+    limit: int | None = None
+    skip_bad: bool = False
+    device: str | None = None
+    seed: int = 0
+    cache_dir: Path = Path("work_dirs/prompts")
+    show_dir: Path | None = None
+    show_threshold: float = 0.3
+    results: Path | None = None
+    score: bool = True
+    save_model: Path | None = None
+
+    def torch_device(self) -> torch.device:
+        """The device that the run uses.
+
+        Raises:
+            ConfigError: the name is no device, or there is no such device here.
+        """
+        if self.device is None:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"asked for device {self.device!r}, which torch does not know: use cpu or cuda:0"
+            ) from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                f"asked for device {self.device!r}, but no CUDA device was found: use --device cpu"
+            )
+        return device

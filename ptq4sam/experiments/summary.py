@@ -1,0 +1,35 @@
+"""The metrics of a run as a table for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COLUMNS = (
+    ("AP", "AP"),
+    ("AP50", "AP50"),
+    ("AP75", "AP75"),
+    ("APs", "APs"),
+    ("APm", "APm"),
+    ("APl", "APl"),
+    ("AR", "AR"),
+    ("mean_iou", "mean IoU"),
+    ("agreement", "agreement"),
+)
+
+
+def summary_table(metrics: dict[str, Any]) -> str:
+    """Rows for the float model, where it was scored, and the evaluated one."""
+    rows: list[tuple[str, dict[str, Any]]] = []
+    if "float" in metrics:
+        rows.append(("float", metrics["float"]))
+    rows.append(("quantized" if metrics["quantized"] else "float", metrics))
+    shown = [(key, title) for key, title in COLUMNS if any(key in row for _, row in rows)]
+    lines = ["".join([f"{metrics['model']:<12}", *(f"{title:>10}" for _, title in shown)])]
+    for name, row in rows:
+        cells = [f"{row[key]:10.3f}" if key in row else f"{'':10}" for key, _ in shown]
+        lines.append("".join([f"{name:<12}", *cells]))
+    if "audit" in metrics:
+        lines.append(metrics["audit"]["report"][0])
+    if "warning" in metrics:
+        lines.append(f"warning: {metrics['warning']}")
+    return "\n".join(lines)

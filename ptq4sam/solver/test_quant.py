@@ -1,0 +1,165 @@
+"""The published command: test a detector-prompted SAM, quantized or not, from a configuration.
+
+    python ptq4sam/solver/test_quant.py --config projects/configs/yolox/yolo_l-sam-vit-b.py \
+        --q_config exp/config66.yaml --quant-encoder
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ptq4sam.cli import guarded
+from ptq4sam.errors import ConfigError
+from ptq4sam.evaluation.segmentation import Prompting
+from ptq4sam.experiments.requests import execute
+from ptq4sam.experiments.settings import DataSettings, RunSettings
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.solver.experiment import DataConfig, ExperimentConfig
+
+_log = logging.getLogger("ptq4sam.solver")
+
+_WITHOUT_MEANING = {
+    "launcher": "one process evaluates",
+    "tmpdir": "results are not collected from several processes",
+    "gpu_collect": "results are not collected from several processes",
+    "fuse_conv_bn": "SAM has no batch normalisation",
+    "short4cut": "it was a shortcut for debugging",
+    "resign_end": "signs are folded once, before calibration",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parsed = build_parser().parse_args(arguments)
+    return guarded(lambda: execute(settings_from(parsed)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The published flags."""
+    parser = argparse.ArgumentParser(description="Test a detector-prompted SAM, quantized or not.")
+    parser.add_argument("--config", type=Path, required=True, help="experiment configuration")
+    parser.add_argument("--q_config", type=Path, help="quantization scheme, exp/*.yaml")
+    parser.add_argument("--quant-encoder", action="store_true", help="quantize the image encoder")
+    parser.add_argument("--work-dir", type=Path, help="default: work_dirs/<name of --config>")
+    parser.add_argument("--out", type=Path, help="write the masks as COCO results JSON")
+    parser.add_argument("--eval", nargs="+", metavar="METRIC", help="segm (always computed)")
+    parser.add_argument("--format-only", action="store_true", help="write --out, compute no score")
+    parser.add_argument("--show", action="store_true", help="write pictures to <work-dir>/show")
+    parser.add_argument("--show-dir", type=Path, help="write pictures with masks here")
+    parser.add_argument("--show-score-thr", type=float, default=0.3)
+    parser.add_argument("--fp", action="store_true", help="evaluate the float model")
+    parser.add_argument("--save_sam_path", type=Path, help="write the quantized model here")
+    parser.add_argument("--load_sam_path", type=Path, help="read a quantized model from here")
+    parser.add_argument("--brecq", action="store_true", help="reconstruct weights only")
+    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--options", nargs="+", default=[], help="old name of --eval-options")
+    parser.add_argument("--eval-options", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--gpu-id", type=int, help="CUDA device; default: the first, or the CPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompts", help="boxes of any detector instead of the configured one")
+    parser.add_argument("--device", help="torch device, e.g. cpu; goes before --gpu-id")
+    parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--tmpdir")
+    parser.add_argument("--gpu-collect", action="store_true")
+    parser.add_argument("--fuse-conv-bn", action="store_true")
+    parser.add_argument("--short4cut", action="store_true")
+    parser.add_argument("--resign_end", action="store_true")
+    return parser
+
+
+def settings_from(parsed: argparse.Namespace) -> RunSettings:
+    """The run that the flags and the configuration describe.
+
+    Raises:
+        ConfigError: flags contradict each other, or the configuration is not usable.
+        DependencyError: the configured detector needs something that is not there.
+    """
+    _mention_flags_without_meaning(parsed)
+    config = ExperimentConfig.from_file(parsed.config, *parsed.cfg_options)
+    if parsed.prompts is None:
+        config.detector.require_available()
+    scheme = _scheme(parsed)
+    if parsed.format_only and parsed.out is None:
+        raise ConfigError("--format-only writes results without a score: name the file with --out")
+    work_dir = parsed.work_dir or Path("work_dirs") / parsed.config.stem
+    settings = RunSettings(
+        model=config.sam.type,
+        checkpoint=parsed.load_sam_path or config.sam.checkpoint,
+        data=_data(config.data, "data"),
+        calibration=_data(config.calibration, "calibration") if config.calibration else None,
+        prompts=parsed.prompts or config.detector.prompts,
+        work_dir=work_dir,
+        scheme=scheme,
+        quantize_encoder=parsed.quant_encoder,
+        prompting=Prompting(
+            best_in_multi_mask=config.prompting.best_in_multi_mask,
+            cascade=config.prompting.cascade,
+            use_sam_iou=config.prompting.use_sam_iou,
+            max_per_image=config.prompting.max_per_image,
+            score_threshold=config.prompting.score_threshold,
+        ),
+        limit=config.data.limit,
+        skip_bad=parsed.skip_bad,
+        device=parsed.device or (None if parsed.gpu_id is None else f"cuda:{parsed.gpu_id}"),
+        seed=parsed.seed,
+        show_dir=parsed.show_dir or (work_dir / "show" if parsed.show else None),
+        show_threshold=parsed.show_score_thr,
+        results=parsed.out,
+        score=not parsed.format_only,
+        save_model=parsed.save_sam_path,
+    )
+    return _eval_options(settings, [*parsed.options, *parsed.eval_options])
+
+
+def _scheme(parsed: argparse.Namespace) -> Scheme | None:
+    if parsed.load_sam_path is not None or parsed.fp:
+        if parsed.q_config is not None:
+            _log.warning("--q_config has no meaning with --fp or --load_sam_path")
+        return None
+    if parsed.q_config is None:
+        raise ConfigError("name a scheme with --q_config exp/config66.yaml, or evaluate with --fp")
+    scheme = Scheme.from_yaml(parsed.q_config)
+    if parsed.brecq:
+        if scheme.recon is None:
+            raise ConfigError(f"--brecq needs a scheme with recon, but {parsed.q_config} has none")
+        scheme = scheme.with_overrides("recon.weights_only=true")
+    return scheme
+
+
+def _data(config: DataConfig, key: str) -> DataSettings:
+    if config.annotations is None:
+        raise ConfigError(f"{key}.annotations: missing; a score needs a COCO instances file")
+    return DataSettings(config.images, config.annotations)
+
+
+def _eval_options(settings: RunSettings, options: Sequence[str]) -> RunSettings:
+    """The one evaluation option with a meaning here: limit=N pictures.
+
+    Raises:
+        ConfigError: another option was given.
+    """
+    for option in options:
+        key, _, value = option.partition("=")
+        if key != "limit" or not value.isdigit():
+            raise ConfigError(f"--eval-options {option}: only limit=N (first N pictures) is known")
+        settings = replace(settings, limit=int(value))
+    return settings
+
+
+def _mention_flags_without_meaning(parsed: argparse.Namespace) -> None:
+    for name, reason in _WITHOUT_MEANING.items():
+        if getattr(parsed, name) not in (None, False, "none"):
+            _log.warning("--%s is accepted but does nothing here: %s", name, reason)
+    if parsed.eval and set(parsed.eval) != {"segm"}:
+        _log.warning("--eval %s: mask AP (segm) is what is computed", " ".join(parsed.eval))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
