@@ -143,7 +143,10 @@ class CocoDataset(ImageSet):
                 missing.append(f"image id {record.id}: there is no image file {record.path}")
         self._skip("missing image", missing)
         if not present:
-            raise DataError(f"{self.path}: none of its {len(records)} images is there")
+            found = (
+                f"none of its {len(records)} images is there" if records else "it lists no image"
+            )
+            raise DataError(f"{self.path}: {found}")
         return present
 
     def _usable(
@@ -215,7 +218,8 @@ def coco_index(dataset: ImageSet, annotations: list[dict[str, Any]]) -> COCO:
 
     Args:
         dataset: pictures and categories.
-        annotations: in COCO's format, of these pictures.
+        annotations: in COCO's format, of these pictures; they are numbered anew from 1, for
+            COCOeval takes an object with id 0 for none.
     """
     from pycocotools.coco import COCO
 
@@ -226,7 +230,7 @@ def coco_index(dataset: ImageSet, annotations: list[dict[str, Any]]) -> COCO:
             {"id": r.id, "file_name": r.path.name, "width": r.width, "height": r.height}
             for r in dataset.images
         ],
-        "annotations": annotations,
+        "annotations": [{**item, "id": n} for n, item in enumerate(annotations, start=1)],
         "categories": [{"id": k, "name": v} for k, v in dataset.category_names.items()],
     }
     with contextlib.redirect_stdout(io.StringIO()):

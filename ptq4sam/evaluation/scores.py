@@ -122,8 +122,7 @@ def _average_precision(
         raise DataError("scores need a data set with annotations")
     # What COCO.loadRes does, which however fails where nothing was found.
     found = [
-        {**result, "id": number, "iscrowd": 0, "area": area}
-        for number, (result, area) in enumerate(zip(results, areas, strict=True), start=1)
+        {**result, "iscrowd": 0, "area": area} for result, area in zip(results, areas, strict=True)
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(dataset.ground_truth, coco_index(dataset, found), kind)

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from ptq4sam.data import CocoDataset
+from ptq4sam.data.scenes import write_scenes
+from ptq4sam.errors import ConfigError, DataError
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def test_records_are_in_file_order_with_their_sizes(files: Any) -> None:
+    dataset = files.open()
+    assert [(r.id, r.path.name, r.width, r.height) for r in dataset.images] == [
+        (10, "a.jpg", 40, 30),
+        (11, "b.jpg", 40, 30),
+        (12, "c.jpg", 40, 30),
+    ]
+    assert dataset.category_ids == [3, 7]
+    assert dataset.category_names == {3: "cat", 7: "dog"}
+    assert dataset.load(dataset.images[0]).shape == (30, 40, 3)
+    assert [r.id for r in dataset.annotated_images()] == [10, 12]
+    assert not dataset.skipped
+
+
+def test_instances_have_boxes_and_masks(files: Any) -> None:
+    dataset = files.open()
+    cat, dog = dataset.instances(dataset.images[0])
+    assert (cat.annotation_id, cat.category_id, cat.iscrowd, cat.area) == (1, 3, False, 80.0)
+    assert cat.box.tolist() == [4, 5, 14, 13]
+    assert cat.box.dtype == np.float32
+    expected = np.zeros((30, 40), np.bool_)
+    expected[5:13, 4:14] = True
+    assert np.array_equal(cat.mask, expected)
+    assert dog.category_id == 7
+    assert dataset.instances(dataset.images[1]) == []
+
+
+def test_masks_are_those_of_pycocotools_whatever_their_encoding(tmp_path: Path) -> None:
+    images, annotations = write_scenes(tmp_path, 3, seed=4)
+    dataset, reference = CocoDataset(images, annotations), COCO(annotations)
+    compared = 0
+    for record in dataset.images:
+        for item in dataset.instances(record):
+            expected = reference.annToMask(reference.anns[item.annotation_id])
+            assert np.array_equal(item.mask, expected.astype(bool))
+            compared += 1
+    assert compared > 10
+
+
+def test_uncompressed_runs_and_crowds(files: Any) -> None:
+    runs = {"size": [30, 40], "counts": [30 * 2, 30 * 3, 30 * 35]}
+    crowd = files.annotation(9, 11, [2, 0, 3, 30], segmentation=runs, iscrowd=1)
+    dataset = files.write(lambda c: c["annotations"].append(crowd)).open()
+    (item,) = dataset.instances(dataset.images[1])
+    assert item.iscrowd
+    assert np.flatnonzero(item.mask.all(axis=0)).tolist() == [2, 3, 4]
+    assert item.mask.sum() == 90
+    assert [r.id for r in dataset.annotated_images()] == [10, 11, 12]
+
+
+def test_what_can_be_derived_may_be_left_out(files: Any) -> None:
+    def change(content: dict[str, Any]) -> None:
+        for key in ("iscrowd", "area", "bbox"):
+            del content["annotations"][0][key]
+
+    item = files.write(change).open().instances(files.open().images[0])[0]
+    assert not item.iscrowd
+    assert item.area == 80.0
+    assert item.box.tolist() == [4, 5, 14, 13]
+
+
+def test_annotations_of_a_stored_and_of_a_turned_picture(files: Any) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(files.images / "a.jpg", exif=exif)
+    stored = files.open()
+    assert stored.load(stored.images[0]).shape == (30, 40, 3)
+    turned = files.write(lambda c: c["images"][0].update(width=30, height=40)).open()
+    assert turned.load(turned.images[0]).shape == (40, 30, 3)
+    other = files.write(lambda c: c["images"][0].update(width=31, height=40)).open()
+    with pytest.raises(DataError, match=r"image id 10: .*a\.jpg has 40x30 .* 31x40"):
+        other.load(other.images[0])
+
+
+def test_a_missing_picture(files: Any, caplog: pytest.LogCaptureFixture) -> None:
+    (files.images / "b.jpg").unlink()
+    with pytest.raises(DataError, match=r"image id 11: there is no image file .*b\.jpg.*skip-bad"):
+        files.open()
+    dataset = files.open(skip_bad=True)
+    assert [r.id for r in dataset.images] == [10, 12]
+    assert dataset.skipped == {"missing image": 1}
+    assert "skipped 1 x missing image" in caplog.text
+    assert [r.id for r in files.open(skip_bad=True, limit=2).images] == [10, 12]
+    assert [r.id for r in files.open(limit=1).images] == [10]
+
+
+def test_a_truncated_picture_is_an_error_or_leaves_the_data_set(
+    files: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = (files.images / "c.jpg").read_bytes()
+    (files.images / "c.jpg").write_bytes(raw[: len(raw) // 2])
+    strict, lenient = files.open(), files.open(skip_bad=True)
+    with pytest.raises(DataError, match=r"image id 12: .*c\.jpg cannot be read: .*truncated"):
+        strict.load(strict.images[2])
+    with pytest.raises(DataError, match="--skip-bad"):
+        strict.load_or_skip(strict.images[2])
+    assert lenient.load_or_skip(lenient.images[0]) is not None
+    assert lenient.load_or_skip(lenient.images[2]) is None
+    assert [r.id for r in lenient.images] == [10, 11]
+    assert lenient.skipped == {"damaged image": 1}
+    assert "c.jpg" in caplog.text
+    assert sorted(lenient.ground_truth.imgs) == [10, 11]
+
+
+@pytest.mark.parametrize("empty", ["missing", [], None, [[]]])
+def test_an_annotation_without_segmentation(files: Any, empty: Any) -> None:
+    def change(content: dict[str, Any]) -> None:
+        if empty == "missing":
+            del content["annotations"][1]["segmentation"]
+        else:
+            content["annotations"][1]["segmentation"] = empty
+
+    files.write(change)
+    with pytest.raises(DataError, match=r"annotation id 2 of image id 10 \(a\.jpg\): .*skip-bad"):
+        files.open()
+    dataset = files.open(skip_bad=True)
+    assert [item.annotation_id for item in dataset.instances(dataset.images[0])] == [1]
+    assert sum(dataset.skipped.values()) == 1
+    if empty != [[]]:
+        assert dataset.skipped == {"annotation without segmentation": 1}
+    assert len(dataset.ground_truth.anns) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"segmentation": [[1, 2, 3, 4]]}, "three points"),
+        ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "three points"),
+        ({"segmentation": [[1, 2, 3, 4, 5, "6"]]}, "three points"),
+        ({"segmentation": "text"}, "neither polygons"),
+        ({"segmentation": {"counts": [1200]}}, "neither polygons"),
+        ({"segmentation": {"size": [40, 30], "counts": [1200]}}, r"size \[40, 30\], not \[30, 40"),
+        ({"segmentation": {"size": [30, 40], "counts": [1199]}}, "do not fill"),
+        ({"segmentation": {"size": [30, 40], "counts": [1300, -100]}}, "not numbers"),
+        ({"segmentation": {"size": [30, 40], "counts": ""}}, "not numbers"),
+        ({"segmentation": {"size": [30, 40], "counts": "1234"}}, "do not fill"),
+        ({"category_id": 4}, "no category 4"),
+        ({"category_id": [3]}, r"no category \[3\]"),
+        ({"image_id": 99}, "no such image"),
+        ({"bbox": [1, 2, 3]}, "bbox is"),
+        ({"bbox": [1, 2, 3, float("inf")]}, "bbox is"),
+        ({"bbox": None}, "bbox is"),
+        ({"area": "large"}, "area is"),
+        ({"iscrowd": 2}, "iscrowd is 2"),
+    ],
+)
+def test_an_unusable_annotation(files: Any, change: dict[str, Any], problem: str) -> None:
+    files.write(lambda content: content["annotations"][1].update(change))
+    with pytest.raises(DataError, match=rf"annotation id 2 of image id .*{problem}") as caught:
+        files.open()
+    assert "\n" not in str(caught.value)
+    dataset = files.open(skip_bad=True)
+    assert dataset.skipped == {"unusable annotation": 1}
+    assert [item.annotation_id for item in dataset.instances(dataset.images[0])] == [1]
+
+
+def test_all_skipped_annotations_are_counted_in_one_warning(
+    files: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+
+    files.write(change)
+    with pytest.raises(DataError, match=r"annotation id 1 .*\(and 2 more\)"):
+        files.open()
+    dataset = files.open(skip_bad=True)
+    assert dataset.skipped == {"annotation without segmentation": 3}
+    assert len(caplog.records) == 1
+    assert dataset.annotated_images() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda c: c.pop("images"), 'no list "images"'),
+        (lambda c: c.update(images={}), 'no list "images"'),
+        (lambda c: c.update(images=[]), "lists no image"),
+        (lambda c: c.update(annotations=7), 'no list "annotations"'),
+        (lambda c: c.pop("categories"), 'no list "categories"'),
+        (lambda c: c["images"].append(5), r"images\[3\] is not an object"),
+        (lambda c: c["images"][1].update(id=10), "image id 10 is there twice"),
+        (lambda c: c["images"][1].update(id="11"), r"images\[1\]\.id is '11', int needed"),
+        (lambda c: c["images"][1].pop("file_name"), r"images\[1\]\.file_name is None"),
+        (lambda c: c["images"][1].update(file_name=""), r"images\[1\]\.file_name is ''"),
+        (lambda c: c["images"][1].update(width=0), "image id 11 has no pixels"),
+        (lambda c: c["images"][1].update(height=None), r"images\[1\]\.height is None"),
+        (lambda c: c["annotations"][1].update(id=1), "annotation id 1 is there twice"),
+        (
+            lambda c: c["annotations"][1].update(image_id=None),
+            r"annotations\[1\]\.image_id is None",
+        ),
+        (lambda c: c["annotations"].insert(0, []), r"annotations\[0\] is not an object"),
+        (lambda c: c["categories"][1].update(id=3), "category id 3 is there twice"),
+        (lambda c: c["categories"][1].update(name=5), r"categories\[1\]\.name is 5, str needed"),
+    ],
+)
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_json_that_is_not_coco_is_one_line(
+    files: Any, change: Change, problem: str, skip_bad: bool
+) -> None:
+    files.write(change)
+    with pytest.raises(DataError, match=rf"instances\.json.*{problem}") as caught:
+        files.open(skip_bad=skip_bad)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\xff\xfe", "[" * 100_000])
+def test_what_is_not_json_is_one_line(files: Any, text: str) -> None:
+    files.annotations.write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"instances\.json is not JSON: ") as caught:
+        files.open()
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_impossible_limits(files: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no annotations file .*x\.json"):
+        CocoDataset(files.images, tmp_path / "x.json")
+    with pytest.raises(DataError, match="there is no image folder"):
+        CocoDataset(tmp_path / "nowhere", files.annotations)
+    with pytest.raises(DataError, match="cannot be read"):
+        CocoDataset(files.images, files.images)
+    with pytest.raises(ConfigError, match="first -1 pictures"):
+        files.open(limit=-1)
+
+
+def test_pictures_in_subfolders_and_a_test_set_without_annotations(files: Any) -> None:
+    (files.images / "sub").mkdir()
+    (files.images / "a.jpg").rename(files.images / "sub" / "a.jpg")
+
+    def change(content: dict[str, Any]) -> None:
+        content["images"][0]["file_name"] = "sub/a.jpg"
+        del content["annotations"]
+
+    dataset = files.write(change).open()
+    assert dataset.load(dataset.images[0]).shape == (30, 40, 3)
+    assert dataset.annotated_images() == []
+
+
+def test_the_limit_leaves_no_other_annotations(files: Any) -> None:
+    dataset = files.open(limit=2)
+    assert sorted(dataset.ground_truth.imgs) == [10, 11]
+    assert {a["image_id"] for a in dataset.ground_truth.anns.values()} == {10}
+
+
+def test_the_fingerprint_follows_the_annotations_and_not_the_limit(files: Any) -> None:
+    before = files.open().fingerprint()
+    assert files.open(limit=1).fingerprint() == before
+    moved = files.annotations.with_name("moved.json")
+    moved.write_bytes(files.annotations.read_bytes())
+    assert CocoDataset(files.images, moved).fingerprint() == before
+    assert files.write(lambda c: c["annotations"].pop()).open().fingerprint() != before
+
+
+def test_nothing_is_printed(files: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert files.open().ground_truth.imgs
+    assert capsys.readouterr().out == ""
+
+
+def test_real_photographs(shared_dir: Path) -> None:
+    root = shared_dir / "data" / "coco_mini"
+    dataset = CocoDataset(root / "images" / "val2017", root / "annotations" / "instances_val.json")
+    expected = json.loads((root / "annotations" / "instances_val.json").read_bytes())
+    assert len(dataset.images) == 100
+    assert sum(len(dataset.instances(r)) for r in dataset.images) == len(expected["annotations"])
+    for record in dataset.images[:10]:
+        assert dataset.load(record).shape == (record.height, record.width, 3)
