@@ -1,10 +1,10 @@
 """Post-training quantization of the Segment Anything Model: PTQ4SAM and beyond.
 
-    sam = ptq4sam.load_sam("vit_b", checkpoint="ckpt/sam_vit_b_01ec64.pth")
-    qsam = ptq4sam.quantize(sam, calibration, scheme="exp/config44.yaml")
-    score = ptq4sam.evaluate(qsam, dataset, prompts)
-    ptq4sam.save(qsam, "sam_b_w4a4.safetensors")
-    qsam = ptq4sam.load("sam_b_w4a4.safetensors")
+sam = ptq4sam.load_sam("vit_b", checkpoint="ckpt/sam_vit_b_01ec64.pth")
+qsam = ptq4sam.quantize(sam, calibration, scheme="exp/config44.yaml")
+score = ptq4sam.evaluate(qsam, dataset, prompts)
+ptq4sam.save(qsam, "sam_b_w4a4.safetensors")
+qsam = ptq4sam.load("sam_b_w4a4.safetensors")
 """
 
 from __future__ import annotations

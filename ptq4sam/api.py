@@ -1,4 +1,4 @@
-"""The public verbs `quantize` and `evaluate`; `load_sam`, `save` and `load` live with their data."""
+"""The public verbs `quantize` and `evaluate`."""
 
 from __future__ import annotations
 

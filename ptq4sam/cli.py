@@ -97,9 +97,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser, data_required: bool) -> 
         metavar="KEY=VALUE",
         help="override the scheme, e.g. recon.iters=500",
     )
-    parser.add_argument(
-        "--decoder-only", action="store_true", help="leave the image encoder float"
-    )
+    parser.add_argument("--decoder-only", action="store_true", help="leave the image encoder float")
     parser.add_argument("--images", type=Path, required=data_required, help="folder of pictures")
     parser.add_argument("--annotations", type=Path, required=data_required, metavar="A.json")
     parser.add_argument(

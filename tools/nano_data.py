@@ -58,8 +58,8 @@ class Photographs:
 
     def __init__(self, sources: list[tuple[Path, Path]]) -> None:
         self._items: list[tuple[NDArray[np.uint8], list[dict[str, object]]]] = []
-        for images, annotations in sources:
-            coco = COCO(str(annotations))
+        for images, instances in sources:
+            coco = COCO(str(instances))
             for image_id in coco.getImgIds():
                 known = coco.loadAnns(coco.getAnnIds(imgIds=[image_id], iscrowd=False))
                 objects = [coco.annToRLE(a) for a in known if a["area"] >= MIN_VISIBLE_PIXELS]

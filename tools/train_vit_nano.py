@@ -20,7 +20,7 @@ import torch
 from nano_data import Photographs, WindowDataset, collate
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.registry import VARIANTS, build_variant
@@ -116,7 +116,9 @@ def near_box(boxes: Tensor, size: int) -> Tensor:
     return (inside_y[:, :, None] & inside_x[:, None, :]).float()
 
 
-def total_loss(logits: Tensor, ious: Tensor, target: Tensor, boxes: Tensor, stride: float) -> Tensor:
+def total_loss(
+    logits: Tensor, ious: Tensor, target: Tensor, boxes: Tensor, stride: float
+) -> Tensor:
     """Loss of the single mask, of the best of three, and of the predicted IoUs."""
     losses = mask_loss(logits, target, boxes, stride)
     with torch.no_grad():
@@ -127,7 +129,9 @@ def total_loss(logits: Tensor, ious: Tensor, target: Tensor, boxes: Tensor, stri
     return (losses[:, 0] + 0.4 * best + F.mse_loss(ious, measured)).mean()
 
 
-def sample_points(target: Tensor, stride: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def sample_points(
+    target: Tensor, stride: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """One to three random object points of each mask, in window pixels, and their labels."""
     count = int(torch.randint(1, 4, (), generator=generator))
     weight = (target > 0.5).flatten(1).float() + 1e-9

@@ -28,7 +28,9 @@ class CalibrationPictures(Sequence[CalibrationItem]):
     little against running it.
     """
 
-    def __init__(self, sam: Sam, dataset: CocoDataset, chosen: Sequence[tuple[ImageRecord, Prompts]]):
+    def __init__(
+        self, sam: Sam, dataset: CocoDataset, chosen: Sequence[tuple[ImageRecord, Prompts]]
+    ):
         self._sam, self._dataset, self._chosen = sam, dataset, chosen
 
     def __len__(self) -> int:
@@ -81,5 +83,7 @@ def calibration_pictures(
             f"{without} pictures: use other pictures or --prompts ground-truth"
         )
     if len(chosen) < size:
-        _log.warning("calibrating on %d pictures instead of %d: no more have boxes", len(chosen), size)
+        _log.warning(
+            "calibrating on %d pictures instead of %d: no more have boxes", len(chosen), size
+        )
     return CalibrationPictures(sam, dataset, chosen)

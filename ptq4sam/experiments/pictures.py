@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptq4sam.data import CocoDataset
-from ptq4sam.evaluation.pictures import draw_masks, side_by_side
+from ptq4sam.evaluation.pictures import draw_masks, side_by_side, write_picture
 from ptq4sam.experiments.evaluate import Picture
 
 
@@ -32,5 +32,5 @@ class PictureWriter:
             for segmented in (picture.reference, picture.segmented)
             if segmented is not None
         ]
-        result = drawn[0] if len(drawn) == 1 else side_by_side(*drawn, ("float", "quantized"))
-        result.save(self._folder / f"{picture.record.path.stem}.jpg", quality=90)
+        result = drawn[0] if len(drawn) == 1 else side_by_side(drawn[0], drawn[1])
+        write_picture(result, self._folder / f"{picture.record.path.stem}.jpg")

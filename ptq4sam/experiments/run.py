@@ -1,4 +1,4 @@
-"""Do one run: quantize where asked, prove it, evaluate, and leave everything in the work directory."""
+"""Do one run: quantize where asked, prove it, evaluate, leave all in the work directory."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ class Run:
         if settings.calibration_prompts is not None:
             return settings.calibration_prompts
         if settings.prompts.endswith(".json"):
-            _log.info("calibrating with ground-truth boxes: %s is for other pictures", settings.prompts)
+            _log.info(
+                "calibrating with ground-truth boxes: %s is for other pictures", settings.prompts
+            )
             return "ground-truth"
         return settings.prompts
 
@@ -225,7 +227,7 @@ def _published(sam: Sam) -> bool:
 
 def _fix_seeds(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - scipy and torchvision may use the global state
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 

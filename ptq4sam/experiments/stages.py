@@ -42,9 +42,7 @@ class Stages:
         yield
         stage = Stage(time.monotonic() - started, _peak_memory(), _peak_cuda())
         self.done[name] = stage
-        _log.info(
-            "%s: %.1f s, peak %.2f GiB", name, stage.seconds, stage.peak_memory_bytes / 2**30
-        )
+        _log.info("%s: %.1f s, peak %.2f GiB", name, stage.seconds, stage.peak_memory_bytes / 2**30)
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """For metrics.json."""

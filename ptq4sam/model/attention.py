@@ -84,8 +84,8 @@ class QuantizedEncoderAttention(image_encoder.Attention, _QuantizedAttentionMixi
     def __init__(
         self,
         source: image_encoder.Attention,
-        qkv: nn.Module,
-        proj: nn.Module,
+        qkv: nn.Linear,
+        proj: nn.Linear,
         quantizers: AttentionQuantizers,
     ) -> None:
         nn.Module.__init__(self)
@@ -106,7 +106,8 @@ class QuantizedEncoderAttention(image_encoder.Attention, _QuantizedAttentionMixi
             value,
             (lambda part: self.position_bias(part, grid)) if self.use_rel_pos else None,
         )
-        return self.proj(self.merge_heads(attended, grid))
+        projected: Tensor = self.proj(self.merge_heads(attended, grid))
+        return projected
 
 
 class QuantizedDecoderAttention(transformer.Attention, _QuantizedAttentionMixin):
@@ -129,4 +130,6 @@ class QuantizedDecoderAttention(transformer.Attention, _QuantizedAttentionMixin)
         query = self.split_heads(self.q_proj(q))
         key = self.split_heads(self.k_proj(k))
         value = self.split_heads(self.v_proj(v))
-        return self.out_proj(self.merge_heads(self._quantized_attention(query, key, value)))
+        attended = self._quantized_attention(query, key, value)
+        projected: Tensor = self.out_proj(self.merge_heads(attended))
+        return projected

@@ -27,6 +27,7 @@ from ptq4sam.sam.transformer import TwoWayTransformer
 
 _log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class CalibrationItem:
     """One calibration picture.
@@ -144,4 +145,3 @@ def integrate_bimodal(
     for name in folded:
         fold_signs(candidates[name].q_proj, candidates[name].k_proj, channel_signs(keys[name]))
     return folded
-

@@ -46,7 +46,8 @@ class QuantizedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, in_channels, height, width] to [batch, out_channels, height', width']."""
         weight = self.weight_quantizer(self.weight)
-        return self._conv_forward(self.input_quantizer(x), weight, self.bias)
+        convolved: Tensor = self._conv_forward(self.input_quantizer(x), weight, self.bias)
+        return convolved
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d

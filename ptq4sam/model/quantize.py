@@ -1,15 +1,14 @@
-"""Quantize a SAM: insert quantizers, calibrate, reconstruct, freeze (ALGORITHMS: order of steps)."""
+"""Quantize a SAM: insert quantizers, calibrate, reconstruct, freeze."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptq4sam.methods.reconstruction import UnitData, reconstruct_unit
 from ptq4sam.model.calibration import CalibrationItem, calibrate, run_decoder
@@ -32,12 +31,6 @@ from ptq4sam.sam.model import Sam
 _log = logging.getLogger(__name__)
 
 Runs = list[Callable[[], object]]
-
-
-@dataclass(frozen=True)
-class _Unit:
-    name: str
-    module: nn.Module
 
 
 def quantize_sam(
@@ -89,18 +82,17 @@ def reconstruct(
     reconstructor = _Reconstructor(sam, settings, seed, progress)
     encoder, decoder = sam.image_encoder, sam.mask_decoder.transformer
     if sam.encoder_quantized:
-        runs: Runs = [
-            functools.partial(encoder, item.pixels.to(sam.device)) for item in items
-        ]
+        runs: Runs = [functools.partial(encoder, item.pixels.to(sam.device)) for item in items]
         reconstructor.run(encoder_units(encoder), runs, runs)
     with torch.no_grad():
         with quantizer_mode(sam, Mode.FLOAT):
             exact = [encoder(item.pixels.to(sam.device)) for item in items]
         features = [encoder(item.pixels.to(sam.device)) for item in items]
+    boxes = [item.boxes for item in items]
     reconstructor.run(
         transformer_units(decoder),
-        [functools.partial(run_decoder, sam, f, i.boxes) for f, i in zip(features, items, strict=True)],
-        [functools.partial(run_decoder, sam, f, i.boxes) for f, i in zip(exact, items, strict=True)],
+        [functools.partial(run_decoder, sam, *pair) for pair in zip(features, boxes, strict=True)],
+        [functools.partial(run_decoder, sam, *pair) for pair in zip(exact, boxes, strict=True)],
     )
 
 
@@ -123,14 +115,16 @@ class _Reconstructor:
                 data = UnitData(captured.inputs, exact.inputs, exact.outputs)
                 generator = torch.Generator(self._sam.device)
                 generator.manual_seed(self._seed * 100_003 + self._done)
-                pairs = [(layer.weight, layer.weight_quantizer) for _, layer in quantized_layers(module)]
+                pairs = [
+                    (layer.weight, layer.weight_quantizer) for _, layer in quantized_layers(module)
+                ]
                 losses = reconstruct_unit(
                     module,
                     pairs,
                     data,
                     self._settings,
                     generator,
-                    lambda steps, name=name: self._progress(steps, f"reconstructing {name}"),
+                    functools.partial(self._progress, description=f"reconstructing {name}"),
                 )
             self._done += 1
             _log.info(

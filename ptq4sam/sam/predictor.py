@@ -63,7 +63,7 @@ class Predictor:
         Args:
             sam: the model; its encoder or decoder may be replaced by quantized modules.
             max_prompts_at_once: prompts that the decoder takes at once. For SAM's own decoder each
-                needs about 40 MB of temporary memory.
+                needs about 20 MB of temporary memory.
         """
         if max_prompts_at_once < 1:
             raise ValueError(f"max_prompts_at_once must be positive, not {max_prompts_at_once}")

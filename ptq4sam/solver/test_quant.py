@@ -1,6 +1,6 @@
 """The published command: test a detector-prompted SAM, quantized or not, from a configuration.
 
-    python ptq4sam/solver/test_quant.py --config projects/configs/yolox/yolo_l-sam-vit-b.py \
+python ptq4sam/solver/test_quant.py --config projects/configs/yolox/yolo_l-sam-vit-b.py \
         --q_config exp/config66.yaml --quant-encoder
 """
 
