@@ -1,8 +1,9 @@
-"""Files that are written at once or not at all."""
+"""Files: JSON that is read with one-line errors, and writing at once or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -10,6 +11,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ptq4sam.errors import DataError
 
 
 @contextlib.contextmanager
@@ -25,6 +28,30 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary = Path(folder) / path.name
         yield temporary
         os.replace(temporary, path)
+
+
+def read_json(path: Path, what: str) -> tuple[Any, str]:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        what: what it is, for messages, as "annotations file".
+
+    Returns:
+        Its content, and a fingerprint of its bytes.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        raw = path.read_bytes()
+        return json.loads(raw), hashlib.sha256(raw).hexdigest()[:16]
+    except FileNotFoundError:
+        raise DataError(f"there is no {what} {path}") from None
+    except OSError as error:
+        raise DataError(f"{what} {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} {path} is not JSON: {error}") from error
 
 
 def write_json(value: object, path: Path, *, compact: bool | None = None) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from ptq4sam.data.segmentation import (
     segmentation_problem,
 )
 from ptq4sam.errors import DataError
+from ptq4sam.files import read_json
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
@@ -89,7 +88,9 @@ class CocoDataset(ImageSet):
         if not images.is_dir():
             raise DataError(f"there is no image folder {images}")
         self.path = annotations
-        content, self._digest = _read_json(annotations)
+        content, self._digest = read_json(annotations, "annotations file")
+        if not isinstance(content, dict):
+            raise DataError(f"{annotations} is not in COCO format: it is not an object")
         self.category_names = _categories(content, annotations)
         every = _image_records(content, images, annotations)
         self.images = self._present(every, limit)
@@ -239,25 +240,9 @@ def coco_index(dataset: ImageSet, annotations: list[dict[str, Any]]) -> COCO:
     return indexed
 
 
-def _read_json(path: Path) -> tuple[Mapping[str, Any], str]:
-    """Content of an instances file, and its fingerprint."""
-    try:
-        raw = path.read_bytes()
-        content = json.loads(raw)
-    except FileNotFoundError:
-        raise DataError(f"there is no annotations file {path}") from None
-    except OSError as error:
-        raise DataError(f"annotations file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"annotations file {path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise DataError(f'{path} is not in COCO format: there is no list "images" in it')
-    return content, hashlib.sha256(raw).hexdigest()[:16]
-
-
 def _image_records(content: Mapping[str, Any], images: Path, path: Path) -> list[ImageRecord]:
     records: dict[int, ImageRecord] = {}
-    for number, entry in enumerate(content["images"]):
+    for number, entry in enumerate(_list(content, "images", path)):
         _check_fields(
             entry,
             {"id": int, "file_name": str, "width": int, "height": int},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 
 from ptq4sam.data.images import ImageRecord, ImageSet
 from ptq4sam.errors import DataError
-from ptq4sam.files import write_json
+from ptq4sam.files import read_json, write_json
 from ptq4sam.prompts.record import Prompts, clean
 
 _log = logging.getLogger(__name__)
@@ -44,7 +42,11 @@ class CocoResults:
         self.path = path
         self.limit = limit
         self.dropped: Counter[str] = Counter()
-        entries, self._digest = _read(path)
+        entries, self._digest = read_json(path, "file of boxes")
+        if not isinstance(entries, list):
+            annotations = isinstance(entries, dict) and "annotations" in entries
+            hint = "; this looks like annotations" if annotations else ""
+            raise DataError(f"{path} is not a list of COCO results{hint}")
         self._entries: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
         for number, entry in enumerate(entries):
             _check(entry, number, path)
@@ -115,22 +117,6 @@ def to_results(prompts: Prompts) -> list[dict[str, Any]]:
 def write_results(prompts: Iterable[Prompts], path: Path) -> None:
     """Write the boxes of many pictures as a COCO results file, at once or not at all."""
     write_json([result for one in prompts for result in to_results(one)], path)
-
-
-def _read(path: Path) -> tuple[list[Any], str]:
-    try:
-        raw = path.read_bytes()
-        content = json.loads(raw)
-    except FileNotFoundError:
-        raise DataError(f"there is no file of boxes {path}") from None
-    except OSError as error:
-        raise DataError(f"file of boxes {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"file of boxes {path} is not JSON: {error}") from error
-    if not isinstance(content, list):
-        hint = "; this looks like annotations" if "annotations" in content else ""
-        raise DataError(f"{path} is not a list of COCO results{hint}")
-    return content, hashlib.sha256(raw).hexdigest()[:16]
 
 
 def _check(entry: Any, number: int, path: Path) -> None:

@@ -232,6 +232,13 @@ def test_what_is_not_json_is_one_line(files: Any, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "5"])
+def test_json_that_is_no_object(files: Any, text: str) -> None:
+    files.annotations.write_text(text)
+    with pytest.raises(DataError, match=r"instances\.json is not in COCO format: it is not an obj"):
+        files.open()
+
+
 def test_missing_files_and_impossible_limits(files: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no annotations file .*x\.json"):
         CocoDataset(files.images, tmp_path / "x.json")

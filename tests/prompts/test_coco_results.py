@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ptq4sam.data import CocoDataset
+from ptq4sam.errors import DataError
+from ptq4sam.prompts import CocoResults, GroundTruth, Prompts, to_results, write_results
+
+NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
+
+
+def _result(image_id: int = 1, **more: Any) -> dict[str, Any]:
+    return {"image_id": image_id, "category_id": 1, "bbox": [10, 20, 30, 40], "score": 0.5, **more}
+
+
+def _write(tmp_path: Path, content: Any) -> Path:
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_boxes_are_read_as_corners_best_first(tmp_path: Path, scenes: CocoDataset) -> None:
+    entries = [_result(score=0.2), _result(2), _result(score=0.9, category_id=4, bbox=[0, 0, 5, 6])]
+    source = CocoResults(_write(tmp_path, entries), scenes)
+    found = source.prompts(scenes.images[0], NO_PIXELS)
+    assert found.boxes.tolist() == [[0, 0, 5, 6], [10, 20, 40, 60]]
+    assert np.allclose(found.scores, [0.9, 0.2])
+    assert found.category_ids.tolist() == [4, 1]
+    assert len(source.prompts(scenes.images[1], NO_PIXELS)) == 1
+    assert len(source.prompts(scenes.images[2], NO_PIXELS)) == 0
+
+
+def test_only_the_best_are_used(tmp_path: Path, scenes: CocoDataset) -> None:
+    path = _write(tmp_path, [_result(score=i / 200) for i in range(150)])
+    found = CocoResults(path, scenes).prompts(scenes.images[0], NO_PIXELS)
+    assert len(found) == 100
+    assert found.scores.min() == pytest.approx(0.25)
+    everything = CocoResults(path, scenes, limit=None)
+    assert len(everything.prompts(scenes.images[0], NO_PIXELS)) == 150
+    assert everything.fingerprint() != CocoResults(path, scenes).fingerprint()
+
+
+def test_numbers_that_are_none_are_dropped_and_counted(tmp_path: Path, scenes: CocoDataset) -> None:
+    entries = [_result(), _result(score=float("nan")), _result(bbox=[1, 2, 0, 3])]
+    source = CocoResults(_write(tmp_path, entries), scenes)
+    assert len(source.prompts(scenes.images[0], NO_PIXELS)) == 1
+    assert source.dropped == {"box that is not a number": 1, "box without area in the picture": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"images": [], "annotations": []}, "not a list of COCO results; this looks like annot"),
+        ({}, "not a list of COCO results"),
+        (3, "not a list of COCO results"),
+        (None, "not a list of COCO results"),
+        ([_result(), 5], "result 1 has no bbox"),
+        ([_result(bbox=[1, 2, 3])], "result 0 has no bbox"),
+        ([_result(bbox=[1, 2, 3, None])], "result 0 has no bbox"),
+        ([_result(score="high")], "result 0 has score 'high', not a number"),
+        ([_result(score=True)], "result 0 has score True"),
+        ([_result(image_id="a")], "result 0 has image_id 'a'"),
+        ([_result(category_id=1.5)], "result 0 has category_id 1.5"),
+        ([_result(77), _result(78)], "boxes of 2 images, none of which is in the data set"),
+        ([_result(category_id=77)], "has category ids 77, the data set has 1, 2, 3"),
+    ],
+)
+def test_a_file_of_something_else(
+    tmp_path: Path, scenes: CocoDataset, content: Any, problem: str
+) -> None:
+    with pytest.raises(DataError, match=rf"boxes\.json.*{problem}") as caught:
+        CocoResults(_write(tmp_path, content), scenes)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_damaged_files(tmp_path: Path, scenes: CocoDataset) -> None:
+    with pytest.raises(DataError, match=r"there is no file of boxes .*none\.json"):
+        CocoResults(tmp_path / "none.json", scenes)
+    with pytest.raises(DataError, match="cannot be read"):
+        CocoResults(tmp_path, scenes)
+    (tmp_path / "a.json").write_text('[{"image_id": 1,')
+    with pytest.raises(DataError, match=r"a\.json is not JSON"):
+        CocoResults(tmp_path / "a.json", scenes)
+
+
+def test_some_categories_or_pictures_outside_of_the_data_set(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = [_result(), _result(category_id=50), _result(category_id=50), _result(99)]
+    source = CocoResults(_write(tmp_path, entries), scenes)
+    assert len(source.prompts(scenes.images[0], NO_PIXELS)) == 3
+    assert "2 boxes have categories that the data set lacks (ids 50)" in caplog.text
+
+
+def test_no_boxes_at_all_are_possible(tmp_path: Path, scenes: CocoDataset) -> None:
+    source = CocoResults(_write(tmp_path, []), scenes)
+    assert len(source.prompts(scenes.images[0], NO_PIXELS)) == 0
+
+
+def test_what_is_written_can_be_read_back(tmp_path: Path, scenes: CocoDataset) -> None:
+    truth = GroundTruth(scenes)
+    written = [truth.prompts(record, NO_PIXELS) for record in scenes.images]
+    path = tmp_path / "new" / "boxes.json"
+    write_results(written, path)
+    assert set(json.loads(path.read_text())[0]) == {"image_id", "category_id", "bbox", "score"}
+    source = CocoResults(path, scenes)
+    for record, expected in zip(scenes.images, written, strict=True):
+        found = source.prompts(record, NO_PIXELS)
+        assert np.array_equal(found.boxes, expected.boxes)
+        assert np.array_equal(found.category_ids, expected.category_ids)
+    assert [p.name for p in path.parent.iterdir()] == ["boxes.json"]
+
+
+def test_a_result_has_plain_numbers() -> None:
+    prompts = Prompts(3, np.array([[1, 2, 4, 8]]), np.array([0.5]), np.array([9]))
+    assert to_results(prompts) == [
+        {"image_id": 3, "category_id": 9, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.5}
+    ]
