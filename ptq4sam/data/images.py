@@ -70,7 +70,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.ui
     except FileNotFoundError:
         raise DataError(f"there is no image file {path}") from None
     except (*_DAMAGED, *_BOMB) as error:
-        raise DataError(f"image file {path} cannot be read: {_reason(error)}") from error
+        raise DataError(f"image file {path} cannot be read: {reason(error)}") from error
     turned = picture.size[::-1] if orientation in _SIDEWAYS else picture.size
     if orientation in _UPRIGHT and size in (None, turned):
         picture = picture.transpose(_UPRIGHT[orientation])
@@ -98,7 +98,7 @@ def read_size(path: Path) -> tuple[int, int]:
     except FileNotFoundError:
         raise DataError(f"there is no image file {path}") from None
     except (*_DAMAGED, *_BOMB) as error:
-        raise DataError(f"image file {path} cannot be read: {_reason(error)}") from error
+        raise DataError(f"image file {path} cannot be read: {reason(error)}") from error
 
 
 class ImageSet:
@@ -233,8 +233,10 @@ def _upper_byte(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
     return (wide >> 8).astype(np.uint8)
 
 
-def _reason(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def reason(error: BaseException) -> str:
+    """An error's message in one line of bearable length, or its name where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _shape(size: tuple[int, int]) -> str:

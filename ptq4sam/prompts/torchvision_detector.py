@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ptq4sam.data.images import ImageRecord
+from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import CheckpointError, ConfigError, DependencyError
 from ptq4sam.prompts.detections import file_digest
 from ptq4sam.prompts.record import Prompts, clean
@@ -102,8 +102,7 @@ def _build(name: str, checkpoint: Path | None) -> nn.Module:
         # torchvision's training script keeps the weights under "model".
         model.load_state_dict(state.get("model", state))
     except (*_UNREADABLE, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{checkpoint} has no weights of {name}: {reason}") from error
+        raise CheckpointError(f"{checkpoint} has no weights of {name}: {reason(error)}") from error
     return model
 
 
@@ -111,7 +110,7 @@ def _state_digest(model: nn.Module) -> str:
     digest = hashlib.sha256(type(model).__name__.encode())
     for key, value in model.state_dict().items():
         digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

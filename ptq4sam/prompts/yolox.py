@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ptq4sam.data.images import ImageRecord
+from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import CheckpointError, DependencyError
 from ptq4sam.prompts.detections import file_digest, suppress
 from ptq4sam.prompts.record import Prompts, clean
@@ -118,8 +118,9 @@ class YoloxOnnx:
             errors.NoSuchFile,
             errors.NotImplemented,
         ) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{self.path} is no usable ONNX model: {reason}") from error
+            raise CheckpointError(
+                f"{self.path} is no usable ONNX model: {reason(error)}"
+            ) from error
 
     @property
     def _input_size(self) -> tuple[int, int]:

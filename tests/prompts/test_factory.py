@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ptq4sam.data import CocoDataset
+from ptq4sam.errors import CheckpointError, ConfigError, DataError
+from ptq4sam.prompts import (
+    CocoResults,
+    GroundTruth,
+    TorchvisionDetector,
+    YoloxOnnx,
+    open_prompts,
+    write_results,
+)
+
+
+def test_every_spec_opens_its_source(scenes: CocoDataset, tmp_path: Path) -> None:
+    truth = open_prompts("ground-truth", scenes)
+    assert isinstance(truth, GroundTruth)
+    found = truth.prompts(scenes.images[0], np.zeros((0, 0, 3), np.uint8))
+    write_results([found], tmp_path / "boxes.json")
+    assert isinstance(open_prompts(f"{tmp_path}/boxes.json", scenes), CocoResults)
+    (tmp_path / "a.onnx").write_bytes(b"not opened yet")
+    assert isinstance(open_prompts(f"onnx:{tmp_path}/a.onnx", scenes), YoloxOnnx)
+    named = open_prompts("torchvision:fasterrcnn_resnet50_fpn", scenes)
+    assert isinstance(named, TorchvisionDetector)
+    with_file = open_prompts(f"torchvision:fasterrcnn_resnet50_fpn:{tmp_path}/a.onnx", scenes)
+    assert named.fingerprint() != with_file.fingerprint()
+
+
+def test_the_scene_detector_finds_objects_of_scenes(scenes: CocoDataset) -> None:
+    source = open_prompts("scene-detector", scenes)
+    record = scenes.images[0]
+    found = source.prompts(record, scenes.load(record))
+    assert len(found) >= 3
+    assert set(found.category_ids.tolist()) <= set(scenes.category_ids)
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "groundtruth", "onnx:", "onnx", "torchvision:", "yolo.pth", "foo:bar"]
+)
+def test_what_is_not_understood_lists_what_is(scenes: CocoDataset, spec: str) -> None:
+    with pytest.raises(ConfigError, match=r"no prompts are named .*torchvision:NAME\[:FILE\]"):
+        open_prompts(spec, scenes)
+
+
+def test_a_near_miss_is_named(scenes: CocoDataset) -> None:
+    with pytest.raises(ConfigError, match="did you mean ground-truth"):
+        open_prompts("ground_truth", scenes)
+
+
+def test_missing_files_are_errors_at_once(scenes: CocoDataset, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file of boxes"):
+        open_prompts(f"{tmp_path}/none.json", scenes)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_prompts(f"onnx:{tmp_path}/none.onnx", scenes)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_prompts(f"torchvision:fcos_resnet50_fpn:{tmp_path}/none.pth", scenes)
