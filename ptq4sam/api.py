@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptq4sam.data import CocoDataset
+from ptq4sam.data import ImageSet
 from ptq4sam.evaluation.segmentation import Prompting
 from ptq4sam.experiments.calibration import calibration_pictures
 from ptq4sam.experiments.evaluate import evaluate_sam
@@ -20,7 +20,7 @@ from ptq4sam.sam.model import Sam
 
 def quantize(
     sam: Sam,
-    calibration: CocoDataset | Sequence[CalibrationItem],
+    calibration: ImageSet | Sequence[CalibrationItem],
     scheme: Scheme | str | Path,
     *,
     prompts: PromptSource | None = None,
@@ -32,20 +32,21 @@ def quantize(
 
     Args:
         sam: the float model.
-        calibration: a data set, of which the first annotated pictures are used (as many as the
+        calibration: a data set, of which the first pictures with boxes are used (as many as the
             scheme says), or calibration items.
         scheme: the quantization, or the YAML file that describes it.
-        prompts: boxes of the calibration pictures; ground truth by default.
+        prompts: boxes of the calibration pictures; ground truth by default, which a plain folder
+            of pictures does not have.
         quantize_encoder: quantize the image encoder too, not only the mask decoder.
         seed: fixes every random choice.
         progress: shows how far it is.
 
     Raises:
         ConfigError: the scheme is not usable.
-        CalibrationError: the calibration data are.
+        CalibrationError: the calibration data are not.
     """
     scheme = scheme if isinstance(scheme, Scheme) else Scheme.from_yaml(scheme)
-    if isinstance(calibration, CocoDataset):
+    if isinstance(calibration, ImageSet):
         source = prompts if prompts is not None else GroundTruth(calibration)
         calibration = calibration_pictures(
             sam, calibration, source, scheme.calibrate, Prompting(), progress
@@ -62,7 +63,7 @@ def quantize(
 
 def evaluate(
     sam: Sam,
-    dataset: CocoDataset,
+    dataset: ImageSet,
     prompts: PromptSource | str = "ground-truth",
     *,
     prompting: Prompting | None = None,
@@ -73,7 +74,7 @@ def evaluate(
 
     Args:
         sam: the model.
-        dataset: pictures with annotations.
+        dataset: pictures; without annotations only agreement is measured.
         prompts: where boxes come from, or its name on the command line.
         prompting: how boxes prompt and how masks are scored.
         reference: the float model, to measure agreement with.

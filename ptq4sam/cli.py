@@ -37,13 +37,22 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
     try:
         return action()
     except Ptq4samError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return _refuse(str(error))
+    except OSError as error:
+        # A full disk, no permission: the user's to mend, wherever it happens.
+        logger.debug("where it happened", exc_info=True)
+        what = error.strerror or str(error) or type(error).__name__
+        return _refuse(what if error.filename is None else f"{error.filename}: {what}")
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
     finally:
         logger.removeHandler(handler)
+
+
+def _refuse(problem: str) -> int:
+    sys.stderr.write(f"error: {' '.join(problem.split())}\n")
+    return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,14 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     evaluate = verbs.add_parser("evaluate", help="score a SAM, float or quantized, on a data set")
-    _add_run_arguments(evaluate, data_required=True)
+    _add_run_arguments(evaluate, images_required=True)
     evaluate.add_argument("--show-dir", type=Path, help="write pictures with masks here")
     evaluate.add_argument("--show-score-thr", type=float, default=0.3, metavar="T")
     evaluate.add_argument("--out", type=Path, help="write the masks as COCO results JSON")
     evaluate.set_defaults(run=_evaluate)
 
     quantize = verbs.add_parser("quantize", help="quantize a SAM and write it to a file")
-    _add_run_arguments(quantize, data_required=False)
+    _add_run_arguments(quantize, images_required=False)
     quantize.add_argument("--output", type=Path, required=True, metavar="F.safetensors")
     quantize.set_defaults(run=_quantize)
 
@@ -86,9 +95,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser, data_required: bool) -> None:
+def _add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) -> None:
     parser.add_argument("--model", default="vit_nano", help="vit_nano, vit_b, vit_l or vit_h")
     parser.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
+    parser.add_argument(
+        "--float-checkpoint",
+        type=Path,
+        metavar="F",
+        help="float weights that a quantized --checkpoint is compared with",
+    )
     parser.add_argument("--scheme", type=Path, help="quantize by this file, e.g. exp/config44.yaml")
     parser.add_argument(
         "--scheme-options",
@@ -98,8 +113,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser, data_required: bool) -> 
         help="override the scheme, e.g. recon.iters=500",
     )
     parser.add_argument("--decoder-only", action="store_true", help="leave the image encoder float")
-    parser.add_argument("--images", type=Path, required=data_required, help="folder of pictures")
-    parser.add_argument("--annotations", type=Path, required=data_required, metavar="A.json")
+    parser.add_argument("--images", type=Path, required=images_required, help="folder of pictures")
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="A.json",
+        help="COCO instances file; without it masks and pictures are written, but not scored",
+    )
     parser.add_argument(
         "--prompts",
         default="ground-truth",
@@ -118,7 +138,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser, data_required: bool) -> 
     parser.add_argument("--no-sam-iou", action="store_true", help="score without predicted IoUs")
     parser.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work-dir", type=Path, required=data_required, default=Path("work_dirs"))
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs"))
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ptq4sam.errors import ConfigError
 from ptq4sam.sam.predictor import ImageEmbedding, Predictor
 
 
@@ -25,6 +26,9 @@ class Prompting:
             probability inside the mask.
         max_per_image: boxes used in a picture, highest scores first.
         score_threshold: boxes below this detector score are not used.
+
+    Raises:
+        ConfigError: a value leaves no box in any picture.
     """
 
     multimask: bool = False
@@ -33,6 +37,12 @@ class Prompting:
     use_sam_iou: bool = True
     max_per_image: int = 100
     score_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_per_image < 1:
+            raise ConfigError(f"asked for {self.max_per_image} boxes a picture: use 1 or more")
+        if not 0 <= self.score_threshold <= 1:
+            raise ConfigError(f"asked for boxes that score {self.score_threshold} or more: use 0-1")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import overload
 
 import torch
 
-from ptq4sam.data import CocoDataset, ImageRecord
+from ptq4sam.data import CocoDataset, ImageRecord, ImageSet
 from ptq4sam.errors import CalibrationError
 from ptq4sam.evaluation.segmentation import Prompting
 from ptq4sam.experiments.evaluate import select
@@ -29,8 +29,8 @@ class CalibrationPictures(Sequence[CalibrationItem]):
     """
 
     def __init__(
-        self, sam: Sam, dataset: CocoDataset, chosen: Sequence[tuple[ImageRecord, Prompts]]
-    ):
+        self, sam: Sam, dataset: ImageSet, chosen: Sequence[tuple[ImageRecord, Prompts]]
+    ) -> None:
         self._sam, self._dataset, self._chosen = sam, dataset, chosen
 
     def __len__(self) -> int:
@@ -56,23 +56,29 @@ class CalibrationPictures(Sequence[CalibrationItem]):
 
 def calibration_pictures(
     sam: Sam,
-    dataset: CocoDataset,
+    dataset: ImageSet,
     source: PromptSource,
     size: int,
     prompting: Prompting,
     progress: Progress = silent,
 ) -> CalibrationPictures:
-    """The first `size` annotated pictures, in file order, for which the source has boxes.
+    """The first `size` pictures, in file order, for which the source has boxes.
+
+    Of a data set with annotations the annotated pictures are used.
 
     Raises:
         CalibrationError: no picture has boxes.
     """
+    records = dataset.annotated_images() if isinstance(dataset, CocoDataset) else dataset.images
     chosen: list[tuple[ImageRecord, Prompts]] = []
     without = 0
-    for record in progress(dataset.annotated_images(), "boxes of calibration pictures"):
+    for record in progress(records, "boxes of calibration pictures"):
         if len(chosen) == size:
             break
-        prompts = select(source.prompts(record, dataset.load(record)), prompting)
+        image = dataset.load_or_skip(record)
+        if image is None:
+            continue
+        prompts = select(source.prompts(record, image), prompting)
         if len(prompts.boxes):
             chosen.append((record, prompts))
         else:
@@ -80,7 +86,7 @@ def calibration_pictures(
     if not chosen:
         raise CalibrationError(
             f"asked for {size} calibration pictures, but {source.name} gave no box on any of "
-            f"{without} pictures: use other pictures or --prompts ground-truth"
+            f"{without} pictures: use other pictures or --calibration-prompts ground-truth"
         )
     if len(chosen) < size:
         _log.warning(

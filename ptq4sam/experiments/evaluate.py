@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq4sam.data import CocoDataset, ImageRecord
+from ptq4sam.data import CocoDataset, ImageRecord, ImageSet
+from ptq4sam.errors import DataError
 from ptq4sam.evaluation import MaskScores, mask_ious
 from ptq4sam.evaluation.segmentation import Prompting, Segmented, segment
 from ptq4sam.progress import Progress, silent
@@ -42,7 +43,8 @@ class Evaluation:
 
     Attributes:
         metrics: AP, AP50, AP75, APs, APm, APl, AR in percent; mean_iou where prompts are ground
-            truth; agreement where there is a float model to agree with.
+            truth; agreement where there is a float model to agree with. Without annotations only
+            agreement.
         reference_metrics: the same of the float model.
         results: the masks as COCO results.
     """
@@ -58,7 +60,7 @@ class Evaluation:
 class _Scorer:
     """Collects the scores of one model over a data set."""
 
-    def __init__(self, dataset: CocoDataset) -> None:
+    def __init__(self, dataset: ImageSet) -> None:
         self._scores = MaskScores(dataset)
         self._ious: list[float] = []
 
@@ -84,9 +86,14 @@ def select(prompts: Prompts, prompting: Prompting) -> Prompts:
     return prompts.above(prompting.score_threshold).first(prompting.max_per_image)
 
 
+def has_truth(dataset: ImageSet) -> bool:
+    """Whether masks on a data set can be scored."""
+    return isinstance(dataset, CocoDataset) and bool(dataset.annotated_images())
+
+
 def evaluate_sam(
     sam: Sam,
-    dataset: CocoDataset,
+    dataset: ImageSet,
     source: PromptSource,
     prompting: Prompting,
     *,
@@ -97,17 +104,21 @@ def evaluate_sam(
 ) -> Evaluation:
     """Prompt a SAM with boxes on every picture and score its masks.
 
-    A picture without boxes is not encoded; its missed objects still count.
+    A picture without boxes is not encoded; its missed objects still count. A damaged picture that
+    the data set is told to skip does not count at all.
 
     Args:
         sam: the model, float or quantized.
-        dataset: pictures and their truth.
+        dataset: pictures and, for scores, their truth.
         source: where boxes come from.
         prompting: how boxes prompt and how masks are scored.
         reference: the float model, to measure agreement (mean IoU of masks for the same boxes).
         progress: shows how far it is.
         on_picture: called with each evaluated picture.
         score: compute metrics; else only collect the masks.
+
+    Raises:
+        DataError: a picture is damaged and not to be skipped, or none is left.
     """
     evaluation = Evaluation()
     scorer, reference_scorer = _Scorer(dataset), _Scorer(dataset)
@@ -115,12 +126,15 @@ def evaluate_sam(
     predictor = Predictor(sam)
     reference_predictor = Predictor(reference) if reference is not None else None
     for record in progress(dataset.images, "segmenting"):
-        image = dataset.load(record)
+        image = dataset.load_or_skip(record)
+        if image is None:
+            continue
         prompts = select(source.prompts(record, image), prompting)
         evaluation.pictures += 1
         if len(prompts.boxes) == 0:
             continue
-        truth = source.truth(record) if isinstance(source, GroundTruth) else None
+        # Annotated boxes all score 1, so that what `select` leaves are the first ones.
+        truth = source.truth(record)[: len(prompts)] if isinstance(source, GroundTruth) else None
         segmented = _segment(predictor, image, prompts, prompting)
         scorer.add(record, prompts, segmented)
         if truth is not None:
@@ -135,12 +149,16 @@ def evaluate_sam(
             agreement.extend(mask_ious(segmented.masks, expected.masks).tolist())
         if on_picture is not None:
             on_picture(Picture(record, image, prompts, segmented, expected))
+    if evaluation.pictures == 0:
+        raise DataError("no picture is left to evaluate: all were skipped as damaged")
     evaluation.results = scorer.results
     if not score:
         return evaluation
-    evaluation.metrics = scorer.metrics()
+    if has_truth(dataset):
+        evaluation.metrics = scorer.metrics()
+        if reference is not None:
+            evaluation.reference_metrics = reference_scorer.metrics()
     if reference is not None:
-        evaluation.reference_metrics = reference_scorer.metrics()
         evaluation.metrics["agreement"] = float(np.mean(agreement)) if agreement else float("nan")
     return evaluation
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ptq4sam.data import CocoDataset
+from ptq4sam.data import ImageSet
 from ptq4sam.evaluation.pictures import draw_masks, side_by_side, write_picture
 from ptq4sam.experiments.evaluate import Picture
 
@@ -12,9 +12,10 @@ from ptq4sam.experiments.evaluate import Picture
 class PictureWriter:
     """Writes one JPEG a picture into a folder."""
 
-    def __init__(self, folder: Path, dataset: CocoDataset, threshold: float) -> None:
+    def __init__(self, folder: Path, dataset: ImageSet, threshold: float) -> None:
         self._folder, self._threshold = folder, threshold
         self._names = dataset.category_names
+        self._written: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, picture: Picture) -> None:
@@ -33,4 +34,12 @@ class PictureWriter:
             if segmented is not None
         ]
         result = drawn[0] if len(drawn) == 1 else side_by_side(drawn[0], drawn[1])
-        write_picture(result, self._folder / f"{picture.record.path.stem}.jpg")
+        write_picture(result, self._folder / f"{self._file_name(picture)}.jpg")
+
+    def _file_name(self, picture: Picture) -> str:
+        """The picture's own name, with its id where another has the same one."""
+        name = picture.record.path.stem
+        if name in self._written:
+            name = f"{name}-{picture.record.id}"
+        self._written.add(name)
+        return name

@@ -39,6 +39,7 @@ def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSetti
         prompts=parsed.prompts,
         work_dir=parsed.work_dir,
         checkpoint=parsed.checkpoint,
+        float_checkpoint=parsed.float_checkpoint,
         scheme=scheme,
         quantize_encoder=not parsed.decoder_only,
         calibration=data_pair(
@@ -62,19 +63,16 @@ def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSetti
 
 
 def data_pair(prefix: str, images: Path | None, annotations: Path | None) -> DataSettings | None:
-    """Both halves of a data set, or None where neither is given.
+    """A data set with or without annotations, or None where nothing is given.
 
     Raises:
-        ConfigError: one is given without the other.
+        ConfigError: annotations are given without pictures.
     """
-    if images is None and annotations is None:
-        return None
-    if images is None or annotations is None:
-        missing = "images" if images is None else "annotations"
-        raise ConfigError(
-            f"--{prefix}images and --{prefix}annotations belong together: add --{prefix}{missing}"
-        )
-    return DataSettings(images, annotations)
+    if images is not None:
+        return DataSettings(images, annotations)
+    if annotations is not None:
+        raise ConfigError(f"--{prefix}annotations is about pictures: add --{prefix}images")
+    return None
 
 
 def execute(settings: RunSettings) -> int:

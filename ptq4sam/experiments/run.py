@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 
 import ptq4sam
-from ptq4sam.data import CocoDataset
-from ptq4sam.errors import CalibrationError, ConfigError
+from ptq4sam.data import CocoDataset, ImageFolder, ImageSet
+from ptq4sam.errors import CalibrationError, CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
 from ptq4sam.experiments.calibration import calibration_pictures
-from ptq4sam.experiments.evaluate import Evaluation, evaluate_sam
+from ptq4sam.experiments.evaluate import Evaluation, evaluate_sam, has_truth
 from ptq4sam.experiments.pictures import PictureWriter
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.stages import Stages
@@ -30,11 +31,18 @@ from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.model.storage import is_quantized_file, load, save
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import PromptSource, cached, open_prompts
-from ptq4sam.sam.checkpoint import load_sam
+from ptq4sam.sam.checkpoint import EMBEDDED_FILE, load_sam
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor
 
 _log = logging.getLogger(__name__)
+
+# Tensors that no quantization changes: two models that share them are one before and after.
+_ORIGIN = (
+    "image_encoder.pos_embed",
+    "image_encoder.patch_embed.proj.weight",
+    "mask_decoder.mask_tokens.weight",
+)
 
 
 class Run:
@@ -53,18 +61,18 @@ class Run:
             Ptq4samError: something that was asked for cannot be had; one line says what.
         """
         settings = self.settings
-        settings.work_dir.mkdir(parents=True, exist_ok=True)
+        self._make_folders()
         with _logging_to(settings.work_dir / "run.log"):
             _fix_seeds(settings.seed)
+            # First of all, for a mistake in it should not show after hours of quantization.
+            data = self._data()
             sam, reference = self._models()
-            report = self._audit(sam) if isinstance(sam, QuantizedSam) else None
+            report = None
             if isinstance(sam, QuantizedSam):
+                report = self._audit(sam)
                 _write_scheme(sam, settings.work_dir / "scheme.yaml")
-                if settings.save_model is not None:
-                    with self.stages.stage("save"):
-                        save(sam, settings.save_model)
-                    _log.info("wrote %s", settings.save_model)
-            evaluation = self._evaluate(sam, reference) if settings.data is not None else None
+                self._save(sam)
+            evaluation = self._evaluate(sam, reference, *data) if data is not None else None
             metrics = self._metrics(sam, report, evaluation)
             write_json(metrics, settings.work_dir / "metrics.json")
             if report is not None and not report.passed and not _published(sam):
@@ -74,6 +82,24 @@ class Run:
                     "its numbers are not those of a quantized model; please report this"
                 )
         return metrics
+
+    def _make_folders(self) -> None:
+        """Make the folders of all outputs, so that a run does not fail at its end.
+
+        Raises:
+            ConfigError: one cannot be made or written to.
+        """
+        settings = self.settings
+        folders = [settings.work_dir, settings.show_dir]
+        folders += [path.parent for path in (settings.results, settings.save_model) if path]
+        for folder in filter(None, folders):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                problem = None if os.access(folder, os.W_OK) else "no permission"
+            except OSError as error:
+                problem = error.strerror
+            if problem is not None:
+                raise ConfigError(f"cannot write into folder {folder} ({problem}): name another")
 
     def _models(self) -> tuple[Sam, Sam | None]:
         """The evaluated model, and the float one to compare it with."""
@@ -86,20 +112,51 @@ class Run:
                 )
             with self.stages.stage("load"):
                 quantized = load(settings.checkpoint, self.device)
-            return quantized, None
+                reference = self._origin(quantized)
+            return quantized, reference
+        if settings.float_checkpoint is not None:
+            raise ConfigError(
+                f"a float checkpoint is what a quantized model is compared with, but "
+                f"{settings.checkpoint or settings.model} is not quantized"
+            )
         with self.stages.stage("load"):
             sam = load_sam(settings.model, settings.checkpoint, device=self.device)
         if settings.scheme is None:
             return sam, None
         return self._quantize(sam), sam
 
+    def _origin(self, quantized: QuantizedSam) -> Sam | None:
+        """The float model that a quantized one was made of, where it is at hand."""
+        path = self.settings.float_checkpoint
+        if path is None and (quantized.name != "vit_nano" or not EMBEDDED_FILE.is_file()):
+            return None
+        sam = load_sam(quantized.name, path, device=self.device)
+        ours, theirs = quantized.state_dict(), sam.state_dict()
+        if all(torch.equal(ours[name], theirs[name]) for name in _ORIGIN):
+            return sam
+        if path is not None:
+            raise CheckpointError(
+                f"{self.settings.checkpoint} was not made of {path}: give the float weights that "
+                "were quantized, or none"
+            )
+        _log.info("no agreement: the model was made of other weights than the embedded ones")
+        return None
+
+    def _save(self, sam: QuantizedSam) -> None:
+        path = self.settings.save_model
+        if path is None:
+            return
+        with self.stages.stage("save"):
+            try:
+                save(sam, path)
+            except SafetensorError as error:
+                raise CheckpointError(f"cannot write {path}: {error}") from error
+        _log.info("wrote %s", path)
+
     def _quantize(self, sam: Sam) -> QuantizedSam:
         settings, scheme = self.settings, self.settings.scheme
         if scheme is None or settings.calibration is None:
-            raise ConfigError(
-                "a scheme needs pictures to calibrate on: give --calibration-images and "
-                "--calibration-annotations"
-            )
+            raise ValueError("RunSettings has a scheme and calibration data, or neither")
         size = settings.calibration_size or scheme.calibrate
         with self.stages.stage("calibration boxes"):
             dataset = self._dataset(settings.calibration, limit=None)
@@ -128,12 +185,32 @@ class Run:
             return "ground-truth"
         return settings.prompts
 
-    def _dataset(self, data: DataSettings, limit: int | None) -> CocoDataset:
-        return CocoDataset(
-            data.images, data.annotations, skip_bad=self.settings.skip_bad, limit=limit
-        )
+    def _data(self) -> tuple[ImageSet, PromptSource] | None:
+        """What is evaluated, and its boxes."""
+        settings = self.settings
+        if settings.data is None:
+            return None
+        with self.stages.stage("data"):
+            dataset = self._dataset(settings.data, settings.limit)
+            source = self._source(settings.prompts, dataset)
+        if settings.score and not has_truth(dataset):
+            _log.warning(
+                "%s has no annotations: masks are written, but not scored", settings.data.images
+            )
+        return dataset, source
 
-    def _source(self, prompts: str, dataset: CocoDataset) -> PromptSource:
+    def _dataset(self, data: DataSettings, limit: int | None) -> ImageSet:
+        skip_bad = self.settings.skip_bad
+        if data.annotations is None:
+            return ImageFolder(data.images, skip_bad=skip_bad, limit=limit)
+        return CocoDataset(data.images, data.annotations, skip_bad=skip_bad, limit=limit)
+
+    def _source(self, prompts: str, dataset: ImageSet) -> PromptSource:
+        if prompts == "ground-truth" and not has_truth(dataset):
+            raise ConfigError(
+                "asked for ground-truth boxes of pictures without annotations: give annotations, "
+                "or boxes.json, onnx:FILE or another detector for prompts"
+            )
         source = open_prompts(prompts, dataset, device=self.device)
         return cached(source, dataset, self.settings.cache_dir)
 
@@ -145,15 +222,19 @@ class Run:
             (_log.info if report.passed else _log.warning)("%s", line)
         return report
 
-    def _evaluate(self, sam: Sam, reference: Sam | None) -> Evaluation:
+    def _evaluate(
+        self, sam: Sam, reference: Sam | None, dataset: ImageSet, source: PromptSource
+    ) -> Evaluation:
         settings = self.settings
-        if settings.data is None:
-            raise ConfigError("there is nothing to evaluate: give --images and --annotations")
-        dataset = self._dataset(settings.data, settings.limit)
-        source = self._source(settings.prompts, dataset)
+        show_dir, results = settings.show_dir, settings.results
+        if not has_truth(dataset):
+            show_dir = show_dir or settings.work_dir / "show"
+            results = results or settings.work_dir / "masks.json"
         writer = None
-        if settings.show_dir is not None:
-            writer = PictureWriter(settings.show_dir, dataset, settings.show_threshold)
+        if show_dir is not None:
+            writer = PictureWriter(show_dir, dataset, settings.show_threshold)
+        elif not settings.score:
+            reference = None
         with self.stages.stage("evaluate"):
             evaluation = evaluate_sam(
                 sam,
@@ -166,9 +247,9 @@ class Run:
                 score=settings.score,
             )
         evaluation.skipped = dict(dataset.skipped)
-        if settings.results is not None:
-            write_json(evaluation.results, settings.results)
-            _log.info("wrote %s", settings.results)
+        if results is not None:
+            write_json(evaluation.results, results)
+            _log.info("wrote %d masks to %s", evaluation.masks, results)
         return evaluation
 
     def _metrics(

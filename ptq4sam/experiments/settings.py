@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ptq4sam.data.images import check_limit
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.segmentation import Prompting
 from ptq4sam.quantization.scheme import Scheme
@@ -14,10 +15,10 @@ from ptq4sam.quantization.scheme import Scheme
 
 @dataclass(frozen=True)
 class DataSettings:
-    """A data set on disk: a folder of pictures and a COCO instances file."""
+    """A data set on disk: a folder of pictures, and a COCO instances file or None."""
 
     images: Path
-    annotations: Path
+    annotations: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class RunSettings:
         prompts: a prompt source as the command line names it (see `open_prompts`).
         work_dir: receives metrics.json, run.log and the scheme as used.
         checkpoint: float weights or a quantized model; None for the embedded weights.
+        float_checkpoint: float weights that `checkpoint`, a quantized model, was made of, to
+            measure its agreement with; None for the embedded weights where they are those.
         scheme: the quantization; None evaluates the model as it is.
         quantize_encoder: quantize the image encoder too, not only the mask decoder.
-        calibration: pictures to calibrate on; needed with a scheme.
+        calibration: pictures to calibrate on; needed with a scheme, meaningless without.
         calibration_prompts: prompt source of the calibration pictures; None for `prompts`, or for
             ground truth where `prompts` is a file of boxes (which knows other pictures only).
         calibration_size: pictures to calibrate on; None for the scheme's own number.
@@ -42,11 +45,15 @@ class RunSettings:
         device: torch device; None for CUDA where there is one.
         seed: fixes every random choice.
         cache_dir: where detections are kept between runs.
-        show_dir: where pictures with masks are written; None for none.
+        show_dir: where pictures with masks are written; None for nowhere, or for a folder in
+            `work_dir` where the data have no annotations: looking is the only score then.
         show_threshold: lowest score of a mask that is drawn.
-        results: where the masks are written as COCO results; None for nowhere.
+        results: where the masks are written as COCO results; None as for `show_dir`.
         score: whether metrics are computed; without, only `results` are written.
         save_model: where the quantized model is written; None for nowhere.
+
+    Raises:
+        ConfigError: a value is impossible, or values do not belong together.
     """
 
     model: str
@@ -54,6 +61,7 @@ class RunSettings:
     prompts: str
     work_dir: Path
     checkpoint: Path | None = None
+    float_checkpoint: Path | None = None
     scheme: Scheme | None = None
     quantize_encoder: bool = True
     calibration: DataSettings | None = None
@@ -71,6 +79,35 @@ class RunSettings:
     score: bool = True
     save_model: Path | None = None
 
+    def __post_init__(self) -> None:
+        check_limit(self.limit)
+        if self.calibration_size is not None and self.calibration_size < 1:
+            raise ConfigError(
+                f"asked to calibrate on {self.calibration_size} pictures: use 1 or more"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"asked for seed {self.seed}: use 0 to {2**32 - 1}")
+        if self.scheme is not None and self.calibration is None:
+            raise ConfigError(
+                "a scheme needs pictures to calibrate on: give --calibration-images and "
+                "--calibration-annotations"
+            )
+        self._check_saving()
+
+    def _check_saving(self) -> None:
+        if self.save_model is None:
+            return
+        if self.save_model.suffix != ".safetensors":
+            raise ConfigError(
+                f"asked to write the model to {self.save_model}: name it *.safetensors, which is "
+                "what it is"
+            )
+        if self.scheme is not None and self.scheme.compat == "published":
+            raise ConfigError(
+                "asked to save a model with compat: published, which is not on its grid: "
+                "quantize with compat: faithful to get a file"
+            )
+
     def torch_device(self) -> torch.device:
         """The device that the run uses.
 
@@ -85,8 +122,14 @@ class RunSettings:
             raise ConfigError(
                 f"asked for device {self.device!r}, which torch does not know: use cpu or cuda:0"
             ) from error
-        if device.type == "cuda" and not torch.cuda.is_available():
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ConfigError(
-                f"asked for device {self.device!r}, but no CUDA device was found: use --device cpu"
-            )
+                f"asked for device {self.device!r}, which is not there: found {_devices()}"
+            ) from error
         return device
+
+
+def _devices() -> str:
+    return ", ".join(["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))])

@@ -18,16 +18,25 @@ COLUMNS = (
 
 
 def summary_table(metrics: dict[str, Any]) -> str:
-    """Rows for the float model, where it was scored, and the evaluated one."""
+    """Rows for the float model, where it was scored, and the evaluated one.
+
+    Without any score: how many masks there are.
+    """
     rows: list[tuple[str, dict[str, Any]]] = []
     if "float" in metrics:
         rows.append(("float", metrics["float"]))
     rows.append(("quantized" if metrics["quantized"] else "float", metrics))
     shown = [(key, title) for key, title in COLUMNS if any(key in row for _, row in rows)]
-    lines = ["".join([f"{metrics['model']:<12}", *(f"{title:>10}" for _, title in shown)])]
-    for name, row in rows:
-        cells = [f"{row[key]:10.3f}" if key in row else f"{'':10}" for key, _ in shown]
-        lines.append("".join([f"{name:<12}", *cells]))
+    lines: list[str] = []
+    if shown:
+        lines.append("".join([f"{metrics['model']:<12}", *(f"{title:>10}" for _, title in shown)]))
+        for name, row in rows:
+            cells = [f"{row[key]:10.3f}" if key in row else f"{'':10}" for key, _ in shown]
+            lines.append("".join([f"{name:<12}", *cells]))
+    elif "masks" in metrics:
+        lines.append(
+            f"{metrics['model']}: {metrics['masks']} masks on {metrics['pictures']} pictures"
+        )
     if "audit" in metrics:
         lines.append(metrics["audit"]["report"][0])
     if "warning" in metrics:

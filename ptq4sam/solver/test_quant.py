@@ -10,14 +10,20 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+
+if __name__ == "__main__":
+    # Python puts this file's folder first on the path of a script, where a module of ours could
+    # be taken for another package's; the package's own parent belongs there.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from ptq4sam.cli import guarded
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.segmentation import Prompting
 from ptq4sam.experiments.requests import execute
 from ptq4sam.experiments.settings import DataSettings, RunSettings
+from ptq4sam.model.storage import is_quantized_file
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.solver.experiment import DataConfig, ExperimentConfig
 
@@ -86,25 +92,22 @@ def settings_from(parsed: argparse.Namespace) -> RunSettings:
     if parsed.prompts is None:
         config.detector.require_available()
     scheme = _scheme(parsed)
-    if parsed.format_only and parsed.out is None:
-        raise ConfigError("--format-only writes results without a score: name the file with --out")
+    _check_paths(parsed)
+    float_weights = config.sam.checkpoint
     work_dir = parsed.work_dir or Path("work_dirs") / parsed.config.stem
     settings = RunSettings(
         model=config.sam.type,
-        checkpoint=parsed.load_sam_path or config.sam.checkpoint,
-        data=_data(config.data, "data"),
-        calibration=_data(config.calibration, "calibration") if config.calibration else None,
+        checkpoint=parsed.load_sam_path or float_weights,
+        float_checkpoint=float_weights
+        if parsed.load_sam_path and float_weights and float_weights.exists()
+        else None,
+        data=_data(config.data),
+        calibration=_data(config.calibration) if config.calibration else None,
         prompts=parsed.prompts or config.detector.prompts,
         work_dir=work_dir,
         scheme=scheme,
         quantize_encoder=parsed.quant_encoder,
-        prompting=Prompting(
-            best_in_multi_mask=config.prompting.best_in_multi_mask,
-            cascade=config.prompting.cascade,
-            use_sam_iou=config.prompting.use_sam_iou,
-            max_per_image=config.prompting.max_per_image,
-            score_threshold=config.prompting.score_threshold,
-        ),
+        prompting=Prompting(**asdict(config.prompting)),
         limit=config.data.limit,
         skip_bad=parsed.skip_bad,
         device=parsed.device or (None if parsed.gpu_id is None else f"cuda:{parsed.gpu_id}"),
@@ -133,9 +136,28 @@ def _scheme(parsed: argparse.Namespace) -> Scheme | None:
     return scheme
 
 
-def _data(config: DataConfig, key: str) -> DataSettings:
-    if config.annotations is None:
-        raise ConfigError(f"{key}.annotations: missing; a score needs a COCO instances file")
+def _check_paths(parsed: argparse.Namespace) -> None:
+    """Refuse files that contradict the other flags.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if parsed.format_only and parsed.out is None:
+        raise ConfigError("--format-only writes results without a score: name the file with --out")
+    if parsed.fp and (parsed.load_sam_path or parsed.save_sam_path):
+        raise ConfigError(
+            "--fp evaluates the float model: leave away --load_sam_path and --save_sam_path, which "
+            "are about a quantized one"
+        )
+    loaded = parsed.load_sam_path
+    if loaded is not None and loaded.exists() and not is_quantized_file(loaded):
+        raise ConfigError(
+            f"--load_sam_path {loaded} is no quantized model: name a file of --save_sam_path, or "
+            "give float weights with --cfg-options sam.checkpoint=FILE"
+        )
+
+
+def _data(config: DataConfig) -> DataSettings:
     return DataSettings(config.images, config.annotations)
 
 
