@@ -56,7 +56,13 @@ def range_loss(
     Returns:
         [r] float64.
     """
-    scale, zero_point = grid.affine_parameters(minimum, maximum)
+    return quantization_loss(rows, *grid.affine_parameters(minimum, maximum), grid, power)
+
+
+def quantization_loss(
+    rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, power: float = POWER
+) -> Tensor:
+    """Mean |q(x) - x|^power of each row of [r, n] with scales and zero points [r]; [r] float64."""
     scale, zero_point = scale[:, None], zero_point[:, None]
     total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
     for piece in pieces(rows):
@@ -242,20 +248,19 @@ def fast_search(rows: Tensor, grid: Grid, side: Side, per_channel: bool) -> tupl
     low, high = torch.aminmax(rows, dim=1)
     if per_channel:
         low, high = low.clamp(max=0), high.clamp(min=0)
-    one_sided = side is not Side.BOTH or grid.symmetric
-    ends = []
-    for row, start, end in zip(
-        torch.split(rows, 1), torch.split(low, 1), torch.split(high, 1), strict=True
-    ):
-        if one_sided:
-            largest = float(torch.maximum(start.abs(), end.abs()))
-            threshold = torch.full_like(end, _minimize_threshold(row, grid, side, largest))
-            found = _threshold_range(threshold, side)
-        else:
-            width, shift = _minimize_width(row, grid, float(end - start))
-            found = (torch.full_like(start, -shift), torch.full_like(end, width - shift))
-        ends.append((torch.maximum(found[0], start), torch.minimum(found[1], end)))
-    return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
+    if side is not Side.BOTH or grid.symmetric:
+        largest = torch.maximum(low.abs(), high.abs()).tolist()
+        thresholds = [
+            _minimize_threshold(row, grid, side, limit)
+            for row, limit in zip(torch.split(rows, 1), largest, strict=True)
+        ]
+        return _threshold_range(low.new_tensor(thresholds), side)
+    found = [
+        _minimize_width(row, grid, extent)
+        for row, extent in zip(torch.split(rows, 1), (high - low).tolist(), strict=True)
+    ]
+    width, shift = low.new_tensor(found).unbind(1)
+    return torch.maximum(-shift, low), torch.minimum(width - shift, high)
 
 
 def _minimize_threshold(row: Tensor, grid: Grid, side: Side, largest: float) -> float:
@@ -274,15 +279,18 @@ def _minimize_width(row: Tensor, grid: Grid, extent: float) -> tuple[float, floa
     """Width and shift of the range [-shift, width - shift]."""
     if extent == 0:
         return 0.0, 0.0
-    # Many shifts give the same scale and zero point, and so the same loss.
+    # The loss is constant between the shifts at which the zero point changes. It has to be exactly
+    # so, or the minimisation follows rounding errors: ends in float64, steps in float32. What is
+    # known then need not be computed again.
     known: dict[tuple[float, float], float] = {}
 
     def loss(width: float, shift: float) -> float:
-        low, high = row.new_tensor([-shift]), row.new_tensor([width - shift])
-        scale, zero_point = grid.affine_parameters(low, high)
-        key = (float(scale), float(zero_point))
+        ends = torch.tensor([[-shift], [width - shift]], dtype=torch.float64)
+        scale, zero_point = grid.affine_parameters(*ends)
+        parameters = (scale.to(row), zero_point.to(row))
+        key = (float(parameters[0]), float(zero_point))
         if key not in known:
-            known[key] = float(range_loss(row, low, high, grid))
+            known[key] = float(quantization_loss(row, *parameters, grid))
         return known[key]
 
     def best_shift(width: float) -> tuple[float, float]:
