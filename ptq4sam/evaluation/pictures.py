@@ -110,7 +110,10 @@ def _draw_label(
     font: ImageFont.FreeTypeFont,
     taken: list[tuple[float, float, float, float]],
 ) -> None:
-    """Write on a field of the colour at the box's corner, below what is written there already."""
+    """Write on a field of the colour at the box's corner, below what is written there already.
+
+    Where no place is left, the label is: one over another could not be read.
+    """
     canvas_width, canvas_height = draw.im.size
     _, _, width, height = draw.textbbox((0, 0), text, font=font, anchor="lt")
     width, height = width + 6, height + 6
@@ -118,8 +121,10 @@ def _draw_label(
     top = float(box[1]) - height
     top = top if top >= 0 else max(0.0, float(box[1]))
     field = (left, top, left + width, top + height)
-    while any(_overlap(field, other) for other in taken) and field[3] + height <= canvas_height:
+    while any(_overlap(field, other) for other in taken):
         field = (left, field[1] + height, left + width, field[3] + height)
+        if field[3] > canvas_height:
+            return
     taken.append(field)
     draw.rectangle(field, fill=colour)
     middle = ((field[0] + field[2]) / 2, (field[1] + field[3]) / 2)

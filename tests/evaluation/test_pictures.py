@@ -98,6 +98,16 @@ def test_labels_are_wholly_in_the_picture(corner: tuple[int, ...], level: int) -
     assert (np.abs(inside - letters).sum(axis=2) < 60).sum() > 10
 
 
+def test_labels_are_never_one_over_another() -> None:
+    image, nothing = np.full((200, 300, 3), GREY, np.uint8), np.zeros((40, 200, 300), np.bool_)
+    boxes = np.tile(np.array([[50, 100, 52, 102]], np.float32), (40, 1))
+    drawn = _pixels(draw_masks(image, nothing, boxes, np.linspace(1, 0, 40), ["label"] * 40))
+    fields = [int((drawn == colour_of(number)).all(axis=2).sum()) for number in range(40)]
+    written = [number for number, field in enumerate(fields) if field > 300]
+    assert written == list(range(len(written)))
+    assert 3 <= len(written) < 10
+
+
 def test_no_masks_leave_the_picture_as_it_is() -> None:
     image, masks, boxes, scores, _ = _example()
     drawn = draw_masks(image, masks[:0], boxes[:0], scores[:0], [])
