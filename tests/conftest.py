@@ -1,0 +1,61 @@
+"""What tests share: the shared folder, and golden vectors as parameters.
+
+A test marked `@pytest.mark.golden("observer")` that takes `golden_case` runs once for each case of
+that group in the folder of --golden-dir; put "golden" into its name, so that -k golden finds it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import golden_cases
+
+_TESTS = Path(__file__).parent
+_SHARED = Path(os.environ.get("PTQ4SAM_SHARED", _TESTS.parent.parent / "shared"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden-dir",
+        type=Path,
+        default=_SHARED / "golden" if (_SHARED / "golden").is_dir() else _TESTS / "golden",
+        help="folder with reference.json and reference.npz (default: %(default)s)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "golden(*groups): run the test once for each golden case of these groups"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden_case" not in metafunc.fixturenames:
+        return
+    directory: Path = metafunc.config.getoption("--golden-dir").resolve()
+    for name in ("reference.json", "reference.npz"):
+        if not (directory / name).is_file():
+            raise pytest.UsageError(
+                f"--golden-dir {directory} has no {name}: give a folder of golden vectors"
+            )
+    groups = [g for mark in metafunc.definition.iter_markers("golden") for g in mark.args]
+    found = list(golden_cases.cases(directory, *groups))
+    metafunc.parametrize("golden_case", found, ids=[case.key for case in found])
+
+
+@pytest.fixture(scope="session")
+def golden_dir(request: pytest.FixtureRequest) -> Path:
+    """The folder of golden vectors in use."""
+    directory: Path = request.config.getoption("--golden-dir")
+    return directory.resolve()
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with shared data and weights; tests that need it are skipped without."""
+    if not _SHARED.is_dir():
+        pytest.skip(f"no shared folder at {_SHARED} (set PTQ4SAM_SHARED)")
+    return _SHARED
