@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import golden_cases
+from tests import golden_cases
 
 _TESTS = Path(__file__).parent
 _SHARED = Path(os.environ.get("PTQ4SAM_SHARED", _TESTS.parent.parent / "shared"))
