@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq4sam.model.calibration import CalibrationItem
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam import registry
+from ptq4sam.sam.model import Sam
+from ptq4sam.sam.predictor import Predictor
+from ptq4sam.sam.registry import SamVariant, build_sam
+
+TINY = SamVariant(
+    32,
+    2,
+    2,
+    (1,),
+    image_size=64,
+    patch_size=8,
+    window_size=3,
+    prompt_dim=32,
+    decoder_mlp_dim=32,
+    decoder_heads=2,
+    iou_hidden_dim=16,
+)
+"""A SAM with a padded window, a global attention and every other part, in a blink."""
+
+
+@pytest.fixture(autouse=True)
+def tiny_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.VARIANTS, "tiny", TINY)
+
+
+@pytest.fixture
+def sam(tiny_variant: None) -> Sam:
+    torch.manual_seed(0)
+    model = build_sam("tiny")
+    for parameter in model.parameters():
+        # Zero-initialised tables would hide mistakes in the relative positions.
+        torch.nn.init.normal_(parameter, std=0.15) if parameter.dim() > 1 else None
+    return model
+
+
+@pytest.fixture
+def items() -> list[CalibrationItem]:
+    generator = torch.Generator().manual_seed(1)
+    boxes = torch.tensor([[4.0, 4, 40, 40], [10, 20, 60, 50], [30, 2, 50, 60]])
+    return [
+        CalibrationItem(torch.randn(1, 3, 64, 64, generator=generator), boxes[: 1 + index % 3])
+        for index in range(4)
+    ]
+
+
+@pytest.fixture
+def make_scheme() -> Callable[..., Scheme]:
+    def make(bits: int = 4, steps: int = 0, **more: object) -> Scheme:
+        content: dict[str, object] = {
+            "a_qconfig": {
+                "quantizer": "LSQFakeQuantize",
+                "observer": "AvgMinMaxObserver",
+                "bit": bits,
+            },
+            "w_qconfig": {
+                "quantizer": "AdaRoundFakeQuantize",
+                "observer": "MSEObserver",
+                "bit": bits,
+                "ch_axis": 0,
+            },
+            "ptq4sam": {"BIG": True, "AGQ": True},
+            **more,
+        }
+        if steps:
+            content["recon"] = {"iters": steps, **content.get("recon", {})}  # type: ignore[dict-item]
+        return Scheme.from_dict(content)
+
+    return make
+
+
+@pytest.fixture
+def forward() -> Callable[[Sam], tuple[Tensor, ...]]:
+    """A forward pass of a picture with two boxes: features, masks, IoUs."""
+
+    def run(model: Sam) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(2)
+        side = model.image_size
+        image = torch.randint(0, 256, (side, side, 3), dtype=torch.uint8, generator=generator)
+        predictor = Predictor(model)
+        embedding = predictor.embed(image.numpy())
+        boxes = [[5.0, 6, 40, 50], [20, 10, 60, 30]]
+        prediction = predictor.predict(boxes=boxes, embedding=embedding)
+        return embedding.features, prediction.low_res, prediction.iou_predictions
+
+    return run

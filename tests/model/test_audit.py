@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.model.audit import AuditReport, audit, expected_activations
+from ptq4sam.model.calibration import CalibrationItem
+from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.model.layers import quantized_layers
+from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam.model import Sam
+
+Forward = Callable[[Sam], tuple[Tensor, ...]]
+
+
+@pytest.fixture
+def quantized(
+    sam: Sam, items: list[CalibrationItem], make_scheme: Callable[..., Scheme]
+) -> QuantizedSam:
+    return quantize_sam(sam, items[:2], make_scheme(4, steps=3))
+
+
+@pytest.fixture
+def run_audit(quantized: QuantizedSam, forward: Forward) -> Callable[[], AuditReport]:
+    return lambda: audit(quantized, lambda: forward(quantized))
+
+
+def problems(report: AuditReport) -> str:
+    return "\n".join(report.lines())
+
+
+def test_a_quantized_model_passes(
+    quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
+) -> None:
+    report = run_audit()
+    assert report.passed, problems(report)
+    assert report.layers == len(quantized_layers(quantized))
+    assert report.activations == expected_activations(quantized)
+
+
+def test_finds_a_weight_off_its_grid(
+    quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
+) -> None:
+    quantizer = quantized.image_encoder.blocks[0].attn.qkv.weight_quantizer
+    quantizer.mode = Mode.FLOAT
+    quantized.image_encoder.blocks[0].attn.qkv.weight.data.add_(0.001)
+    assert "off the grid" in problems(run_audit())
+
+
+def test_finds_a_quantizer_that_still_drops(
+    quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
+) -> None:
+    quantized.image_encoder.blocks[1].mlp.lin1.input_quantizer.drop_probability = 0.5
+    told = problems(run_audit())
+    assert "drops quantization with probability 0.5" in told
+    assert "off its grid" in told
+    assert "differ" in told
+
+
+def test_finds_a_quantizer_that_is_off(
+    quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
+) -> None:
+    two_way = quantized.mask_decoder.transformer
+    two_way.final_attn_token_to_image.key_quantizer.mode = Mode.FLOAT
+    assert "final_attn_token_to_image.key_quantizer: is switched to float" in problems(run_audit())
+
+
+def test_finds_a_layer_that_was_missed(
+    quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
+) -> None:
+    mlp = quantized.image_encoder.blocks[0].mlp
+    plain = nn.Linear(mlp.lin1.in_features, mlp.lin1.out_features)
+    mlp.lin1 = plain
+    assert "blocks.0.mlp.lin1: is listed as quantized but is a float layer" in problems(run_audit())
+
+
+def test_finds_a_layer_of_no_list(
+    quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
+) -> None:
+    quantized.image_encoder.extra = nn.Linear(2, 2)
+    assert "image_encoder.extra: is in no list" in problems(run_audit())
+
+
+def test_finds_an_activation_that_goes_around(
+    quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
+) -> None:
+    attention = quantized.mask_decoder.transformer.final_attn_token_to_image
+    attention.__dict__["value_quantizer"] = lambda x: x  # shadows the registered module
+    assert "no activation passed it" in problems(run_audit())
+
+
+def test_published_compatibility_fails_the_audit_as_it_should(
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
+    forward: Forward,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scheme = make_scheme(4, steps=3, compat="published")
+    with caplog.at_level("WARNING", logger="ptq4sam"):
+        model = quantize_sam(sam, items[:2], scheme)
+    assert "not those of a quantized model" in caplog.text
+    told = problems(audit(model, lambda: forward(model)))
+    assert "drops quantization" in told
+    assert "of its weight is off the grid" in told
+    assert "two passes on the same input differ" in told
+    hard = model.image_encoder.blocks[0].attn
+    assert (hard.qkv.weight_quantizer.rounding, hard.proj.weight_quantizer.rounding) == (
+        "hard",
+        "soft",
+    )
+
+
+def test_a_forward_that_is_not_reproducible_is_found(
+    quantized: QuantizedSam, forward: Forward
+) -> None:
+    torch.manual_seed(0)
+
+    def noisy() -> tuple[Tensor, ...]:
+        return tuple(tensor + torch.rand(1) for tensor in forward(quantized))
+
+    assert "two passes on the same input differ" in problems(audit(quantized, noisy))

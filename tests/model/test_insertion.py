@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq4sam.errors import CalibrationError
+from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.model.insertion import insert_quantizers, model_units
+from ptq4sam.model.layers import quantized_layers
+from ptq4sam.quantization.modes import quantizer_mode, quantizers
+from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam.model import Sam
+
+Forward = Callable[[Sam], tuple[Tensor, ...]]
+MakeScheme = Callable[..., Scheme]
+
+
+def test_float_mode_is_the_float_model(sam: Sam, make_scheme: MakeScheme, forward: Forward) -> None:
+    expected = forward(sam)
+    quantized = insert_quantizers(sam, make_scheme())
+    with quantizer_mode(quantized, Mode.FLOAT):
+        found = forward(quantized)
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_insertion_leaves_the_float_model_alone(sam: Sam, make_scheme: MakeScheme) -> None:
+    before = {name: value.clone() for name, value in sam.state_dict().items()}
+    insert_quantizers(sam, make_scheme())
+    assert sam.state_dict().keys() == before.keys()
+    assert all(torch.equal(sam.state_dict()[name], value) for name, value in before.items())
+
+
+def test_every_listed_layer_and_activation_has_a_quantizer(
+    sam: Sam, make_scheme: MakeScheme
+) -> None:
+    quantized = insert_quantizers(sam, make_scheme())
+    # Two blocks of qkv, proj, lin1, lin2 and two neck convolutions; two decoder layers of three
+    # attentions with four projections and two MLP layers; the final attention's projections.
+    layers = 2 * 4 + 2 + 2 * (3 * 4 + 2) + 4
+    attentions = 2 + 2 * 3 + 1
+    assert len(quantized_layers(quantized)) == layers
+    assert len(list(quantizers(quantized))) == 2 * layers + 4 * attentions
+    softmax = [q for name, q in quantizers(quantized) if name.endswith("softmax_quantizer")]
+    assert len(softmax) == attentions
+    assert all(isinstance(q, AdaptiveGranularityQuantizer) for q in softmax)
+
+
+def test_decoder_only_leaves_the_encoder_float(sam: Sam, make_scheme: MakeScheme) -> None:
+    quantized = insert_quantizers(sam, make_scheme(), quantize_encoder=False)
+    assert not list(quantizers(quantized.image_encoder))
+    assert all(name.startswith("mask_decoder.transformer") for name, _ in model_units(quantized))
+
+
+def test_units_are_all_layers_once(sam: Sam, make_scheme: MakeScheme) -> None:
+    quantized = insert_quantizers(sam, make_scheme())
+    inside = [
+        id(layer) for _, unit in model_units(quantized) for _, layer in quantized_layers(unit)
+    ]
+    assert sorted(inside) == sorted(id(layer) for _, layer in quantized_layers(quantized))
+
+
+def test_uncalibrated_model_names_its_quantizer(
+    sam: Sam, make_scheme: MakeScheme, forward: Forward
+) -> None:
+    with pytest.raises(CalibrationError, match=r"blocks\.0\.attn\.qkv"):
+        forward(insert_quantizers(sam, make_scheme()))

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq4sam.errors import CalibrationError
+from ptq4sam.model.calibration import CalibrationItem, integrate_bimodal, run_item
+from ptq4sam.model.insertion import insert_quantizers, model_units
+from ptq4sam.model.layers import quantized_layers
+from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.quantization.modes import quantizer_mode, quantizers
+from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam.model import Sam
+
+Forward = Callable[[Sam], tuple[Tensor, ...]]
+MakeScheme = Callable[..., Scheme]
+Items = list[CalibrationItem]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_more_bits_come_closer_to_the_float_model(
+    sam: Sam, items: Items, make_scheme: MakeScheme, forward: Forward
+) -> None:
+    expected = forward(sam)[0]
+    errors = [
+        error(forward(quantize_sam(sam, items, make_scheme(bits)))[0], expected)
+        for bits in (3, 5, 8)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.05
+
+
+def test_reconstruction_lowers_the_error_of_units(
+    sam: Sam, items: Items, make_scheme: MakeScheme, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="ptq4sam.model.quantize"):
+        quantize_sam(sam, items, make_scheme(3, steps=150, recon={"rounding_lr": 0.01}))
+    told = [r.args for r in caplog.records if r.message.startswith("reconstructed")]
+    assert len(told) == 2 * 2 + 1 + 2 * 4 + 1
+    before, after = (sum(float(args[place]) for args in told) for place in (1, 2))  # type: ignore[index,arg-type]
+    assert after < 0.9 * before
+
+
+def test_same_seed_same_bits_and_another_seed_others(
+    sam: Sam, items: Items, make_scheme: MakeScheme
+) -> None:
+    scheme = make_scheme(4, steps=20, recon={"rounding_lr": 0.05})
+    first, second, third = (
+        quantize_sam(sam, items, scheme, seed=seed).state_dict() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], third[name]) for name in first)
+
+
+def test_global_random_state_does_not_matter(
+    sam: Sam, items: Items, make_scheme: MakeScheme
+) -> None:
+    torch.manual_seed(5)
+    first = quantize_sam(sam, items, make_scheme(4, steps=5)).state_dict()
+    torch.manual_seed(6)
+    second = quantize_sam(sam, items, make_scheme(4, steps=5)).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_layer_by_layer_reconstruction_visits_every_layer(
+    sam: Sam, items: Items, make_scheme: MakeScheme, caplog: pytest.LogCaptureFixture
+) -> None:
+    recon = {"granularity": "layer", "weights_only": True}
+    with caplog.at_level("INFO", logger="ptq4sam.model.quantize"):
+        quantized = quantize_sam(sam, items, make_scheme(4, steps=2, recon=recon))
+    told = [r.args[0] for r in caplog.records if r.message.startswith("reconstructed")]  # type: ignore[index]
+    assert len(told) == len(set(told)) == len(quantized_layers(quantized))
+
+
+def test_bimodal_folding_leaves_the_float_output(
+    sam: Sam, items: Items, make_scheme: MakeScheme, forward: Forward
+) -> None:
+    """Force two peaks on every token-to-image key, one channel wholly in one of them."""
+    two_way = sam.mask_decoder.transformer
+    for attention in (
+        *(layer.cross_attn_token_to_image for layer in two_way.layers),
+        two_way.final_attn_token_to_image,
+    ):
+        bias = attention.k_proj.bias  # type: ignore[union-attr]
+        sign = torch.where(torch.arange(len(bias)) % 2 == 0, 1.0, -1.0)
+        bias.data.copy_(12 * sign)
+    expected = forward(sam)
+    quantized = insert_quantizers(sam, make_scheme())
+    with quantizer_mode(quantized, Mode.FLOAT):
+        folded = integrate_bimodal(
+            quantized.mask_decoder.transformer,
+            quantized.scheme.ptq4sam,
+            lambda: run_item(quantized, items[0]),
+        )
+        found = forward(quantized)
+    assert folded == [
+        "layers.0.cross_attn_token_to_image",
+        "layers.1.cross_attn_token_to_image",
+        "final_attn_token_to_image",
+    ]
+    key_bias = quantized.mask_decoder.transformer.final_attn_token_to_image.k_proj.bias
+    assert (key_bias > 0).all()
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_calibration_without_pictures_is_refused(sam: Sam, make_scheme: MakeScheme) -> None:
+    with pytest.raises(CalibrationError, match="at least 1 picture"):
+        quantize_sam(sam, [], make_scheme())
+
+
+def test_non_finite_picture_names_the_quantizer(
+    sam: Sam, items: Items, make_scheme: MakeScheme
+) -> None:
+    bad = CalibrationItem(torch.full_like(items[0].pixels, float("nan")), items[0].boxes)
+    scheme = make_scheme(ptq4sam={"BIG": False, "AGQ": True})
+    with pytest.raises(CalibrationError, match="image_encoder"):
+        quantize_sam(sam, [items[0], bad], scheme)
+
+
+def test_modes_are_back_after_quantization(sam: Sam, items: Items, make_scheme: MakeScheme) -> None:
+    quantized = quantize_sam(sam, items, make_scheme(4, steps=2))
+    for _, quantizer in quantizers(quantized):
+        assert quantizer.mode is Mode.QUANTIZE
+        assert quantizer.drop_probability == 0
+        assert not any(p.requires_grad for p in quantizer.parameters())
+    for _, unit in model_units(quantized):
+        assert not unit._forward_hooks
