@@ -34,19 +34,32 @@ _REFINE_SHARE = 0.12
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One stretch of training at one window size."""
+    """One stretch of training at one window size.
+
+    The learning rate falls from the peak to the final one over `horizon` steps, of which the first
+    `steps` are done.
+    """
 
     window: int
     batch: int
     steps: int
     peak_rate: float
     final_rate: float
+    horizon: int
+
+
+PHASES = (
+    Phase(128, 8, 1376, 1e-3, 3e-4, horizon=2200),
+    Phase(128, 8, 1600, 4e-4, 1e-4, horizon=1600),
+    Phase(256, 4, 600, 3e-4, 1e-5, horizon=600),
+)
+"""Boxes are found at a high rate, which then is too high for what lies in them."""
 
 
 def rate_at(phase: Phase, step: int) -> float:
     """Linear warm-up over 200 steps, then cosine from the peak to the final rate."""
     warm = min(1.0, (step + 1) / 200)
-    cosine = 0.5 + 0.5 * np.cos(np.pi * step / phase.steps)
+    cosine = 0.5 + 0.5 * np.cos(np.pi * step / phase.horizon)
     return float(warm * (phase.final_rate + (phase.peak_rate - phase.final_rate) * cosine))
 
 
@@ -144,9 +157,9 @@ def sample_points(
 class Trainer:
     """Model, optimiser and moving average of one phase."""
 
-    def __init__(self, phase: Phase, seed: int) -> None:
+    def __init__(self, phase: Phase, index: int, seed: int) -> None:
         torch.manual_seed(seed)
-        self.phase = phase
+        self.phase, self.index = phase, index
         self.model = build_model(phase.window).train()
         for parameter in self.model.parameters():
             if parameter.dim() == 4 and parameter.shape[0] == 1:
@@ -223,7 +236,7 @@ class Trainer:
     def state(self) -> dict[str, object]:
         """Everything a resumed run needs."""
         return {
-            "window": self.phase.window,
+            "phase": self.index,
             "step": self.step,
             "model": self.model.state_dict(),
             "average": self.average,
@@ -290,8 +303,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--coco", nargs=2, action="append", default=[], type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--state", type=Path, default=Path("train_vit_nano.pt"))
-    parser.add_argument("--window-steps", type=int, default=2200)
-    parser.add_argument("--whole-steps", type=int, default=1300)
     parser.add_argument("--scene-share", type=float, default=0.3)
     parser.add_argument("--boxes", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
@@ -306,27 +317,24 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     photographs = Photographs(arguments.coco) if arguments.coco else None
     _log.info("%d photographs", len(photographs) if photographs else 0)
-    phases = [
-        Phase(128, 8, arguments.window_steps, 1e-3, 3e-4),
-        Phase(256, 4, arguments.whole_steps, 5e-4, 1e-5),
-    ]
     state = torch.load(arguments.state, weights_only=True) if arguments.state.exists() else None
+    first = state["phase"] if state is not None else 0
     weights: dict[str, Tensor] | None = None
-    for phase in phases:
-        trainer = Trainer(phase, arguments.seed)
+    for index, phase in enumerate(PHASES):
+        if index < first:
+            continue
+        trainer = Trainer(phase, index, arguments.seed)
         if weights is not None:
             trainer.load_weights(weights)
-        if state is not None and state["window"] == phase.window:
+        if state is not None and index == first:
             trainer.restore(state)
-        elif state is not None and state["window"] > phase.window:
-            continue
         dataset = WindowDataset(
             photographs,
             arguments.scene_share,
             phase.window,
             trainer.model.prompt_encoder.input_image_size[0],
             arguments.boxes,
-            arguments.seed,
+            arguments.seed + 1000 * index,
             phase.steps * phase.batch,
         )
         run_phase(trainer, dataset, arguments)

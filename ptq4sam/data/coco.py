@@ -78,12 +78,13 @@ class CocoDataset(ImageSet):
 
     def __init__(
         self,
-        images: Path,
-        annotations: Path,
+        images: str | Path,
+        annotations: str | Path,
         skip_bad: bool = False,
         limit: int | None = None,
     ) -> None:
         super().__init__(skip_bad)
+        images, annotations = Path(images), Path(annotations)
         check_limit(limit)
         if not images.is_dir():
             raise DataError(f"there is no image folder {images}")

@@ -1,0 +1,218 @@
+"""Measure vit_nano, float and quantized, and write docs/results.md.
+
+    python tools/write_results.py --steps 400 --out docs/results.md \
+        --coco-mini DIR --yolox yolox_nano.onnx
+
+Each row is a run of `ptq4sam quantize` and two of `ptq4sam evaluate`; what is finished in the work
+directory is not run again. Without --coco-mini only the generated scenes are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptq4sam.data.scenes import write_scenes
+from ptq4sam.files import replacing
+
+_log = logging.getLogger("write_results")
+_ROOT = Path(__file__).resolve().parents[1]
+
+METHODS = {
+    "float": ("-", None),
+    "PTQ4SAM-S, W6A6": ("6 / 6", "ptq4sam-s66.yaml"),
+    "QDrop, W6A6": ("6 / 6", "qdrop66.yaml"),
+    "PTQ4SAM-L, W6A6": ("6 / 6", "ptq4sam-l66.yaml"),
+    "PTQ4SAM-S, W4A4": ("4 / 4", "ptq4sam-s44.yaml"),
+    "QDrop, W4A4": ("4 / 4", "qdrop44.yaml"),
+    "PTQ4SAM-L, W4A4": ("4 / 4", "ptq4sam-l44.yaml"),
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set with a calibration split and a detector."""
+
+    name: str
+    images: Path
+    annotations: Path
+    calibration_images: Path
+    calibration_annotations: Path
+    detector: str
+    detector_name: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured method on one data set."""
+
+    method: str
+    truth: dict[str, Any]
+    detected: dict[str, Any]
+
+
+def measure(benchmark: Benchmark, method: str, steps: int, work_dir: Path) -> Row:
+    """Quantize by a method where it is one, then evaluate with both kinds of boxes."""
+    scheme = METHODS[method][1]
+    folder = work_dir / benchmark.name.replace(" ", "_") / (scheme or "float").removesuffix(".yaml")
+    checkpoint: list[str] = []
+    if scheme is not None:
+        model = folder / "model.safetensors"
+        if not model.exists():
+            options = ["--scheme", str(_ROOT / "exp" / scheme)]
+            if "recon:" in (_ROOT / "exp" / scheme).read_text():
+                options += ["--scheme-options", f"recon.iters={steps}"]
+            options += ["--calibration-images", str(benchmark.calibration_images)]
+            options += ["--calibration-annotations", str(benchmark.calibration_annotations)]
+            options += ["--output", str(model), "--work-dir", str(folder / "quantize")]
+            _ptq4sam("quantize", *options)
+        checkpoint = ["--checkpoint", str(model)]
+    scores = [
+        _evaluate(benchmark, prompts, folder / name, checkpoint)
+        for prompts, name in (("ground-truth", "truth"), (benchmark.detector, "detected"))
+    ]
+    return Row(method, *scores)
+
+
+def _evaluate(
+    benchmark: Benchmark, prompts: str, folder: Path, checkpoint: list[str]
+) -> dict[str, Any]:
+    metrics = folder / "metrics.json"
+    if not metrics.exists():
+        data = ["--images", str(benchmark.images), "--annotations", str(benchmark.annotations)]
+        _ptq4sam("evaluate", *data, "--prompts", prompts, "--work-dir", str(folder), *checkpoint)
+    content: dict[str, Any] = json.loads(metrics.read_text())
+    return content
+
+
+def _ptq4sam(*arguments: str) -> None:
+    _log.info("ptq4sam %s", " ".join(arguments))
+    command = [sys.executable, "-m", "ptq4sam", *arguments]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+
+
+def table(benchmark: Benchmark, rows: list[Row]) -> list[str]:
+    """The rows of a data set in Markdown."""
+    base = rows[0]
+    pictures, masks = base.truth["pictures"], base.truth["masks"]
+    lines = [
+        f"## {benchmark.name}",
+        "",
+        f"{pictures} pictures, {masks} objects; AP with boxes of {benchmark.detector_name}.",
+        "",
+        "| method | W / A bits | mean IoU | change | agreement | AP | AP50 | APs | APm | APl |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        iou = row.truth["mean_iou"]
+        change = "" if row is base else f"{100 * (iou - base.truth['mean_iou']):+.1f}"
+        agreement = row.truth.get("agreement")
+        cells = [
+            row.method,
+            METHODS[row.method][0],
+            f"{iou:.3f}",
+            change,
+            "" if agreement is None else f"{agreement:.3f}",
+            *(f"{row.detected[key]:.1f}" for key in ("AP", "AP50", "APs", "APm", "APl")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+_INTRODUCTION = """\
+# Results of the embedded model
+
+Written by `python tools/write_results.py`; every number was measured by it. `vit_nano` has 3
+million parameters and was trained on few pictures: these figures show what quantization costs, they
+do not compare with those of the official SAM.
+
+Mean IoU and agreement (mean IoU with the float model's masks) are with ground-truth boxes; change
+is in points of mean IoU. QDrop and PTQ4SAM-L reconstruct {steps} steps a unit (the published setting
+is 20,000); 32 calibration pictures; the image encoder is quantized too. Every quantized model
+passed the audit.
+"""
+
+
+def page(sections: list[list[str]], arguments: argparse.Namespace, versions: dict[str, str]) -> str:
+    """The whole page."""
+    used = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    parts = [
+        _INTRODUCTION.format(steps=arguments.steps),
+        *("\n".join(section) for section in sections),
+        f"Measured on {arguments.machine}; {used}.\n",
+    ]
+    return "\n".join(parts)
+
+
+def benchmarks(arguments: argparse.Namespace) -> list[Benchmark]:
+    """The data sets that are at hand; the scenes are written first."""
+    scenes = arguments.work_dir / "scenes"
+    train = write_scenes(scenes, 32, 0, "train")
+    val = write_scenes(scenes, 100, 1, "val")
+    found = [Benchmark("generated scenes", *val, *train, "scene-detector", "the scene detector")]
+    if arguments.coco_mini is not None:
+        images, notes = arguments.coco_mini / "images", arguments.coco_mini / "annotations"
+        found.append(
+            Benchmark(
+                "coco_mini val",
+                images / "val2017",
+                notes / "instances_val.json",
+                images / "train2017",
+                notes / "instances_train.json",
+                f"onnx:{arguments.yolox}",
+                "YOLOX-Nano",
+            )
+        )
+    return found
+
+
+def machine() -> str:
+    """Number of cores and kind of processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
+
+
+def main() -> None:
+    """Measure everything and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--coco-mini", type=Path, help="folder of coco_mini")
+    parser.add_argument("--yolox", type=Path, help="YOLOX ONNX file for coco_mini")
+    parser.add_argument("--steps", type=int, default=400, help="reconstruction steps a unit")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--work-dir", type=Path, default=_ROOT / "work_dirs" / "results")
+    parser.add_argument("--out", type=Path, default=_ROOT / "docs" / "results.md")
+    parser.add_argument("--machine", default=machine())
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if (arguments.coco_mini is None) != (arguments.yolox is None):
+        parser.error("--coco-mini and --yolox belong together")
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        futures = {
+            benchmark: [
+                pool.submit(measure, benchmark, method, arguments.steps, arguments.work_dir)
+                for method in METHODS
+            ]
+            for benchmark in benchmarks(arguments)
+        }
+        measured = {b: [future.result() for future in rows] for b, rows in futures.items()}
+    sections = [table(benchmark, rows) for benchmark, rows in measured.items()]
+    versions = next(iter(measured.values()))[0].truth["versions"]
+    with replacing(arguments.out) as temporary:
+        temporary.write_text(page(sections, arguments, versions))
+
+
+if __name__ == "__main__":
+    main()
