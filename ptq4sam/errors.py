@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Ptq4samError(Exception):
-    """Base of every error that a user can cause and mend; the command line prints it as one line."""
+    """Base of every error that a user can cause and mend; the command line prints one line."""
 
 
 class ConfigError(Ptq4samError):

@@ -138,8 +138,8 @@ million parameters and was trained on few pictures: these figures show what quan
 do not compare with those of the official SAM.
 
 Mean IoU and agreement (mean IoU with the float model's masks) are with ground-truth boxes; change
-is in points of mean IoU. QDrop and PTQ4SAM-L reconstruct {steps} steps a unit (the published setting
-is 20,000); 32 calibration pictures; the image encoder is quantized too. Every quantized model
+is in points of mean IoU. QDrop and PTQ4SAM-L reconstruct {steps} steps a unit (published: 20,000);
+32 calibration pictures; the image encoder is quantized too. Every quantized model
 passed the audit.
 """
 
