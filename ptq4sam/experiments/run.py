@@ -91,7 +91,10 @@ class Run:
         """
         settings = self.settings
         folders = [settings.work_dir, settings.show_dir]
-        folders += [path.parent for path in (settings.results, settings.save_model) if path]
+        for path in filter(None, (settings.results, settings.save_model)):
+            if path.is_dir():
+                raise ConfigError(f"asked to write file {path}, which is a folder: name a file")
+            folders.append(path.parent)
         for folder in filter(None, folders):
             try:
                 folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,47 @@
+"""Five generated scenes, a vit_nano with random weights, and the same one quantized.
+
+A module that needs them says `pytest_plugins = ("tests.tiny_fixtures",)`: they are then made once
+for all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ptq4sam.data.scenes import write_scenes
+from ptq4sam.sam.registry import build_sam
+from tests.tiny_runs import Quantized, Tiny, read_metrics, run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_scenes(folder, 2, seed=0, split="train")
+    write_scenes(folder, 3, seed=1, split="val")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = build_sam("vit_nano").state_dict()
+    checkpoint = folder / "random.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, checkpoint)
+    return Tiny(folder, checkpoint)
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    """PTQ4SAM-S at 4 bits, evaluated with annotated boxes."""
+    work_dir = tmp_path_factory.mktemp("quantized")
+    path = work_dir / "w4a4.safetensors"
+    scheme = tiny.scheme("ptq4sam-s44")
+    run("quantize", *tiny.model(), *tiny.data(), *scheme, "--output", path, "--work-dir", work_dir)
+    return Quantized(path, work_dir, read_metrics(work_dir))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder: detections are kept in work_dirs/ below it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,85 @@
+"""The commands on five generated scenes and a vit_nano with random weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptq4sam.cli import main
+from ptq4sam.quantization.scheme import Scheme
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCHEMES = REPOSITORY / "exp"
+
+# A search for the best grid of every weight takes most of a short run, and is tested elsewhere.
+QUICK = ("w_qconfig.observer=MinMaxObserver",)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Two scenes to calibrate on, three to evaluate, and float weights."""
+
+    folder: Path
+    checkpoint: Path
+
+    def images(self, split: str = "val") -> Path:
+        return self.folder / "images" / split
+
+    def annotations(self, split: str = "val") -> Path:
+        return self.folder / "annotations" / f"{split}.json"
+
+    def model(self) -> list[str]:
+        return ["--checkpoint", str(self.checkpoint)]
+
+    def data(self) -> list[str]:
+        return ["--images", str(self.images()), "--annotations", str(self.annotations())]
+
+    def calibration(self) -> list[str]:
+        return [
+            *("--calibration-images", str(self.images("train"))),
+            *("--calibration-annotations", str(self.annotations("train"))),
+            *("--calibration-size", "2"),
+        ]
+
+    def scheme(self, name: str, *options: str) -> list[str]:
+        given = ["--scheme-options", *QUICK, *options]
+        return ["--scheme", str(SCHEMES / f"{name}.yaml"), *given, *self.calibration()]
+
+    def short_scheme(self, name: str, path: Path) -> Path:
+        """A scheme of the repository for two pictures and two steps, as a file."""
+        scheme = Scheme.from_yaml(SCHEMES / f"{name}.yaml").with_overrides("calibrate=2", *QUICK)
+        if scheme.recon is not None:
+            scheme = scheme.with_overrides("recon.iters=2")
+        path.write_text(scheme.to_yaml())
+        return path
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized model in a file, and what the run that wrote it measured."""
+
+    path: Path
+    work_dir: Path
+    metrics: dict[str, Any]
+
+
+def run(*arguments: object) -> None:
+    """The `ptq4sam` command, which must succeed."""
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def read_metrics(work_dir: Path) -> dict[str, Any]:
+    """metrics.json, which must be JSON in the strict sense (no NaN)."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    text = (work_dir / "metrics.json").read_text()
+    metrics: dict[str, Any] = json.loads(text, parse_constant=refuse)
+    return metrics
+
+
+def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metrics.items() if key != "stages"}
