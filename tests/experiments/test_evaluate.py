@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ptq4sam.data import CocoDataset, ImageFolder
+from ptq4sam.errors import DataError
+from ptq4sam.evaluation import mask_ious
+from ptq4sam.evaluation.segmentation import Prompting
+from ptq4sam.experiments.evaluate import Picture, evaluate_sam, has_truth
+from ptq4sam.experiments.pictures import PictureWriter
+from ptq4sam.prompts import GroundTruth, cached
+from ptq4sam.sam.checkpoint import load_sam
+from ptq4sam.sam.model import Sam
+from tests.tiny_runs import Tiny
+
+pytest_plugins = ("tests.tiny_fixtures",)
+
+
+@pytest.fixture(scope="module")
+def sam(tiny: Tiny) -> Sam:
+    return load_sam("vit_nano", tiny.checkpoint)
+
+
+def test_mean_iou_compares_each_mask_with_its_own_object(sam: Sam, tiny: Tiny) -> None:
+    dataset = CocoDataset(tiny.images(), tiny.annotations(), limit=2)
+    source = GroundTruth(dataset)
+    seen: list[Picture] = []
+    evaluation = evaluate_sam(
+        sam, dataset, source, Prompting(max_per_image=2), on_picture=seen.append
+    )
+    assert [len(picture.prompts) for picture in seen] == [2, 2]
+    ious = []
+    for picture in seen:
+        objects = [item for item in dataset.instances(picture.record) if not item.iscrowd][:2]
+        np.testing.assert_array_equal(picture.prompts.boxes, [item.box for item in objects])
+        truth = np.stack([item.mask for item in objects])
+        ious += mask_ious(picture.segmented.masks, truth).tolist()
+    assert evaluation.metrics["mean_iou"] == pytest.approx(np.mean(ious))
+    assert evaluation.masks == len(evaluation.results) == 4
+
+
+def test_kept_ground_truth_is_still_ground_truth(tiny: Tiny, tmp_path: Path) -> None:
+    dataset = CocoDataset(tiny.images(), tiny.annotations())
+    assert isinstance(cached(GroundTruth(dataset), dataset, tmp_path), GroundTruth)
+
+
+def test_a_model_agrees_with_itself(sam: Sam, tiny: Tiny) -> None:
+    dataset = CocoDataset(tiny.images(), tiny.annotations(), limit=1)
+    source = GroundTruth(dataset)
+    evaluation = evaluate_sam(sam, dataset, source, Prompting(max_per_image=2), reference=sam)
+    assert evaluation.metrics.pop("agreement") == 1
+    assert evaluation.metrics == pytest.approx(evaluation.reference_metrics, nan_ok=True)
+
+
+def test_pictures_without_boxes_count_but_are_not_segmented(sam: Sam, tiny: Tiny) -> None:
+    dataset = CocoDataset(tiny.images(), tiny.annotations())
+    source = GroundTruth(dataset)
+    seen: list[Picture] = []
+
+    class Nothing:
+        name = "nothing"
+
+        def fingerprint(self) -> str:
+            return ""
+
+        def prompts(self, record: object, image: object) -> object:
+            return source.prompts(record, image).first(0)
+
+    evaluation = evaluate_sam(sam, dataset, Nothing(), Prompting(), on_picture=seen.append)
+    assert (evaluation.pictures, evaluation.masks, seen) == (3, 0, [])
+    assert evaluation.metrics["AP"] == 0
+
+
+def test_truth_is_known_of_annotated_data_only(tiny: Tiny) -> None:
+    assert has_truth(CocoDataset(tiny.images(), tiny.annotations()))
+    assert not has_truth(ImageFolder(tiny.images()))
+
+
+def test_only_damaged_pictures(sam: Sam, tiny: Tiny, tmp_path: Path) -> None:
+    for path in tiny.images().iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:900])
+    dataset = CocoDataset(tmp_path, tiny.annotations(), skip_bad=True)
+    with pytest.raises(DataError, match="no picture is left"):
+        evaluate_sam(sam, dataset, GroundTruth(dataset), Prompting())
+
+
+def test_pictures_of_one_name_do_not_overwrite_each_other(
+    sam: Sam, tiny: Tiny, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    content = next(iter(tiny.images().iterdir())).read_bytes()
+    for name in ("a.jpg", "a.jpeg"):
+        (images / name).write_bytes(content)
+    dataset = ImageFolder(images)
+    annotated = CocoDataset(tiny.images(), tiny.annotations(), limit=1)
+    prompts = GroundTruth(annotated).prompts(annotated.images[0], annotated.load(dataset.images[0]))
+
+    class Fixed:
+        name = "fixed"
+
+        def fingerprint(self) -> str:
+            return ""
+
+        def prompts(self, record: object, image: object) -> object:
+            return prompts.first(1)
+
+    writer = PictureWriter(tmp_path / "shown", dataset, threshold=0)
+    evaluation = evaluate_sam(sam, dataset, Fixed(), Prompting(), on_picture=writer)
+    assert {path.name for path in (tmp_path / "shown").iterdir()} == {"a.jpg", "a-2.jpg"}
+    assert evaluation.metrics == {}
