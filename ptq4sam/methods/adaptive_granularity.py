@@ -114,9 +114,13 @@ def _log_codes_(x: Tensor, scale: Tensor, tau: Tensor) -> Tensor:
 
 def _quantize_(x: Tensor, scale: Tensor, tau: Tensor, levels: int) -> Tensor:
     """Overwrite `x` by its quantized value."""
-    codes = _log_codes_(x, scale, tau)
-    vanishing = codes >= levels
-    return codes.clamp_(min=0).div_(-tau).exp2_().mul_(scale).masked_fill_(vanishing, 0)
+    points = _log_codes_(x, scale, tau).clamp_(min=0).div_(-tau).exp2_().mul_(scale)
+    # Half a step below the last point; further ones are recognised by their value, which takes
+    # half the time of keeping a mask.
+    end = scale * torch.exp2((0.5 - levels) / tau)
+    if points.device.type == "cpu":
+        return torch.threshold_(points, end.item(), 0.0)
+    return points.mul_(points > end)
 
 
 class _AdaptiveGranularity(torch.autograd.Function):
@@ -159,7 +163,12 @@ class _ScaleSearch:
         self._attention = attention.detach().reshape(-1, *attention.shape[-2:])
         self._value = value.detach().reshape(-1, *value.shape[-2:])
         self._levels = levels
-        heads, queries, _ = self._attention.shape
+        heads, queries, keys = self._attention.shape
+        elements = _PIECE.get(self._attention.device.type, 2**20)
+        self._rows = min(queries, max(1, elements // keys))
+        self._heads = max(1, elements // (queries * keys)) if self._rows == queries else 1
+        # Fresh memory for each piece would cost as much as a logarithm.
+        self._buffer = self._attention.new_empty(min(self._heads, heads), self._rows, keys)
         self._exact = self._value.new_empty(heads, queries, value.shape[-1])
         for part, piece, values in self._pieces():
             self._exact[part] = piece @ values
@@ -179,19 +188,17 @@ class _ScaleSearch:
         tau_tensor = self._attention.new_tensor(tau)
         total = torch.zeros((), dtype=torch.float64, device=self._attention.device)
         for part, piece, values in self._pieces():
-            quantized = _quantize_(piece.clone(), scale_tensor, tau_tensor, self._levels)
+            copy = self._buffer[: piece.shape[0], : piece.shape[1]].copy_(piece)
+            quantized = _quantize_(copy, scale_tensor, tau_tensor, self._levels)
             difference = (quantized @ values).sub_(self._exact[part])
             total += difference.abs_().pow_(POWER).sum(dtype=torch.float64)
         return float(total) / self._exact.numel()
 
     def _pieces(self) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
         """Where a piece of the attention is, the piece, and the values it is multiplied with."""
-        heads, queries, keys = self._attention.shape
-        elements = _PIECE.get(self._attention.device.type, 2**20)
-        rows = min(queries, max(1, elements // keys))
-        at_once = max(1, elements // (rows * keys)) if rows == queries else 1
-        for first in range(0, heads, at_once):
-            head = slice(first, first + at_once)
-            for start in range(0, queries, rows):
-                row = slice(start, start + rows)
+        heads, queries, _ = self._attention.shape
+        for first in range(0, heads, self._heads):
+            head = slice(first, first + self._heads)
+            for start in range(0, queries, self._rows):
+                row = slice(start, start + self._rows)
                 yield (head, row), self._attention[head, row], self._value[head]

@@ -93,9 +93,9 @@ def grid_search(rows: Tensor, grid: Grid, side: Side, per_channel: bool) -> tupl
     if per_channel:
         low, high = low.clamp(max=0), high.clamp(min=0)
     at_once = max(1, _BOUNDS // (WIDTHS * grid.levels))
-    kernels = _clip_kernels(grid.levels, rows.device)
+    kernel = _clip_kernel(grid.levels, rows.device)
     found = [
-        _search_widths(part, extent, grid, kernels)
+        _search_widths(part, extent, grid, kernel)
         for part, extent in zip(
             torch.split(rows, at_once), torch.split(high - low, at_once), strict=True
         )
@@ -132,14 +132,14 @@ _SLACK = 1e-3
 
 
 def _search_widths(
-    rows: Tensor, extent: Tensor, grid: Grid, kernels: tuple[Tensor, ...]
+    rows: Tensor, extent: Tensor, grid: Grid, kernel: Tensor
 ) -> tuple[Tensor, Tensor]:
     levels = grid.levels
     widths = torch.stack([extent / WIDTHS * step for step in range(1, WIDTHS + 1)], dim=1)
-    bounds = torch.empty(rows.shape[0], WIDTHS, levels, dtype=torch.float64, device=rows.device)
+    bounds = torch.empty(rows.shape[0], WIDTHS, levels, device=rows.device)
     for index in range(WIDTHS):
         step = (widths[:, index] / grid.qmax).clamp(min=MIN_SCALE)
-        bounds[:, index] = _lower_bounds(rows, step, levels, kernels)
+        bounds[:, index] = _lower_bounds(rows, step, levels, kernel)
     bounds = bounds.flatten(1)
 
     def ends(row: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ def _search_widths(
     return low[first], high[first]
 
 
-def _clip_kernels(levels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _clip_kernel(levels: int, device: torch.device) -> Tensor:
     """Weights of a bin's moments in a lower bound of the error of clipping it.
 
     A value t steps from the centre of a bin that is m >= 1 steps above a range's end u costs
@@ -174,35 +174,31 @@ def _clip_kernels(levels: int, device: torch.device) -> tuple[Tensor, Tensor, Te
     -1/2 <= t < 0 as soon as the largest third-order term, |t| <= 1/2, is taken off.
 
     Returns:
-        Three [bins, levels] float64: for the number of values, the sum of t and that of t^2, in
-        bins -2 levels .. 2 levels and for ends 0 .. levels - 1; zero where a bin is not above.
+        [3 * reach, levels]: for the number of values, the sum of t and that of t^2, in bins
+        1 .. reach = 2 levels, and for ends 0 .. levels - 1; zero where a bin is not above.
     """
-    reach = 2 * levels
-    bins = torch.arange(-reach, reach + 1, dtype=torch.float64, device=device)
+    bins = torch.arange(1, 2 * levels + 1, dtype=torch.float64, device=device)
     distance = bins[:, None] - torch.arange(levels, device=device)
     above = distance > 0
     distance = distance.clamp(min=1)
     second = POWER * (POWER - 1) / 2
     third = second * (POWER - 2) / 3
     curvature = second * distance.pow(POWER - 2) - third / 2 * (distance - 0.5).pow(POWER - 3)
-    return (
-        distance.pow(POWER) * above,
-        POWER * distance.pow(POWER - 1) * above,
-        curvature * above,
-    )
+    weights = (distance.pow(POWER), POWER * distance.pow(POWER - 1), curvature)
+    return torch.cat([weight * above for weight in weights]).float()
 
 
-def _lower_bounds(rows: Tensor, step: Tensor, levels: int, kernels: tuple[Tensor, ...]) -> Tensor:
+def _lower_bounds(rows: Tensor, step: Tensor, levels: int, kernel: Tensor) -> Tensor:
     """Lower bounds of the loss of ranges of (levels - 1) steps at each zero point.
 
     Args:
         rows: [r, n].
         step: [r] positive.
         levels: how many codes there are.
-        kernels: of `_clip_kernels`.
+        kernel: of `_clip_kernel`.
 
     Returns:
-        [r, levels] float64.
+        [r, levels].
     """
     reach = 2 * levels
     bins = 2 * reach + 1
@@ -210,24 +206,24 @@ def _lower_bounds(rows: Tensor, step: Tensor, levels: int, kernels: tuple[Tensor
     first_bin = torch.arange(channels, device=rows.device)[:, None] * bins + reach
     sums = torch.zeros(4, channels * bins, dtype=torch.float64, device=rows.device)
     for piece in pieces(rows):
-        ratio = piece / step[:, None]
-        code = ratio.round().clamp_(-reach, reach)
-        offset = ratio.sub_(code).flatten()
+        offset = piece / step[:, None]
+        code = offset.round().clamp_(-reach, reach)
+        offset = offset.sub_(code).flatten()
         index = (code.long() + first_bin).flatten()
-        sums[0] += torch.bincount(index, minlength=channels * bins)
-        for total, moment in zip(
-            sums[1:], (offset, offset.square(), offset.abs().pow(POWER)), strict=True
-        ):
-            total += torch.bincount(index, moment.double(), minlength=channels * bins)
+        size = offset.abs()
+        moments = (torch.ones_like(size), offset, size.square(), size.pow(POWER))
+        for total, moment in zip(sums, moments, strict=True):
+            total.scatter_add_(0, index, moment.double())
     number, shift, spread, error = sums.view(4, channels, bins)
-    above = number @ kernels[0] + shift @ kernels[1] + spread @ kernels[2]
-    below = number.flip(1) @ kernels[0] - shift.flip(1) @ kernels[1] + spread.flip(1) @ kernels[2]
+    above = torch.cat([number, shift, spread], dim=1).view(channels, 3, bins)
+    below = torch.cat([number, -shift, spread], dim=1).view(channels, 3, bins).flip(2)
+    clipped = torch.cat([above, below])[:, :, reach + 1 :].flatten(1).float() @ kernel
     # Codes -z .. levels-1-z are inside at zero point z; its upper end is levels-1-z, its lower -z.
     inside = error[:, reach - levels + 1 : reach + levels].cumsum(dim=1)
     inside = torch.cat([torch.zeros_like(inside[:, :1]), inside], dim=1)
     inside = (inside[:, levels:] - inside[:, :-levels]).flip(1)
-    loss: Tensor = (inside + above.flip(1) + below) * step[:, None].double().pow(POWER)
-    return loss / count
+    loss = inside + clipped[:channels].flip(1) + clipped[channels:]
+    return (loss * step[:, None].double().pow(POWER) / count).float()
 
 
 def fast_search(rows: Tensor, grid: Grid, side: Side, per_channel: bool) -> tuple[Tensor, Tensor]:
