@@ -138,6 +138,8 @@ def assign(mapping: dict[str, Any], key: str, value: object) -> None:
         target[int(last)] = value
     elif isinstance(target, dict):
         target[last] = value
+    elif target is None:
+        raise FieldError(".".join(outer), f"there is no such section in which to set {last!r}")
     else:
         raise FieldError(".".join(outer), f"{_shown(target)} has no field {last!r} to set")
 

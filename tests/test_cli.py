@@ -218,7 +218,7 @@ def _refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--model", "vit_x"], "vit_b, vit_l"),
         (["--prompts", "scene-detektor"], "did you mean scene-detector"),
         (["--prompts", "nowhere.json"], "nowhere.json"),
-        (["--prompts", "others.json"], "none of which is in the data set"),
+        (["--prompts", "others.json"], "none of which is among the"),
         (["--prompts", "onnx:nowhere.onnx"], "nowhere.onnx"),
         (["--limit", "0"], "1 or more"),
         (["--max-per-image", "0"], "1 or more"),

@@ -76,8 +76,8 @@ class CocoResults:
         here = [record.id for record in dataset.images if record.id in self._entries]
         if not here:
             raise DataError(
-                f"{self.path} has boxes of {len(self._entries)} images, none of which is in the "
-                "data set: give the boxes of these images"
+                f"{self.path} has boxes of {len(self._entries)} images, none of which is among "
+                f"the {len(dataset.images)} images used: give the boxes of these images"
             )
         known = set(dataset.category_ids)
         used = Counter(entry["category_id"] for id_ in here for entry in self._entries[id_])

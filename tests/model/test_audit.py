@@ -52,6 +52,13 @@ def test_finds_a_weight_off_its_grid(
     assert "off the grid" in problems(run_audit())
 
 
+def test_finds_a_weight_that_was_moved_after_freezing(
+    quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
+) -> None:
+    quantized.image_encoder.neck[0].weight.data[0, 0] += 1e-4
+    assert "neck.0: " in problems(run_audit())
+
+
 def test_finds_a_quantizer_that_still_drops(
     quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
 ) -> None:

@@ -66,7 +66,7 @@ def test_numbers_that_are_none_are_dropped_and_counted(tmp_path: Path, scenes: C
         ([_result(score=True)], "result 0 has score True"),
         ([_result(image_id="a")], "result 0 has image_id 'a'"),
         ([_result(category_id=1.5)], "result 0 has category_id 1.5"),
-        ([_result(77), _result(78)], "boxes of 2 images, none of which is in the data set"),
+        ([_result(77), _result(78)], "boxes of 2 images, none of which is among the"),
         ([_result(category_id=77)], "has category ids 77, the data set has 1, 2, 3"),
     ],
 )
