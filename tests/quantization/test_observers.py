@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ptq4sam.errors import CalibrationError, ConfigError
+from ptq4sam.quantization.grid import Grid
+from ptq4sam.quantization.observers import OBSERVERS, MSEObserver, PCTObserver
+
+PER_CHANNEL = ["MinMaxObserver", "MSEObserver", "MSEFastObserver"]
+
+
+@pytest.fixture
+def batches() -> torch.Tensor:
+    return torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_nothing_observed(name: str) -> None:
+    with pytest.raises(CalibrationError, match="nothing was observed"):
+        OBSERVERS[name](Grid(4)).quantization_parameters()
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(name: str, bad: float) -> None:
+    x = torch.randn(3, 5)
+    x[1, 2] = bad
+    with pytest.raises(CalibrationError, match="1 of 15 observed values"):
+        OBSERVERS[name](Grid(4)).observe(x)
+
+
+def test_empty_batch() -> None:
+    with pytest.raises(CalibrationError, match=r"empty tensor \[0, 3\]"):
+        OBSERVERS["MinMaxObserver"](Grid(4)).observe(torch.empty(0, 3))
+
+
+@pytest.mark.parametrize("name", [n for n in OBSERVERS if n not in PER_CHANNEL])
+def test_channels_where_there_are_none(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        OBSERVERS[name](Grid(4), 0)
+
+
+@pytest.mark.parametrize("name", PER_CHANNEL)
+def test_a_channel_is_what_it_is_alone(name: str, batches: torch.Tensor) -> None:
+    together, shifted = OBSERVERS[name](Grid(4), 0), OBSERVERS[name](Grid(4), 1)
+    together.observe(batches[0])
+    shifted.observe(batches[0].T)
+    assert torch.equal(together.minimum, shifted.minimum)
+    for channel in range(4):
+        alone = OBSERVERS[name](Grid(4), 0)
+        alone.observe(batches[0, channel : channel + 1])
+        torch.testing.assert_close(together.minimum[channel], alone.minimum[0])
+        torch.testing.assert_close(together.maximum[channel], alone.maximum[0])
+
+
+def test_batches_are_merged(batches: torch.Tensor) -> None:
+    running, mean = OBSERVERS["MinMaxObserver"](Grid(4)), OBSERVERS["AvgMinMaxObserver"](Grid(4))
+    for batch in batches:
+        running.observe(batch)
+        mean.observe(batch)
+    assert float(running.minimum) == float(batches.min())
+    assert float(running.maximum) == float(batches.max())
+    assert float(mean.minimum) == pytest.approx(float(batches.flatten(1).amin(1).mean()))
+    assert float(mean.maximum) == pytest.approx(float(batches.flatten(1).amax(1).mean()))
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_a_later_batch_on_one_side(name: str) -> None:
+    """The side of zero is decided on the first batch; a later one must still give a range."""
+    observer = OBSERVERS[name](Grid(4))
+    observer.observe(torch.linspace(-1, 2, 50))
+    observer.observe(torch.linspace(1, 2, 50))
+    observer.observe(torch.full((50,), 1.5))
+    scale, _ = observer.quantization_parameters()
+    assert bool(torch.isfinite(scale))
+    assert 0 < float(scale) < 1
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_constant_tensors(name: str) -> None:
+    for value in (0.0, 1.0, -1.0):
+        observer = OBSERVERS[name](Grid(4))
+        observer.observe(torch.full((3, 3), value))
+        scale, zero_point = observer.quantization_parameters()
+        restored = (torch.round(torch.tensor(value) / scale) + zero_point).clamp(0, 15) - zero_point
+        assert float(restored * scale) == pytest.approx(value, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", PER_CHANNEL)
+def test_constant_channels(name: str) -> None:
+    x = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    x[1], x[2] = 0, 0.7
+    observer = OBSERVERS[name](Grid(4), 0)
+    observer.observe(x)
+    scale, _ = observer.quantization_parameters()
+    assert bool((scale > 0).all())
+    # Bounded minimisation of a jagged function may end a little beside the value.
+    assert float(scale[2]) * 15 == pytest.approx(0.7, rel=0.1 if "Fast" in name else 1e-2)
+
+
+def test_percentile_cuts_a_lone_outlier() -> None:
+    x = torch.linspace(-1, 1, 400_001)
+    x[7] = 1000.0
+    observer = PCTObserver(Grid(8))
+    observer.observe(x)
+    assert float(observer.maximum) == pytest.approx(1, rel=1e-4)
+    small = PCTObserver(Grid(8))
+    small.observe(torch.tensor([2.0]))
+    assert float(small.maximum) == 2
+
+
+def test_grid_search_refuses_hours() -> None:
+    with pytest.raises(ConfigError, match="12 bits"):
+        MSEObserver(Grid(12))
+    MSEObserver(Grid(12, symmetric=True)).observe(torch.randn(100))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types(dtype: torch.dtype) -> None:
+    observer = OBSERVERS["MSEObserver"](Grid(4))
+    observer.observe(torch.randn(100).to(dtype))
+    assert observer.minimum.dtype == torch.float32
