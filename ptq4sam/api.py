@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ptq4sam.data import ImageSet
-from ptq4sam.evaluation.segmentation import Prompting
+from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.experiments.calibration import calibration_pictures
 from ptq4sam.experiments.evaluate import evaluate_sam
 from ptq4sam.model.calibration import CalibrationItem

@@ -9,40 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ptq4sam.errors import ConfigError
+from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.sam.predictor import ImageEmbedding, Predictor
-
-
-@dataclass(frozen=True)
-class Prompting:
-    """How boxes prompt a SAM and how its masks are scored.
-
-    Attributes:
-        multimask: let the decoder propose three masks a box and keep the first of them, unless
-            `best_in_multi_mask` chooses.
-        best_in_multi_mask: of three masks a box keep the one with the highest predicted IoU.
-        cascade: prompt a second time with the box and the first mask's logits.
-        use_sam_iou: multiply the detector's score by the predicted IoU, else by the mean
-            probability inside the mask.
-        max_per_image: boxes used in a picture, highest scores first.
-        score_threshold: boxes below this detector score are not used.
-
-    Raises:
-        ConfigError: a value leaves no box in any picture.
-    """
-
-    multimask: bool = False
-    best_in_multi_mask: bool = False
-    cascade: bool = False
-    use_sam_iou: bool = True
-    max_per_image: int = 100
-    score_threshold: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.max_per_image < 1:
-            raise ConfigError(f"asked for {self.max_per_image} boxes a picture: use 1 or more")
-        if not 0 <= self.score_threshold <= 1:
-            raise ConfigError(f"asked for boxes that score {self.score_threshold} or more: use 0-1")
 
 
 @dataclass(frozen=True)

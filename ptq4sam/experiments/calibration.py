@@ -10,7 +10,7 @@ import torch
 
 from ptq4sam.data import CocoDataset, ImageRecord, ImageSet
 from ptq4sam.errors import CalibrationError
-from ptq4sam.evaluation.segmentation import Prompting
+from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.experiments.evaluate import select
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.progress import Progress, silent

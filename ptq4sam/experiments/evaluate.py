@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from ptq4sam.data import CocoDataset, ImageRecord, ImageSet
 from ptq4sam.errors import DataError
 from ptq4sam.evaluation import MaskScores, mask_ious
-from ptq4sam.evaluation.segmentation import Prompting, Segmented, segment
+from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.evaluation.segmentation import Segmented, segment
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import GroundTruth, Prompts, PromptSource
 from ptq4sam.sam.model import Sam

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.evaluation.segmentation import Prompting
+from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.experiments.run import Run
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.summary import summary_table

@@ -9,7 +9,7 @@ import torch
 
 from ptq4sam.data.images import check_limit
 from ptq4sam.errors import ConfigError
-from ptq4sam.evaluation.segmentation import Prompting
+from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.quantization.scheme import Scheme
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from ptq4sam.errors import DependencyError
+from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.records import FieldError, Record
 from ptq4sam.solver.config import load_config
 
@@ -116,32 +117,6 @@ class DataConfig(Record):
 
 
 @dataclass(frozen=True)
-class PromptingConfig(Record):
-    """How boxes become masks and scores; the fields of evaluation's `Prompting`, checked.
-
-    Attributes:
-        multimask: let the decoder propose three masks a box and keep the first.
-        best_in_multi_mask: take the best of three masks by predicted IoU, not the single mask.
-        cascade: a second pass with the first mask's logits and its box.
-        use_sam_iou: multiply the detector's score by the predicted IoU.
-        max_per_image: boxes an image that SAM is prompted with, best scores first (COCO's AP counts
-            100 of them).
-        score_threshold: boxes below it are dropped.
-    """
-
-    multimask: bool = False
-    best_in_multi_mask: bool = False
-    cascade: bool = False
-    use_sam_iou: bool = True
-    max_per_image: int = 100
-    score_threshold: float = 0.0
-
-    def _validate(self) -> None:
-        self._require(self.max_per_image >= 1, "max_per_image", "1 or more")
-        self._require(0 <= self.score_threshold <= 1, "score_threshold", "0 to 1")
-
-
-@dataclass(frozen=True)
 class ExperimentConfig(Record):
     """An experiment: model, detector, data and prompting.
 
@@ -157,7 +132,7 @@ class ExperimentConfig(Record):
     detector: DetectorConfig
     data: DataConfig
     calibration: DataConfig | None = None
-    prompting: PromptingConfig = PromptingConfig()
+    prompting: Prompting = field(default_factory=Prompting)
 
     @classmethod
     def from_file(cls, path: str | Path, *options: str) -> ExperimentConfig:

@@ -10,7 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 from ptq4sam.cli import guarded
 from ptq4sam.errors import ConfigError
-from ptq4sam.evaluation.segmentation import Prompting
 from ptq4sam.experiments.requests import execute
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.model.storage import is_quantized_file
@@ -107,7 +106,7 @@ def settings_from(parsed: argparse.Namespace) -> RunSettings:
         work_dir=work_dir,
         scheme=scheme,
         quantize_encoder=parsed.quant_encoder,
-        prompting=Prompting(**asdict(config.prompting)),
+        prompting=config.prompting,
         limit=config.data.limit,
         skip_bad=parsed.skip_bad,
         device=parsed.device or (None if parsed.gpu_id is None else f"cuda:{parsed.gpu_id}"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.evaluation.segmentation import Prompting, segment
+from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.evaluation.segmentation import segment
 from ptq4sam.sam.predictor import ImageEmbedding, Predictor
 from ptq4sam.sam.registry import build_sam
 

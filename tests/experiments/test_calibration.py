@@ -9,7 +9,7 @@ import pytest
 
 from ptq4sam.data import CocoDataset, ImageFolder
 from ptq4sam.errors import CalibrationError
-from ptq4sam.evaluation.segmentation import Prompting
+from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.experiments.calibration import calibration_pictures
 from ptq4sam.prompts import CocoResults, GroundTruth
 from ptq4sam.sam.checkpoint import load_sam

@@ -8,7 +8,7 @@ import pytest
 from ptq4sam.data import CocoDataset, ImageFolder
 from ptq4sam.errors import DataError
 from ptq4sam.evaluation import mask_ious
-from ptq4sam.evaluation.segmentation import Prompting
+from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.experiments.evaluate import Picture, evaluate_sam, has_truth
 from ptq4sam.experiments.pictures import PictureWriter
 from ptq4sam.prompts import GroundTruth, cached

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ptq4sam.errors import ConfigError, DependencyError
+from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.solver.config import load_config, merge
-from ptq4sam.solver.experiment import DetectorConfig, ExperimentConfig, PromptingConfig
+from ptq4sam.solver.experiment import DetectorConfig, ExperimentConfig
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -230,7 +231,7 @@ def test_an_experiment(tmp_path: Path) -> None:
     assert experiment.sam.checkpoint == Path("ckpt/sam_vit_b_01ec64.pth")
     assert experiment.data.limit == 5
     assert experiment.calibration is None
-    assert experiment.prompting == PromptingConfig(max_per_image=300)
+    assert experiment.prompting == Prompting(max_per_image=300)
     assert ExperimentConfig.from_dict(experiment.to_dict()) == experiment
 
 
@@ -279,13 +280,6 @@ def test_prompts_argument_of_a_detector() -> None:
     ssd = DetectorConfig("torchvision", config="ssd300_vgg16")
     assert ssd.prompts == "torchvision:ssd300_vgg16"
     assert replace(ssd, checkpoint=Path("a.pth")).prompts == "torchvision:ssd300_vgg16:a.pth"
-
-
-def test_prompting_has_the_fields_of_the_evaluation() -> None:
-    from ptq4sam.evaluation.segmentation import Prompting
-
-    assert Prompting(**PromptingConfig().to_dict()) == Prompting()
-    assert set(PromptingConfig().to_dict()) == {field.name for field in fields(Prompting)}
 
 
 def test_a_detector_that_is_not_there_names_extra_and_way_out() -> None:
