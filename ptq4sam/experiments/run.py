@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from safetensors import SafetensorError
 
 import ptq4sam
@@ -25,6 +24,7 @@ from ptq4sam.experiments.evaluate import Evaluation, evaluate_sam, has_truth
 from ptq4sam.experiments.pictures import PictureWriter
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.stages import Stages
+from ptq4sam.files import replacing
 from ptq4sam.model.audit import AuditReport, audit
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.quantize import quantize_sam
@@ -70,7 +70,8 @@ class Run:
             report = None
             if isinstance(sam, QuantizedSam):
                 report = self._audit(sam)
-                _write_scheme(sam, settings.work_dir / "scheme.yaml")
+                with replacing(settings.work_dir / "scheme.yaml") as path:
+                    path.write_text(sam.scheme.to_yaml(), encoding="utf-8")
                 self._save(sam)
             evaluation = self._evaluate(sam, reference, *data) if data is not None else None
             metrics = self._metrics(sam, report, evaluation)
@@ -313,12 +314,6 @@ def _fix_seeds(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _write_scheme(sam: QuantizedSam, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(sam.scheme.to_dict(), sort_keys=False))
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

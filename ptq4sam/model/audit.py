@@ -94,6 +94,10 @@ def audit(sam: QuantizedSam, run: Callable[[], Sequence[Tensor]]) -> AuditReport
     second = run()
     for name, watch in watched.items():
         findings.extend(Finding(name, problem) for problem in watch.problems())
+    expected = expected_activations(sam)
+    if len(watched) != expected:
+        problem = f"{expected} are listed as quantized, {len(watched)} have a quantizer"
+        findings.append(Finding("activations", problem))
     if len(first) != len(second) or not all(map(torch.equal, first, second)):
         findings.append(Finding("forward", "two passes on the same input differ"))
     layers = sum(1 for m in sam.modules() if isinstance(m, QuantizedLinear | QuantizedConv2d))

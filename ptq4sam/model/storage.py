@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 import ptq4sam
 from ptq4sam.errors import CheckpointError, ConfigError
+from ptq4sam.files import replacing
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.registry import build_sam
@@ -42,12 +42,9 @@ def save(sam: QuantizedSam, path: str | Path) -> None:
         "scheme": sam.scheme.to_dict(),
         "versions": {"ptq4sam": ptq4sam.__version__, "torch": torch.__version__},
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     tensors = {name: value.contiguous() for name, value in sam.state_dict().items()}
-    save_file(tensors, temporary, metadata={FORMAT: json.dumps(description)})
-    os.replace(temporary, path)
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={FORMAT: json.dumps(description)})
 
 
 def is_quantized_file(path: str | Path) -> bool:

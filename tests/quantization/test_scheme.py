@@ -211,9 +211,7 @@ def test_impossible_overrides(assignment: str, message: str) -> None:
 
 def test_override_of_an_absent_section_says_so() -> None:
     scheme = Scheme.from_dict(published()).with_overrides("recon=null")
-    with pytest.raises(
-        ConfigError, match=r"recon: there is no such section.*'iters'"
-    ):
+    with pytest.raises(ConfigError, match=r"recon: there is no such section.*'iters'"):
         scheme.with_overrides("recon.iters=5")
 
 
