@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from ptq4sam.methods.bimodal import channel_signs, fold_signs, is_bimodal
 from ptq4sam.model.attention import QuantizedDecoderAttention
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.layers import observe_weights, weight_quantizers
+from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Methods
@@ -71,7 +72,7 @@ def run_decoder(sam: Sam, features: Tensor, boxes: Tensor) -> None:
 def calibrate(
     sam: QuantizedSam,
     items: Sequence[CalibrationItem],
-    progress: Callable[[Sequence[CalibrationItem], str], Iterable[CalibrationItem]],
+    progress: Progress = silent,
 ) -> None:
     """Set every quantizer of `sam` from calibration pictures.
 
@@ -94,7 +95,7 @@ def calibrate(
     with observing_activations(sam):
         for item in progress(items, "observing activations"):
             run_item(sam, item)
-    observe_weights(sam)
+    observe_weights(sam, progress)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode, Quantizer
 
@@ -68,9 +69,9 @@ def weight_quantizers(module: nn.Module) -> list[Quantizer]:
 
 
 @torch.no_grad()
-def observe_weights(module: nn.Module) -> None:
+def observe_weights(module: nn.Module, progress: Progress = silent) -> None:
     """Set the grid of every weight from the weight itself."""
-    for _, layer in quantized_layers(module):
+    for _, layer in progress(quantized_layers(module), "observing weights"):
         with quantizer_mode(layer.weight_quantizer, Mode.OBSERVE):
             layer.weight_quantizer(layer.weight)
 
