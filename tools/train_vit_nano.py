@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from nano_data import Photographs, WindowDataset, collate
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -84,24 +84,22 @@ def build_model(window: int) -> Sam:
     return whole
 
 
-def enlarge_encoder(state: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Carry the weights of a window encoder over to the whole input.
+def resize_encoder(state: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Carry the weights of an encoder over to another input size.
 
-    Position embeddings are tiled (they know the place in a window only), relative tables keep
-    their offsets and repeat their ends.
+    Position embeddings are tiled or cut (they know the place in a window only), relative tables
+    keep their offsets and repeat or lose their ends.
     """
     moved = {}
     for name, value in state.items():
         wanted = target[name].shape
-        if value.shape == wanted:
-            moved[name] = value
-        elif name.endswith("pos_embed"):
-            moved[name] = value.repeat(
-                1, wanted[1] // value.shape[1], wanted[2] // value.shape[2], 1
-            )
-        else:
+        if name.endswith("pos_embed"):
+            times = [-(-new // old) for new, old in zip(wanted, value.shape, strict=True)]
+            value = value.repeat(*times)[:, : wanted[1], : wanted[2]]
+        elif value.shape != wanted:
             side = (wanted[0] - value.shape[0]) // 2
-            moved[name] = F.pad(value.t()[None], (side, side), mode="replicate")[0].t()
+            value = F.pad(value.t()[None], (side, side), mode="replicate")[0].t()
+        moved[name] = value
     return moved
 
 
@@ -210,7 +208,7 @@ class Trainer:
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
         """Start from the averaged weights of an earlier phase."""
-        moved = enlarge_encoder(state, self.model.state_dict())
+        moved = resize_encoder(state, self.model.state_dict())
         self.model.load_state_dict(moved)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
@@ -344,6 +342,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--coco", nargs=2, action="append", default=[], type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="start from these weights (safetensors)")
     parser.add_argument("--state", type=Path, default=Path("train_vit_nano.pt"))
     parser.add_argument("--scene-share", type=float, default=0.5)
     parser.add_argument("--boxes", type=int, default=8)
@@ -362,6 +361,8 @@ def main() -> None:
     state = torch.load(arguments.state, weights_only=True) if arguments.state.exists() else None
     first = state["phase"] if state is not None else 0
     weights: dict[str, Tensor] | None = None
+    if arguments.init is not None:
+        weights = {name: value.float() for name, value in load_file(arguments.init).items()}
     for index, phase in enumerate(PHASES):
         if index < first:
             continue

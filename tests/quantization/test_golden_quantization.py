@@ -61,7 +61,7 @@ def _reached_with_other_last_bits(case: GoldenCase, grid: Grid) -> bool:
     for ends in product(*runs):
         low, high = np.transpose(ends)
         reached = (low.mean(), high.mean()) if average else (low.min(), high.max())
-        if np.allclose(reached, recorded, rtol=SEARCHED, atol=0):
+        if np.allclose(reached, recorded, rtol=0, atol=SEARCHED * np.ptp(recorded)):
             return True
     return False
 

@@ -8,11 +8,11 @@ from train_vit_nano import (
     Phase,
     Trainer,
     build_model,
-    enlarge_encoder,
     mask_loss,
     near_box,
     position_frequencies,
     rate_at,
+    resize_encoder,
     separation_loss,
 )
 
@@ -64,9 +64,11 @@ def test_a_window_encoder_carries_over_to_the_whole_input() -> None:
     torch.manual_seed(0)
     small = build_model(128).state_dict()
     whole = build_sam("vit_nano")
-    whole.load_state_dict(enlarge_encoder(small, whole.state_dict()))
+    whole.load_state_dict(resize_encoder(small, whole.state_dict()))
     table = whole.image_encoder.blocks[3].attn.rel_pos_h
     assert torch.equal(table[16:-16], small["image_encoder.blocks.3.attn.rel_pos_h"])
+    back = resize_encoder(whole.state_dict(), small)
+    assert all(torch.equal(back[name], value) for name, value in small.items())
 
 
 def test_learning_rate_warms_up_and_ends_at_the_final_one() -> None:
