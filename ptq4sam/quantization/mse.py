@@ -153,11 +153,19 @@ def _search_widths(
     # Data that lies on a grid has no error but that of float32 itself.
     noise = (16 * torch.finfo(torch.float32).eps * rows.abs().amax(dim=1).double()).pow(POWER)
     limit = limit * (1 + _SLACK) + noise
-    row, candidate = (bounds <= limit[:, None]).nonzero(as_tuple=True)
+    eligible = bounds <= limit[:, None]
+    eligible[every_row, promising] = True
+    row, candidate = eligible.nonzero(as_tuple=True)
     low, high = ends(row, candidate)
     at_once = max(1, 2**22 // rows.shape[1])
     parts = zip(*(torch.split(tensor, at_once) for tensor in (row, low, high)), strict=True)
-    loss = torch.cat([range_loss(rows[r], start, end, grid) for r, start, end in parts])
+    loss = torch.cat(
+        # A single row may be too large to be copied for each range.
+        [
+            range_loss(rows[r] if len(rows) > 1 else rows.expand(len(r), -1), start, end, grid)
+            for r, start, end in parts
+        ]
+    )
     # Candidates come in order, so that stable sorting leaves the first of equals in front.
     order = loss.argsort(stable=True)
     order = order[row[order].argsort(stable=True)]
