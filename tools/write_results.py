@@ -60,17 +60,22 @@ class Row:
     detected: dict[str, Any]
 
 
-def measure(benchmark: Benchmark, method: str, steps: int, work_dir: Path) -> Row:
+def measure(benchmark: Benchmark, method: str, arguments: argparse.Namespace) -> Row:
     """Quantize by a method where it is one, then evaluate with both kinds of boxes."""
     scheme = METHODS[method][1]
-    folder = work_dir / benchmark.name.replace(" ", "_") / (scheme or "float").removesuffix(".yaml")
+    folder = (
+        arguments.work_dir
+        / benchmark.name.replace(" ", "_")
+        / (scheme or "float").removesuffix(".yaml")
+    )
     checkpoint: list[str] = []
     if scheme is not None:
         model = folder / "model.safetensors"
         if not model.exists():
             options = ["--scheme", str(_ROOT / "exp" / scheme)]
             if "recon:" in (_ROOT / "exp" / scheme).read_text():
-                options += ["--scheme-options", f"recon.iters={steps}"]
+                options += ["--scheme-options", f"recon.iters={arguments.steps}"]
+            options += ["--calibration-size", str(arguments.calibration)]
             options += ["--calibration-images", str(benchmark.calibration_images)]
             options += ["--calibration-annotations", str(benchmark.calibration_annotations)]
             options += ["--output", str(model), "--work-dir", str(folder / "quantize")]
@@ -139,7 +144,7 @@ do not compare with those of the official SAM.
 
 Mean IoU and agreement (mean IoU with the float model's masks) are with ground-truth boxes; change
 is in points of mean IoU. QDrop and PTQ4SAM-L reconstruct {steps} steps a unit (published: 20,000);
-32 calibration pictures; the image encoder is quantized too. Every quantized model
+{calibration} calibration pictures; the image encoder is quantized too. Every quantized model
 passed the audit.
 """
 
@@ -148,7 +153,7 @@ def page(sections: list[list[str]], arguments: argparse.Namespace, versions: dic
     """The whole page."""
     used = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     parts = [
-        _INTRODUCTION.format(steps=arguments.steps),
+        _INTRODUCTION.format(steps=arguments.steps, calibration=arguments.calibration),
         *("\n".join(section) for section in sections),
         f"Measured on {arguments.machine}; {used}.\n",
     ]
@@ -191,6 +196,7 @@ def main() -> None:
     parser.add_argument("--coco-mini", type=Path, help="folder of coco_mini")
     parser.add_argument("--yolox", type=Path, help="YOLOX ONNX file for coco_mini")
     parser.add_argument("--steps", type=int, default=400, help="reconstruction steps a unit")
+    parser.add_argument("--calibration", type=int, default=32, help="calibration pictures")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--work-dir", type=Path, default=_ROOT / "work_dirs" / "results")
     parser.add_argument("--out", type=Path, default=_ROOT / "docs" / "results.md")
@@ -201,10 +207,7 @@ def main() -> None:
         parser.error("--coco-mini and --yolox belong together")
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         futures = {
-            benchmark: [
-                pool.submit(measure, benchmark, method, arguments.steps, arguments.work_dir)
-                for method in METHODS
-            ]
+            benchmark: [pool.submit(measure, benchmark, method, arguments) for method in METHODS]
             for benchmark in benchmarks(arguments)
         }
         measured = {b: [future.result() for future in rows] for b, rows in futures.items()}
