@@ -222,7 +222,7 @@ def _refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--prompts", "onnx:nowhere.onnx"], "nowhere.onnx"),
         (["--limit", "0"], "1 or more"),
         (["--max-per-image", "0"], "1 or more"),
-        (["--score-threshold", "2"], "0-1"),
+        (["--score-threshold", "2"], "0 to 1"),
         (["--seed", "-1"], "seed"),
         (["--device", "cuda:99"], "found cpu"),
         (["--device", "meta"], "found cpu"),
