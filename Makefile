@@ -4,12 +4,6 @@ SHELL := bash
 export VENV ?= .venv
 bin := $(VENV)/bin
 
-# glibc maps and unmaps every large temporary otherwise, which takes half of the time of a forward
-# on a CPU (1 GiB and 64 MiB, in bytes).
-export MALLOC_MMAP_MAX_ ?= 0
-export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
-export MALLOC_TOP_PAD_ ?= 67108864
-
 .PHONY: demo test lint clean
 
 demo:

@@ -29,6 +29,9 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
     from rich.console import Console
     from rich.logging import RichHandler
 
+    from ptq4sam.allocator import keep_freed_memory
+
+    keep_freed_memory()
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_path=False, log_time_format="[%X]")
     logger = logging.getLogger("ptq4sam")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ptq4sam.allocator import keep_freed_memory
 from tests import golden_cases
 
 _TESTS = Path(__file__).parent
@@ -27,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    keep_freed_memory()
     config.addinivalue_line(
         "markers", "golden(*groups): run the test once for each golden case of these groups"
     )

@@ -20,25 +20,43 @@ from torch import Tensor
 
 from ptq4sam.data.scenes import generate_scene
 
-MIN_VISIBLE_PIXELS = 12
+MIN_VISIBLE_PIXELS = 3
+NEAR_POINTS = 192
+WIDE_POINTS = 64
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One window: pixels uint8 [3, s, s], boxes [n, 4], masks uint8 [n, s, s], offset (x, y)."""
+    """One window of s pixels with n objects.
+
+    Attributes:
+        pixels: int16 [3, s, s], -1 is padding.
+        boxes: [n, 4] in pixels of the window.
+        masks: uint8 [n, s, s], 255 is the object.
+        points: [n, NEAR_POINTS + WIDE_POINTS, 2] places in pixels of the window, the near ones in
+            and around the box, the others anywhere.
+        labels: [n, points] 1 where the object is there in the picture's own resolution, which has
+            more of a small object than the window.
+        offset: (x, y) of the window in SAM's input.
+    """
 
     pixels: Tensor
     boxes: Tensor
     masks: Tensor
+    points: Tensor
+    labels: Tensor
     offset: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _Object:
+class Object:
+    """Box xyxy of an object in its picture, and what makes its mask, uint8 [h, w] of 0 or 255."""
+
     box: tuple[float, float, float, float]
     mask: Callable[[], NDArray[np.uint8]]
 
     def overlaps(self, window: tuple[float, ...]) -> bool:
+        """Whether the box reaches into a window, xyxy in the picture."""
         return (
             self.box[0] < window[2]
             and self.box[1] < window[3]
@@ -48,9 +66,11 @@ class _Object:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class Picture:
+    """A picture and the objects in it."""
+
     image: Image.Image
-    objects: list[_Object]
+    objects: list[Object]
 
 
 class Photographs:
@@ -71,25 +91,25 @@ class Photographs:
     def __len__(self) -> int:
         return len(self._items)
 
-    def picture(self, rng: np.random.Generator) -> _Picture:
+    def picture(self, rng: np.random.Generator) -> Picture:
         """A random photograph."""
         pixels, objects = self._items[int(rng.integers(len(self._items)))]
-        return _Picture(Image.fromarray(pixels), [_encoded(item) for item in objects])
+        return Picture(Image.fromarray(pixels), [_encoded(item) for item in objects])
 
 
-def _encoded(item: dict[str, object]) -> _Object:
+def _encoded(item: dict[str, object]) -> Object:
     left, top, width, height = rle.toBbox(item)
     box = (left, top, left + width, top + height)
-    return _Object(box, lambda: rle.decode(item) * 255)
+    return Object(box, lambda: rle.decode(item) * 255)
 
 
-def scene_picture(rng: np.random.Generator) -> _Picture:
+def scene_picture(rng: np.random.Generator) -> Picture:
     """A generated scene."""
     scene = generate_scene(rng)
-    return _Picture(
+    return Picture(
         Image.fromarray(scene.image),
         [
-            _Object(tuple(item.box.tolist()), lambda mask=item.mask: mask.astype(np.uint8) * 255)
+            Object(tuple(item.box.tolist()), lambda mask=item.mask: mask.astype(np.uint8) * 255)
             for item in scene.instances
         ],
     )
@@ -123,11 +143,12 @@ class WindowDataset(torch.utils.data.Dataset[Sample]):
                 picture = scene_picture(rng)
             else:
                 picture = self.photographs.picture(rng)
-            sample = self._window(picture, rng)
+            sample = self.window_of(picture, rng)
             if sample is not None:
                 return sample
 
-    def _window(self, picture: _Picture, rng: np.random.Generator) -> Sample | None:
+    def window_of(self, picture: Picture, rng: np.random.Generator) -> Sample | None:
+        """A random window of a picture; None where no object is seen in it."""
         image = picture.image
         zoom = self._zoom(rng)
         scale = zoom * self.side / max(image.size)
@@ -141,20 +162,18 @@ class WindowDataset(torch.utils.data.Dataset[Sample]):
         flip = rng.random() < 0.5
         pixels = image.resize(shown, Image.Resampling.BILINEAR, box=box)
         pixels = _jitter_colours(ImageOps.mirror(pixels) if flip else pixels, rng)
-        masks = []
+        found = []
         for index in rng.permutation(len(picture.objects)):
             if not picture.objects[index].overlaps(box):
                 continue
-            mask = Image.fromarray(picture.objects[index].mask())
-            cut = mask.resize(shown, Image.Resampling.BOX, box=box)
-            array = np.asarray(ImageOps.mirror(cut) if flip else cut)
-            if np.count_nonzero(array >= 128) >= MIN_VISIBLE_PIXELS:
-                masks.append(array)
-            if len(masks) == self.boxes:
+            seen = _Seen.through(picture.objects[index], box, shown, flip)
+            if seen.window_mask.sum() >= 255 * MIN_VISIBLE_PIXELS:
+                found.append(seen)
+            if len(found) == self.boxes:
                 break
-        if not masks:
+        if not found:
             return None
-        return self._assemble(np.asarray(pixels), np.stack(masks), rng)
+        return self._assemble(np.asarray(pixels), found, rng)
 
     def _zoom(self, rng: np.random.Generator) -> float:
         """Magnification against SAM's own resize; whole inputs are mostly seen at 1."""
@@ -164,25 +183,86 @@ class WindowDataset(torch.utils.data.Dataset[Sample]):
         return float(np.exp(rng.uniform(np.log(low), np.log(2.0))))
 
     def _assemble(
-        self, pixels: NDArray[np.uint8], masks: NDArray[np.uint8], rng: np.random.Generator
+        self, pixels: NDArray[np.uint8], found: list[_Seen], rng: np.random.Generator
     ) -> Sample:
         height, width = pixels.shape[:2]
-        canvas = np.zeros((len(masks), self.window, self.window), np.uint8)
-        canvas[:, :height, :width] = masks
-        boxes = np.stack([_tight_box(mask >= 128) for mask in canvas])
-        boxes = _jitter_boxes(boxes, rng, (width, height))
+        canvas = np.zeros((len(found), self.window, self.window), np.uint8)
+        canvas[:, :height, :width] = [seen.window_mask for seen in found]
+        tight = np.stack([seen.box for seen in found])
+        points = _sample_points(tight, (width, height), rng)
+        labels = np.stack([seen.labels(near) for seen, near in zip(found, points, strict=True)])
+        boxes = _jitter_boxes(tight, rng, (width, height))
         room = (self.side - self.window) // 8
         offset = (8 * int(rng.integers(0, room + 1)), 8 * int(rng.integers(0, room + 1)))
         padded = np.full((3, self.window, self.window), -1, np.int16)
         padded[:, :height, :width] = pixels.transpose(2, 0, 1)
-        return Sample(
-            torch.from_numpy(padded), torch.from_numpy(boxes), torch.from_numpy(canvas), offset
+        arrays = (padded, boxes, canvas, points, labels)
+        return Sample(*map(torch.from_numpy, arrays), offset)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a window shows of an object.
+
+    Attributes:
+        window_mask: uint8 [h, w] in the window's resolution.
+        cut: uint8 part of the object's mask in the picture's own resolution, mirrored if need be.
+        corner: (x, y) of the window in `cut`, in its pixels.
+        scale: window pixels a pixel of `cut`, (x, y).
+    """
+
+    window_mask: NDArray[np.uint8]
+    cut: NDArray[np.uint8]
+    corner: NDArray[np.float64]
+    scale: NDArray[np.float64]
+
+    @classmethod
+    def through(
+        cls, item: Object, window: tuple[float, ...], shown: tuple[int, int], flip: bool
+    ) -> _Seen:
+        """Look at an object through a window (xyxy in the picture) of `shown` pixels (w, h)."""
+        mask = Image.fromarray(item.mask())
+        small = mask.resize(shown, Image.Resampling.BOX, box=window)
+        left, top = int(window[0]), int(window[1])
+        right, bottom = (min(int(np.ceil(window[k + 2])), mask.size[k]) for k in (0, 1))
+        cut = mask.crop((left, top, right, bottom))
+        corner = (right - window[2] if flip else window[0] - left, window[1] - top)
+        sides = (window[2] - window[0], window[3] - window[1])
+        if flip:
+            small, cut = ImageOps.mirror(small), ImageOps.mirror(cut)
+        return cls(
+            np.asarray(small),
+            np.asarray(cut),
+            np.array(corner),
+            np.array([shown[0] / sides[0], shown[1] / sides[1]]),
         )
 
+    @property
+    def box(self) -> NDArray[np.float32]:
+        """Tight box of what is seen, xyxy in pixels of the window."""
+        rows, columns = np.flatnonzero(self.cut.any(1)), np.flatnonzero(self.cut.any(0))
+        low = (np.array([columns[0], rows[0]]) - self.corner) * self.scale
+        high = (np.array([columns[-1] + 1, rows[-1] + 1]) - self.corner) * self.scale
+        height, width = self.window_mask.shape
+        return np.clip([*low, *high], 0, [width, height, width, height]).astype(np.float32)
 
-def _tight_box(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
+    def labels(self, points: NDArray[np.float32]) -> NDArray[np.float32]:
+        """1 where the object is, at points [n, 2] in pixels of the window."""
+        x, y = np.floor(points / self.scale + self.corner).astype(int).T
+        height, width = self.cut.shape
+        return (self.cut[y.clip(0, height - 1), x.clip(0, width - 1)] >= 128).astype(np.float32)
+
+
+def _sample_points(
+    boxes: NDArray[np.float32], size: tuple[int, int], rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Random places near each box (grown by a fifth of its sides and two pixels) and anywhere."""
+    margin = 0.2 * (boxes[:, 2:] - boxes[:, :2]) + 2
+    low = np.maximum(boxes[:, :2] - margin, 0)[:, None]
+    high = np.minimum(boxes[:, 2:] + margin, size)[:, None]
+    near = low + (high - low) * rng.random((len(boxes), NEAR_POINTS, 2))
+    wide = np.array(size) * rng.random((len(boxes), WIDE_POINTS, 2))
+    return np.concatenate([near, wide], axis=1).astype(np.float32)
 
 
 def _jitter_boxes(
@@ -204,18 +284,20 @@ def _jitter_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image
     return image
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def collate(samples: list[Sample]) -> tuple[Tensor, ...]:
     """Stack samples.
 
     Returns:
-        pixels int16 [b, 3, s, s] (-1 is padding), boxes [n, 4], masks [n, s, s], the image index
-        [n] of each box, offsets [b, 2] (x, y).
+        pixels [b, 3, s, s], then of all n objects boxes, masks, points, labels and the index [n] of
+        the window each is in, last the offsets [b, 2] of the windows.
     """
     owner = [index for index, sample in enumerate(samples) for _ in sample.boxes]
     return (
         torch.stack([sample.pixels for sample in samples]),
         torch.cat([sample.boxes for sample in samples]),
         torch.cat([sample.masks for sample in samples]),
+        torch.cat([sample.points for sample in samples]),
+        torch.cat([sample.labels for sample in samples]),
         torch.tensor(owner),
         torch.tensor([sample.offset for sample in samples]),
     )

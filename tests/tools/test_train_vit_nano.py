@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from nano_data import WindowDataset, collate
+from nano_data import NEAR_POINTS, WIDE_POINTS, Object, Picture, WindowDataset, collate
+from PIL import Image
+from torch.nn import functional as F
 from train_vit_nano import (
     Phase,
     Trainer,
     build_model,
-    mask_loss,
     near_box,
     position_frequencies,
     rate_at,
     resize_encoder,
     separation_loss,
+    total_loss,
 )
 
 from ptq4sam.sam.registry import build_sam
@@ -35,7 +38,9 @@ def test_a_sample_depends_on_seed_and_index_alone() -> None:
 
 
 def test_samples_are_windows_of_the_input() -> None:
-    pixels, boxes, masks, owner, offsets = collate([windows()[index] for index in range(4)])
+    pixels, boxes, masks, points, labels, owner, offsets = collate(
+        [windows()[index] for index in range(4)]
+    )
     assert pixels.shape == (4, 3, 128, 128)
     assert masks.shape == (len(boxes), 128, 128)
     assert owner.tolist() == sorted(owner.tolist())
@@ -45,6 +50,29 @@ def test_samples_are_windows_of_the_input() -> None:
     assert (boxes[:, 2:] > boxes[:, :2]).all()
     assert boxes.min() >= 0
     assert boxes.max() <= 128
+    x, y = points.long().clamp(max=127).unbind(-1)
+    in_masks = torch.stack([mask[v, u] for mask, u, v in zip(masks, x, y, strict=True)])
+    # The masks are coarser, so that they differ from the labels along outlines alone.
+    assert ((in_masks >= 128) == (labels > 0)).float().mean() > 0.97
+    assert 0.1 < labels[:, :NEAR_POINTS].mean() < 0.9
+    assert labels[:, NEAR_POINTS:].mean() < labels[:, :NEAR_POINTS].mean()
+
+
+def test_a_small_object_keeps_its_outline() -> None:
+    mask = np.zeros((400, 600), np.uint8)
+    mask[101:104, 200:213] = 255
+    picture = Picture(
+        Image.new("RGB", (600, 400)), [Object((200.0, 101.0, 213.0, 104.0), lambda: mask)]
+    )
+    for index in range(20):
+        sample = windows().window_of(picture, np.random.default_rng(index))
+        if sample is None:
+            continue
+        inside = sample.points[0][sample.labels[0] > 0]
+        sides = inside.amax(0) - inside.amin(0)
+        assert 0.5 < float(sides[0] / sides[1]) / (13 / 3) < 2
+        return
+    raise AssertionError("no window shows the object")
 
 
 def test_two_trainers_make_the_same_steps_and_a_resumed_one_too() -> None:
@@ -83,8 +111,16 @@ def test_losses_prefer_the_right_mask_and_separable_features() -> None:
     target = torch.zeros(1, 16, 16)
     target[:, 4:10, 5:12] = 1
     boxes = torch.tensor([[10.0, 8, 24, 20]])
-    right = 20 * target[:, None] - 10
-    assert mask_loss(right, target, boxes, 2.0) < mask_loss(-right, target, boxes, 2.0)
+    places = torch.rand(1, NEAR_POINTS + WIDE_POINTS, 2) * 2 - 1
+    labels = F.grid_sample(target[:, None], places[:, None], "nearest", align_corners=False)[
+        :, 0, 0
+    ]
+    right = (20 * target[:, None] - 10).expand(-1, 4, -1, -1)
+    ious = torch.ones(1, 4)
+    loss, overlap = total_loss(right, ious, places, labels)
+    assert overlap > 0.9
+    assert loss < 0.2
+    assert total_loss(-right, ious, places, labels)[0] > 5
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     separable = noise * 0.1 + target[:, None]
     assert separation_loss(separable, target, boxes, 2.0) < 0.1
