@@ -4,6 +4,7 @@
 
 First on 128 px windows of SAM's 256 px input (same scale, a quarter of the work), then on whole
 inputs. Without --coco it trains on generated scenes alone. A killed run resumes from --state.
+`torchrun --nproc-per-node 2 tools/train_vit_nano.py ...` shares each batch between two processes.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Phase:
 
 
 PHASES = (
-    Phase(128, 8, 5000, 6e-4, 5e-5, horizon=5000),
-    Phase(256, 4, 500, 2e-4, 1e-5, horizon=500),
+    Phase(128, 8, 8000, 1e-3, 5e-5, horizon=8000),
+    Phase(256, 4, 700, 2e-4, 1e-5, horizon=700),
 )
 """Windows first, then whole inputs."""
 
@@ -239,6 +240,7 @@ class Trainer:
         loss = self.loss(batch, generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(self.model)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -252,12 +254,17 @@ class Trainer:
         """Loss of one batch: boxes mostly, at times points, at times a second pass with a mask."""
         pixels, boxes, masks, points, labels, owner, offsets = batch
         model = self.model
+        # Before all that depends on the data, for processes must take the same branches.
+        by_points, refine = (
+            bool(torch.rand((), generator=generator) < share)
+            for share in (_POINT_SHARE, _REFINE_SHARE)
+        )
         embedding = self._embedding(pixels)[owner]
         stride = self.phase.window / (4 * embedding.shape[-1])
         target = F.avg_pool2d(masks[:, None].float() / 255, int(stride))[:, 0]
         shift = offsets[owner].float()
         positions = self._positions(offsets // 8, embedding.shape[-1])[owner]
-        if torch.rand((), generator=generator) < _POINT_SHARE:
+        if by_points:
             clicks, kinds = sample_points(target, stride, generator)
             prompt = {"points": (clicks + shift[:, None], kinds)}
         else:
@@ -272,7 +279,7 @@ class Trainer:
         loss, overlap = total_loss(logits.float(), ious.float(), places, labels)
         self.overlap.append(overlap)
         loss = loss + self._separation(embedding, target, boxes, stride)
-        if torch.rand((), generator=generator) < _REFINE_SHARE:
+        if refine:
             with torch.autocast("cpu", torch.bfloat16):
                 dense = model.prompt_encoder.mask_downscaling(logits[:, :1].detach())
                 logits, ious = model.mask_decoder.predict_all(embedding, positions, sparse, dense)
@@ -318,13 +325,39 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def average_gradients(model: torch.nn.Module) -> None:
+    """Give every process the mean of all gradients; processes take the same branches of a step."""
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world_size()
+    torch.distributed.all_reduce(flat)
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number; the first one writes."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
 def run_phase(trainer: Trainer, dataset: WindowDataset, arguments: argparse.Namespace) -> None:
     """Train to the end of the phase, saving the state every few minutes."""
     phase = trainer.phase
-    order = range(trainer.step * phase.batch, phase.steps * phase.batch)
+    share = phase.batch // world_size()
+    order = [
+        step * phase.batch + rank() * share + index
+        for step in range(trainer.step, phase.steps)
+        for index in range(share)
+    ]
     loader = torch.utils.data.DataLoader(
         dataset,
-        phase.batch,
+        share,
         sampler=order,
         collate_fn=collate,
         num_workers=1,
@@ -333,7 +366,7 @@ def run_phase(trainer: Trainer, dataset: WindowDataset, arguments: argparse.Name
     started, saved, losses = time.monotonic(), time.monotonic(), []
     for batch in loader:
         losses.append(trainer.train_step(batch))
-        if trainer.step % 100 == 0:
+        if trainer.step % 100 == 0 and rank() == 0:
             pace = (time.monotonic() - started) / len(losses)
             _log.info(
                 "window %d step %d/%d loss %.3f IoU %.3f separation %.3f early %.3f, %.2f s a step",
@@ -346,10 +379,11 @@ def run_phase(trainer: Trainer, dataset: WindowDataset, arguments: argparse.Name
                 float(np.mean(trainer.early[-100:])),
                 pace,
             )
-        if time.monotonic() - saved > 120:
+        if time.monotonic() - saved > 120 and rank() == 0:
             write_atomically(trainer.state(), arguments.state)
             saved = time.monotonic()
-    write_atomically(trainer.state(), arguments.state)
+    if rank() == 0:
+        write_atomically(trainer.state(), arguments.state)
 
 
 def write_atomically(state: dict[str, object], path: Path) -> None:
@@ -386,6 +420,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     arguments = parse_arguments()
     keep_freed_memory()
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
     torch.set_num_threads(arguments.threads)
     photographs = Photographs(arguments.coco) if arguments.coco else None
     _log.info("%d photographs", len(photographs) if photographs else 0)
@@ -415,7 +451,8 @@ def main() -> None:
         with sdpa_kernel(SDPBackend.MATH):
             run_phase(trainer, dataset, arguments)
         weights = trainer.average
-    export(weights, arguments.out)
+    if rank() == 0:
+        export(weights, arguments.out)
 
 
 if __name__ == "__main__":
