@@ -8,6 +8,7 @@ captures the inputs and targets.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from ptq4sam.quantization.quantizers import LSQQuantizer, Quantizer
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Reconstruction
 
+_log = logging.getLogger(__name__)
+
 LearnedScale = LSQQuantizer | AdaptiveGranularityQuantizer
 
 
@@ -32,20 +35,29 @@ class UnitData:
     Attributes:
         inputs: arguments of the unit in the quantized model.
         float_inputs: the same in the float model.
-        targets: outputs of the unit in the float model.
+        targets: output of the unit in the float model, alone in its tuple.
     """
 
     inputs: Sequence[tuple[Tensor, ...]]
     float_inputs: Sequence[tuple[Tensor, ...]]
-    targets: Sequence[Tensor]
+    targets: Sequence[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class UnitLosses:
-    """Output error of a unit over all pictures, everything quantized, before and after."""
+    """Output error of a unit over all pictures, everything quantized.
+
+    Attributes:
+        before: rounded to nearest.
+        after: as it was left.
+        steps: how many were made.
+        fell_back: learning made it worse, and it was left rounded to nearest.
+    """
 
     before: float
     after: float
+    steps: int = 0
+    fell_back: bool = False
 
 
 def output_error(output: Tensor, target: Tensor) -> Tensor:
@@ -63,17 +75,28 @@ def rounding_temperature(settings: Reconstruction, step: int) -> float | None:
     return low + (high - low) * max(0.0, 1 - done)
 
 
-def mean_error(unit: nn.Module, data: UnitData) -> float:
-    """Mean output error of the unit as it is, over all pictures."""
+def mean_error(name: str, unit: nn.Module, data: UnitData) -> float:
+    """Mean output error of the unit as it is, over all pictures.
+
+    Raises:
+        CalibrationError: that of a picture is not finite.
+    """
     with torch.no_grad():
         errors = [
             float(output_error(unit(*inputs), target))
-            for inputs, target in zip(data.inputs, data.targets, strict=True)
+            for inputs, (target,) in zip(data.inputs, data.targets, strict=True)
         ]
+    for index, error in enumerate(errors):
+        if not math.isfinite(error):
+            raise CalibrationError(
+                f"{name} gives values that are not finite on calibration picture {index}: check "
+                "the weights and that picture"
+            )
     return math.fsum(errors) / len(errors)
 
 
 def reconstruct_unit(
+    name: str,
     unit: nn.Module,
     weights: Sequence[tuple[Tensor, Quantizer]],
     data: UnitData,
@@ -83,7 +106,10 @@ def reconstruct_unit(
 ) -> UnitLosses:
     """Learn a unit's rounding and activation scales, and leave it rounded hard.
 
+    A unit that learning made worse goes back to rounding to nearest, with a warning.
+
     Args:
+        name: of the unit, for messages.
         unit: module whose quantizers are calibrated.
         weights: each weight of the unit with its quantizer.
         data: captured inputs and targets.
@@ -95,9 +121,10 @@ def reconstruct_unit(
         The error before and after, both with everything quantized and nothing dropped.
 
     Raises:
-        CalibrationError: the loss stopped being finite.
+        CalibrationError: an activation or the loss is not finite.
     """
-    before = mean_error(unit, data)
+    before = mean_error(name, unit, data)
+    start = {key: value.clone() for key, value in unit.state_dict().items()}
     rounding: list[AdaRoundQuantizer] = []
     if settings.learn_rounding:
         for weight, quantizer in weights:
@@ -111,13 +138,25 @@ def reconstruct_unit(
         _learning([*alphas, *(quantizer.scale for quantizer in scales)]),
     ):
         if alphas or scales:
-            _optimize(unit, rounding, scales, data, settings, generator, progress)
+            _optimize(name, unit, rounding, scales, data, settings, generator, progress)
     for quantizer in rounding:
         quantizer.finish_learning()
-    return UnitLosses(before, mean_error(unit, data))
+    after = mean_error(name, unit, data)
+    if after <= before:
+        return UnitLosses(before, after, settings.iters)
+    _log.warning(
+        "%s became worse by learning (error %.4g, %.4g before): it is left rounded to nearest; "
+        "more steps (recon.iters) or a lower recon.scale_lr may help",
+        name,
+        after,
+        before,
+    )
+    unit.load_state_dict(start)
+    return UnitLosses(before, before, settings.iters, fell_back=True)
 
 
 def _optimize(
+    name: str,
     unit: nn.Module,
     rounding: Sequence[AdaRoundQuantizer],
     scales: Sequence[LearnedScale],
@@ -138,7 +177,7 @@ def _optimize(
         loss = _step_loss(unit, rounding, data, settings, step, generator)
         if not torch.isfinite(loss):
             raise CalibrationError(
-                f"reconstruction diverged at step {step} (loss {float(loss.detach())}): "
+                f"{name} diverged at step {step} (loss {float(loss.detach())}): "
                 "lower recon.scale_lr or check the calibration data"
             )
         for optimizer in optimizers:
@@ -184,7 +223,8 @@ def _step_loss(
         _mix(quantized, exact, settings.drop_prob, generator)
         for quantized, exact in zip(data.inputs[index], data.float_inputs[index], strict=True)
     )
-    loss = output_error(unit(*inputs), data.targets[index])
+    (target,) = data.targets[index]
+    loss = output_error(unit(*inputs), target)
     beta = rounding_temperature(settings, step)
     if beta is not None:
         for quantizer in rounding:
