@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
+from ptq4sam.quantization.dropping import dropped
 from ptq4sam.quantization.grid import Grid, affine_codes, fake_quantize
 from ptq4sam.quantization.observers import OBSERVERS, require_finite
 
@@ -89,9 +90,8 @@ class Quantizer(nn.Module):
         self._require_calibration()
         quantized = self.quantize(x)
         if self.drop_probability > 0:
-            device = x.device if self.generator is None else self.generator.device
-            random = torch.rand(x.shape, generator=self.generator, device=device)
-            return torch.where(random.to(x.device) < self.drop_probability, x, quantized)
+            stay_float = dropped(x.shape, self.drop_probability, self.generator, x.device)
+            return torch.where(stay_float, x, quantized)
         return quantized
 
     def observe(self, x: Tensor, value: Tensor | None) -> None:

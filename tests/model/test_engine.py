@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +104,13 @@ def test_a_unit_that_became_worse_falls_back(
 def test_a_diverging_unit_is_named(
     sam: Sam, items: Items, make_scheme: MakeScheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconstruction, "_step_loss", lambda *_arguments: torch.tensor(torch.nan))
+    original = reconstruction._step_loss
+
+    def spoil(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, penalty = original(*arguments)
+        return loss * torch.nan, penalty
+
+    monkeypatch.setattr(reconstruction, "_step_loss", spoil)
     with pytest.raises(
         CalibrationError, match=r"image_encoder\.blocks\.0\.attn diverged at step 0"
     ):
