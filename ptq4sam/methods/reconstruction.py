@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.quantization.dropping import dropped
+from ptq4sam.quantization.dropping import keep_some_float
 from ptq4sam.quantization.modes import dropping, quantizers
 from ptq4sam.quantization.quantizers import LSQQuantizer, Quantizer
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
@@ -310,5 +310,4 @@ def _mix(quantized: Tensor, exact: Tensor, drop: float, generator: torch.Generat
     """Each element is the float model's with probability `drop` (QDrop, at a unit's input)."""
     if drop == 0:
         return quantized
-    stay_float = dropped(quantized.shape, drop, generator, quantized.device)
-    return torch.where(stay_float, exact, quantized)
+    return keep_some_float(quantized, exact, drop, generator)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
-from ptq4sam.quantization.dropping import dropped
+from ptq4sam.quantization.dropping import keep_some_float
 from ptq4sam.quantization.grid import Grid, affine_codes, fake_quantize
 from ptq4sam.quantization.observers import OBSERVERS, require_finite
 
@@ -90,8 +90,7 @@ class Quantizer(nn.Module):
         self._require_calibration()
         quantized = self.quantize(x)
         if self.drop_probability > 0:
-            stay_float = dropped(x.shape, self.drop_probability, self.generator, x.device)
-            return torch.where(stay_float, x, quantized)
+            return keep_some_float(quantized, x, self.drop_probability, self.generator)
         return quantized
 
     def observe(self, x: Tensor, value: Tensor | None) -> None:

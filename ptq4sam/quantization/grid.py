@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,51 +115,8 @@ def fake_quantize(
     return result
 
 
-_PIECE = 2**16
-"""Elements quantized at once on a CPU: with its intermediate results a piece stays in a cache."""
-
-
-def _pieces(
-    parameters: Sequence[Tensor], tensors: Sequence[Tensor]
-) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """Views of the same part of tensors of one shape, with that part of their parameters.
-
-    On a CPU a chain of operations over a large tensor waits for memory at each of them; over
-    pieces that stay in a cache it does so once.
-
-    Args:
-        parameters: scales and the like, of one shape that broadcasts over the tensors.
-        tensors: of one shape.
-    """
-    first, scale = tensors[0], parameters[0]
-    elements = first.numel()
-    small = first.device.type != "cpu" or elements <= _PIECE
-    along_rows = (
-        scale.dim() == first.dim() > 0 and scale.numel() == scale.shape[0] == first.shape[0]
-    )
-    if small or not all(tensor.is_contiguous() for tensor in tensors):
-        yield tuple(parameters), tuple(tensors)
-    elif scale.numel() == 1:
-        own = tuple(parameter.view(()) for parameter in parameters)
-        for part in zip(*(tensor.view(-1).split(_PIECE) for tensor in tensors), strict=True):
-            yield own, part
-    elif along_rows:
-        rows = max(1, _PIECE * len(first) // elements)
-        yield from zip(
-            zip(*(parameter.split(rows) for parameter in parameters), strict=True),
-            zip(*(tensor.split(rows) for tensor in tensors), strict=True),
-            strict=True,
-        )
-    else:
-        yield tuple(parameters), tuple(tensors)
-
-
 def _move_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    moved = torch.empty_like(x)
-    for (step, zero), (values, out) in _pieces([scale, zero_point], [x, moved]):
-        torch.div(values, step, out=out)
-        out.round_().add_(zero).clamp_(grid.qmin, grid.qmax).sub_(zero).mul_(step)
-    return moved
+    return affine_codes(x, scale, zero_point, grid).sub_(zero_point).mul_(scale)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -174,26 +130,19 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
         x, scale, zero_point = ctx.saved_tensors
-        grid, needed = ctx.grid, ctx.needs_input_grad
-        for_x = torch.empty_like(x)
-        for_scale, for_zero_point = torch.zeros_like(scale), torch.zeros_like(zero_point)
-        for (step, zero, scale_sum, zero_sum), (values, gradient, out) in _pieces(
-            [scale, zero_point, for_scale, for_zero_point], [x, gradients[0].contiguous(), for_x]
-        ):
-            ratio = values / step
-            codes = ratio.round().add_(zero)
-            inside = (codes >= grid.qmin) & (codes <= grid.qmax)
-            torch.mul(gradient, inside, out=out)
-            if needed[1]:
-                multiple = codes.clamp_(grid.qmin, grid.qmax).sub_(zero)
-                multiple = multiple.sub_(ratio.mul_(inside)).mul_(gradient)
-                scale_sum += multiple.sum_to_size(step.shape)
-            if needed[2]:
-                zero_sum -= torch.where(inside, 0.0, gradient * step).sum_to_size(step.shape)
-        return (
-            for_x if needed[0] else None,
-            for_scale if needed[1] else None,
-            for_zero_point if needed[2] else None,
-            None,
-        )
+        ratio = x / scale
+        unclamped = ratio.round().add_(zero_point)
+        codes = unclamped.clamp(ctx.grid.qmin, ctx.grid.qmax)
+        # As 0 and 1 in floating point: on a CPU a choice by booleans takes ten times as long.
+        inside = unclamped.eq_(codes)
+        for_x = for_scale = for_zero_point = None
+        if ctx.needs_input_grad[0]:
+            for_x = gradient * inside
+        if ctx.needs_input_grad[1]:
+            multiple = codes.sub_(zero_point).addcmul_(ratio, inside, value=-1)
+            for_scale = multiple.mul_(gradient).sum_to_size(scale.shape)
+        if ctx.needs_input_grad[2]:
+            for_zero_point = (inside - 1).mul_(gradient).mul_(scale).sum_to_size(zero_point.shape)
+        return for_x, for_scale, for_zero_point, None

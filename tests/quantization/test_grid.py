@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.quantization import grid as grid_module
 from ptq4sam.quantization.grid import MIN_SCALE, Grid, affine_codes, fake_quantize
 
 GRIDS = [Grid(bits, symmetric) for bits in (2, 4, 8) for symmetric in (False, True)]
@@ -127,28 +126,3 @@ def test_input_is_left_alone() -> None:
     with torch.no_grad():
         fake_quantize(x, torch.tensor(0.1), torch.tensor(8.0), Grid(4))
     assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("channel_axis", [None, 0])
-@pytest.mark.parametrize("shape", [(64, 48), (37, 5, 11)])
-def test_pieces_change_nothing(
-    shape: tuple[int, ...], channel_axis: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator, requires_grad=True)
-    size = shape[:1] if channel_axis == 0 else ()
-    scale = (torch.rand(size, generator=generator) * 0.2 + 0.1).requires_grad_()
-    zero_point = torch.full(size, 7.0, requires_grad=True)
-    gradient = torch.randn(shape, generator=generator)
-    found = []
-    for piece in (2**30, 100):
-        monkeypatch.setattr(grid_module, "_PIECE", piece)
-        quantized = fake_quantize(x, scale, zero_point, Grid(4), channel_axis)
-        grads = torch.autograd.grad(quantized, (x, scale, zero_point), gradient)
-        with torch.no_grad():
-            plain = fake_quantize(x, scale, zero_point, Grid(4), channel_axis)
-        assert torch.equal(quantized, plain)
-        found.append((quantized, *grads))
-    for whole, in_pieces in zip(*found, strict=True):
-        torch.testing.assert_close(in_pieces, whole, rtol=1e-4, atol=1e-4)
-    assert torch.equal(found[0][0], found[1][0])
