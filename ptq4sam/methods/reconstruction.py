@@ -152,10 +152,10 @@ def reconstruct_unit(
     settings: Reconstruction,
     generator: torch.Generator,
     progress: Callable[[range], Iterable[int]] = iter,
+    *,
+    fall_back: bool = True,
 ) -> UnitLosses:
     """Learn a unit's rounding and activation scales, and leave it rounded hard.
-
-    A unit that learning made worse goes back to rounding to nearest, with a warning.
 
     Args:
         name: of the unit, for messages.
@@ -165,6 +165,7 @@ def reconstruct_unit(
         settings: the scheme's `recon` section.
         generator: source of every random choice.
         progress: wraps the range of steps to show how far it is.
+        fall_back: put a unit that learning made worse back to rounding to nearest, with a warning.
 
     Returns:
         The error before and after, both with everything quantized and nothing dropped.
@@ -192,7 +193,7 @@ def reconstruct_unit(
     for quantizer in rounding:
         quantizer.finish_learning()
     after = mean_error(name, unit, data)
-    if after <= before:
+    if after <= before or not fall_back:
         return UnitLosses(before, after, steps)
     _log.warning(
         "%s became worse by learning (error %.4g, %.4g before): it is left rounded to nearest; "

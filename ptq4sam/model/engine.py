@@ -214,6 +214,8 @@ class _Work:
             self.settings,
             generator,
             functools.partial(self.progress, description=f"reconstructing {name}"),
+            # The published implementation knows no way back.
+            fall_back=self.sam.scheme.compat == "faithful",
         )
         seconds = time.monotonic() - started
         self.learning += seconds
