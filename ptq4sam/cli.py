@@ -142,6 +142,18 @@ def _add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) -
     parser.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs"))
+    add_engine_arguments(parser)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the reconstruction engine, the same for every command that quantizes."""
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="memory for captured activations, as 8GiB; default: half of what is free",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with a killed quantization")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:

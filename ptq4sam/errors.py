@@ -25,3 +25,7 @@ class CalibrationError(Ptq4samError):
 
 class DependencyError(Ptq4samError):
     """An optional package that the request needs is not installed."""
+
+
+class ResourceError(Ptq4samError):
+    """Memory or disk is used up; the message names the knob to turn."""

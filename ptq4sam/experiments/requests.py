@@ -14,6 +14,7 @@ from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.summary import summary_table
 from ptq4sam.progress import bars
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sizes import parse_bytes
 
 
 def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSettings:
@@ -58,8 +59,23 @@ def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSetti
         skip_bad=parsed.skip_bad,
         device=parsed.device,
         seed=parsed.seed,
+        **engine_settings(parsed),
         **more,
     )
+
+
+def engine_settings(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a run that the engine's flags set.
+
+    Raises:
+        ConfigError: the memory budget is no size.
+    """
+    budget = parsed.memory_budget
+    return {
+        "memory_budget": None if budget is None else parse_bytes(budget),
+        "resume": parsed.resume,
+        "dry_run": parsed.dry_run,
+    }
 
 
 def data_pair(prefix: str, images: Path | None, annotations: Path | None) -> DataSettings | None:
@@ -76,8 +92,11 @@ def data_pair(prefix: str, images: Path | None, annotations: Path | None) -> Dat
 
 
 def execute(settings: RunSettings) -> int:
-    """Do the run with progress bars and print its summary."""
+    """Do the run with progress bars and print its summary, or the plan of a dry run."""
     metrics = Run(settings, bars).execute()
+    if settings.dry_run:
+        sys.stdout.write("\n".join(metrics["plan"]) + "\n")
+        return 0
     sys.stdout.write(summary_table(metrics) + "\n")
     sys.stdout.write(f"written to {settings.work_dir / 'metrics.json'}\n")
     return 0

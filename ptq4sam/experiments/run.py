@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import platform
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,12 @@ from ptq4sam.evaluation import write_json
 from ptq4sam.experiments.calibration import calibration_pictures
 from ptq4sam.experiments.evaluate import Evaluation, evaluate_sam, has_truth
 from ptq4sam.experiments.pictures import PictureWriter
+from ptq4sam.experiments.quantizing import JOURNAL, Quantizing
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.stages import Stages
 from ptq4sam.files import replacing
 from ptq4sam.model.audit import AuditReport, audit
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.model.storage import is_quantized_file, load, save
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import PromptSource, cached, open_prompts
@@ -55,7 +57,7 @@ class Run:
         self.device = settings.torch_device()
 
     def execute(self) -> dict[str, Any]:
-        """Quantize, audit, evaluate, write; returns what metrics.json holds.
+        """Quantize, audit, evaluate, write; returns what metrics.json holds, or the plan.
 
         Raises:
             Ptq4samError: something that was asked for cannot be had; one line says what.
@@ -64,6 +66,8 @@ class Run:
         self._make_folders()
         with _logging_to(settings.work_dir / "run.log"):
             _fix_seeds(settings.seed)
+            if settings.dry_run:
+                return self._plan()
             # First of all, for a mistake in it should not show after hours of quantization.
             data = self._data()
             sam, reference = self._models()
@@ -76,6 +80,8 @@ class Run:
             evaluation = self._evaluate(sam, reference, *data) if data is not None else None
             metrics = self._metrics(sam, report, evaluation)
             write_json(metrics, settings.work_dir / "metrics.json")
+            # All that the journal was for is in the results now.
+            shutil.rmtree(settings.work_dir / JOURNAL, ignore_errors=True)
             if report is not None and not report.passed and not _published(sam):
                 raise CalibrationError(
                     f"the audit found {len(report.findings)} places that are not quantized "
@@ -83,6 +89,17 @@ class Run:
                     "its numbers are not those of a quantized model; please report this"
                 )
         return metrics
+
+    def _plan(self) -> dict[str, Any]:
+        settings = self.settings
+        with self.stages.stage("load"):
+            sam = load_sam(settings.model, settings.checkpoint, device=self.device)
+        plan = self._prepare(sam).plan
+        return {
+            "plan": plan.lines(),
+            "units": [dataclasses.asdict(unit) for unit in plan.units],
+            "memory_budget": plan.budget,
+        }
 
     def _make_folders(self) -> None:
         """Make the folders of all outputs, so that a run does not fail at its end.
@@ -127,7 +144,9 @@ class Run:
             sam = load_sam(settings.model, settings.checkpoint, device=self.device)
         if settings.scheme is None:
             return sam, None
-        return self._quantize(sam), sam
+        quantizing = self._prepare(sam)
+        with self.stages.stage("quantize"):
+            return quantizing.run(), sam
 
     def _origin(self, quantized: QuantizedSam) -> Sam | None:
         """The float model that a quantized one was made of, where it is at hand."""
@@ -157,7 +176,7 @@ class Run:
                 raise CheckpointError(f"cannot write {path}: {error}") from error
         _log.info("wrote %s", path)
 
-    def _quantize(self, sam: Sam) -> QuantizedSam:
+    def _prepare(self, sam: Sam) -> Quantizing:
         settings, scheme = self.settings, self.settings.scheme
         if scheme is None or settings.calibration is None:
             raise ValueError("RunSettings has a scheme and calibration data, or neither")
@@ -168,15 +187,8 @@ class Run:
             items = calibration_pictures(
                 sam, dataset, source, size, settings.prompting, self.progress
             )
-        with self.stages.stage("quantize"):
-            return quantize_sam(
-                sam,
-                items,
-                scheme,
-                quantize_encoder=settings.quantize_encoder,
-                seed=settings.seed,
-                progress=self.progress,
-            )
+        with self.stages.stage("plan"):
+            return Quantizing(settings, sam, items, scheme, self.progress)
 
     def _calibration_prompts(self) -> str:
         settings = self.settings

@@ -51,6 +51,10 @@ class RunSettings:
         results: where the masks are written as COCO results; None as for `show_dir`.
         score: whether metrics are computed; without, only `results` are written.
         save_model: where the quantized model is written; None for nowhere.
+        memory_budget: bytes of memory for captured activations, on the device that computes; None
+            for half of what is free.
+        resume: go on with what a killed run of the same settings has finished in `work_dir`.
+        dry_run: plan the quantization and stop.
 
     Raises:
         ConfigError: a value is impossible, or values do not belong together.
@@ -78,6 +82,9 @@ class RunSettings:
     results: Path | None = None
     score: bool = True
     save_model: Path | None = None
+    memory_budget: int | None = None
+    resume: bool = False
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         check_limit(self.limit)
@@ -91,6 +98,11 @@ class RunSettings:
             raise ConfigError(
                 "a scheme needs pictures to calibrate on: give --calibration-images and "
                 "--calibration-annotations"
+            )
+        if self.scheme is None and (self.resume or self.dry_run):
+            raise ConfigError(
+                "--resume and --dry-run are about quantization, but nothing is to be quantized: "
+                "add --scheme"
             )
         self._check_saving()
 

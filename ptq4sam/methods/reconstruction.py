@@ -8,6 +8,7 @@ captures the inputs and targets.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,18 @@ from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.quantization.dropping import keep_some_float
 from ptq4sam.quantization.modes import dropping, quantizers
 from ptq4sam.quantization.quantizers import LSQQuantizer, Quantizer
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Reconstruction
+
+_log = logging.getLogger(__name__)
+
+_LOOK_EVERY = 50
+"""Steps between two looks at the loss."""
+_LEAST_FALL = 1e-3
+"""Relative fall of the mean loss that counts as one."""
 
 LearnedScale = LSQQuantizer | AdaptiveGranularityQuantizer
 
@@ -32,20 +41,29 @@ class UnitData:
     Attributes:
         inputs: arguments of the unit in the quantized model.
         float_inputs: the same in the float model.
-        targets: outputs of the unit in the float model.
+        targets: output of the unit in the float model, alone in its tuple.
     """
 
     inputs: Sequence[tuple[Tensor, ...]]
     float_inputs: Sequence[tuple[Tensor, ...]]
-    targets: Sequence[Tensor]
+    targets: Sequence[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class UnitLosses:
-    """Output error of a unit over all pictures, everything quantized, before and after."""
+    """Output error of a unit over all pictures, everything quantized.
+
+    Attributes:
+        before: rounded to nearest.
+        after: as it was left.
+        steps: how many were made.
+        fell_back: learning made it worse, and it was left rounded to nearest.
+    """
 
     before: float
     after: float
+    steps: int = 0
+    fell_back: bool = False
 
 
 def output_error(output: Tensor, target: Tensor) -> Tensor:
@@ -53,51 +71,110 @@ def output_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).pow(2).sum(dim=1).mean()
 
 
-def rounding_temperature(settings: Reconstruction, step: int) -> float | None:
-    """Exponent beta of AdaRound's regulariser at a step; None during the warm-up."""
-    start = settings.warm_up * settings.iters
-    if step < start:
-        return None
-    high, low = settings.b_range
-    done = (step - start) / max(1.0, settings.iters - start)
-    return low + (high - low) * max(0.0, 1 - done)
+class Schedule:
+    """How far a reconstruction is, from 0 to 1, and what follows from it.
+
+    Without patience it goes evenly over all steps. With patience, a loss that has not fallen for so
+    many steps makes the rest of the schedule pass within as many steps, so that the rounding still
+    hardens and the learning rate still falls to 0.
+
+    Attributes:
+        position: 0 at the first step, 1 after the last.
+    """
+
+    def __init__(self, settings: Reconstruction) -> None:
+        self._settings = settings
+        self.position = 0.0
+        self._pace = 1 / settings.iters
+        self._least, self._since, self._hurrying = math.inf, 0, False
+
+    @property
+    def ended(self) -> bool:
+        """Whether all steps were made (but for the rounding of a sum of paces)."""
+        return self.position > 1 - self._pace / 2
+
+    def advance(self) -> None:
+        """One step was made."""
+        self.position += self._pace
+
+    def hear(self, loss: float, steps: int) -> None:
+        """Take into account the mean loss of the last `steps` steps."""
+        patience = self._settings.patience
+        if patience == 0 or self._hurrying:
+            return
+        if loss < self._least * (1 - _LEAST_FALL):
+            self._least, self._since = loss, 0
+            return
+        self._since += steps
+        if self._since >= patience:
+            self._hurrying = True
+            self._pace = max(self._pace, (1 - self.position) / patience)
+
+    def temperature(self) -> float | None:
+        """Exponent beta of AdaRound's regulariser; None during the warm-up."""
+        start = self._settings.warm_up
+        if self.position < start:
+            return None
+        high, low = self._settings.b_range
+        done = (self.position - start) / (1 - start)
+        return low + (high - low) * max(0.0, 1 - done)
+
+    def scale_rate(self) -> float:
+        """Learning rate of activation scales: a cosine from the first one to 0."""
+        return self._settings.scale_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, self.position)))
 
 
-def mean_error(unit: nn.Module, data: UnitData) -> float:
-    """Mean output error of the unit as it is, over all pictures."""
+def mean_error(name: str, unit: nn.Module, data: UnitData) -> float:
+    """Mean output error of the unit as it is, over all pictures.
+
+    Raises:
+        CalibrationError: that of a picture is not finite.
+    """
     with torch.no_grad():
         errors = [
             float(output_error(unit(*inputs), target))
-            for inputs, target in zip(data.inputs, data.targets, strict=True)
+            for inputs, (target,) in zip(data.inputs, data.targets, strict=True)
         ]
+    for index, error in enumerate(errors):
+        if not math.isfinite(error):
+            raise CalibrationError(
+                f"{name} gives values that are not finite on calibration picture {index}: check "
+                "the weights and that picture"
+            )
     return math.fsum(errors) / len(errors)
 
 
 def reconstruct_unit(
+    name: str,
     unit: nn.Module,
     weights: Sequence[tuple[Tensor, Quantizer]],
     data: UnitData,
     settings: Reconstruction,
     generator: torch.Generator,
     progress: Callable[[range], Iterable[int]] = iter,
+    *,
+    fall_back: bool = True,
 ) -> UnitLosses:
     """Learn a unit's rounding and activation scales, and leave it rounded hard.
 
     Args:
+        name: of the unit, for messages.
         unit: module whose quantizers are calibrated.
         weights: each weight of the unit with its quantizer.
         data: captured inputs and targets.
         settings: the scheme's `recon` section.
         generator: source of every random choice.
         progress: wraps the range of steps to show how far it is.
+        fall_back: put a unit that learning made worse back to rounding to nearest, with a warning.
 
     Returns:
         The error before and after, both with everything quantized and nothing dropped.
 
     Raises:
-        CalibrationError: the loss stopped being finite.
+        CalibrationError: an activation or the loss is not finite.
     """
-    before = mean_error(unit, data)
+    before = mean_error(name, unit, data)
+    start = {key: value.clone() for key, value in unit.state_dict().items()}
     rounding: list[AdaRoundQuantizer] = []
     if settings.learn_rounding:
         for weight, quantizer in weights:
@@ -110,14 +187,27 @@ def reconstruct_unit(
         dropping(unit, settings.drop_prob, generator),
         _learning([*alphas, *(quantizer.scale for quantizer in scales)]),
     ):
+        steps = 0
         if alphas or scales:
-            _optimize(unit, rounding, scales, data, settings, generator, progress)
+            steps = _optimize(name, unit, rounding, scales, data, settings, generator, progress)
     for quantizer in rounding:
         quantizer.finish_learning()
-    return UnitLosses(before, mean_error(unit, data))
+    after = mean_error(name, unit, data)
+    if after <= before or not fall_back:
+        return UnitLosses(before, after, steps)
+    _log.warning(
+        "%s became worse by learning (error %.4g, %.4g before): it is left rounded to nearest; "
+        "more steps (recon.iters) or a lower recon.scale_lr may help",
+        name,
+        after,
+        before,
+    )
+    unit.load_state_dict(start)
+    return UnitLosses(before, before, steps, fell_back=True)
 
 
 def _optimize(
+    name: str,
     unit: nn.Module,
     rounding: Sequence[AdaRoundQuantizer],
     scales: Sequence[LearnedScale],
@@ -125,31 +215,55 @@ def _optimize(
     settings: Reconstruction,
     generator: torch.Generator,
     progress: Callable[[range], Iterable[int]],
-) -> None:
-    optimizers: list[torch.optim.Optimizer] = []
-    schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+) -> int:
+    """Learn; returns how many steps were made."""
+    schedule = Schedule(settings)
+    groups: list[dict[str, object]] = []
     if rounding:
-        alphas = [quantizer.alpha for quantizer in rounding]
-        optimizers.append(torch.optim.Adam(alphas, lr=settings.rounding_lr))
+        groups.append({"params": [q.alpha for q in rounding], "lr": settings.rounding_lr})
     if scales:
-        optimizers.append(torch.optim.Adam([q.scale for q in scales], lr=settings.scale_lr))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], settings.iters)
+        groups.append({"params": [q.scale for q in scales], "lr": settings.scale_lr})
+    optimizer = torch.optim.Adam(groups)
+    # Drawn at once: a draw a step would make a GPU wait for the host.
+    pictures = torch.randint(
+        len(data.targets), (settings.iters,), generator=generator, device=generator.device
+    ).tolist()
+    recent: list[Tensor] = []
     for step in progress(range(settings.iters)):
-        loss = _step_loss(unit, rounding, data, settings, step, generator)
-        if not torch.isfinite(loss):
-            raise CalibrationError(
-                f"reconstruction diverged at step {step} (loss {float(loss.detach())}): "
-                "lower recon.scale_lr or check the calibration data"
-            )
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer in optimizers:
-            optimizer.step()
+        if scales:
+            optimizer.param_groups[-1]["lr"] = schedule.scale_rate()
+        error, penalty = _step_loss(
+            unit, rounding, data, pictures[step], settings, schedule.temperature(), generator
+        )
+        optimizer.zero_grad(set_to_none=True)
+        (error + penalty).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
         for quantizer in scales:
             quantizer.clamp_scale_()
-        if schedule is not None:
-            schedule.step()
+        schedule.advance()
+        recent.append(error.detach())
+        if len(recent) == _LOOK_EVERY or schedule.ended:
+            schedule.hear(_mean_loss(name, recent, step), len(recent))
+            recent = []
+        if schedule.ended:
+            return step + 1
+    return settings.iters
+
+
+def _mean_loss(name: str, recent: Sequence[Tensor], step: int) -> float:
+    """Mean of the last losses: the one place where a GPU waits for the host.
+
+    Raises:
+        CalibrationError: one of them is not finite.
+    """
+    losses = torch.stack(list(recent)).tolist()
+    for index, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise CalibrationError(
+                f"{name} diverged at step {step - len(losses) + 1 + index} (loss {loss}): "
+                "lower recon.scale_lr or check the calibration data"
+            )
+    return math.fsum(losses) / len(losses)
 
 
 def _learned_scales(unit: nn.Module) -> list[LearnedScale]:
@@ -174,27 +288,27 @@ def _step_loss(
     unit: nn.Module,
     rounding: Sequence[AdaRoundQuantizer],
     data: UnitData,
+    picture: int,
     settings: Reconstruction,
-    step: int,
+    temperature: float | None,
     generator: torch.Generator,
-) -> Tensor:
-    """Output error of one random picture plus the rounding regulariser."""
-    index = int(torch.randint(len(data.targets), (), generator=generator, device=generator.device))
+) -> tuple[Tensor, Tensor]:
+    """Output error of one picture, and the rounding regulariser."""
     inputs = tuple(
         _mix(quantized, exact, settings.drop_prob, generator)
-        for quantized, exact in zip(data.inputs[index], data.float_inputs[index], strict=True)
+        for quantized, exact in zip(data.inputs[picture], data.float_inputs[picture], strict=True)
     )
-    loss = output_error(unit(*inputs), data.targets[index])
-    beta = rounding_temperature(settings, step)
-    if beta is not None:
+    (target,) = data.targets[picture]
+    error = output_error(unit(*inputs), target)
+    penalty = error.new_zeros(())
+    if temperature is not None:
         for quantizer in rounding:
-            loss = loss + settings.weight * quantizer.rounding_regularizer(beta)
-    return loss
+            penalty = penalty + settings.weight * quantizer.rounding_regularizer(temperature)
+    return error, penalty
 
 
 def _mix(quantized: Tensor, exact: Tensor, drop: float, generator: torch.Generator) -> Tensor:
     """Each element is the float model's with probability `drop` (QDrop, at a unit's input)."""
     if drop == 0:
         return quantized
-    random = torch.rand(quantized.shape, generator=generator, device=generator.device)
-    return torch.where(random.to(quantized.device) < drop, exact, quantized)
+    return keep_some_float(quantized, exact, drop, generator)

@@ -1,57 +1,39 @@
-"""Run a model up to a unit and keep what goes into it and comes out of it."""
+"""Run a unit up to one of its layers and take what goes into the layer and comes out of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 
 class _StopForwardError(Exception):
-    """Ends a forward pass behind the captured unit; never leaves this module."""
-
-
-@dataclass
-class Captured:
-    """Arguments and results of a unit, one entry a call."""
-
-    inputs: list[tuple[Tensor, ...]] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-
-
-@contextmanager
-def _capturing(unit: nn.Module, captured: Captured) -> Iterator[None]:
-    def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        captured.inputs.append(tuple(tensor.detach() for tensor in inputs))
-        captured.outputs.append(output.detach())
-        raise _StopForwardError
-
-    handle = unit.register_forward_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
+    """Ends a forward pass behind the captured layer; never leaves this module."""
 
 
 @torch.no_grad()
-def capture_unit(unit: nn.Module, runs: list[Callable[[], object]]) -> Captured:
-    """Run each of `runs` until `unit` has answered.
+def capture_call(layer: nn.Module, run: Callable[[], object]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Run until `layer` has answered, and no further.
 
     Args:
-        unit: module called with tensors as positional arguments.
-        runs: one call a calibration picture; each must reach the unit once.
+        layer: module called with tensors as positional arguments.
+        run: must reach the layer.
 
     Returns:
-        Inputs and outputs in the order of `runs`.
+        The layer's arguments and its answer.
     """
-    captured = Captured()
-    with _capturing(unit, captured):
-        for run in runs:
-            try:
-                run()
-            except _StopForwardError:
-                continue
-    return captured
+    calls: list[tuple[tuple[Tensor, ...], Tensor]] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append((inputs, output))
+        raise _StopForwardError
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        run()
+    except _StopForwardError:
+        pass
+    finally:
+        handle.remove()
+    return calls[0]

@@ -29,7 +29,12 @@ from ptq4sam.sam import image_encoder, transformer
 from ptq4sam.sam.common import MLPBlock
 from ptq4sam.sam.image_encoder import ImageEncoderViT
 from ptq4sam.sam.model import Sam
+from ptq4sam.sam.stages import Stage
 from ptq4sam.sam.transformer import TwoWayTransformer
+
+ENCODER = "image_encoder"
+TRANSFORMER = "mask_decoder.transformer"
+"""Paths in a SAM of what is quantized."""
 
 BIMODAL_KEY_OBSERVER = "AvgMSEFastObserver"
 """Observer of decoder keys under bimodal integration (PTQ4SAM's published setting)."""
@@ -159,34 +164,10 @@ def _insert_into_mlp(mlp: MLPBlock, factory: QuantizerFactory) -> None:
     mlp.lin2 = factory.linear(mlp.lin2)
 
 
-def encoder_units(encoder: ImageEncoderViT) -> list[tuple[str, nn.Module]]:
-    """Units of an image encoder in execution order: attentions, MLPs, the neck."""
-    units: list[tuple[str, nn.Module]] = []
-    for index, block in enumerate(encoder.blocks):
-        block = cast(image_encoder.Block, block)
-        units.append((f"blocks.{index}.attn", block.attn))
-        units.append((f"blocks.{index}.mlp", block.mlp))
-    return [*units, ("neck", encoder.neck)]
-
-
-def transformer_units(two_way: TwoWayTransformer) -> list[tuple[str, nn.Module]]:
-    """Units of a mask decoder's transformer in execution order."""
-    parts = ("self_attn", "cross_attn_token_to_image", "mlp", "cross_attn_image_to_token")
-    units = [
-        (f"layers.{index}.{part}", cast(nn.Module, getattr(layer, part)))
-        for index, layer in enumerate(two_way.layers)
-        for part in parts
-    ]
-    return [*units, ("final_attn_token_to_image", two_way.final_attn_token_to_image)]
-
-
 def model_units(sam: QuantizedSam) -> list[tuple[str, nn.Module]]:
     """All units of a model in execution order, with their paths in it."""
-    encoder = encoder_units(sam.image_encoder) if sam.encoder_quantized else []
-    return [
-        *((f"image_encoder.{name}", unit) for name, unit in encoder),
-        *(
-            (f"mask_decoder.transformer.{name}", unit)
-            for name, unit in transformer_units(sam.mask_decoder.transformer)
-        ),
-    ]
+    parts: list[tuple[str, list[Stage]]] = []
+    if sam.encoder_quantized:
+        parts.append((ENCODER, sam.image_encoder.stages()))
+    parts.append((TRANSFORMER, sam.mask_decoder.transformer.stages()))
+    return [(f"{path}.{stage.name}", stage.unit) for path, stages in parts for stage in stages]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
+from ptq4sam.quantization.dropping import keep_some_float
 from ptq4sam.quantization.grid import Grid, affine_codes, fake_quantize
 from ptq4sam.quantization.observers import OBSERVERS, require_finite
 
@@ -89,9 +90,7 @@ class Quantizer(nn.Module):
         self._require_calibration()
         quantized = self.quantize(x)
         if self.drop_probability > 0:
-            device = x.device if self.generator is None else self.generator.device
-            random = torch.rand(x.shape, generator=self.generator, device=device)
-            return torch.where(random.to(x.device) < self.drop_probability, x, quantized)
+            return keep_some_float(quantized, x, self.drop_probability, self.generator)
         return quantized
 
     def observe(self, x: Tensor, value: Tensor | None) -> None:

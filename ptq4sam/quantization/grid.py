@@ -108,15 +108,15 @@ def fake_quantize(
     scale = along_channels(scale, x.dim(), channel_axis)
     zero_point = along_channels(zero_point, x.dim(), channel_axis)
     if not torch.is_grad_enabled():
-        return _dequantize(affine_codes(x, scale, zero_point, grid), scale, zero_point)
+        return _move_to_grid(x, scale, zero_point, grid)
     result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
         x, scale, zero_point, grid
     )
     return result
 
 
-def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    return codes.sub_(zero_point).mul_(scale)
+def _move_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    return affine_codes(x, scale, zero_point, grid).sub_(zero_point).mul_(scale)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -126,24 +126,23 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.grid = grid
-        return _dequantize(affine_codes(x, scale, zero_point, grid), scale, zero_point)
+        return _move_to_grid(x, scale, zero_point, grid)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, scale, zero_point = ctx.saved_tensors
-        grid = ctx.grid
         ratio = x / scale
-        unclamped = ratio.round() + zero_point
-        inside = (unclamped >= grid.qmin) & (unclamped <= grid.qmax)
+        unclamped = ratio.round().add_(zero_point)
+        codes = unclamped.clamp(ctx.grid.qmin, ctx.grid.qmax)
+        # As 0 and 1 in floating point: on a CPU a choice by booleans takes ten times as long.
+        inside = unclamped.eq_(codes)
         for_x = for_scale = for_zero_point = None
         if ctx.needs_input_grad[0]:
             for_x = gradient * inside
         if ctx.needs_input_grad[1]:
-            multiple = unclamped.clamp_(grid.qmin, grid.qmax).sub_(zero_point)
-            for_scale = gradient * torch.where(inside, multiple - ratio, multiple)
-            for_scale = for_scale.sum_to_size(scale.shape)
+            multiple = codes.sub_(zero_point).addcmul_(ratio, inside, value=-1)
+            for_scale = multiple.mul_(gradient).sum_to_size(scale.shape)
         if ctx.needs_input_grad[2]:
-            for_zero_point = torch.where(inside, 0.0, -gradient * scale)
-            for_zero_point = for_zero_point.sum_to_size(zero_point.shape)
+            for_zero_point = (inside - 1).mul_(gradient).mul_(scale).sum_to_size(zero_point.shape)
         return for_x, for_scale, for_zero_point, None

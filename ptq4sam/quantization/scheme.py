@@ -94,6 +94,8 @@ class Reconstruction(Record):
         learn_scale: ours; learn the scales of the activations.
         granularity: ours; reconstruct whole attentions, MLPs and the neck ("unit", as BRECQ and
             QDrop) or one layer after another ("layer", as AdaRound).
+        patience: ours; steps without a lower loss after which the rest of the schedule passes
+            within as many steps; 0 makes all steps.
         weights_only: ours, and what --brecq sets; activations stay float while reconstructing, so
             that learn_scale becomes false and drop_prob 0.
     """
@@ -111,6 +113,7 @@ class Reconstruction(Record):
     learn_rounding: bool = True
     learn_scale: bool = True
     granularity: Literal["unit", "layer"] = "unit"
+    patience: int = 0
     weights_only: bool = False
 
     def _validate(self) -> None:
@@ -120,6 +123,7 @@ class Reconstruction(Record):
         self._require(0 <= self.warm_up < 1, "warm_up", "0 to below 1")
         self._require(self.weight >= 0, "weight", "0 or more")
         self._require(self.iters >= 1, "iters", "1 or more")
+        self._require(self.patience >= 0, "patience", "0 or more")
         self._require(
             self.b_range[0] >= self.b_range[1] > 0, "b_range", "[start, end], start >= end > 0"
         )

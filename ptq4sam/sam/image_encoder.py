@@ -7,12 +7,14 @@ Transformer Backbones for Object Detection" (ViTDet, 2022). Parameter names are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq4sam.sam.common import LayerNorm2d, MLPBlock
+from ptq4sam.sam.stages import Stage, State, run_stages
 
 # Bytes of attention bias that one call of scaled_dot_product_attention may be given. The whole bias
 # of a global attention at 1024 px is 12 x 4096 x 4096 floats (805 MB); in pieces it costs nothing.
@@ -140,18 +142,32 @@ class Block(nn.Module):
         self.mlp = MLPBlock(dim, int(dim * mlp_ratio))
         self.window_size = window_size
 
+    def stages(self) -> list[Stage]:
+        """Attention, then MLP; the state is ([batch, rows, columns, dim],)."""
+        return [
+            Stage("attn", self.attn, self._enter_attention, self._leave_attention),
+            Stage("mlp", self.mlp, self._enter_mlp, self._leave_mlp),
+        ]
+
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, rows, columns, dim] to the same shape."""
-        shortcut = x
-        x = self.norm1(x)
+        return run_stages(self.stages(), (x,))[0]
+
+    def _enter_attention(self, state: State) -> tuple[Tensor, ...]:
+        x = self.norm1(state[0])
+        return (window_partition(x, self.window_size) if self.window_size else x,)
+
+    def _leave_attention(self, state: State, attended: Tensor) -> State:
+        (x,) = state
         if self.window_size:
-            windows, padded = window_partition(x, self.window_size)
-            x = window_unpartition(self.attn(windows), self.window_size, padded, shortcut.shape)
-        else:
-            x = self.attn(x)
-        x = shortcut + x
-        changed: Tensor = self.mlp(self.norm2(x))
-        return x + changed
+            attended = window_unpartition(attended, self.window_size, x.shape)
+        return (x + attended,)
+
+    def _enter_mlp(self, state: State) -> tuple[Tensor, ...]:
+        return (self.norm2(state[0]),)
+
+    def _leave_mlp(self, state: State, changed: Tensor) -> State:
+        return (state[0] + changed,)
 
 
 class ImageEncoderViT(nn.Module):
@@ -201,13 +217,26 @@ class ImageEncoderViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed normalised, padded images; see the class for shapes."""
+        return run_stages(self.stages(), self.begin(x))[0]
+
+    def begin(self, x: Tensor) -> State:
+        """The state before the first stage, from images."""
         x = self.patch_embed(x)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        embedding: Tensor = self.neck(x.permute(0, 3, 1, 2))
-        return embedding
+        return (x if self.pos_embed is None else x + self.pos_embed,)
+
+    def stages(self) -> list[Stage]:
+        """The blocks' stages and the neck; the state behind it is the embedding."""
+        blocks = [
+            stage.below(f"blocks.{index}")
+            for index, block in enumerate(self.blocks)
+            for stage in cast(Block, block).stages()
+        ]
+        neck = Stage("neck", self.neck, _channels_first, lambda _state, embedding: (embedding,))
+        return [*blocks, neck]
+
+
+def _channels_first(state: State) -> tuple[Tensor, ...]:
+    return (state[0].permute(0, 3, 1, 2),)
 
 
 def relative_table(table: Tensor, size: int) -> Tensor:
@@ -228,11 +257,11 @@ def relative_table(table: Tensor, size: int) -> Tensor:
     return table[position[:, None] - position[None, :] + size - 1]
 
 
-def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
+def window_partition(x: Tensor, window_size: int) -> Tensor:
     """Cut [batch, rows, columns, dim] into windows, padding with zeros.
 
     Returns:
-        [batch * windows, window_size, window_size, dim] and the padded (rows, columns).
+        [batch * windows, window_size, window_size, dim].
     """
     batch, rows, columns, dim = x.shape
     pad_rows, pad_columns = -rows % window_size, -columns % window_size
@@ -242,15 +271,13 @@ def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, in
     x = x.view(
         batch, rows // window_size, window_size, columns // window_size, window_size, dim
     ).transpose(2, 3)
-    return x.reshape(-1, window_size, window_size, dim), (rows, columns)
+    return x.reshape(-1, window_size, window_size, dim)
 
 
-def window_unpartition(
-    windows: Tensor, window_size: int, padded: tuple[int, int], shape: Sequence[int]
-) -> Tensor:
+def window_unpartition(windows: Tensor, window_size: int, shape: Sequence[int]) -> Tensor:
     """Undo `window_partition`; `shape` is the original [batch, rows, columns, dim]."""
     batch, rows, columns, dim = shape
-    x = windows.view(
-        batch, padded[0] // window_size, padded[1] // window_size, window_size, window_size, dim
-    ).transpose(2, 3)
-    return x.reshape(batch, padded[0], padded[1], dim)[:, :rows, :columns].contiguous()
+    down, across = -(-rows // window_size), -(-columns // window_size)
+    x = windows.view(batch, down, across, window_size, window_size, dim).transpose(2, 3)
+    x = x.reshape(batch, down * window_size, across * window_size, dim)
+    return x[:, :rows, :columns].contiguous()

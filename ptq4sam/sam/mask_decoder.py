@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.sam.common import LayerNorm2d
+from ptq4sam.sam.stages import State, run_stages
 from ptq4sam.sam.transformer import TwoWayTransformer
 
 
@@ -107,10 +108,14 @@ class MaskDecoder(nn.Module):
         self, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The two-way transformer alone: tokens [prompts, n, dim], image [prompts, cells, dim]."""
+        begun = self.begin(image_embeddings, image_pe, sparse, dense)
+        tokens, source, *_ = run_stages(self.transformer.stages(), begun)
+        return tokens, source
+
+    def begin(
+        self, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
+    ) -> State:
+        """The state before the transformer's first stage; arguments as for `forward`."""
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([output_tokens.expand(sparse.shape[0], -1, -1), sparse], dim=1)
-        source = image_embeddings + dense
-        attended: tuple[Tensor, Tensor] = self.transformer(
-            source, image_pe.expand_as(source), tokens
-        )
-        return attended
+        return self.transformer.begin(image_embeddings + dense, image_pe, tokens)

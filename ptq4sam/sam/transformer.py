@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq4sam.sam.common import MLPBlock
+from ptq4sam.sam.stages import Stage, State, run_stages
 
 
 class Attention(nn.Module):
@@ -66,22 +69,50 @@ class TwoWayAttentionBlock(nn.Module):
         )
         self.skip_first_layer_pe = skip_first_layer_pe
 
-    def forward(
-        self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Update tokens [batch, n, dim] and image [batch, m, dim]; the `_pe` are as these."""
+    def stages(self) -> list[Stage]:
+        """The block's units; the state is (queries, keys, position of queries, of keys).
+
+        Queries are the tokens [batch, n, dim], keys the image [batch, m, dim].
+        """
+        return [
+            Stage("self_attn", self.self_attn, self._enter_self, self._leave_self),
+            Stage(
+                "cross_attn_token_to_image",
+                self.cross_attn_token_to_image,
+                to_image,
+                lambda s, attended: (self.norm2(s[0] + attended), *s[1:]),
+            ),
+            Stage(
+                "mlp",
+                self.mlp,
+                lambda s: (s[0],),
+                lambda s, changed: (self.norm3(s[0] + changed), *s[1:]),
+            ),
+            Stage(
+                "cross_attn_image_to_token",
+                self.cross_attn_image_to_token,
+                lambda s: (s[1] + s[3], s[0] + s[2], s[0]),
+                lambda s, attended: (s[0], self.norm4(s[1] + attended), *s[2:]),
+            ),
+        ]
+
+    def _enter_self(self, state: State) -> tuple[Tensor, ...]:
+        queries, _, query_pe, _ = state
         if self.skip_first_layer_pe:
-            queries = self.self_attn(queries, queries, queries)
-        else:
-            q = queries + query_pe
-            queries = queries + self.self_attn(q, q, queries)
-        queries = self.norm1(queries)
-        attended = self.cross_attn_token_to_image(queries + query_pe, keys + key_pe, keys)
-        queries = self.norm2(queries + attended)
-        queries = self.norm3(queries + self.mlp(queries))
-        attended = self.cross_attn_image_to_token(keys + key_pe, queries + query_pe, queries)
-        keys = self.norm4(keys + attended)
-        return queries, keys
+            return queries, queries, queries
+        placed = queries + query_pe
+        return placed, placed, queries
+
+    def _leave_self(self, state: State, attended: Tensor) -> State:
+        # The first layer's tokens are their own positions: there is nothing to add to.
+        queries = attended if self.skip_first_layer_pe else state[0] + attended
+        return (self.norm1(queries), *state[1:])
+
+
+def to_image(state: State) -> tuple[Tensor, ...]:
+    """Arguments of an attention from tokens to the image."""
+    queries, keys, query_pe, key_pe = state
+    return queries + query_pe, keys + key_pe, keys
 
 
 class TwoWayTransformer(nn.Module):
@@ -124,10 +155,27 @@ class TwoWayTransformer(nn.Module):
         Returns:
             Tokens [batch, n, dim] and image [batch, rows * columns, dim].
         """
+        state = self.begin(image_embedding, image_pe, point_embedding)
+        queries, keys, *_ = run_stages(self.stages(), state)
+        return queries, keys
+
+    def begin(self, image_embedding: Tensor, image_pe: Tensor, point_embedding: Tensor) -> State:
+        """The state before the first stage; arguments as for `forward`."""
         keys = image_embedding.flatten(2).transpose(1, 2)
         key_pe = image_pe.flatten(2).transpose(1, 2)
-        queries = point_embedding
-        for layer in self.layers:
-            queries, keys = layer(queries, keys, point_embedding, key_pe)
-        attended = self.final_attn_token_to_image(queries + point_embedding, keys + key_pe, keys)
-        return self.norm_final_attn(queries + attended), keys
+        return point_embedding, keys, point_embedding, key_pe
+
+    def stages(self) -> list[Stage]:
+        """The blocks' stages and the last attention; the state is as for a block's."""
+        layers = [
+            stage.below(f"layers.{index}")
+            for index, layer in enumerate(self.layers)
+            for stage in cast(TwoWayAttentionBlock, layer).stages()
+        ]
+        final = Stage(
+            "final_attn_token_to_image",
+            self.final_attn_token_to_image,
+            to_image,
+            lambda s, attended: (self.norm_final_attn(s[0] + attended), *s[1:]),
+        )
+        return [*layers, final]

@@ -18,9 +18,9 @@ if __name__ == "__main__":
     # be taken for another package's; the package's own parent belongs there.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from ptq4sam.cli import guarded
+from ptq4sam.cli import add_engine_arguments, guarded
 from ptq4sam.errors import ConfigError
-from ptq4sam.experiments.requests import execute
+from ptq4sam.experiments.requests import engine_settings, execute
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.model.storage import is_quantized_file
 from ptq4sam.quantization.scheme import Scheme
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fuse-conv-bn", action="store_true")
     parser.add_argument("--short4cut", action="store_true")
     parser.add_argument("--resign_end", action="store_true")
+    add_engine_arguments(parser)
     return parser
 
 
@@ -116,6 +117,7 @@ def settings_from(parsed: argparse.Namespace) -> RunSettings:
         results=parsed.out,
         score=not parsed.format_only,
         save_model=parsed.save_sam_path,
+        **engine_settings(parsed),
     )
     return _eval_options(settings, [*parsed.options, *parsed.eval_options])
 

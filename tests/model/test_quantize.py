@@ -40,7 +40,7 @@ def test_more_bits_come_closer_to_the_float_model(
 def test_reconstruction_lowers_the_error_of_units(
     sam: Sam, items: Items, make_scheme: MakeScheme, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", logger="ptq4sam.model.quantize"):
+    with caplog.at_level("INFO", logger="ptq4sam.model.engine"):
         quantize_sam(sam, items, make_scheme(3, steps=150, recon={"rounding_lr": 0.01}))
     told = [r.args for r in caplog.records if r.message.startswith("reconstructed")]
     assert len(told) == 2 * 2 + 1 + 2 * 4 + 1
@@ -73,7 +73,7 @@ def test_layer_by_layer_reconstruction_visits_every_layer(
     sam: Sam, items: Items, make_scheme: MakeScheme, caplog: pytest.LogCaptureFixture
 ) -> None:
     recon = {"granularity": "layer", "weights_only": True}
-    with caplog.at_level("INFO", logger="ptq4sam.model.quantize"):
+    with caplog.at_level("INFO", logger="ptq4sam.model.engine"):
         quantized = quantize_sam(sam, items, make_scheme(4, steps=2, recon=recon))
     told = [r.args[0] for r in caplog.records if r.message.startswith("reconstructed")]  # type: ignore[index]
     assert len(told) == len(set(told)) == len(quantized_layers(quantized))

@@ -1,0 +1,188 @@
+"""Where captured activations live: in memory as long as a budget lasts, then on disk."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptq4sam.errors import ResourceError
+
+_log = logging.getLogger(__name__)
+
+_SHARE_OF_FREE = 0.5
+"""Share of what is free that a cache takes by default; the model at work needs the rest."""
+
+
+class ActivationCache:
+    """Keeps tensors for a while and hands them back on the device that computes.
+
+    On a GPU tensors stay there within the budget, then move to host memory as far as half of that
+    is free, then to disk. On a CPU they stay in memory within the budget, then go to disk.
+
+    Args:
+        device: where tensors are handed back.
+        budget: bytes of the device's memory; None for half of what is free.
+        folder: receives a temporary folder for what goes to disk; None for the system's.
+    """
+
+    def __init__(
+        self, device: torch.device, budget: int | None = None, folder: Path | None = None
+    ) -> None:
+        self.device = device
+        free = free_memory(device)
+        self.budget = int(free * _SHARE_OF_FREE) if budget is None else budget
+        on_device = device.type != "cpu"
+        host = int(free_memory(torch.device("cpu")) * _SHARE_OF_FREE) if on_device else 0
+        self._memory = [_Memory(device, self.budget), _Memory(torch.device("cpu"), host)]
+        self._parent = folder
+        self._folder: Path | None = None
+
+    def keep(
+        self, tensors: Sequence[Tensor], known: Sequence[tuple[Tensor, Kept]] = ()
+    ) -> tuple[Kept, ...]:
+        """Keep tensors; one that is given several times, or is known already, is kept once.
+
+        Args:
+            tensors: on any device.
+            known: tensors that may be among them, with what keeps them.
+
+        Raises:
+            ResourceError: neither memory nor the disk has room.
+        """
+        places = [*known]
+        kept = []
+        for tensor in tensors:
+            place = next((place for other, place in places if other is tensor), None)
+            if place is None:
+                place = self._place(tensor.detach())
+                places.append((tensor, place))
+            kept.append(place)
+        return tuple(kept)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the device's memory now in use."""
+        return self._memory[0].used
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes now in host memory of a GPU run, or on disk."""
+        return self._memory[1].used + sum(
+            path.stat().st_size for path in (self._folder.iterdir() if self._folder else ())
+        )
+
+    def _place(self, tensor: Tensor) -> Kept:
+        size = tensor.numel() * tensor.itemsize
+        for memory in self._memory:
+            if memory.used + size <= memory.budget:
+                return _InMemory(tensor, memory, self.device)
+        return _OnDisk(tensor, self._disk(), self.device)
+
+    def _disk(self) -> Path:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="activations.", dir=self._parent))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            _log.info("the memory budget is used up: activations go to %s", self._folder)
+        return self._folder
+
+
+class Kept:
+    """A tensor that a cache keeps; dropped with the last reference."""
+
+    def load(self) -> Tensor:
+        """The tensor on the computing device."""
+        raise NotImplementedError
+
+
+def load_all(kept: Sequence[Kept]) -> tuple[Tensor, ...]:
+    """Load tensors; what is kept once is loaded once."""
+    loaded = {id(place): place.load() for place in kept}
+    return tuple(loaded[id(place)] for place in kept)
+
+
+class KeptSequence(Sequence[tuple[Tensor, ...]]):
+    """Kept tensors of several pictures, loaded when one is asked for."""
+
+    def __init__(self, items: Sequence[Sequence[Kept]]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[Tensor, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[Tensor, ...] | Sequence[tuple[Tensor, ...]]:
+        """The tensors of a picture."""
+        if isinstance(index, slice):
+            return KeptSequence(self._items[index])
+        return load_all(self._items[index])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return (load_all(item) for item in self._items)
+
+
+class _Memory:
+    def __init__(self, device: torch.device, budget: int) -> None:
+        self.device, self.budget, self.used = device, budget, 0
+
+    def take(self, size: int) -> None:
+        self.used += size
+
+
+class _InMemory(Kept):
+    def __init__(self, tensor: Tensor, memory: _Memory, device: torch.device) -> None:
+        size = tensor.numel() * tensor.itemsize
+        if tensor.untyped_storage().nbytes() > size:
+            # A view would keep all that it is a view of, unseen by the budget.
+            tensor = tensor.clone()
+        self._tensor, self._device = tensor.to(memory.device), device
+        memory.take(size)
+        weakref.finalize(self, memory.take, -size)
+
+    def load(self) -> Tensor:
+        return self._tensor.to(self._device, non_blocking=True)
+
+
+class _OnDisk(Kept):
+    def __init__(self, tensor: Tensor, folder: Path, device: torch.device) -> None:
+        values = tensor.cpu().numpy()
+        handle, name = tempfile.mkstemp(suffix=".npy", dir=folder)
+        self._path, self._device = Path(name), device
+        weakref.finalize(self, self._path.unlink, missing_ok=True)
+        try:
+            with open(handle, "wb") as file:
+                np.save(file, values)
+        except OSError as error:
+            raise ResourceError(
+                f"activations of {values.nbytes} bytes do not fit on the disk of {folder} "
+                f"({error.strerror}): make room there, or raise --memory-budget"
+            ) from error
+
+    def load(self) -> Tensor:
+        return torch.from_numpy(np.load(self._path)).to(self._device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a device's memory, of the host's for the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in _meminfo():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 4 * 2**30
+
+
+def _meminfo() -> list[str]:
+    path = Path("/proc/meminfo")
+    return path.read_text().splitlines() if path.exists() else []

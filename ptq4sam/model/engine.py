@@ -1,0 +1,246 @@
+"""Reconstruct a calibrated model unit by unit, each from what the unit before it left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.methods.reconstruction import UnitData, reconstruct_unit
+from ptq4sam.model.cache import ActivationCache, Kept, KeptSequence, load_all
+from ptq4sam.model.calibration import CalibrationItem
+from ptq4sam.model.capture import capture_call
+from ptq4sam.model.insertion import ENCODER, TRANSFORMER, QuantizedSam
+from ptq4sam.model.journal import Journal
+from ptq4sam.model.layers import quantized_layers, weight_quantizers
+from ptq4sam.model.plan import Plan
+from ptq4sam.progress import Progress, silent
+from ptq4sam.quantization.modes import quantizer_mode
+from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.quantization.scheme import Reconstruction
+from ptq4sam.sam.stages import Stage
+from ptq4sam.sizes import format_seconds
+
+_log = logging.getLogger(__name__)
+
+KeptState = tuple[Kept, ...]
+
+
+@dataclass
+class _Streams:
+    """What flows between units, one entry a picture: in the quantized and in the float model."""
+
+    quantized: list[KeptState]
+    exact: list[KeptState]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """What a module saw and should give, one entry a picture."""
+
+    inputs: list[KeptState]
+    exact_inputs: list[KeptState]
+    targets: list[KeptState]
+
+    def data(self) -> UnitData:
+        return UnitData(*map(KeptSequence, (self.inputs, self.exact_inputs, self.targets)))
+
+
+def reconstruct(
+    sam: QuantizedSam,
+    items: Sequence[CalibrationItem],
+    settings: Reconstruction,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+    cache: ActivationCache | None = None,
+    journal: Journal | None = None,
+    plan: Plan | None = None,
+) -> None:
+    """Reconstruct every unit of a calibrated model in execution order.
+
+    Each unit runs on from the cached output of the one before it: every unit sees every picture a
+    fixed number of times, however deep the network is. The float targets come from the same model
+    with its quantizers off, so that signs folded by bimodal integration are in both.
+
+    Args:
+        sam: the model; it is left with hard rounding.
+        items: calibration pictures.
+        settings: the scheme's `recon` section.
+        seed: fixes every random choice, unit by unit.
+        progress: shows how far it is.
+        cache: where activations live; one of the default budget by default.
+        journal: keeps what is finished; units it has are read, not learned.
+        plan: tells which share of the work is done.
+
+    Raises:
+        CalibrationError: a unit diverged.
+        ResourceError: activations fit nowhere.
+    """
+    cache = ActivationCache(sam.device) if cache is None else cache
+    work = _Work(sam, settings, seed, progress, cache, journal, plan)
+    if sam.encoder_quantized:
+        begun = [work.keep(sam.image_encoder.begin(item.pixels.to(sam.device))) for item in items]
+        streams = _Streams(begun, list(begun))
+        work.run_part(ENCODER, sam.image_encoder.stages(), streams)
+    else:
+        features = [work.keep((work.exact_features(item),)) for item in items]
+        streams = _Streams(features, list(features))
+    boxes = [item.boxes for item in items]
+    streams = _Streams(
+        work.decoder_states(streams.quantized, boxes), work.decoder_states(streams.exact, boxes)
+    )
+    work.run_part(TRANSFORMER, sam.mask_decoder.transformer.stages(), streams)
+
+
+@dataclass
+class _Work:
+    sam: QuantizedSam
+    settings: Reconstruction
+    seed: int
+    progress: Progress
+    cache: ActivationCache
+    journal: Journal | None
+    plan: Plan | None
+    units_done: int = 0
+    modules_done: int = 0
+    learning: float = 0.0
+    restored: int = 0
+
+    def keep(self, tensors: Sequence[Tensor]) -> KeptState:
+        return self.cache.keep(tensors)
+
+    @torch.no_grad()
+    def exact_features(self, item: CalibrationItem) -> Tensor:
+        features: Tensor = self.sam.image_encoder(item.pixels.to(self.sam.device))
+        return features
+
+    @torch.no_grad()
+    def decoder_states(
+        self, features: Sequence[KeptState], boxes: Sequence[Tensor]
+    ) -> list[KeptState]:
+        """States before the decoder's transformer, from image embeddings and boxes."""
+        sam, states = self.sam, []
+        for kept, picture_boxes in zip(features, boxes, strict=True):
+            sparse, dense = sam.prompt_encoder(boxes=picture_boxes.to(sam.device))
+            positions = sam.prompt_encoder.dense_positions()
+            (embedding,) = load_all(kept)
+            states.append(self.keep(sam.mask_decoder.begin(embedding, positions, sparse, dense)))
+        return states
+
+    def run_part(self, path: str, stages: Sequence[Stage], streams: _Streams) -> None:
+        """Reconstruct the stages of a part one after the other; the streams end behind it."""
+        for stage in stages:
+            with self._activations():
+                captured = self._capture(stage, streams)
+                for name, module, data in self._split(stage, captured):
+                    self._finish(f"{path}.{name}", module, data)
+                self._advance(stage, captured.inputs, streams)
+            self.units_done += 1
+            self._tell_time_left()
+
+    @torch.no_grad()
+    def _capture(self, stage: Stage, streams: _Streams) -> _Captured:
+        """Inputs of both models and the float answer; the float stream moves on."""
+        captured = _Captured([], [], [])
+        for index, (kept, kept_exact) in enumerate(
+            zip(streams.quantized, streams.exact, strict=True)
+        ):
+            exact = load_all(kept_exact)
+            arguments = stage.enter(exact)
+            with quantizer_mode(stage.unit, Mode.FLOAT):
+                target = stage.unit(*arguments)
+            known = list(zip(exact, kept_exact, strict=True))
+            captured.exact_inputs.append(self.cache.keep(arguments, known))
+            captured.targets.append(self.keep((target,)))
+            streams.exact[index] = self.cache.keep(stage.leave(exact, target), known)
+            if kept == kept_exact:
+                captured.inputs.append(captured.exact_inputs[-1])
+            else:
+                state = load_all(kept)
+                known = list(zip(state, kept, strict=True))
+                captured.inputs.append(self.cache.keep(stage.enter(state), known))
+        return captured
+
+    @torch.no_grad()
+    def _advance(self, stage: Stage, inputs: Sequence[KeptState], streams: _Streams) -> None:
+        """The quantized stream moves on, with the unit as it is now."""
+        for index, (kept, arguments) in enumerate(zip(streams.quantized, inputs, strict=True)):
+            state = load_all(kept)
+            after = stage.leave(state, stage.unit(*load_all(arguments)))
+            streams.quantized[index] = self.cache.keep(after, list(zip(state, kept, strict=True)))
+
+    def _split(
+        self, stage: Stage, captured: _Captured
+    ) -> Iterator[tuple[str, nn.Module, UnitData]]:
+        """The unit itself, or its layers one after the other, with what each saw."""
+        if self.settings.granularity == "unit":
+            yield stage.name, stage.unit, captured.data()
+            return
+        for inner, layer in quantized_layers(stage.unit):
+            part = _Captured([], [], [])
+            for inputs, exact_inputs in zip(captured.inputs, captured.exact_inputs, strict=True):
+                run = functools.partial(stage.unit, *load_all(inputs))
+                part.inputs.append(self.keep(capture_call(layer, run)[0]))
+                run = functools.partial(stage.unit, *load_all(exact_inputs))
+                with quantizer_mode(stage.unit, Mode.FLOAT):
+                    arguments, target = capture_call(layer, run)
+                part.exact_inputs.append(self.keep(arguments))
+                part.targets.append(self.keep((target,)))
+            yield f"{stage.name}.{inner}", layer, part.data()
+
+    def _finish(self, name: str, module: nn.Module, data: UnitData) -> None:
+        """Learn a module, or read it from the journal."""
+        seed = self.seed * 100_003 + self.modules_done
+        self.modules_done += 1
+        if self.journal is not None and self.journal.restore(name, module):
+            _log.info("%s was reconstructed before", name)
+            self.restored = self.units_done + 1
+            return
+        generator = torch.Generator(self.sam.device)
+        generator.manual_seed(seed)
+        started = time.monotonic()
+        losses = reconstruct_unit(
+            name,
+            module,
+            [(layer.weight, layer.weight_quantizer) for _, layer in quantized_layers(module)],
+            data,
+            self.settings,
+            generator,
+            functools.partial(self.progress, description=f"reconstructing {name}"),
+            # The published implementation knows no way back.
+            fall_back=self.sam.scheme.compat == "faithful",
+        )
+        seconds = time.monotonic() - started
+        self.learning += seconds
+        _log.info(
+            "reconstructed %s: error %.4g before, %.4g after, %.1f s",
+            name,
+            losses.before,
+            losses.after,
+            seconds,
+        )
+        if self.journal is not None:
+            self.journal.record(name, module, losses)
+
+    def _tell_time_left(self) -> None:
+        """By the shares of the plan that were learned here; reading takes no time."""
+        if self.plan is None or self.learning == 0:
+            return
+        before, now = self.plan.share(self.restored), self.plan.share(self.units_done)
+        if now > before:
+            left = self.learning * (1 - now) / (now - before)
+            _log.info("%.0f %% done, about %s left", 100 * now, format_seconds(left))
+
+    def _activations(self) -> contextlib.AbstractContextManager[None]:
+        """Activations stay float while a weights-only method (BRECQ) reconstructs."""
+        if not self.settings.weights_only:
+            return contextlib.nullcontext()
+        weights = set(map(id, weight_quantizers(self.sam)))
+        return quantizer_mode(self.sam, Mode.FLOAT, lambda q: id(q) not in weights)

@@ -1,0 +1,175 @@
+"""What a reconstruction has finished, on disk, so that a killed run can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ptq4sam
+from ptq4sam.errors import ConfigError, ResourceError
+from ptq4sam.files import read_json, replacing, write_json
+from ptq4sam.methods.reconstruction import UnitLosses
+from ptq4sam.model.calibration import CalibrationItem
+from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam.model import Sam
+
+_log = logging.getLogger(__name__)
+
+_JOURNAL = "journal.json"
+_CALIBRATED = "calibrated"
+
+
+class Journal:
+    """Finished parts of one run in a folder: an index, and a safetensors file a part.
+
+    The index names a part only after its file is complete, and both are replaced at once: a run
+    killed anywhere leaves a journal of what was finished before.
+
+    Args:
+        folder: made where it is missing.
+        fingerprint: what the results depend on, by name.
+        resume: go on with what the folder has; else it is emptied.
+
+    Raises:
+        ConfigError: the folder's run differs in something; the message says in what.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, str], *, resume: bool) -> None:
+        self.folder = folder
+        self._fingerprint = dict(fingerprint)
+        self._parts: dict[str, dict[str, Any]] = {}
+        index = folder / _JOURNAL
+        if resume and index.exists():
+            content, _ = read_json(index, "journal")
+            _require_same(index, content["fingerprint"], self._fingerprint)
+            self._parts = content["parts"]
+            _log.info("going on after %d finished parts in %s", len(self._parts), folder)
+            return
+        if resume:
+            _log.info("nothing to resume in %s: starting from the beginning", folder)
+        # The index goes first, so that no part of an old run is ever taken for one of this.
+        index.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_index()
+
+    def restore_calibration(self, sam: QuantizedSam) -> bool:
+        """Read the calibrated model, where the journal has it."""
+        if not self.restore(_CALIBRATED, sam):
+            return False
+        sam.folded = list(self._parts[_CALIBRATED]["folded"])
+        return True
+
+    def record_calibration(self, sam: QuantizedSam) -> None:
+        """Write the calibrated model."""
+        self._record(_CALIBRATED, sam, folded=sam.folded)
+
+    def restore(self, name: str, module: nn.Module) -> bool:
+        """Read the state of a finished module into it.
+
+        Returns:
+            False where the journal does not have it.
+
+        Raises:
+            ConfigError: its file is damaged.
+        """
+        part = self._parts.get(name)
+        if part is None:
+            return False
+        path = self.folder / part["file"]
+        try:
+            module.load_state_dict(load_file(path, device="cpu"))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ConfigError(
+                f"the journal's {path} cannot be read ({' '.join(str(error).split())[:200]}): "
+                "run without --resume to start again"
+            ) from error
+        return True
+
+    def record(self, name: str, module: nn.Module, losses: UnitLosses) -> None:
+        """Write the state of a finished module, then name it in the index."""
+        self._record(name, module, **dataclasses.asdict(losses))
+
+    def remove(self) -> None:
+        """Delete the folder; right once the result is safe elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _record(self, name: str, module: nn.Module, **more: object) -> None:
+        file = f"{len(self._parts):03d}.safetensors"
+        state = {key: value.contiguous() for key, value in module.state_dict().items()}
+        try:
+            with replacing(self.folder / file) as temporary:
+                save_file(state, temporary)
+            self._parts[name] = {"file": file, **more}
+            self._write_index()
+        except (OSError, SafetensorError) as error:
+            raise ResourceError(
+                f"the journal of finished units cannot be written to {self.folder} ({error}): make "
+                "room or choose another --work-dir, then go on with --resume; what was finished "
+                "before is kept"
+            ) from error
+
+    def _write_index(self) -> None:
+        content = {"fingerprint": self._fingerprint, "parts": self._parts}
+        write_json(content, self.folder / _JOURNAL)
+
+
+def run_fingerprint(
+    sam: Sam,
+    items: Sequence[CalibrationItem],
+    scheme: Scheme,
+    *,
+    quantize_encoder: bool,
+    seed: int,
+) -> dict[str, str]:
+    """Everything that the bits of a reconstruction depend on, by name."""
+    weights = hashlib.sha256()
+    for name, value in sam.state_dict().items():
+        weights.update(name.encode())
+        weights.update(_bytes(value))
+    data = hashlib.sha256()
+    for item in items:
+        data.update(_bytes(item.pixels))
+        data.update(_bytes(item.boxes))
+    described = json.dumps(scheme.to_dict(), sort_keys=True)
+    return {
+        "model": f"{sam.name} {weights.hexdigest()[:16]}",
+        "calibration data": f"{len(items)} pictures {data.hexdigest()[:16]}",
+        "scheme": described,
+        "quantized encoder": str(quantize_encoder),
+        "seed": str(seed),
+        "device": sam.device.type,
+        "ptq4sam": ptq4sam.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _require_same(index: Path, found: Mapping[str, str], asked: Mapping[str, str]) -> None:
+    different = [name for name, value in asked.items() if found.get(name) != value]
+    if different:
+        name = different[0]
+        raise ConfigError(
+            f"{index} belongs to another run; {', '.join(different)} differ ({name} there: "
+            f"{_short(found.get(name))}, asked now: {_short(asked[name])}): run without --resume, "
+            "or with the settings of that run"
+        )
+
+
+def _short(text: str | None) -> str:
+    return "none" if text is None else text if len(text) < 60 else text[:57] + "..."

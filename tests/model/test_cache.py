@@ -1,0 +1,64 @@
+"""Activations live within the budget, then on disk, and come back as they were."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptq4sam.errors import ResourceError
+from ptq4sam.model import cache as cache_module
+from ptq4sam.model.cache import ActivationCache, KeptSequence, load_all
+
+CPU = torch.device("cpu")
+KILO = 256  # floats in a KiB
+
+
+def test_tensors_beyond_the_budget_go_to_disk_and_back(tmp_path: Path) -> None:
+    cache = ActivationCache(CPU, budget=3 * 1024, folder=tmp_path)
+    tensors = [torch.full((KILO,), float(index)) for index in range(5)]
+    kept = [cache.keep([tensor]) for tensor in tensors]
+    assert cache.memory_bytes == 3 * 1024
+    assert 2 * 1024 <= cache.other_bytes < 3 * 1024
+    for index, (tensor,) in enumerate(KeptSequence(kept)):
+        assert torch.equal(tensor, tensors[index])
+    del kept[0]
+    gc.collect()
+    assert cache.memory_bytes == 2 * 1024
+    cache.keep([tensors[0]])
+    del kept, cache
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_given_twice_is_kept_once() -> None:
+    cache = ActivationCache(CPU, budget=2**20)
+    first, second = torch.zeros(KILO), torch.ones(KILO)
+    state = cache.keep([first, second, first])
+    loaded = load_all(state)
+    assert loaded[0] is loaded[2]
+    assert cache.memory_bytes == 2 * 1024
+    changed = torch.full((KILO,), 2.0)
+    after = cache.keep([loaded[0], changed], list(zip(loaded, state, strict=True)))
+    assert cache.memory_bytes == 3 * 1024
+    assert after[0] is state[0]
+
+
+def test_a_view_does_not_hold_what_it_is_a_view_of() -> None:
+    cache = ActivationCache(CPU, budget=2**20)
+    whole = torch.randn(100, KILO)
+    (kept,) = cache.keep([whole[3]])
+    assert cache.memory_bytes == 1024
+    assert kept.load().untyped_storage().nbytes() == 1024
+
+
+def test_a_full_disk_names_the_knob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache_module.np, "save", refuse)
+    cache = ActivationCache(CPU, budget=0, folder=tmp_path)
+    with pytest.raises(ResourceError, match=r"No space left.*--memory-budget"):
+        cache.keep([torch.zeros(KILO)])

@@ -1,0 +1,201 @@
+"""The engine: linear in depth, the same bits wherever activations live and however often killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ptq4sam.errors import CalibrationError, ConfigError, ResourceError
+from ptq4sam.methods import reconstruction
+from ptq4sam.model import journal as journal_module
+from ptq4sam.model.cache import ActivationCache
+from ptq4sam.model.calibration import CalibrationItem
+from ptq4sam.model.insertion import insert_quantizers, model_units
+from ptq4sam.model.journal import Journal, run_fingerprint
+from ptq4sam.model.plan import make_plan
+from ptq4sam.model.quantize import calibrate, quantize_sam, reconstruct
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam.model import Sam
+from tests.model import killed_run
+
+MakeScheme = Callable[..., Scheme]
+Items = list[CalibrationItem]
+
+RECON = {"rounding_lr": 0.05}
+
+
+def same(first: Sam, second: Sam) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_every_unit_sees_every_picture_a_fixed_number_of_times(
+    sam: Sam, items: Items, make_scheme: MakeScheme
+) -> None:
+    steps = 3
+    scheme = make_scheme(4, steps=steps)
+    quantized = insert_quantizers(sam, scheme)
+    calibrate(quantized, items)
+    calls: Counter[str] = Counter()
+    for name, unit in model_units(quantized):
+        unit.register_forward_pre_hook(lambda *_args, name=name: calls.update([name]))
+    patch_calls: Counter[str] = Counter()
+    quantized.image_encoder.patch_embed.register_forward_pre_hook(
+        lambda *_args: patch_calls.update(["images"])
+    )
+    assert scheme.recon is not None
+    reconstruct(quantized, items, scheme.recon)
+    # Float target, error before and after, running on; and the steps, each on one picture.
+    assert set(calls.values()) == {4 * len(items) + steps}
+    assert patch_calls["images"] == len(items)
+
+
+def test_activations_on_disk_give_the_same_bits(
+    sam: Sam, items: Items, make_scheme: MakeScheme, tmp_path: Path
+) -> None:
+    scheme = make_scheme(4, steps=4, recon=RECON)
+    in_memory = quantize_sam(sam, items, scheme)
+    cache = ActivationCache(sam.device, budget=20_000, folder=tmp_path)
+    assert same(in_memory, quantize_sam(sam, items, scheme, cache=cache))
+
+
+def test_a_decoder_alone_starts_from_exact_embeddings(
+    sam: Sam, items: Items, make_scheme: MakeScheme
+) -> None:
+    quantized = quantize_sam(sam, items, make_scheme(4, steps=3), quantize_encoder=False)
+    before, after = sam.image_encoder.state_dict(), quantized.image_encoder.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_unit_that_became_worse_falls_back(
+    sam: Sam,
+    items: Items,
+    make_scheme: MakeScheme,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    nearest = quantize_sam(sam, items, make_scheme(4))
+
+    def spoil(
+        _name: str, _unit: nn.Module, rounding: list[nn.Module], *_rest: object, **_more: object
+    ) -> None:
+        for quantizer in rounding:
+            quantizer.alpha.data.neg_()  # type: ignore[union-attr,operator]
+
+    monkeypatch.setattr(reconstruction, "_optimize", spoil)
+    found = quantize_sam(sam, items, make_scheme(4, steps=3))
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == len(model_units(found))
+    assert "image_encoder.blocks.0.attn became worse" in warnings[0]
+    assert same(nearest, found)
+
+
+def test_a_diverging_unit_is_named(
+    sam: Sam, items: Items, make_scheme: MakeScheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = reconstruction._step_loss
+
+    def spoil(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, penalty = original(*arguments)
+        return loss * torch.nan, penalty
+
+    monkeypatch.setattr(reconstruction, "_step_loss", spoil)
+    with pytest.raises(
+        CalibrationError, match=r"image_encoder\.blocks\.0\.attn diverged at step 0"
+    ):
+        quantize_sam(sam, items, make_scheme(4, steps=10))
+
+
+def test_a_picture_that_is_not_finite_is_named(
+    sam: Sam, items: Items, make_scheme: MakeScheme
+) -> None:
+    scheme = make_scheme(4, steps=2)
+    quantized = insert_quantizers(sam, scheme)
+    calibrate(quantized, items)
+    bad = dataclasses.replace(items[2], pixels=torch.full_like(items[2].pixels, torch.inf))
+    assert scheme.recon is not None
+    with pytest.raises(CalibrationError, match=r"blocks\.0\.attn .* picture 2"):
+        reconstruct(quantized, [*items[:2], bad], scheme.recon)
+
+
+def test_the_plan_counts_units_and_bytes(sam: Sam, items: Items, make_scheme: MakeScheme) -> None:
+    scheme = make_scheme(4, steps=7)
+    plan = make_plan(sam, items, scheme, quantize_encoder=True, budget=10)
+    quantized = insert_quantizers(sam, scheme)
+    assert [unit.name for unit in plan.units] == [name for name, _ in model_units(quantized)]
+    # State and normalised input of both models, answer: 64 tokens of 32 floats each.
+    assert plan.units[1].cached_bytes == 5 * 64 * 32 * 4 * len(items)
+    assert plan.share(0) == 0
+    assert plan.share(len(plan.units)) == 1
+    assert "7 steps" in plan.lines()[0]
+    assert "elsewhere" in plan.lines()[1]
+    decoder = make_plan(sam, items, scheme, quantize_encoder=False, budget=10)
+    assert all(unit.name.startswith("mask_decoder") for unit in decoder.units)
+
+
+def fingerprint(sam: Sam, items: Items, scheme: Scheme, seed: int = 0) -> dict[str, str]:
+    return run_fingerprint(sam, items, scheme, quantize_encoder=True, seed=seed)
+
+
+def test_another_run_is_not_resumed(
+    sam: Sam, items: Items, make_scheme: MakeScheme, tmp_path: Path
+) -> None:
+    scheme = make_scheme(4, steps=2)
+    Journal(tmp_path / "j", fingerprint(sam, items, scheme), resume=False)
+    changes = {
+        "seed": fingerprint(sam, items, scheme, seed=1),
+        "scheme": fingerprint(sam, items, make_scheme(5, steps=2)),
+        "calibration data": fingerprint(sam, items[:3], scheme),
+    }
+    for what, other in changes.items():
+        with pytest.raises(ConfigError, match=f"{what} differ"):
+            Journal(tmp_path / "j", other, resume=True)
+    Journal(tmp_path / "j", fingerprint(sam, items, scheme), resume=True)
+
+
+def test_a_full_disk_keeps_what_was_finished(
+    sam: Sam, items: Items, make_scheme: MakeScheme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = make_scheme(4, steps=2, recon=RECON)
+    identity = fingerprint(sam, items, scheme)
+    whole = quantize_sam(sam, items, scheme)
+    save_file, calls = journal_module.save_file, []
+
+    def fills(state: dict[str, torch.Tensor], path: Path) -> None:
+        calls.append(path)
+        if len(calls) > 4:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(state, path)
+
+    monkeypatch.setattr(journal_module, "save_file", fills)
+    journal = Journal(tmp_path / "j", identity, resume=False)
+    with pytest.raises(ResourceError, match="--resume"):
+        quantize_sam(sam, items, scheme, journal=journal)
+    monkeypatch.setattr(journal_module, "save_file", save_file)
+    journal = Journal(tmp_path / "j", identity, resume=True)
+    assert same(whole, quantize_sam(sam, items, scheme, journal=journal))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path, seed: int) -> None:
+    """SIGKILL at a random place of a run in a process of its own, then resume it here."""
+    place = int(
+        torch.randint(1, killed_run.EVENTS, (), generator=torch.Generator().manual_seed(seed))
+    )
+    command = [sys.executable, "-m", "tests.model.killed_run", str(tmp_path / "j"), str(place)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert same(killed_run.quantized(None), killed_run.quantized(tmp_path / "j"))
