@@ -1,0 +1,153 @@
+"""Seconds a reconstruction step and peak memory: ours against a plain eager loop.
+
+    python benchmarks/reconstruction_step.py [--steps 5] [--units attention mlp decoder]
+
+Units of a SAM-B at 1024 px with random weights, W4A4 with adaptive granularity, on random
+activations of the real shapes; the same calibrated unit and the same activations for both. The
+plain loop (benchmarks/plain.py) runs with the C library's default allocator, ours with what the
+commands set. Each side runs in a process of its own, since a peak can never be taken back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+SIDES = ("plain", "ours")
+SHAPES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
+    "attention": ("image_encoder.blocks.0.attn", [(25, 14, 14, 768)]),
+    "global attention": ("image_encoder.blocks.2.attn", [(1, 64, 64, 768)]),
+    "mlp": ("image_encoder.blocks.0.mlp", [(1, 64, 64, 768)]),
+    "decoder": (
+        "mask_decoder.transformer.layers.0.cross_attn_image_to_token",
+        [(100, 4096, 256), (100, 7, 256), (100, 7, 256)],
+    ),
+}
+"""Units by name: path, and shapes of the arguments (the decoder's with 100 boxes)."""
+
+
+class Clock:
+    """Wraps the steps of a loop and keeps the seconds of each."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def __call__(self, steps: Iterable[int]) -> Iterator[int]:
+        """The steps themselves."""
+        for step in steps:
+            started = time.perf_counter()
+            yield step
+            self.seconds.append(time.perf_counter() - started)
+
+
+def measure(side: str, name: str, steps: int, threads: int) -> dict[str, float]:
+    """Reconstruct one unit in this process."""
+    import torch
+
+    from ptq4sam.allocator import keep_freed_memory
+    from ptq4sam.methods.reconstruction import UnitData, reconstruct_unit
+    from ptq4sam.model.calibration import observing_activations
+    from ptq4sam.model.insertion import insert_quantizers
+    from ptq4sam.model.layers import observe_weights, quantized_layers
+    from ptq4sam.quantization.modes import quantizer_mode
+    from ptq4sam.quantization.quantizers import Mode
+    from ptq4sam.quantization.scheme import Scheme
+    from ptq4sam.sam.registry import build_sam
+
+    if side == "ours":
+        keep_freed_memory()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    path, shapes = SHAPES[name]
+    scheme = Scheme.from_dict(
+        {
+            "a_qconfig": {"quantizer": "LSQFakeQuantize", "observer": "MinMaxObserver", "bit": 4},
+            "w_qconfig": {
+                "quantizer": "AdaRoundFakeQuantize",
+                "observer": "MinMaxObserver",
+                "bit": 4,
+                "ch_axis": 0,
+            },
+            "ptq4sam": {"AGQ": True},
+            "recon": {"iters": steps},
+        }
+    )
+    settings = scheme.recon
+    unit = insert_quantizers(build_sam("vit_b"), scheme).get_submodule(path)
+    exact = [tuple(torch.randn(shape) for shape in shapes)]
+    inputs = [tuple(x + 0.05 * torch.randn_like(x) for x in exact[0])]
+    with torch.no_grad():
+        with observing_activations(unit):
+            unit(*inputs[0])
+        observe_weights(unit)
+        with quantizer_mode(unit, Mode.FLOAT):
+            targets = [unit(*exact[0])]
+    clock = Clock()
+    if side == "ours":
+        losses = reconstruct_unit(
+            name,
+            unit,
+            [(layer.weight, layer.weight_quantizer) for _, layer in quantized_layers(unit)],
+            UnitData(inputs, exact, [(targets[0],)]),
+            settings,
+            torch.Generator().manual_seed(0),
+            clock,
+        )
+        after = losses.after
+    else:
+        from plain import make_plain, reconstruct_plainly
+
+        make_plain(unit)
+        after = reconstruct_plainly(unit, inputs, exact, targets, settings, clock(range(steps)))
+    return {
+        "seconds": statistics.median(clock.seconds[1:]),
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "loss": after,
+    }
+
+
+def measure_apart(side: str, name: str, steps: int, threads: int) -> dict[str, float]:
+    """Run `measure` in a fresh process."""
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    environment["PYTHONPATH"] = root
+    command = [sys.executable, __file__, "--side", side, "--units", name, "--steps", str(steps)]
+    command += ["--threads", str(threads)]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout))
+
+
+def main(write: Callable[[str], object] = sys.stdout.write) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--units", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--side", choices=SIDES, help="measure this one alone, as JSON")
+    arguments = parser.parse_args()
+    steps, threads = arguments.steps, arguments.threads
+    if arguments.side:
+        write(json.dumps(measure(arguments.side, arguments.units[0], steps, threads)))
+        return
+    write(f"SAM-B at 1024 px, {steps} steps, {threads} thread(s); seconds are medians\n")
+    write("| unit | plain s | ours s | faster | plain GiB | ours GiB | loss ours / plain |\n")
+    write("|---|---|---|---|---|---|---|\n")
+    for name in arguments.units:
+        plain, ours = (measure_apart(side, name, steps, threads) for side in SIDES)
+        write(
+            f"| {name} | {plain['seconds']:.2f} | {ours['seconds']:.2f} "
+            f"| {plain['seconds'] / ours['seconds']:.1f} | {plain['peak']:.1f} "
+            f"| {ours['peak']:.1f} | {ours['loss'] / plain['loss']:.3f} |\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
