@@ -148,6 +148,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) -
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the reconstruction engine, the same for every command that quantizes."""
     parser.add_argument(
+        "--preset",
+        help="steps a unit: quick (500), standard (5,000) or paper (20,000); default: the scheme's",
+    )
+    parser.add_argument(
         "--memory-budget",
         metavar="SIZE",
         help="memory for captured activations, as 8GiB; default: half of what is free",

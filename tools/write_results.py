@@ -23,6 +23,7 @@ from typing import Any
 
 from ptq4sam.data.scenes import write_scenes
 from ptq4sam.files import replacing
+from ptq4sam.quantization.scheme import Scheme
 
 _log = logging.getLogger("write_results")
 _ROOT = Path(__file__).resolve().parents[1]
@@ -72,9 +73,11 @@ def measure(benchmark: Benchmark, method: str, arguments: argparse.Namespace) ->
     if scheme is not None:
         model = folder / "model.safetensors"
         if not model.exists():
-            options = ["--scheme", str(_ROOT / "exp" / scheme)]
-            if "recon:" in (_ROOT / "exp" / scheme).read_text():
-                options += ["--scheme-options", f"recon.iters={arguments.steps}"]
+            shortened = folder / scheme
+            with replacing(shortened) as temporary:
+                content = Scheme.from_yaml(_ROOT / "exp" / scheme).with_steps(arguments.steps)
+                temporary.write_text(content.to_yaml())
+            options = ["--scheme", str(shortened)]
             options += ["--calibration-size", str(arguments.calibration)]
             options += ["--calibration-images", str(benchmark.calibration_images)]
             options += ["--calibration-annotations", str(benchmark.calibration_annotations)]
@@ -143,9 +146,9 @@ million parameters and was trained on few pictures: these figures show what quan
 do not compare with those of the official SAM.
 
 Mean IoU and agreement (mean IoU with the float model's masks) are with ground-truth boxes; change
-is in points of mean IoU. QDrop and PTQ4SAM-L reconstruct {steps} steps a unit (published: 20,000);
-{calibration} calibration pictures; the image encoder is quantized too. Every quantized model
-passed the audit.
+is in points of mean IoU. QDrop and PTQ4SAM-L reconstruct {steps} steps a unit with learning rates
+raised to match (published: 20,000 steps); {calibration} calibration pictures; the image encoder is
+quantized too. Every quantized model passed the audit.
 """
 
 

@@ -41,10 +41,10 @@ def demo_scheme(bits: int) -> Scheme:
                 "ch_axis": 0,
             },
             "calibrate": _CALIBRATION_SCENES,
-            "recon": {"iters": _RECONSTRUCTION_STEPS},
+            "recon": {},
             "ptq4sam": {"BIG": True, "AGQ": True},
         }
-    )
+    ).with_steps(_RECONSTRUCTION_STEPS)
 
 
 def run_demo(work_dir: Path, progress: Progress = bars) -> int:

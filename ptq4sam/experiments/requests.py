@@ -13,7 +13,7 @@ from ptq4sam.experiments.run import Run
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.summary import summary_table
 from ptq4sam.progress import bars
-from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.quantization.scheme import PRESETS, Scheme
 from ptq4sam.sizes import parse_bytes
 
 
@@ -32,8 +32,10 @@ def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSetti
         scheme = Scheme.from_yaml(parsed.scheme)
         if parsed.scheme_options:
             scheme = scheme.with_overrides(*parsed.scheme_options)
-    elif parsed.scheme_options:
-        raise ConfigError("--scheme-options changes a scheme, but none was given: add --scheme")
+        scheme = with_preset(scheme, parsed.preset)
+    elif parsed.scheme_options or parsed.preset:
+        given = "--scheme-options" if parsed.scheme_options else "--preset"
+        raise ConfigError(f"{given} changes a scheme, but none was given: add --scheme")
     return RunSettings(
         model=parsed.model,
         data=data_pair("", parsed.images, parsed.annotations),
@@ -62,6 +64,19 @@ def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSetti
         **engine_settings(parsed),
         **more,
     )
+
+
+def with_preset(scheme: Scheme, preset: str | None) -> Scheme:
+    """The scheme with a preset's number of steps.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    if preset is None:
+        return scheme
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset {preset} was asked for: use one of {', '.join(PRESETS)}")
+    return scheme.with_steps(PRESETS[preset])
 
 
 def engine_settings(parsed: argparse.Namespace) -> dict[str, Any]:

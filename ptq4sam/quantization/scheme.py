@@ -7,6 +7,7 @@ A scheme is read from YAML with the keys and values of the published PTQ4SAM con
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,10 @@ class Methods(Record):
         self._require(0 < self.peak_height < 1, "peak_height", "between 0 and 1")
 
 
+PRESETS = {"quick": 500, "standard": 5_000, "paper": 20_000}
+"""Numbers of reconstruction steps a unit, by name."""
+
+
 @dataclass(frozen=True)
 class Scheme(Record):
     """A quantization: formats, methods and reconstruction.
@@ -209,6 +214,24 @@ class Scheme(Record):
                 f"needs a_qconfig.quantizer {' or '.join(LEARNED_SCALE_QUANTIZER_NAMES)}, "
                 f"not {self.a_qconfig.quantizer}; set it to false to learn the rounding alone",
             )
+
+    def with_steps(self, steps: int) -> Scheme:
+        """The same scheme with another number of reconstruction steps a unit.
+
+        Learning rates grow with the square root of what is saved, as Adam's steps add up; a scheme
+        without reconstruction stays as it is.
+
+        Raises:
+            ConfigError: not even one step.
+        """
+        if self.recon is None:
+            return self
+        factor = math.sqrt(self.recon.iters / max(1, steps))
+        return self.with_overrides(
+            f"recon.iters={steps}",
+            f"recon.scale_lr={self.recon.scale_lr * factor:.4g}",
+            f"recon.rounding_lr={self.recon.rounding_lr * factor:.4g}",
+        )
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Scheme:

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from ptq4sam.cli import add_engine_arguments, guarded
 from ptq4sam.errors import ConfigError
-from ptq4sam.experiments.requests import engine_settings, execute
+from ptq4sam.experiments.requests import engine_settings, execute, with_preset
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.model.storage import is_quantized_file
 from ptq4sam.quantization.scheme import Scheme
@@ -134,7 +134,7 @@ def _scheme(parsed: argparse.Namespace) -> Scheme | None:
         if scheme.recon is None:
             raise ConfigError(f"--brecq needs a scheme with recon, but {parsed.q_config} has none")
         scheme = scheme.with_overrides("recon.weights_only=true")
-    return scheme
+    return with_preset(scheme, parsed.preset)
 
 
 def _check_paths(parsed: argparse.Namespace) -> None:

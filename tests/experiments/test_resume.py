@@ -12,7 +12,6 @@ from ptq4sam.experiments import run as run_module
 from ptq4sam.sizes import format_bytes, format_seconds, parse_bytes
 from tests.tiny_runs import Tiny, run
 
-
 pytest_plugins = ("tests.tiny_fixtures",)
 
 
@@ -75,6 +74,7 @@ def test_another_scheme_is_not_resumed(
     [
         (["--resume"], "add --scheme"),
         (["--dry-run"], "add --scheme"),
+        (["--preset", "quick"], "add --scheme"),
         (["--memory-budget", "much"], "as 8GiB"),
     ],
 )

@@ -266,3 +266,16 @@ def test_observers_refuse_channels_exactly_where_schemes_do() -> None:
 def test_reading_a_scheme_needs_no_torch() -> None:
     code = "import sys, ptq4sam.quantization.scheme; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+EXP = Path(__file__).resolve().parents[2] / "exp"
+
+
+def test_fewer_steps_learn_faster() -> None:
+    scheme = Scheme.from_yaml(EXP / "ptq4sam-l44.yaml").with_steps(200)
+    assert scheme.recon is not None
+    assert scheme.recon.iters == 200
+    assert scheme.recon.scale_lr == pytest.approx(4e-4)
+    assert scheme.recon.rounding_lr == pytest.approx(1e-2)
+    without = Scheme.from_yaml(EXP / "ptq4sam-s44.yaml")
+    assert without.with_steps(200) == without
