@@ -21,7 +21,7 @@ from torch import Tensor
 from ptq4sam.data.scenes import generate_scene
 
 MIN_VISIBLE_PIXELS = 3
-NEAR_POINTS = 192
+NEAR_POINTS = 288
 WIDE_POINTS = 64
 
 
