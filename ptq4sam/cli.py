@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ptq4sam.errors import ConfigError, Ptq4samError
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
 
 _PLANNED = {
     "export": "deployment files (ONNX, OpenVINO)",
@@ -46,6 +49,17 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
         logger.debug("where it happened", exc_info=True)
         what = error.strerror or str(error) or type(error).__name__
         return _refuse(what if error.filename is None else f"{error.filename}: {what}")
+    except (MemoryError, RuntimeError) as error:
+        # torch raises RuntimeErrors of all kinds; only these are the user's to mend.
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        logger.debug("where it happened", exc_info=True)
+        what = str(error)[:120] or "in Python"
+        return _refuse(
+            f"out of memory ({what}): lower --memory-budget, or calibrate on fewer pictures or "
+            "boxes (--calibration-size, --max-per-image); finished units are kept, go on with "
+            "--resume"
+        )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -313,6 +314,33 @@ def test_system_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert guarded(fill_disk) == 2
     assert capsys.readouterr().err == "error: metrics.json: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to..."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+    ],
+)
+def test_out_of_memory_names_the_knob(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise error
+
+    assert guarded(fail) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: out of memory")
+    assert "--memory-budget" in told
+    assert told.count("\n") == 1
+
+
+def test_other_runtime_errors_are_not_hidden() -> None:
+    def fail() -> int:
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        guarded(fail)
 
 
 def test_log_is_left_as_it_was(tiny: Tiny) -> None:
