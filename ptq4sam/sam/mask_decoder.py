@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.sam.common import LayerNorm2d
-from ptq4sam.sam.stages import State, run_stages
+from ptq4sam.sam.stages import State
 from ptq4sam.sam.transformer import TwoWayTransformer
 
 
@@ -108,14 +108,22 @@ class MaskDecoder(nn.Module):
         self, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The two-way transformer alone: tokens [prompts, n, dim], image [prompts, cells, dim]."""
-        begun = self.begin(image_embeddings, image_pe, sparse, dense)
-        tokens, source, *_ = run_stages(self.transformer.stages(), begun)
-        return tokens, source
+        attended: tuple[Tensor, Tensor] = self.transformer(
+            *self._transformer_inputs(image_embeddings, image_pe, sparse, dense)
+        )
+        return attended
 
     def begin(
         self, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
     ) -> State:
         """The state before the transformer's first stage; arguments as for `forward`."""
+        return self.transformer.begin(
+            *self._transformer_inputs(image_embeddings, image_pe, sparse, dense)
+        )
+
+    def _transformer_inputs(
+        self, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([output_tokens.expand(sparse.shape[0], -1, -1), sparse], dim=1)
-        return self.transformer.begin(image_embeddings + dense, image_pe, tokens)
+        return image_embeddings + dense, image_pe, tokens
