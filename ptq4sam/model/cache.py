@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 _SHARE_OF_FREE = 0.5
 """Share of what is free that a cache takes by default; the model at work needs the rest."""
 
+_PREFIX = "activations."
+"""Beginning of the name of a cache's folder."""
+
 
 class ActivationCache:
     """Keeps tensors for a while and hands them back on the device that computes.
@@ -31,7 +34,8 @@ class ActivationCache:
     Args:
         device: where tensors are handed back.
         budget: bytes of the device's memory; None for half of what is free.
-        folder: receives a temporary folder for what goes to disk; None for the system's.
+        folder: receives a temporary folder for what goes to disk, and loses what a killed run left
+            there; None for the system's own place.
     """
 
     def __init__(
@@ -73,13 +77,6 @@ class ActivationCache:
         """Bytes of the device's memory now in use."""
         return self._memory[0].used
 
-    @property
-    def other_bytes(self) -> int:
-        """Bytes now in host memory of a GPU run, or on disk."""
-        return self._memory[1].used + sum(
-            path.stat().st_size for path in (self._folder.iterdir() if self._folder else ())
-        )
-
     def _place(self, tensor: Tensor) -> Kept:
         size = tensor.numel() * tensor.itemsize
         for memory in self._memory:
@@ -89,7 +86,9 @@ class ActivationCache:
 
     def _disk(self) -> Path:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="activations.", dir=self._parent))
+            for left in self._parent.glob(f"{_PREFIX}*") if self._parent else ():
+                shutil.rmtree(left, ignore_errors=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._parent))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             _log.info("the memory budget is used up: activations go to %s", self._folder)
         return self._folder

@@ -86,16 +86,19 @@ def reconstruct(
     cache = ActivationCache(sam.device) if cache is None else cache
     work = _Work(sam, settings, seed, progress, cache, journal, plan)
     if sam.encoder_quantized:
-        begun = [work.keep(sam.image_encoder.begin(item.pixels.to(sam.device))) for item in items]
+        begun = [cache.keep(sam.image_encoder.begin(item.pixels.to(sam.device))) for item in items]
         streams = _Streams(begun, list(begun))
         work.run_part(ENCODER, sam.image_encoder.stages(), streams)
     else:
-        features = [work.keep((work.exact_features(item),)) for item in items]
+        features = [cache.keep((work.exact_features(item),)) for item in items]
         streams = _Streams(features, list(features))
     boxes = [item.boxes for item in items]
-    streams = _Streams(
-        work.decoder_states(streams.quantized, boxes), work.decoder_states(streams.exact, boxes)
+    exact = work.decoder_states(streams.exact, boxes)
+    # Behind a float encoder both models are one, and their states are kept once.
+    quantized = (
+        work.decoder_states(streams.quantized, boxes) if sam.encoder_quantized else list(exact)
     )
+    streams = _Streams(quantized, exact)
     work.run_part(TRANSFORMER, sam.mask_decoder.transformer.stages(), streams)
 
 
@@ -113,9 +116,6 @@ class _Work:
     learning: float = 0.0
     restored: int = 0
 
-    def keep(self, tensors: Sequence[Tensor]) -> KeptState:
-        return self.cache.keep(tensors)
-
     @torch.no_grad()
     def exact_features(self, item: CalibrationItem) -> Tensor:
         features: Tensor = self.sam.image_encoder(item.pixels.to(self.sam.device))
@@ -131,7 +131,8 @@ class _Work:
             sparse, dense = sam.prompt_encoder(boxes=picture_boxes.to(sam.device))
             positions = sam.prompt_encoder.dense_positions()
             (embedding,) = load_all(kept)
-            states.append(self.keep(sam.mask_decoder.begin(embedding, positions, sparse, dense)))
+            begun = sam.mask_decoder.begin(embedding, positions, sparse, dense)
+            states.append(self.cache.keep(begun))
         return states
 
     def run_part(self, path: str, stages: Sequence[Stage], streams: _Streams) -> None:
@@ -158,7 +159,7 @@ class _Work:
                 target = stage.unit(*arguments)
             known = list(zip(exact, kept_exact, strict=True))
             captured.exact_inputs.append(self.cache.keep(arguments, known))
-            captured.targets.append(self.keep((target,)))
+            captured.targets.append(self.cache.keep((target,)))
             streams.exact[index] = self.cache.keep(stage.leave(exact, target), known)
             if kept == kept_exact:
                 captured.inputs.append(captured.exact_inputs[-1])
@@ -187,12 +188,12 @@ class _Work:
             part = _Captured([], [], [])
             for inputs, exact_inputs in zip(captured.inputs, captured.exact_inputs, strict=True):
                 run = functools.partial(stage.unit, *load_all(inputs))
-                part.inputs.append(self.keep(capture_call(layer, run)[0]))
+                part.inputs.append(self.cache.keep(capture_call(layer, run)[0]))
                 run = functools.partial(stage.unit, *load_all(exact_inputs))
                 with quantizer_mode(stage.unit, Mode.FLOAT):
                     arguments, target = capture_call(layer, run)
-                part.exact_inputs.append(self.keep(arguments))
-                part.targets.append(self.keep((target,)))
+                part.exact_inputs.append(self.cache.keep(arguments))
+                part.targets.append(self.cache.keep((target,)))
             yield f"{stage.name}.{inner}", layer, part.data()
 
     def _finish(self, name: str, module: nn.Module, data: UnitData) -> None:

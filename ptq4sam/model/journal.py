@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Journal:
     Args:
         folder: made where it is missing.
         fingerprint: what the results depend on, by name.
-        resume: go on with what the folder has; else it is emptied.
+        resume: go on with what the folder has; else an unfinished run in it is moved aside.
 
     Raises:
         ConfigError: the folder's run differs in something; the message says in what.
@@ -59,9 +59,8 @@ class Journal:
             return
         if resume:
             _log.info("nothing to resume in %s: starting from the beginning", folder)
-        # The index goes first, so that no part of an old run is ever taken for one of this.
-        index.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        if any(folder.glob("*.safetensors")):
+            _move_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._write_index()
 
@@ -101,10 +100,6 @@ class Journal:
     def record(self, name: str, module: nn.Module, losses: UnitLosses) -> None:
         """Write the state of a finished module, then name it in the index."""
         self._record(name, module, **dataclasses.asdict(losses))
-
-    def remove(self) -> None:
-        """Delete the folder; right once the result is safe elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _record(self, name: str, module: nn.Module, **more: object) -> None:
         file = f"{len(self._parts):03d}.safetensors"
@@ -154,6 +149,19 @@ def run_fingerprint(
         "ptq4sam": ptq4sam.__version__,
         "torch": torch.__version__,
     }
+
+
+def _move_aside(folder: Path) -> None:
+    """Hours of work may lie there: a forgotten --resume must not cost them."""
+    names = (folder.with_name(f"{folder.name}.before{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    folder.rename(aside)
+    _log.warning(
+        "%s held an unfinished run, which is now in %s: to go on with it, move it back and add "
+        "--resume; delete it otherwise",
+        folder,
+        aside,
+    )
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

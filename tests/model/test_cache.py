@@ -21,7 +21,9 @@ def test_tensors_beyond_the_budget_go_to_disk_and_back(tmp_path: Path) -> None:
     tensors = [torch.full((KILO,), float(index)) for index in range(5)]
     kept = [cache.keep([tensor]) for tensor in tensors]
     assert cache.memory_bytes == 3 * 1024
-    assert 2 * 1024 <= cache.other_bytes < 3 * 1024
+    on_disk = [path.stat().st_size for path in tmp_path.glob("activations.*/*")]
+    assert len(on_disk) == 2
+    assert 2 * 1024 <= sum(on_disk) < 3 * 1024
     for index, (tensor,) in enumerate(KeptSequence(kept)):
         assert torch.equal(tensor, tensors[index])
     del kept[0]
@@ -31,6 +33,18 @@ def test_tensors_beyond_the_budget_go_to_disk_and_back(tmp_path: Path) -> None:
     del kept, cache
     gc.collect()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_goes(tmp_path: Path) -> None:
+    left = tmp_path / "activations.killed"
+    left.mkdir()
+    (left / "old.npy").write_bytes(b"old")
+    (tmp_path / "metrics.json").write_text("{}")
+    cache = ActivationCache(CPU, budget=0, folder=tmp_path)
+    kept = cache.keep([torch.zeros(KILO)])
+    assert not left.exists()
+    assert (tmp_path / "metrics.json").exists()
+    assert load_all(kept)[0].shape == (KILO,)
 
 
 def test_a_tensor_given_twice_is_kept_once() -> None:

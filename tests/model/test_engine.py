@@ -164,6 +164,23 @@ def test_another_run_is_not_resumed(
     Journal(tmp_path / "j", fingerprint(sam, items, scheme), resume=True)
 
 
+def test_a_forgotten_resume_loses_nothing(
+    sam: Sam, items: Items, make_scheme: MakeScheme, tmp_path: Path
+) -> None:
+    scheme = make_scheme(4, steps=2)
+    identity = fingerprint(sam, items, scheme)
+    first = Journal(tmp_path / "j", identity, resume=False)
+    whole = quantize_sam(sam, items, scheme, journal=first)
+    finished = sorted(path.name for path in (tmp_path / "j").iterdir())
+    for _ in range(2):
+        Journal(tmp_path / "j", identity, resume=False)
+        assert [path.name for path in (tmp_path / "j").iterdir()] == ["journal.json"]
+    before = tmp_path / "j.before1"
+    assert sorted(path.name for path in before.iterdir()) == finished
+    again = Journal(before, identity, resume=True)
+    assert same(whole, quantize_sam(sam, items, scheme, journal=again))
+
+
 def test_a_full_disk_keeps_what_was_finished(
     sam: Sam, items: Items, make_scheme: MakeScheme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 from nano_data import NEAR_POINTS, WIDE_POINTS, Object, Picture, WindowDataset, collate
+from nano_losses import near_box, separation_loss, total_loss
 from PIL import Image
 from torch.nn import functional as F
 from train_vit_nano import (
     Phase,
     Trainer,
     build_model,
-    near_box,
     position_frequencies,
     rate_at,
     resize_encoder,
-    separation_loss,
-    total_loss,
 )
 
 from ptq4sam.sam.registry import build_sam
 
-PHASE = Phase(128, 2, 4, 1e-3, 1e-4, horizon=4)
+PHASE = Phase(128, 2, 4, 1e-3, 1e-4)
 
 
 def windows(length: int = 4) -> WindowDataset:
@@ -100,7 +98,7 @@ def test_a_window_encoder_carries_over_to_the_whole_input() -> None:
 
 
 def test_learning_rate_warms_up_and_ends_at_the_final_one() -> None:
-    phase = Phase(128, 2, 1000, 1e-3, 1e-4, horizon=1000)
+    phase = Phase(128, 2, 1000, 1e-3, 1e-4)
     rates = [rate_at(phase, step) for step in range(1001)]
     assert rates[0] < rates[100] < max(rates)
     assert max(rates) <= 1e-3
