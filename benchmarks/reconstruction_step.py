@@ -48,7 +48,7 @@ class Clock:
             self.seconds.append(time.perf_counter() - started)
 
 
-def measure(side: str, name: str, steps: int, threads: int) -> dict[str, float]:
+def measure(side: str, name: str, steps: int, threads: int, precision: str) -> dict[str, float]:
     """Reconstruct one unit in this process."""
     import torch
 
@@ -77,7 +77,7 @@ def measure(side: str, name: str, steps: int, threads: int) -> dict[str, float]:
                 "ch_axis": 0,
             },
             "ptq4sam": {"AGQ": True},
-            "recon": {"iters": steps},
+            "recon": {"iters": steps, "precision": precision},
         }
     )
     settings = scheme.recon
@@ -114,13 +114,15 @@ def measure(side: str, name: str, steps: int, threads: int) -> dict[str, float]:
     }
 
 
-def measure_apart(side: str, name: str, steps: int, threads: int) -> dict[str, float]:
+def measure_apart(
+    side: str, name: str, steps: int, threads: int, precision: str
+) -> dict[str, float]:
     """Run `measure` in a fresh process."""
     root = str(Path(__file__).resolve().parents[1])
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     environment["PYTHONPATH"] = root
     command = [sys.executable, __file__, "--side", side, "--units", name, "--steps", str(steps)]
-    command += ["--threads", str(threads)]
+    command += ["--threads", str(threads), "--precision", precision]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout))
 
@@ -131,17 +133,22 @@ def main(write: Callable[[str], object] = sys.stdout.write) -> None:
     parser.add_argument("--units", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--side", choices=SIDES, help="measure this one alone, as JSON")
     arguments = parser.parse_args()
-    steps, threads = arguments.steps, arguments.threads
+    steps, threads, precision = arguments.steps, arguments.threads, arguments.precision
     if arguments.side:
-        write(json.dumps(measure(arguments.side, arguments.units[0], steps, threads)))
+        figures = measure(arguments.side, arguments.units[0], steps, threads, precision)
+        write(json.dumps(figures))
         return
-    write(f"SAM-B at 1024 px, {steps} steps, {threads} thread(s); seconds are medians\n")
+    write(
+        f"SAM-B at 1024 px, {steps} steps, {threads} thread(s), ours in {precision}; "
+        "seconds are medians\n"
+    )
     write("| unit | plain s | ours s | faster | plain GiB | ours GiB | loss ours / plain |\n")
     write("|---|---|---|---|---|---|---|\n")
     for name in arguments.units:
-        plain, ours = (measure_apart(side, name, steps, threads) for side in SIDES)
+        plain, ours = (measure_apart(side, name, steps, threads, precision) for side in SIDES)
         write(
             f"| {name} | {plain['seconds']:.2f} | {ours['seconds']:.2f} "
             f"| {plain['seconds'] / ours['seconds']:.1f} | {plain['peak']:.1f} "

@@ -10,6 +10,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
+from ptq4sam.quantization.fused import fused
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.mse import POWER
 from ptq4sam.quantization.quantizers import EPS, Quantizer
@@ -93,7 +94,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
         """Move `x` to the nearest point in the logarithm; points below the last give zero."""
         scale = self.scale.abs().clamp(min=EPS)
         if not torch.is_grad_enabled():
-            return _quantize_(x.clone(), scale, self.tau, self.grid.levels)
+            return _quantize(x, scale, self.tau, self.grid.levels)
         result: Tensor = _AdaptiveGranularity.apply(  # type: ignore[no-untyped-call]
             x, scale, self.tau, self.grid.levels
         )
@@ -103,24 +104,34 @@ class AdaptiveGranularityQuantizer(Quantizer):
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int32; code 2^bits, one beyond the grid, stands for zero."""
         self._require_calibration()
-        codes = _log_codes_(x.clone(), self.scale.abs().clamp(min=EPS), self.tau)
+        codes = _log_codes(x, self.scale.abs().clamp(min=EPS), self.tau)
         return codes.clamp_(0, self.grid.levels).to(torch.int32)
 
 
-def _log_codes_(x: Tensor, scale: Tensor, tau: Tensor) -> Tensor:
-    """Overwrite `x` by round(-tau * log2(x / scale)), not clamped."""
-    return x.clamp_(min=FLOOR).div_(scale).log2_().mul_(-tau).round_()
+def _log_codes(x: Tensor, scale: Tensor, tau: Tensor) -> Tensor:
+    """round(-tau * log2(x / scale)), not clamped."""
+    return x.clamp(min=FLOOR).div_(scale).log2_().mul_(-tau).round_()
 
 
-def _quantize_(x: Tensor, scale: Tensor, tau: Tensor, levels: int) -> Tensor:
-    """Overwrite `x` by its quantized value."""
-    points = _log_codes_(x, scale, tau).clamp_(min=0).div_(-tau).exp2_().mul_(scale)
+@fused
+def _quantize(x: Tensor, scale: Tensor, tau: Tensor, levels: int) -> Tensor:
+    points = _log_codes(x, scale, tau).clamp_(min=0).div_(-tau).exp2_().mul_(scale)
     # Half a step below the last point; further ones are recognised by their value, which takes
     # half the time of keeping a mask.
     end = scale * torch.exp2((0.5 - levels) / tau)
-    if points.device.type == "cpu":
-        return torch.threshold_(points, end.item(), 0.0)
-    return points.mul_(points > end)
+    return points.mul_((points > end).to(points.dtype))
+
+
+@fused
+def _gradients(
+    x: Tensor, gradient: Tensor, quantized: Tensor, scale: Tensor, tau: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of attention and scale."""
+    # As 0 and 1 in floating point: on a CPU a choice by booleans takes ten times as long.
+    above = _log_codes(x, scale, tau).lt_(0)
+    for_x = (gradient * quantized).div_(x.clamp(min=FLOOR))
+    for_x.mul_((x > FLOOR).to(x.dtype).sub_(above).clamp_(min=0))
+    return for_x, above.mul_(gradient).sum()
 
 
 class _AdaptiveGranularity(torch.autograd.Function):
@@ -132,7 +143,7 @@ class _AdaptiveGranularity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, tau: Tensor, levels: int) -> Tensor:
-        quantized = _quantize_(x.clone(), scale, tau, levels)
+        quantized = _quantize(x, scale, tau, levels)
         ctx.save_for_backward(x, scale, tau, quantized)
         return quantized
 
@@ -140,14 +151,7 @@ class _AdaptiveGranularity(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, scale, tau, quantized = ctx.saved_tensors
-        # As 0 and 1 in floating point: on a CPU a choice by booleans takes ten times as long.
-        above = _log_codes_(x.clone(), scale, tau).lt_(0)
-        for_x = for_scale = None
-        if ctx.needs_input_grad[0]:
-            for_x = (gradient * quantized).div_(x.clamp(min=FLOOR))
-            for_x.mul_((x > FLOOR).to(x.dtype).sub_(above).clamp_(min=0))
-        if ctx.needs_input_grad[1]:
-            for_scale = (gradient * above).sum()
+        for_x, for_scale = _gradients(x, gradient, quantized, scale, tau)
         return for_x, for_scale, None, None
 
 
@@ -168,8 +172,6 @@ class _ScaleSearch:
         elements = _PIECE.get(self._attention.device.type, 2**20)
         self._rows = min(queries, max(1, elements // keys))
         self._heads = max(1, elements // (queries * keys)) if self._rows == queries else 1
-        # Fresh memory for each piece would cost as much as a logarithm.
-        self._buffer = self._attention.new_empty(min(self._heads, heads), self._rows, keys)
         self._exact = self._value.new_empty(heads, queries, value.shape[-1])
         for part, piece, values in self._pieces():
             self._exact[part] = piece @ values
@@ -189,8 +191,7 @@ class _ScaleSearch:
         tau_tensor = self._attention.new_tensor(tau)
         total = torch.zeros((), dtype=torch.float64, device=self._attention.device)
         for part, piece, values in self._pieces():
-            copy = self._buffer[: piece.shape[0], : piece.shape[1]].copy_(piece)
-            quantized = _quantize_(copy, scale_tensor, tau_tensor, self._levels)
+            quantized = _quantize(piece, scale_tensor, tau_tensor, self._levels)
             difference = (quantized @ values).sub_(self._exact[part])
             total += difference.abs_().pow_(POWER).sum(dtype=torch.float64)
         return float(total) / self._exact.numel()

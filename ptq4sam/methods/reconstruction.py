@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.methods.precision import product_precision
 from ptq4sam.quantization.dropping import keep_some_float
 from ptq4sam.quantization.modes import dropping, quantizers
 from ptq4sam.quantization.quantizers import LSQQuantizer, Quantizer
@@ -223,7 +224,7 @@ def _optimize(
         groups.append({"params": [q.alpha for q in rounding], "lr": settings.rounding_lr})
     if scales:
         groups.append({"params": [q.scale for q in scales], "lr": settings.scale_lr})
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups, fused=True)
     # Drawn at once: a draw a step would make a GPU wait for the host.
     pictures = torch.randint(
         len(data.targets), (settings.iters,), generator=generator, device=generator.device
@@ -232,11 +233,12 @@ def _optimize(
     for step in progress(range(settings.iters)):
         if scales:
             optimizer.param_groups[-1]["lr"] = schedule.scale_rate()
-        error, penalty = _step_loss(
-            unit, rounding, data, pictures[step], settings, schedule.temperature(), generator
-        )
         optimizer.zero_grad(set_to_none=True)
-        (error + penalty).backward()  # type: ignore[no-untyped-call]
+        with product_precision(settings.precision, generator.device):
+            error, penalty = _step_loss(
+                unit, rounding, data, pictures[step], settings, schedule.temperature(), generator
+            )
+            (error + penalty).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         for quantizer in scales:
             quantizer.clamp_scale_()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq4sam.quantization.fused import fused
+
 _STEPS = 256
 
 
@@ -29,6 +31,11 @@ def keep_some_float(
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=source)
     words.random_(-(2**63), None, generator=generator)
     limit = min(_STEPS - 1, round(probability * _STEPS))
-    chosen = words.view(torch.uint8)[: x.numel()].to(x.dtype).lt_(limit)
+    drawn = words.view(torch.uint8)[: x.numel()].view(x.shape).to(x.device)
+    return _choose(quantized, x, drawn, limit)
+
+
+@fused
+def _choose(quantized: Tensor, x: Tensor, drawn: Tensor, limit: int) -> Tensor:
     # At weights 0 and 1 this is exact, and on a CPU seven times as fast as a choice by booleans.
-    return torch.lerp(quantized, x, chosen.reshape(x.shape).to(x.device))
+    return torch.lerp(quantized, x, (drawn < limit).to(x.dtype))

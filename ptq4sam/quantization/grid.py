@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.quantization.fused import fused
 
 MIN_SCALE = 1e-8
 """Smallest scale a range can give; a tensor of zeros would have none otherwise."""
@@ -84,7 +85,11 @@ def affine_codes(
     """Codes of `x` on the grid: clamp(round(x / scale) + zero point), in the dtype of `x`."""
     scale = along_channels(scale, x.dim(), channel_axis)
     zero_point = along_channels(zero_point, x.dim(), channel_axis)
-    return (x / scale).round_().add_(zero_point).clamp_(grid.qmin, grid.qmax)
+    return _codes(x, scale, zero_point, grid.qmin, grid.qmax)
+
+
+def _codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)
 
 
 def fake_quantize(
@@ -108,15 +113,46 @@ def fake_quantize(
     scale = along_channels(scale, x.dim(), channel_axis)
     zero_point = along_channels(zero_point, x.dim(), channel_axis)
     if not torch.is_grad_enabled():
-        return _move_to_grid(x, scale, zero_point, grid)
+        return _move_to_grid(x, scale, zero_point, grid.qmin, grid.qmax)
     result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
         x, scale, zero_point, grid
     )
     return result
 
 
-def _move_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    return affine_codes(x, scale, zero_point, grid).sub_(zero_point).mul_(scale)
+def _precise(x: Tensor) -> Tensor:
+    """At least float32: codes of a bfloat16 tensor would be wrong near the middle of two."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@fused
+def _move_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    codes = _codes(_precise(x), scale, zero_point, qmin, qmax)
+    return codes.sub_(zero_point).mul_(scale).to(x.dtype)
+
+
+@fused
+def _gradient(
+    x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+) -> Tensor:
+    """Gradient of `x`: straight through where the code is not clamped."""
+    unclamped = (_precise(x) / scale).round_().add_(zero_point)
+    # As 0 and 1 in floating point: on a CPU a choice by booleans takes ten times as long.
+    return unclamped.eq_(unclamped.clamp(qmin, qmax)).mul_(gradient).to(x.dtype)
+
+
+@fused
+def _gradients(
+    x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `x` and of the scale."""
+    ratio = _precise(x) / scale
+    unclamped = ratio.round().add_(zero_point)
+    codes = unclamped.clamp(qmin, qmax)
+    inside = unclamped.eq_(codes)
+    multiple = codes.sub_(zero_point).addcmul_(ratio, inside, value=-1)
+    for_scale = multiple.mul_(gradient).sum_to_size(scale.shape)
+    return inside.mul_(gradient).to(x.dtype), for_scale
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -126,23 +162,19 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.grid = grid
-        return _move_to_grid(x, scale, zero_point, grid)
+        return _move_to_grid(x, scale, zero_point, grid.qmin, grid.qmax)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, scale, zero_point = ctx.saved_tensors
-        ratio = x / scale
-        unclamped = ratio.round().add_(zero_point)
-        codes = unclamped.clamp(ctx.grid.qmin, ctx.grid.qmax)
-        # As 0 and 1 in floating point: on a CPU a choice by booleans takes ten times as long.
-        inside = unclamped.eq_(codes)
+        arguments = (x, gradient, scale, zero_point, ctx.grid.qmin, ctx.grid.qmax)
         for_x = for_scale = for_zero_point = None
-        if ctx.needs_input_grad[0]:
-            for_x = gradient * inside
         if ctx.needs_input_grad[1]:
-            multiple = codes.sub_(zero_point).addcmul_(ratio, inside, value=-1)
-            for_scale = multiple.mul_(gradient).sum_to_size(scale.shape)
+            for_x, for_scale = _gradients(*arguments)
+        elif ctx.needs_input_grad[0]:
+            for_x = _gradient(*arguments)
         if ctx.needs_input_grad[2]:
-            for_zero_point = (inside - 1).mul_(gradient).mul_(scale).sum_to_size(zero_point.shape)
+            outside = _gradient(x, torch.ones_like(x), *arguments[2:]).sub_(1)
+            for_zero_point = outside.mul_(gradient).mul_(scale).sum_to_size(zero_point.shape)
         return for_x, for_scale, for_zero_point, None

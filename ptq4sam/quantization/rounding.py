@@ -9,11 +9,30 @@ from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
 from ptq4sam.quantization.base import FixedQuantizer
+from ptq4sam.quantization.fused import fused
 from ptq4sam.quantization.grid import Grid, along_channels
 
 # The sigmoid is stretched to (-0.1, 1.1) and cut, so that 0 and 1 are reached (AdaRound, eq. 23).
 _STRETCH = 1.2
 _OFFSET = -0.1
+
+
+def _share(alpha: Tensor) -> Tensor:
+    return (_STRETCH * torch.sigmoid(alpha) + _OFFSET).clamp(0, 1)
+
+
+@fused
+def _regularizer(alpha: Tensor, beta: Tensor) -> Tensor:
+    return (1 - (2 * _share(alpha) - 1).abs().pow(beta)).sum()
+
+
+@fused
+def _soften(
+    x: Tensor, alpha: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+) -> Tensor:
+    """Move weights between the two neighbours on their grid."""
+    codes = (x / scale).floor() + _share(alpha) + zero_point
+    return (codes.clamp(qmin, qmax) - zero_point) * scale
 
 
 class AdaRoundQuantizer(FixedQuantizer):
@@ -69,11 +88,13 @@ class AdaRoundQuantizer(FixedQuantizer):
     def rounding_share(self) -> Tensor:
         """How far each weight goes up, h(alpha) in [0, 1], in the shape of the weight."""
         self._require_alpha()
-        return (_STRETCH * torch.sigmoid(self.alpha) + _OFFSET).clamp(0, 1)
+        return _share(self.alpha)
 
     def rounding_regularizer(self, beta: float) -> Tensor:
         """sum(1 - |2h - 1|^beta), which draws h to 0 or 1 (AdaRound, eq. 24)."""
-        return (1 - (2 * self.rounding_share() - 1).abs().pow(beta)).sum()
+        self._require_alpha()
+        # As a tensor made on its device, or each step would compile anew or wait for the host.
+        return _regularizer(self.alpha, self.alpha.new_full((), beta))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Move the weight `x` to the grid (while "soft": between its points)."""
@@ -81,8 +102,10 @@ class AdaRoundQuantizer(FixedQuantizer):
             return super().quantize(x)
         scale = along_channels(self.scale, x.dim(), self.channel_axis)
         zero_point = along_channels(self.zero_point, x.dim(), self.channel_axis)
-        up = self.rounding_share() if self.rounding == "soft" else self._up()
-        return (self._learned_codes(x, up) - zero_point) * scale
+        if self.rounding == "soft":
+            self._require_alpha()
+            return _soften(x, self.alpha, scale, zero_point, self.grid.qmin, self.grid.qmax)
+        return (self._learned_codes(x, self._up()) - zero_point) * scale
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

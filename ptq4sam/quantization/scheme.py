@@ -97,6 +97,9 @@ class Reconstruction(Record):
             QDrop) or one layer after another ("layer", as AdaRound).
         patience: ours; steps without a lower loss after which the rest of the schedule passes
             within as many steps; 0 makes all steps.
+        precision: ours; of the matrix products of a step: "float32", "bfloat16" (half the time or
+            less, on GPUs and new CPUs), "tf32" (GPUs only). What is learned, the quantizers and all
+            measured errors stay float32.
         weights_only: ours, and what --brecq sets; activations stay float while reconstructing, so
             that learn_scale becomes false and drop_prob 0.
     """
@@ -115,6 +118,7 @@ class Reconstruction(Record):
     learn_scale: bool = True
     granularity: Literal["unit", "layer"] = "unit"
     patience: int = 0
+    precision: Literal["float32", "bfloat16", "tf32"] = "float32"
     weights_only: bool = False
 
     def _validate(self) -> None:

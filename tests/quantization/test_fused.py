@@ -1,0 +1,126 @@
+"""Compiled kernels: the same values as operations one by one, and a way back without a compiler."""
+
+import logging
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.quantization import fused
+from ptq4sam.quantization.dropping import keep_some_float
+from ptq4sam.quantization.fused import FEWEST_ELEMENTS
+from ptq4sam.quantization.grid import Grid, fake_quantize
+from ptq4sam.quantization.rounding import AdaRoundQuantizer
+
+SIDE = 1024
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+Result = tuple[Tensor, ...]
+
+
+def affine(x: Tensor) -> Result:
+    scale = torch.tensor(0.21, requires_grad=True)
+    output = fake_quantize(x, scale, torch.tensor(7.0), Grid(4))
+    return output, *torch.autograd.grad(output, (x, scale), torch.cos(output))
+
+
+def affine_in_bfloat16(x: Tensor) -> Result:
+    return affine(x.detach().bfloat16().requires_grad_())
+
+
+def granular(x: Tensor) -> Result:
+    quantizer = AdaptiveGranularityQuantizer(Grid(4))
+    quantizer.load_state_dict(
+        {
+            "scale": torch.tensor(0.02),
+            "tau": torch.tensor(2.0),
+            "calibrated": torch.tensor(True),
+            "zero_point": torch.tensor(0.0),
+        }
+    )
+    attention = x.detach().softmax(-1).requires_grad_()
+    output = quantizer(attention)
+    gradients = torch.autograd.grad(output, (attention, quantizer.scale), torch.cos(output))
+    return output, *gradients
+
+
+def rounding(x: Tensor) -> Result:
+    quantizer = AdaRoundQuantizer(Grid(4), channel_axis=0)
+    quantizer.observe(x.detach(), None)
+    quantizer.begin_learning(x.detach())
+    output = quantizer.quantize(x.detach())
+    loss = (output * x.detach()).sum() + quantizer.rounding_regularizer(3.7)
+    return output, *torch.autograd.grad(loss, (quantizer.alpha,))
+
+
+def dropped(x: Tensor) -> Result:
+    output = keep_some_float(x.detach().round(), x, 0.5, torch.Generator().manual_seed(3))
+    return output, *torch.autograd.grad(output, (x,), torch.ones_like(output))
+
+
+@needs_compiler
+@pytest.mark.parametrize("work", [affine, affine_in_bfloat16, granular, rounding, dropped])
+def test_compiled_agrees_with_one_by_one(
+    work: Callable[[Tensor], Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert x.numel() >= FEWEST_ELEMENTS
+    monkeypatch.setattr(fused._compiler, "_usable", False)
+    expected = work(x)
+    monkeypatch.setattr(fused._compiler, "_usable", True)
+    actual = work(x)
+    assert fused._compiler.usable(), "the compiler gave up"
+    torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=0)
+    for ours, theirs in zip(actual[1:], expected[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_small_tensors_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compile(*_args: object, **_options: object) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(torch, "compile", no_compile)
+    monkeypatch.setattr(fused._compiler, "_usable", True)
+    run = fused.fused(lambda x: x + 1)
+    assert run(torch.zeros(3)).tolist() == [1, 1, 1]
+    with pytest.raises(AssertionError, match="compiled"):
+        run(torch.zeros(FEWEST_ELEMENTS))
+
+
+def test_a_failing_compiler_is_said_once_and_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(_function: object, **_options: object) -> Callable[[Tensor], Tensor]:
+        def run(_x: Tensor) -> Tensor:
+            raise torch._dynamo.exc.BackendCompilerFailed(
+                lambda: None, RuntimeError("no g++ here"), None
+            )
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", failing)
+    monkeypatch.setattr(fused, "_compiler", fused._Compiler())
+    monkeypatch.setattr(fused._compiler, "_usable", True)
+    run = fused.fused(lambda x: x + 1)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert run(torch.zeros(FEWEST_ELEMENTS)).sum() == FEWEST_ELEMENTS
+    told = [r for r in caplog.records if r.name.startswith("ptq4sam")]
+    assert len(told) == 1
+    assert "no kernel could be compiled" in told[0].getMessage()
+
+
+@pytest.mark.parametrize(("setting", "usable"), [("0", False), (None, None)])
+def test_the_switch(
+    setting: str | None, usable: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if setting is None:
+        monkeypatch.delenv(fused.SWITCH, raising=False)
+        monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
+        usable = torch.cuda.is_available()
+    else:
+        monkeypatch.setenv(fused.SWITCH, setting)
+    assert fused._Compiler().usable() is usable
