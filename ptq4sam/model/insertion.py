@@ -57,7 +57,9 @@ class QuantizerFactory:
     def softmax(self) -> Quantizer:
         """Quantizer of a softmax output."""
         if self.scheme.ptq4sam.AGQ:
-            return AdaptiveGranularityQuantizer(Grid(self.scheme.a_qconfig.bit))
+            return AdaptiveGranularityQuantizer(
+                Grid(self.scheme.a_qconfig.bit), self.scheme.ptq4sam.exact
+            )
         return self.activation()
 
     def attention(self, decoder: bool) -> AttentionQuantizers:
