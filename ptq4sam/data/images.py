@@ -19,6 +19,8 @@ from ptq4sam.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
 
+_BAD_IMAGE = "damaged image"
+
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _BOMB = (Image.DecompressionBombError,)
 
@@ -149,10 +151,19 @@ class ImageSet:
         try:
             return self.load(record)
         except DataError as error:
-            self._skip("damaged image", [str(error)])
-            # A new list: somebody may be walking along the old one.
-            self.images = [other for other in self.images if other.id != record.id]
+            self._skip(_BAD_IMAGE, [str(error)])
+            self._remove(record)
             return None
+
+    def leave_out(self, record: ImageRecord) -> None:
+        """Skip a picture that another process found damaged."""
+        if record in self.images:
+            self.skipped[_BAD_IMAGE] += 1
+            self._remove(record)
+
+    def _remove(self, record: ImageRecord) -> None:
+        # A new list: somebody may be walking along the old one.
+        self.images = [other for other in self.images if other.id != record.id]
 
     def _skip(self, reason: str, problems: Sequence[str]) -> None:
         """Raise the first problem, or count all and warn once."""

@@ -50,20 +50,7 @@ class MaskScores:
             ValueError: the numbers of masks, scores and categories differ, or the masks have
                 another size than the picture.
         """
-        encoded = encode_masks(masks) if isinstance(masks, np.ndarray) else masks
-        for mask, score, category in zip(
-            encoded, np.asarray(scores).tolist(), np.asarray(category_ids).tolist(), strict=True
-        ):
-            if mask["size"] != [record.height, record.width]:
-                raise ValueError(f"mask of {mask['size']} pixels for {record}")
-            self.results.append(
-                {
-                    "image_id": record.id,
-                    "category_id": int(category),
-                    "segmentation": mask,
-                    "score": float(score),
-                }
-            )
+        self.results.extend(mask_results(record, masks, scores, category_ids))
 
     def summarize(self) -> dict[str, float]:
         """AP, AP50, AP75, APs, APm, APl and AR in percent, over at most 100 masks a picture.
@@ -95,6 +82,31 @@ class BoxScores:
         """As `MaskScores.summarize`, for boxes."""
         areas = [result["bbox"][2] * result["bbox"][3] for result in self.results]
         return _average_precision(self._dataset, self.results, areas, "bbox")
+
+
+def mask_results(
+    record: ImageRecord,
+    masks: NDArray[np.bool_] | Sequence[dict[str, Any]],
+    scores: ArrayLike,
+    category_ids: ArrayLike,
+) -> list[dict[str, Any]]:
+    """Masks of one picture in the COCO results format; arguments and errors as `MaskScores.add`."""
+    encoded = encode_masks(masks) if isinstance(masks, np.ndarray) else masks
+    results = []
+    for mask, score, category in zip(
+        encoded, np.asarray(scores).tolist(), np.asarray(category_ids).tolist(), strict=True
+    ):
+        if mask["size"] != [record.height, record.width]:
+            raise ValueError(f"mask of {mask['size']} pixels for {record}")
+        results.append(
+            {
+                "image_id": record.id,
+                "category_id": int(category),
+                "segmentation": mask,
+                "score": float(score),
+            }
+        )
+    return results
 
 
 def encode_masks(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq4sam import parallel
 from ptq4sam.data import CocoDataset, ImageRecord, ImageSet
 from ptq4sam.errors import DataError
-from ptq4sam.evaluation import MaskScores, mask_ious
+from ptq4sam.evaluation import MaskScores, mask_ious, mask_results
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import Segmented, segment
 from ptq4sam.progress import Progress, silent
@@ -58,28 +59,21 @@ class Evaluation:
     skipped: dict[str, int] = field(default_factory=dict)
 
 
-class _Scorer:
-    """Collects the scores of one model over a data set."""
+@dataclass(frozen=True)
+class _Scored:
+    """What a model's masks on one picture add to its scores; it may travel between processes."""
 
-    def __init__(self, dataset: ImageSet) -> None:
-        self._scores = MaskScores(dataset)
-        self._ious: list[float] = []
+    results: list[dict[str, object]]
+    ious: list[float]
 
-    def add(self, record: ImageRecord, prompts: Prompts, segmented: Segmented) -> None:
-        self._scores.add(record, segmented.masks, segmented.scores, prompts.category_ids)
 
-    def add_truth(self, truth: NDArray[np.bool_], segmented: Segmented) -> None:
-        self._ious.extend(mask_ious(segmented.masks, truth).tolist())
+@dataclass(frozen=True)
+class _Outcome:
+    """One picture: the model's part, the float model's, and how well they agree."""
 
-    def metrics(self) -> dict[str, float]:
-        result = self._scores.summarize()
-        if self._ious:
-            result["mean_iou"] = float(np.mean(self._ious))
-        return result
-
-    @property
-    def results(self) -> list[dict[str, object]]:
-        return self._scores.results
+    model: _Scored | None = None
+    reference: _Scored | None = None
+    agreement: Sequence[float] = ()
 
 
 def select(prompts: Prompts, prompting: Prompting) -> Prompts:
@@ -105,6 +99,8 @@ def evaluate_sam(
 ) -> Evaluation:
     """Prompt a SAM with boxes on every picture and score its masks.
 
+    Several processes (see `parallel`) share the pictures, and each gets the scores of all.
+
     A picture without boxes is not encoded; its missed objects still count. A damaged picture that
     the data set is told to skip does not count at all.
 
@@ -121,47 +117,79 @@ def evaluate_sam(
     Raises:
         DataError: a picture is damaged and not to be skipped, or none is left.
     """
-    evaluation = Evaluation()
-    scorer, reference_scorer = _Scorer(dataset), _Scorer(dataset)
-    agreement: list[float] = []
+    images = dataset.images
     predictor = Predictor(sam)
     reference_predictor = Predictor(reference) if reference is not None else None
-    for record in progress(dataset.images, "segmenting"):
+    outcomes: list[_Outcome | None] = []
+    for record in progress(parallel.share(images), "segmenting"):
         image = dataset.load_or_skip(record)
         if image is None:
+            outcomes.append(None)
             continue
         prompts = select(source.prompts(record, image), prompting)
-        evaluation.pictures += 1
         if len(prompts.boxes) == 0:
+            outcomes.append(_Outcome())
             continue
         # Annotated boxes all score 1, so that what `select` leaves are the first ones.
         truth = source.truth(record)[: len(prompts)] if isinstance(source, GroundTruth) else None
         segmented = _segment(predictor, image, prompts, prompting)
-        scorer.add(record, prompts, segmented)
-        if truth is not None:
-            scorer.add_truth(truth, segmented)
-        evaluation.masks += len(segmented.masks)
-        expected = None
+        scored, expected, scored_expected = _score(record, prompts, segmented, truth), None, None
+        agreement: list[float] = []
         if reference_predictor is not None:
             expected = _segment(reference_predictor, image, prompts, prompting)
-            reference_scorer.add(record, prompts, expected)
-            if truth is not None:
-                reference_scorer.add_truth(truth, expected)
-            agreement.extend(mask_ious(segmented.masks, expected.masks).tolist())
+            scored_expected = _score(record, prompts, expected, truth)
+            agreement = mask_ious(segmented.masks, expected.masks).tolist()
+        outcomes.append(_Outcome(scored, scored_expected, agreement))
         if on_picture is not None:
             on_picture(Picture(record, image, prompts, segmented, expected))
-    if evaluation.pictures == 0:
+    every = parallel.gather(outcomes)
+    for record, outcome in zip(images, every, strict=True):
+        if outcome is None:
+            dataset.leave_out(record)
+    return _summarize(dataset, every, score, reference is not None)
+
+
+def _summarize(
+    dataset: ImageSet, outcomes: Sequence[_Outcome | None], score: bool, compared: bool
+) -> Evaluation:
+    """Scores of all pictures; None is one that was skipped."""
+    evaluated = [outcome for outcome in outcomes if outcome is not None]
+    if not evaluated:
         raise DataError("no picture is left to evaluate: all were skipped as damaged")
-    evaluation.results = scorer.results
+    parts = [outcome.model for outcome in evaluated if outcome.model is not None]
+    references = [outcome.reference for outcome in evaluated if outcome.reference is not None]
+    evaluation = Evaluation(
+        pictures=len(evaluated), results=[result for part in parts for result in part.results]
+    )
+    evaluation.masks = len(evaluation.results)
     if not score:
         return evaluation
     if has_truth(dataset):
-        evaluation.metrics = scorer.metrics()
-        if reference is not None:
-            evaluation.reference_metrics = reference_scorer.metrics()
-    if reference is not None:
+        evaluation.metrics = _metrics(dataset, parts)
+        if compared:
+            evaluation.reference_metrics = _metrics(dataset, references)
+    if compared:
+        agreement = [value for outcome in evaluated for value in outcome.agreement]
         evaluation.metrics["agreement"] = float(np.mean(agreement)) if agreement else float("nan")
     return evaluation
+
+
+def _metrics(dataset: ImageSet, parts: Sequence[_Scored]) -> dict[str, float]:
+    scores = MaskScores(dataset)
+    scores.results = [result for part in parts for result in part.results]
+    metrics = scores.summarize()
+    ious = [iou for part in parts for iou in part.ious]
+    if ious:
+        metrics["mean_iou"] = float(np.mean(ious))
+    return metrics
+
+
+def _score(
+    record: ImageRecord, prompts: Prompts, segmented: Segmented, truth: NDArray[np.bool_] | None
+) -> _Scored:
+    results = mask_results(record, segmented.masks, segmented.scores, prompts.category_ids)
+    ious = [] if truth is None else mask_ious(segmented.masks, truth).tolist()
+    return _Scored(results, ious)
 
 
 def _segment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from ptq4sam.data import ImageSet
@@ -15,7 +16,7 @@ class PictureWriter:
     def __init__(self, folder: Path, dataset: ImageSet, threshold: float) -> None:
         self._folder, self._threshold = folder, threshold
         self._names = dataset.category_names
-        self._written: set[str] = set()
+        self._stems = Counter(record.path.stem for record in dataset.images)
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, picture: Picture) -> None:
@@ -38,8 +39,5 @@ class PictureWriter:
 
     def _file_name(self, picture: Picture) -> str:
         """The picture's own name, with its id where another has the same one."""
-        name = picture.record.path.stem
-        if name in self._written:
-            name = f"{name}-{picture.record.id}"
-        self._written.add(name)
-        return name
+        stem = picture.record.path.stem
+        return stem if self._stems[stem] == 1 else f"{stem}-{picture.record.id}"

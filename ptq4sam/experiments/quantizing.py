@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from ptq4sam import parallel
 from ptq4sam.experiments.settings import RunSettings
 from ptq4sam.model.cache import ActivationCache
 from ptq4sam.model.calibration import CalibrationItem
@@ -55,14 +56,16 @@ class Quantizing:
             ResourceError: memory or disk are used up; what was finished is in the journal.
         """
         settings = self._settings
-        fingerprint = run_fingerprint(
-            self._sam,
-            self._items,
-            self._scheme,
-            quantize_encoder=settings.quantize_encoder,
-            seed=settings.seed,
-        )
-        journal = Journal(settings.work_dir / JOURNAL, fingerprint, resume=settings.resume)
+        journal = None
+        if parallel.is_first():
+            fingerprint = run_fingerprint(
+                self._sam,
+                self._items,
+                self._scheme,
+                quantize_encoder=settings.quantize_encoder,
+                seed=settings.seed,
+            )
+            journal = Journal(settings.work_dir / JOURNAL, fingerprint, resume=settings.resume)
         return quantize_sam(
             self._sam,
             self._items,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
+from ptq4sam import parallel
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.experiments.run import Run
@@ -107,8 +109,16 @@ def data_pair(prefix: str, images: Path | None, annotations: Path | None) -> Dat
 
 
 def execute(settings: RunSettings) -> int:
-    """Do the run with progress bars and print its summary, or the plan of a dry run."""
-    metrics = Run(settings, bars).execute()
+    """Do the run with progress bars and print its summary, or the plan of a dry run.
+
+    Of several processes that torchrun started the first one tells.
+    """
+    with parallel.joined():
+        if not parallel.is_first():
+            logging.getLogger("ptq4sam").setLevel(logging.WARNING)
+            Run(settings).execute()
+            return 0
+        metrics = Run(settings, bars).execute()
     if settings.dry_run:
         sys.stdout.write("\n".join(metrics["plan"]) + "\n")
         return 0

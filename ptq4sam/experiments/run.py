@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 import ptq4sam
+from ptq4sam import parallel
 from ptq4sam.data import CocoDataset, ImageFolder, ImageSet
 from ptq4sam.errors import CalibrationError, CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
@@ -48,13 +49,16 @@ _ORIGIN = (
 
 
 class Run:
-    """One run of the framework; `execute` does it."""
+    """One run of the framework; `execute` does it.
+
+    Several processes (see `parallel`) do it together, and the first one writes.
+    """
 
     def __init__(self, settings: RunSettings, progress: Progress = silent) -> None:
         self.settings = settings
         self.progress = progress
         self.stages = Stages()
-        self.device = settings.torch_device()
+        self.device = parallel.local_device(settings.torch_device())
 
     def execute(self) -> dict[str, Any]:
         """Quantize, audit, evaluate, write; returns what metrics.json holds, or the plan.
@@ -74,14 +78,14 @@ class Run:
             report = None
             if isinstance(sam, QuantizedSam):
                 report = self._audit(sam)
-                with replacing(settings.work_dir / "scheme.yaml") as path:
-                    path.write_text(sam.scheme.to_yaml(), encoding="utf-8")
-                self._save(sam)
+                if parallel.is_first():
+                    self._save(sam)
             evaluation = self._evaluate(sam, reference, *data) if data is not None else None
             metrics = self._metrics(sam, report, evaluation)
-            write_json(metrics, settings.work_dir / "metrics.json")
-            # All that the journal was for is in the results now.
-            shutil.rmtree(settings.work_dir / JOURNAL, ignore_errors=True)
+            if parallel.is_first():
+                write_json(metrics, settings.work_dir / "metrics.json")
+                # All that the journal was for is in the results now.
+                shutil.rmtree(settings.work_dir / JOURNAL, ignore_errors=True)
             if report is not None and not report.passed and not _published(sam):
                 raise CalibrationError(
                     f"the audit found {len(report.findings)} places that are not quantized "
@@ -166,6 +170,8 @@ class Run:
         return None
 
     def _save(self, sam: QuantizedSam) -> None:
+        with replacing(self.settings.work_dir / "scheme.yaml") as scheme:
+            scheme.write_text(sam.scheme.to_yaml(), encoding="utf-8")
         path = self.settings.save_model
         if path is None:
             return
@@ -263,7 +269,7 @@ class Run:
                 score=settings.score,
             )
         evaluation.skipped = dict(dataset.skipped)
-        if results is not None:
+        if results is not None and parallel.is_first():
             write_json(evaluation.results, results)
             _log.info("wrote %d masks to %s", evaluation.masks, results)
         return evaluation
@@ -330,7 +336,10 @@ def _fix_seeds(seed: int) -> None:
 
 @contextlib.contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    """Also write the package's log into a file."""
+    """Also write the package's log into a file, the first process's."""
+    if not parallel.is_first():
+        yield
+        return
     handler = logging.FileHandler(path, mode="w")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("ptq4sam")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
+from ptq4sam.quantization.base import Statistics
 from ptq4sam.quantization.fused import fused
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.mse import POWER
@@ -71,12 +72,15 @@ class AdaptiveGranularityQuantizer(Quantizer):
         """Sum of the least errors of each tau over the batches observed."""
         return list(self._error_sums)
 
-    def observe(self, x: Tensor, value: Tensor | None) -> None:
-        """Search tau and scale for a batch and set those that are best for all so far.
+    def batch_statistics(self, x: Tensor, value: Tensor | None) -> Statistics:
+        """Search a scale for each tau.
 
         Args:
             x: [..., n, m] softmax output.
             value: [..., m, channels] what it is multiplied with.
+
+        Returns:
+            Best scales and their errors, [len(TAUS)] each, float64.
 
         Raises:
             CalibrationError: no value was given, or an attention that is negative or all zero.
@@ -96,17 +100,21 @@ class AdaptiveGranularityQuantizer(Quantizer):
         tolerance = _EXACT_TOLERANCE if self._exact else _TOLERANCE * largest
         compared = x if self._exact else _some_queries(x)
         search = _ScaleSearch(compared, value, levels, tolerance)
-        found = [search.best_scale(tau, largest) for tau in TAUS]
-        self._error_sums = [
-            total + error for total, (_, error) in zip(self._error_sums, found, strict=True)
-        ]
-        best = self._error_sums.index(min(self._error_sums))
-        scales = [scale for scale, _ in found]
-        if compared is not x:
-            whole = _ScaleSearch(x, value, levels, tolerance)
-            scales[best], _ = whole.best_scale(TAUS[best], largest)
+        scales, errors = zip(*(search.best_scale(tau, largest) for tau in TAUS), strict=True)
+        if compared is x:
+            return _doubles(scales), _doubles(errors)
+        best = errors.index(min(errors))
+        whole = _ScaleSearch(x, value, levels, tolerance)
+        scale, _ = whole.best_scale(TAUS[best], largest)
+        return _doubles((*scales[:best], scale, *scales[best + 1 :])), _doubles(errors)
+
+    def merge(self, statistics: Statistics) -> None:
+        """Set the tau of the least error over all batches, and its mean scale."""
+        scales, errors = (found.tolist() for found in statistics)
         self._scale_sums = [a + b for a, b in zip(self._scale_sums, scales, strict=True)]
+        self._error_sums = [a + b for a, b in zip(self._error_sums, errors, strict=True)]
         self._batches += 1
+        best = self._error_sums.index(min(self._error_sums))
         self.tau.fill_(TAUS[best])
         self._set_parameters(self.scale.new_tensor(self.tau_scales[best]), self.zero_point)
         self.clamp_scale_()
@@ -127,6 +135,10 @@ class AdaptiveGranularityQuantizer(Quantizer):
         self._require_calibration()
         codes = _log_codes(x, self.scale.abs().clamp(min=EPS), self.tau)
         return codes.clamp_(0, self.grid.levels).to(torch.int32)
+
+
+def _doubles(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _log_codes(x: Tensor, scale: Tensor, tau: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ LearnedScale = LSQQuantizer | AdaptiveGranularityQuantizer
 
 @dataclass(frozen=True)
 class UnitData:
-    """What a unit saw and should give, one entry a calibration picture.
+    """What a unit saw and should give, one entry a batch: a picture, or some boxes of one.
 
     Attributes:
         inputs: arguments of the unit in the quantized model.
@@ -52,7 +52,7 @@ class UnitData:
 
 @dataclass(frozen=True)
 class UnitLosses:
-    """Output error of a unit over all pictures, everything quantized.
+    """Output error of a unit over all batches, everything quantized.
 
     Attributes:
         before: rounded to nearest.
@@ -126,10 +126,10 @@ class Schedule:
 
 
 def mean_error(name: str, unit: nn.Module, data: UnitData) -> float:
-    """Mean output error of the unit as it is, over all pictures.
+    """Mean output error of the unit as it is, over all batches.
 
     Raises:
-        CalibrationError: that of a picture is not finite.
+        CalibrationError: that of a batch is not finite.
     """
     with torch.no_grad():
         errors = [
@@ -139,8 +139,8 @@ def mean_error(name: str, unit: nn.Module, data: UnitData) -> float:
     for index, error in enumerate(errors):
         if not math.isfinite(error):
             raise CalibrationError(
-                f"{name} gives values that are not finite on calibration picture {index}: check "
-                "the weights and that picture"
+                f"{name} gives values that are not finite on calibration batch {index} (a picture, "
+                "or some boxes of one): check the weights and that picture"
             )
     return math.fsum(errors) / len(errors)
 
@@ -226,7 +226,7 @@ def _optimize(
         groups.append({"params": [q.scale for q in scales], "lr": settings.scale_lr})
     optimizer = torch.optim.Adam(groups, fused=True)
     # Drawn at once: a draw a step would make a GPU wait for the host.
-    pictures = torch.randint(
+    batches = torch.randint(
         len(data.targets), (settings.iters,), generator=generator, device=generator.device
     ).tolist()
     recent: list[Tensor] = []
@@ -236,7 +236,7 @@ def _optimize(
         optimizer.zero_grad(set_to_none=True)
         with product_precision(settings.precision, generator.device):
             error, penalty = _step_loss(
-                unit, rounding, data, pictures[step], settings, schedule.temperature(), generator
+                unit, rounding, data, batches[step], settings, schedule.temperature(), generator
             )
             (error + penalty).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -290,17 +290,17 @@ def _step_loss(
     unit: nn.Module,
     rounding: Sequence[AdaRoundQuantizer],
     data: UnitData,
-    picture: int,
+    batch: int,
     settings: Reconstruction,
     temperature: float | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Output error of one picture, and the rounding regulariser."""
+    """Output error of one batch, and the rounding regulariser."""
     inputs = tuple(
         _mix(quantized, exact, settings.drop_prob, generator)
-        for quantized, exact in zip(data.inputs[picture], data.float_inputs[picture], strict=True)
+        for quantized, exact in zip(data.inputs[batch], data.float_inputs[batch], strict=True)
     )
-    (target,) = data.targets[picture]
+    (target,) = data.targets[batch]
     error = output_error(unit(*inputs), target)
     penalty = error.new_zeros(())
     if temperature is not None:

@@ -14,19 +14,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ptq4sam import parallel
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.bimodal import channel_signs, fold_signs, is_bimodal
 from ptq4sam.model.attention import QuantizedDecoderAttention
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.layers import observe_weights, weight_quantizers
 from ptq4sam.progress import Progress, silent
-from ptq4sam.quantization.modes import quantizer_mode
+from ptq4sam.quantization.modes import merge_recorded, quantizer_mode, recording
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Methods
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.transformer import TwoWayTransformer
 
 _log = logging.getLogger(__name__)
+
+BOXES_AT_ONCE = 100
+"""Most boxes that the decoder takes at once while it is calibrated and reconstructed."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,19 @@ def run_item(sam: Sam, item: CalibrationItem) -> None:
 @torch.no_grad()
 def run_decoder(sam: Sam, features: Tensor, boxes: Tensor) -> None:
     """The boxes of one picture [n, 4] through the decoder's transformer."""
-    sparse, dense = sam.prompt_encoder(boxes=boxes.to(sam.device))
     positions = sam.prompt_encoder.dense_positions()
-    sam.mask_decoder.attend(features.to(sam.device), positions, sparse, dense)
+    for group in box_groups(boxes):
+        sparse, dense = sam.prompt_encoder(boxes=group.to(sam.device))
+        sam.mask_decoder.attend(features.to(sam.device), positions, sparse, dense)
+
+
+def box_groups(boxes: Tensor) -> tuple[Tensor, ...]:
+    """Boxes [n, 4] in groups of nearly one size that the decoder takes at once.
+
+    Detectors of the published configurations give up to 100 boxes a picture, or 300: three times
+    the 4 GB that the image's tokens of 100 boxes take in a SAM's decoder.
+    """
+    return torch.tensor_split(boxes, -(-len(boxes) // BOXES_AT_ONCE))
 
 
 def calibrate(
@@ -92,10 +106,29 @@ def calibrate(
                 sam.mask_decoder.transformer, methods, lambda: run_item(sam, items[0])
             )
         _log.info("bimodal integration folded %s", ", ".join(sam.folded) or "no attention")
-    with observing_activations(sam):
-        for item in progress(items, "observing activations"):
-            run_item(sam, item)
+    observe_pictures(sam, items, progress)
     observe_weights(sam, progress)
+
+
+def observe_pictures(
+    sam: QuantizedSam, items: Sequence[CalibrationItem], progress: Progress
+) -> None:
+    """Set activation quantizers; several processes share the pictures and end alike.
+
+    What the pictures gave is merged in their order, however many processes looked at them.
+    """
+    with observing_activations(sam):
+        if not parallel.is_first():
+            # Some observers settle on the first picture how they look at the others.
+            with recording(sam):
+                run_item(sam, items[0])
+        records = []
+        for item in progress(parallel.share(items), "observing activations"):
+            with recording(sam) as record:
+                run_item(sam, item)
+            records.append(record)
+    for record in parallel.gather(records):
+        merge_recorded(sam, record)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ptq4sam.methods.reconstruction import UnitData, reconstruct_unit
 from ptq4sam.model.cache import ActivationCache, Kept, KeptSequence, load_all
-from ptq4sam.model.calibration import CalibrationItem
+from ptq4sam.model.calibration import CalibrationItem, box_groups
 from ptq4sam.model.capture import capture_call
 from ptq4sam.model.insertion import ENCODER, TRANSFORMER, QuantizedSam
 from ptq4sam.model.journal import Journal
@@ -34,7 +34,10 @@ KeptState = tuple[Kept, ...]
 
 @dataclass
 class _Streams:
-    """What flows between units, one entry a picture: in the quantized and in the float model."""
+    """What flows between units in the quantized and in the float model.
+
+    One entry a picture in the encoder, one a group of boxes in the decoder.
+    """
 
     quantized: list[KeptState]
     exact: list[KeptState]
@@ -42,7 +45,7 @@ class _Streams:
 
 @dataclass(frozen=True)
 class _Captured:
-    """What a module saw and should give, one entry a picture."""
+    """What a module saw and should give, one entry as in `_Streams`."""
 
     inputs: list[KeptState]
     exact_inputs: list[KeptState]
@@ -125,14 +128,15 @@ class _Work:
     def decoder_states(
         self, features: Sequence[KeptState], boxes: Sequence[Tensor]
     ) -> list[KeptState]:
-        """States before the decoder's transformer, from image embeddings and boxes."""
+        """States before the decoder's transformer, one for each group of boxes of a picture."""
         sam, states = self.sam, []
+        positions = sam.prompt_encoder.dense_positions()
         for kept, picture_boxes in zip(features, boxes, strict=True):
-            sparse, dense = sam.prompt_encoder(boxes=picture_boxes.to(sam.device))
-            positions = sam.prompt_encoder.dense_positions()
             (embedding,) = load_all(kept)
-            begun = sam.mask_decoder.begin(embedding, positions, sparse, dense)
-            states.append(self.cache.keep(begun))
+            for group in box_groups(picture_boxes):
+                sparse, dense = sam.prompt_encoder(boxes=group.to(sam.device))
+                begun = sam.mask_decoder.begin(embedding, positions, sparse, dense)
+                states.append(self.cache.keep(begun))
         return states
 
     def run_part(self, path: str, stages: Sequence[Stage], streams: _Streams) -> None:

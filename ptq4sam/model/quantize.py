@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ptq4sam import parallel
 from ptq4sam.model.cache import ActivationCache
 from ptq4sam.model.calibration import CalibrationItem, calibrate
 from ptq4sam.model.engine import reconstruct
@@ -32,6 +33,8 @@ def quantize_sam(
 ) -> QuantizedSam:
     """Calibrate, reconstruct where the scheme says so, and freeze; the float SAM is not touched.
 
+    Several processes (see `parallel`) share the calibration; the first one reconstructs.
+
     Args:
         sam: the float model.
         items: calibration pictures with their boxes.
@@ -40,7 +43,8 @@ def quantize_sam(
         seed: fixes every random choice of the reconstruction.
         progress: shows how far it is.
         cache: where captured activations live; by default half of the free memory, then the disk.
-        journal: keeps what is finished, and gives back what was finished before.
+        journal: keeps what is finished, and gives back what was finished before; the first
+            process's only.
         plan: tells which share of the work is done.
 
     Raises:
@@ -48,11 +52,11 @@ def quantize_sam(
         ResourceError: activations fit nowhere.
     """
     quantized = insert_quantizers(sam, scheme, quantize_encoder)
-    if journal is None or not journal.restore_calibration(quantized):
+    if not parallel.from_first(lambda: journal and journal.restore_calibration(quantized)):
         calibrate(quantized, items, progress)
         if journal is not None:
             journal.record_calibration(quantized)
-    if scheme.recon is not None:
+    if scheme.recon is not None and parallel.is_first():
         reconstruct(
             quantized,
             items,
@@ -63,6 +67,8 @@ def quantize_sam(
             journal=journal,
             plan=plan,
         )
+    parallel.copy_state_of_first(quantized)
+    quantized.folded = parallel.from_first(lambda: quantized.folded)
     if scheme.compat == "published":
         keep_published_defects(quantized, seed)
     else:

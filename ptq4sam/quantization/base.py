@@ -13,6 +13,8 @@ from ptq4sam.quantization.dropping import keep_some_float
 from ptq4sam.quantization.grid import Grid, affine_codes, fake_quantize
 from ptq4sam.quantization.observers import OBSERVERS, require_finite
 
+Statistics = tuple[Tensor, ...]
+"""What a quantizer keeps of one batch: a few numbers."""
 EPS = torch.finfo(torch.float32).eps
 """Smallest learned scale."""
 
@@ -32,7 +34,7 @@ class Quantizer(nn.Module):
     """Base of all quantizers.
 
     Subclasses register `scale` (a buffer, or a parameter where it is learned) and implement
-    `observe`, `quantize` and `codes`.
+    `batch_statistics`, `merge`, `quantize` and `codes`.
 
     Args:
         grid: the codes allowed.
@@ -43,6 +45,7 @@ class Quantizer(nn.Module):
         drop_probability: probability that an element of the output is the float value (QDrop, Wei
             et al. 2022); 0 is off.
         generator: source of that choice; None is torch's own.
+        recorded: receives the statistics of batches instead of merging them; None while it merges.
         scale: [] or [channels], in the units of the data.
         zero_point: the code of zero, as floating point, of that shape.
     """
@@ -58,6 +61,7 @@ class Quantizer(nn.Module):
         self.name = ""
         self.drop_probability = 0.0
         self.generator: torch.Generator | None = None
+        self.recorded: list[Statistics] | None = None
         # The flag is read at every forward: a copy in Python spares waiting for a device.
         self._is_calibrated = False
         self.register_buffer("calibrated", torch.tensor(False))
@@ -95,6 +99,14 @@ class Quantizer(nn.Module):
 
     def observe(self, x: Tensor, value: Tensor | None) -> None:
         """Take a finite batch into account and set the scale by all so far."""
+        self.merge(self.batch_statistics(x, value))
+
+    def batch_statistics(self, x: Tensor, value: Tensor | None) -> Statistics:
+        """What matters of a finite batch."""
+        raise NotImplementedError
+
+    def merge(self, statistics: Statistics) -> None:
+        """Set the scale by the statistics of a batch and of all before it."""
         raise NotImplementedError
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -126,7 +138,10 @@ class Quantizer(nn.Module):
     def _observe(self, x: Tensor, value: Tensor | None) -> None:
         try:
             require_finite(x)
-            self.observe(x, value)
+            if self.recorded is None:
+                self.observe(x, value)
+            else:
+                self.recorded.append(self.batch_statistics(x, value))
         except CalibrationError as error:
             raise CalibrationError(f"{self._label()}: {error}") from error
 
@@ -171,9 +186,14 @@ class AffineQuantizer(Quantizer):
         self.channel_axis = channel_axis
         self.observer = OBSERVERS[observer](grid, channel_axis)
 
-    def observe(self, x: Tensor, value: Tensor | None) -> None:
-        """Take a batch into account and set scale and zero point by all so far."""
-        self.observer.observe(x)
+    def batch_statistics(self, x: Tensor, value: Tensor | None) -> Statistics:
+        """Ends of a batch's range."""
+        return self.observer.range_of(x)
+
+    def merge(self, statistics: Statistics) -> None:
+        """Set scale and zero point by a batch's range and all before it."""
+        low, high = (end.to(self.scale.device) for end in statistics)
+        self.observer.merge(low, high)
         self._set_parameters(*self.observer.quantization_parameters())
 
     def quantize(self, x: Tensor) -> Tensor:

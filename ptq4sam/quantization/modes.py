@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from ptq4sam.quantization.base import Statistics
 from ptq4sam.quantization.quantizers import Mode, Quantizer
 
 WEIGHT_QUANTIZER = "weight_quantizer"
@@ -69,3 +70,29 @@ def dropping(
     finally:
         for quantizer, found in zip(chosen, before, strict=True):
             quantizer.drop_probability, quantizer.generator = found
+
+
+@contextlib.contextmanager
+def recording(module: nn.Module) -> Iterator[dict[str, list[Statistics]]]:
+    """Quantizers that observe within the `with` block keep what they see for `merge_recorded`.
+
+    Yields:
+        Statistics of every batch, by the path of the quantizer.
+    """
+    found = dict(quantizers(module))
+    before = {name: quantizer.recorded for name, quantizer in found.items()}
+    record: dict[str, list[Statistics]] = {name: [] for name in found}
+    try:
+        for name, quantizer in found.items():
+            quantizer.recorded = record[name]
+        yield record
+    finally:
+        for name, quantizer in found.items():
+            quantizer.recorded = before[name]
+
+
+def merge_recorded(module: nn.Module, record: dict[str, list[Statistics]]) -> None:
+    """Set scales by what `recording` kept."""
+    for name, quantizer in quantizers(module):
+        for statistics in record[name]:
+            quantizer.merge(statistics)

@@ -61,6 +61,15 @@ class Observer(nn.Module):
         Raises:
             CalibrationError: `x` is empty or has values that are not finite.
         """
+        self.merge(*self.range_of(x))
+
+    @torch.no_grad()
+    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Ends of a batch's range, [] or [channels] each.
+
+        Raises:
+            CalibrationError: `x` is empty or has values that are not finite.
+        """
         require_finite(x)
         rows = x.detach().float()
         if self.channel_axis is None:
@@ -68,9 +77,7 @@ class Observer(nn.Module):
         else:
             rows = rows.movedim(self.channel_axis, 0).flatten(1)
         low, high = self.batch_range(rows)
-        if self.channel_axis is None:
-            low, high = low[0], high[0]
-        self._merge(low, high)
+        return (low[0], high[0]) if self.channel_axis is None else (low, high)
 
     def batch_range(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The range of one batch.
@@ -95,7 +102,8 @@ class Observer(nn.Module):
             )
         return self.grid.affine_parameters(self.minimum, self.maximum)
 
-    def _merge(self, low: Tensor, high: Tensor) -> None:
+    def merge(self, low: Tensor, high: Tensor) -> None:
+        """Take the range of a batch into account."""
         if self.batches == 0:
             self.minimum, self.maximum = low.clone(), high.clone()
         elif self.averages:

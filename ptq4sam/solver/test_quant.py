@@ -23,15 +23,15 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.experiments.requests import engine_settings, execute, with_preset
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.model.storage import is_quantized_file
+from ptq4sam.parallel import started_by_torchrun
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.solver.experiment import DataConfig, ExperimentConfig
 
 _log = logging.getLogger("ptq4sam.solver")
 
 _WITHOUT_MEANING = {
-    "launcher": "one process evaluates",
-    "tmpdir": "results are not collected from several processes",
-    "gpu_collect": "results are not collected from several processes",
+    "tmpdir": "processes gather their results in memory",
+    "gpu_collect": "processes gather their results in memory",
     "fuse_conv_bn": "SAM has no batch normalisation",
     "short4cut": "it was a shortcut for debugging",
     "resign_end": "signs are folded once, before calibration",
@@ -69,7 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", help="boxes of any detector instead of the configured one")
     parser.add_argument("--device", help="torch device, e.g. cpu; goes before --gpu-id")
     parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
-    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="pytorch: torchrun started several processes (which is seen without it)",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--tmpdir")
     parser.add_argument("--gpu-collect", action="store_true")
@@ -88,6 +93,7 @@ def settings_from(parsed: argparse.Namespace) -> RunSettings:
         DependencyError: the configured detector needs something that is not there.
     """
     _mention_flags_without_meaning(parsed)
+    _check_launcher(parsed.launcher)
     config = ExperimentConfig.from_file(parsed.config, *parsed.cfg_options)
     if parsed.prompts is None:
         config.detector.require_available()
@@ -176,9 +182,22 @@ def _eval_options(settings: RunSettings, options: Sequence[str]) -> RunSettings:
     return settings
 
 
+def _check_launcher(launcher: str) -> None:
+    """Refuse processes that nobody started.
+
+    Raises:
+        ConfigError: torchrun did not start this process, though it should have.
+    """
+    if launcher != "none" and not started_by_torchrun():
+        raise ConfigError(
+            f"--launcher {launcher} was given, but torchrun did not start this process: use "
+            "torchrun --nproc-per-node N ptq4sam/solver/test_quant.py --launcher pytorch ..."
+        )
+
+
 def _mention_flags_without_meaning(parsed: argparse.Namespace) -> None:
     for name, reason in _WITHOUT_MEANING.items():
-        if getattr(parsed, name) not in (None, False, "none"):
+        if getattr(parsed, name) not in (None, False):
             _log.warning("--%s is accepted but does nothing here: %s", name, reason)
     if parsed.eval and set(parsed.eval) != {"segm"}:
         _log.warning("--eval %s: mask AP (segm) is what is computed", " ".join(parsed.eval))

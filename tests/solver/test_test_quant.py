@@ -72,17 +72,25 @@ def test_quantized_encoder_and_weights_only(tiny: Tiny, tmp_path: Path) -> None:
 def test_float_model_and_flags_without_meaning(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    idle = ["--launcher", "pytorch", "--tmpdir", "t", "--gpu-collect", "--fuse-conv-bn"]
+    idle = ["--launcher", "none", "--tmpdir", "t", "--gpu-collect", "--fuse-conv-bn"]
     idle += ["--short4cut", "--resign_end", "--q_config", str(EXP / "config66.yaml")]
     assert main(command(tiny, "--fp", "--device", "cpu", "--show-dir", "shown", *idle)) == 0
     told = " ".join(capsys.readouterr().err.split())
-    for flag in ("launcher", "tmpdir", "gpu_collect", "fuse_conv_bn", "short4cut", "resign_end"):
+    for flag in ("tmpdir", "gpu_collect", "fuse_conv_bn", "short4cut", "resign_end"):
         assert f"--{flag} is accepted but does nothing here" in told
     assert "--q_config has no meaning" in told
     metrics = read_metrics(tmp_path / "work_dirs" / GROUND_TRUTH.stem)
     assert metrics["quantized"] is False
     assert "mean_iou" in metrics
     assert len(list((tmp_path / "shown").iterdir())) == 1
+
+
+def test_a_launcher_that_launched_nothing(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main(command(tiny, "--fp", "--launcher", "pytorch")) == 2
+    assert "use torchrun --nproc-per-node N" in " ".join(capsys.readouterr().err.split())
 
 
 def test_format_only_writes_masks_without_a_score(
