@@ -36,7 +36,7 @@ class Quantizing:
     ) -> None:
         self._settings, self._sam, self._items, self._scheme = settings, sam, items, scheme
         self._progress = progress
-        self._cache = ActivationCache(sam.device, settings.memory_budget, settings.work_dir)
+        self._cache = ActivationCache(sam.device, self._budget(), settings.work_dir)
         self.plan: Plan = make_plan(
             sam,
             items,
@@ -46,6 +46,12 @@ class Quantizing:
         )
         for line in self.plan.lines():
             _log.info("%s", line)
+
+    def _budget(self) -> int | None:
+        """Bytes for activations on the model's device: none of a GPU's where the scheme says so."""
+        recon = self._scheme.recon
+        away = recon is not None and not recon.keep_gpu and self._sam.device.type != "cpu"
+        return 0 if away else self._settings.memory_budget
 
     def run(self) -> QuantizedSam:
         """Quantize, going on with what the journal has if the run is to resume.

@@ -226,8 +226,11 @@ def _optimize(
         groups.append({"params": [q.scale for q in scales], "lr": settings.scale_lr})
     optimizer = torch.optim.Adam(groups, fused=True)
     # Drawn at once: a draw a step would make a GPU wait for the host.
-    batches = torch.randint(
-        len(data.targets), (settings.iters,), generator=generator, device=generator.device
+    chosen = torch.randint(
+        len(data.targets),
+        (settings.iters, settings.batch_size),
+        generator=generator,
+        device=generator.device,
     ).tolist()
     recent: list[Tensor] = []
     for step in progress(range(settings.iters)):
@@ -236,7 +239,7 @@ def _optimize(
         optimizer.zero_grad(set_to_none=True)
         with product_precision(settings.precision, generator.device):
             error, penalty = _step_loss(
-                unit, rounding, data, batches[step], settings, schedule.temperature(), generator
+                unit, rounding, data, chosen[step], settings, schedule.temperature(), generator
             )
             (error + penalty).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -290,23 +293,32 @@ def _step_loss(
     unit: nn.Module,
     rounding: Sequence[AdaRoundQuantizer],
     data: UnitData,
-    batch: int,
+    chosen: Sequence[int],
     settings: Reconstruction,
     temperature: float | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Output error of one batch, and the rounding regulariser."""
+    """Output error of the chosen batches together, and the rounding regulariser."""
     inputs = tuple(
         _mix(quantized, exact, settings.drop_prob, generator)
-        for quantized, exact in zip(data.inputs[batch], data.float_inputs[batch], strict=True)
+        for quantized, exact in zip(
+            _joined(data.inputs, chosen), _joined(data.float_inputs, chosen), strict=True
+        )
     )
-    (target,) = data.targets[batch]
+    (target,) = _joined(data.targets, chosen)
     error = output_error(unit(*inputs), target)
     penalty = error.new_zeros(())
     if temperature is not None:
         for quantizer in rounding:
             penalty = penalty + settings.weight * quantizer.rounding_regularizer(temperature)
     return error, penalty
+
+
+def _joined(batches: Sequence[tuple[Tensor, ...]], chosen: Sequence[int]) -> tuple[Tensor, ...]:
+    """Several batches as one: pictures, windows or boxes are on axis 0 of all their tensors."""
+    if len(chosen) == 1:
+        return batches[chosen[0]]
+    return tuple(map(torch.cat, zip(*(batches[index] for index in chosen), strict=True)))
 
 
 def _mix(quantized: Tensor, exact: Tensor, drop: float, generator: torch.Generator) -> Tensor:

@@ -80,13 +80,15 @@ class Reconstruction(Record):
     """How units are reconstructed (QDrop, Wei et al. 2022; BRECQ, Li et al. 2021; AdaRound).
 
     Attributes:
-        batch_size: pictures a step: 1, as pictures have different numbers of boxes.
+        batch_size: pictures a step, drawn with replacement; in the decoder groups of up to 100
+            boxes of one picture.
         scale_lr: Adam's first learning rate of the activation scales, annealed to 0 by a cosine.
         warm_up: share of the steps without rounding regularizer, in [0, 1).
         weight: factor of the rounding regularizer.
         iters: steps a unit.
         b_range: exponent of the regularizer at the end of the warm-up and at the last step.
-        keep_gpu: keep captured activations on the device of the model; no result depends on it.
+        keep_gpu: keep captured activations in a GPU's memory while there is room; else in the
+            host's. No result depends on it.
         round_mode: "learned_hard_sigmoid" (AdaRound's rectified sigmoid).
         drop_prob: probability that an element stays float, in activations and unit inputs; 0 is
             off. (Published files only have 0.5.)
@@ -122,7 +124,7 @@ class Reconstruction(Record):
     weights_only: bool = False
 
     def _validate(self) -> None:
-        self._require(self.batch_size == 1, "batch_size", "1")
+        self._require(self.batch_size >= 1, "batch_size", "1 or more")
         self._require(self.scale_lr > 0, "scale_lr", "more than 0")
         self._require(self.rounding_lr > 0, "rounding_lr", "more than 0")
         self._require(0 <= self.warm_up < 1, "warm_up", "0 to below 1")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ptq4sam.errors import CalibrationError
+from ptq4sam.model import calibration
 from ptq4sam.model.calibration import CalibrationItem, integrate_bimodal, run_item
 from ptq4sam.model.insertion import insert_quantizers, model_units
 from ptq4sam.model.layers import quantized_layers
@@ -46,6 +47,30 @@ def test_reconstruction_lowers_the_error_of_units(
     assert len(told) == 2 * 2 + 1 + 2 * 4 + 1
     before, after = (sum(float(args[place]) for args in told) for place in (1, 2))  # type: ignore[index,arg-type]
     assert after < 0.9 * before
+
+
+def test_several_pictures_a_step(
+    sam: Sam, items: Items, make_scheme: MakeScheme, caplog: pytest.LogCaptureFixture
+) -> None:
+    recon = {"rounding_lr": 0.01, "batch_size": 3}
+    with caplog.at_level("INFO", logger="ptq4sam.model.engine"):
+        quantize_sam(sam, items, make_scheme(3, steps=60, recon=recon))
+    told = [r.args for r in caplog.records if r.message.startswith("reconstructed")]
+    before, after = (sum(float(args[place]) for args in told) for place in (1, 2))  # type: ignore[index,arg-type]
+    assert after < 0.95 * before
+
+
+def test_many_boxes_go_in_groups(
+    sam: Sam, items: Items, make_scheme: MakeScheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "BOXES_AT_ONCE", 2)
+    seen: list[int] = []
+    attention = sam.mask_decoder.transformer.final_attn_token_to_image
+    attention.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
+    run_item(sam, items[2])
+    assert len(items[2].boxes) == 3
+    assert seen == [2, 1]
+    quantize_sam(sam, items, make_scheme(4, steps=2))
 
 
 def test_same_seed_same_bits_and_another_seed_others(

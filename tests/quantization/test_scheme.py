@@ -108,7 +108,7 @@ def test_numbers_that_yaml_takes_for_text(tmp_path: Path, text: str) -> None:
         ("a_qconfig.quantizer", "LSQ", "a_qconfig.quantizer: 'LSQ' given; "),
         ("calibrate", 0, "calibrate: 0 given, allowed: 1 or more"),
         ("compat", "Published", "compat: 'Published' given, one of faithful, published is needed"),
-        ("recon.batch_size", 2, "recon.batch_size: 2 given, allowed: 1"),
+        ("recon.batch_size", 0, "recon.batch_size: 0 given, allowed: 1 or more"),
         ("recon.iters", 0, "recon.iters: 0 given, allowed: 1 or more"),
         ("recon.warm_up", 1, "recon.warm_up: 1.0 given, allowed: 0 to below 1"),
         ("recon.warm_up", -0.1, "recon.warm_up: -0.1 given, allowed: 0 to below 1"),
