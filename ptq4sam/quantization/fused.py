@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -62,28 +62,50 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
     """Compile `function` for calls whose first argument is a large tensor.
 
     It must be a pure function of tensors and integers: no in-place changes of its arguments, no
-    random numbers, numbers that change from call to call as tensors.
+    random numbers, numbers that change from call to call as tensors. Where all tensors have one
+    shape or are single numbers it sees them flat, so that one kernel serves all shapes.
     """
 
     @functools.cache
-    def compiled() -> Callable[P, R]:
+    def compiled() -> Callable[..., Any]:
         # Not at once: it takes a second to load the compiler.
         with _quiet("torch.utils.cpp_extension"):
             importlib.import_module("torch.utils.cpp_extension")
-        kernel: Callable[P, R] = torch.compile(function, dynamic=True, fullgraph=True)
+        kernel: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True)
         return kernel
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not (_is_large(args) and _compiler.usable()):
+        large = isinstance(args[0], Tensor) and args[0].numel() >= FEWEST_ELEMENTS
+        if not (large and _compiler.usable()):
             return function(*args, **kwargs)
         try:
-            return compiled()(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+            result: R = _on_flat(compiled(), *cast(tuple[Any, ...], args))
+        except _compiler_errors() as error:
             _compiler.give_up(error)
             return function(*args, **kwargs)
+        return result
 
     return run
+
+
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    """What a compiler that fails raises; looked up only then, for loading it takes a second."""
+    from torch._dynamo import exc
+
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
+
+
+def _on_flat(kernel: Callable[..., Any], first: Tensor, *others: Tensor | int) -> Any:
+    """Call a kernel with flat tensors where that is the same; results get their shape back."""
+    shape = first.shape
+    if any(isinstance(x, Tensor) and x.dim() > 0 and x.shape != shape for x in others):
+        return kernel(first, *others)
+    flat = [x.reshape(-1) if isinstance(x, Tensor) and x.dim() > 0 else x for x in (first, *others)]
+    results = kernel(*flat)
+    if isinstance(results, Tensor):
+        return results.reshape(shape) if results.dim() > 0 else results
+    return tuple(x.reshape(shape) if x.dim() > 0 else x for x in results)
 
 
 @contextlib.contextmanager
@@ -96,7 +118,3 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _is_large(args: tuple[Any, ...]) -> bool:
-    return isinstance(args[0], Tensor) and args[0].numel() >= FEWEST_ELEMENTS

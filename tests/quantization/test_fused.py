@@ -78,6 +78,27 @@ def test_compiled_agrees_with_one_by_one(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@needs_compiler
+def test_one_kernel_serves_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(2**20,), (2**10, 2**10), (1, 2**20), (2**20, 1), (3, 2**9, 2**10), (2**9, 1, 2**11)]
+    shapes += [
+        (1, 2**5, 2**5, 2**10),
+        (25, 14, 14, 768),
+        (2, 1, 2**9, 1, 2**10),
+        (1,) * 6 + (2**21,),
+    ]
+    monkeypatch.setattr(fused._compiler, "_usable", True)
+    kernels = torch._dynamo.utils.counters["stats"]
+    before = kernels["unique_graphs"]
+    for shape in shapes:
+        x = torch.randn(shape).transpose(0, -1)
+        found = fake_quantize(x, torch.tensor(0.3), torch.tensor(3.0), Grid(4))
+        expected = ((x / 0.3).round().add(3).clamp(0, 15) - 3) * 0.3
+        assert found.shape == x.shape
+        torch.testing.assert_close(found, expected)
+    assert kernels["unique_graphs"] - before <= 1
+
+
 def test_small_tensors_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compile(*_args: object, **_options: object) -> None:
         raise AssertionError("compiled")
