@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from ptq4sam.quantization.quantizers import Mode, Quantizer
 from ptq4sam.sam import image_encoder, transformer
 
-# Bytes of softmax output computed at once where no observer must see it whole: a global attention
-# at 1024 px is 805 MB for ViT-B, of which quantization needs several copies.
-_SOFTMAX_BYTES = 128 * 2**20
+# Bytes of softmax output computed at once where nothing must see it whole: a global attention at
+# 1024 px is 805 MB for ViT-B, of which quantization needs several copies. A CPU's pieces stay in
+# its cache.
+_SOFTMAX_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+
+Bias = Callable[[Tensor, int, int], Tensor]
+"""Logits to add for the grid rows first to last of some heads of the quantized query."""
 
 
 @dataclass(frozen=True)
@@ -46,36 +50,47 @@ class _QuantizedAttentionMixin(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        bias: Callable[[Tensor], Tensor] | None = None,
+        bias: Bias | None = None,
+        columns: int = 1,
     ) -> Tensor:
         """Attend with quantized operands.
 
         Args:
-            query: [batch, heads, n, head_dim] after projection, not yet scaled.
+            query: [batch, heads, rows * columns, head_dim] after projection, not yet scaled.
             key: [batch, heads, m, head_dim].
             value: [batch, heads, m, head_dim].
-            bias: gives the logits to add for some heads of the quantized query.
+            bias: gives the logits to add.
+            columns: queries in a row of their grid.
 
         Returns:
-            [batch, heads, n, head_dim].
+            [batch, heads, rows * columns, head_dim].
         """
         query = self.query_quantizer(query)
         key = self.key_quantizer(key)
         value = self.value_quantizer(value)
-        batch, heads, queries, _ = query.shape
-        head_bytes = batch * queries * key.shape[2] * query.itemsize
-        at_once = max(1, _SOFTMAX_BYTES // head_bytes)
-        if torch.is_grad_enabled() or self.softmax_quantizer.mode is Mode.OBSERVE:
-            at_once = heads
-        pieces = []
-        for first in range(0, heads, at_once):
-            part = slice(first, first + at_once)
-            logits = (query[:, part] * self.scale) @ key[:, part].transpose(-1, -2)
+        heads, rows = query.shape[1], query.shape[2] // columns
+
+        def attend(head: slice, first: int, last: int) -> Tensor:
+            part = query[:, head, first * columns : last * columns]
+            logits = (part * self.scale) @ key[:, head].transpose(-1, -2)
             if bias is not None:
-                logits = logits + bias(query[:, part])
-            attention = self.softmax_quantizer(logits.softmax(dim=-1), value[:, part])
-            pieces.append(attention @ value[:, part])
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+                logits.add_(bias(part, first, last))
+            attention = self.softmax_quantizer(logits.softmax(dim=-1), value[:, head])
+            attended: Tensor = attention @ value[:, head]
+            return attended
+
+        if torch.is_grad_enabled() or self.softmax_quantizer.mode is Mode.OBSERVE:
+            return attend(slice(None), 0, rows)
+        row_bytes = query.shape[0] * columns * key.shape[2] * query.itemsize
+        allowed = max(1, _SOFTMAX_BYTES.get(query.device.type, 2**24) // row_bytes)
+        rows_at_once, heads_at_once = min(rows, allowed), max(1, allowed // rows)
+        result = value.new_empty(*query.shape[:3], value.shape[-1])
+        for head in range(0, heads, heads_at_once):
+            for first in range(0, rows, rows_at_once):
+                last = min(rows, first + rows_at_once)
+                part = slice(head, head + heads_at_once)
+                result[:, part, first * columns : last * columns] = attend(part, first, last)
+        return result
 
 
 class QuantizedEncoderAttention(image_encoder.Attention, _QuantizedAttentionMixin):
@@ -100,11 +115,12 @@ class QuantizedEncoderAttention(image_encoder.Attention, _QuantizedAttentionMixi
         """As the float block: [batch, rows, columns, dim] to the same shape."""
         grid = (x.shape[1], x.shape[2])
         query, key, value = self.split_heads(self.qkv(x))
+
+        def bias(part: Tensor, first: int, last: int) -> Tensor:
+            return self.position_bias(part, grid, first, last)
+
         attended = self._quantized_attention(
-            query,
-            key,
-            value,
-            (lambda part: self.position_bias(part, grid)) if self.use_rel_pos else None,
+            query, key, value, bias if self.use_rel_pos else None, columns=grid[1]
         )
         projected: Tensor = self.proj(self.merge_heads(attended, grid))
         return projected
