@@ -17,7 +17,6 @@ _PLANNED = {
     "export": "deployment files (ONNX, OpenVINO)",
     "sweep": "sweeps over schemes",
     "report": "the HTML report of a run",
-    "download": "weights and data by name",
 }
 
 
@@ -103,6 +102,14 @@ def build_parser() -> argparse.ArgumentParser:
     demo = verbs.add_parser("demo", help="the whole job on the embedded model and scenes")
     demo.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"))
     demo.set_defaults(run=_demo)
+
+    download = verbs.add_parser("download", help="get published weights and data by name")
+    download.add_argument("names", nargs="*", metavar="NAME")
+    download.add_argument("--list", action="store_true", help="what there is, and what is here")
+    download.add_argument(
+        "--root", type=Path, default=Path(), help="folder of ckpt/ and data/; default: here"
+    )
+    download.set_defaults(run=_download)
 
     for name, what in _PLANNED.items():
         planned = verbs.add_parser(name, help=f"not in this version: {what}")
@@ -214,6 +221,18 @@ def _demo(parsed: argparse.Namespace) -> int:
     from ptq4sam.experiments.demo import run_demo
 
     return run_demo(parsed.work_dir)
+
+
+def _download(parsed: argparse.Namespace) -> int:
+    from ptq4sam.downloads.terminal import download, listing
+
+    if parsed.list:
+        sys.stdout.write("\n".join(listing(parsed.root)) + "\n")
+        return 0
+    if not parsed.names:
+        raise ConfigError("ptq4sam download needs names: ptq4sam download --list shows them")
+    download(parsed.names, parsed.root)
+    return 0
 
 
 def _planned(parsed: argparse.Namespace) -> int:

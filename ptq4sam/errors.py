@@ -29,3 +29,7 @@ class DependencyError(Ptq4samError):
 
 class ResourceError(Ptq4samError):
     """Memory or disk is used up; the message names the knob to turn."""
+
+
+class DownloadError(Ptq4samError):
+    """A file cannot be had from its publisher, or another one came."""
