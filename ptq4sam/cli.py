@@ -88,6 +88,18 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--output", type=Path, required=True, metavar="F.safetensors")
     quantize.set_defaults(run=_quantize)
 
+    prompts = verbs.add_parser("prompts", help="write a detector's boxes as COCO results")
+    prompts.add_argument(
+        "--detector", required=True, help="as --prompts of evaluate: onnx:FILE, ..."
+    )
+    prompts.add_argument("--images", type=Path, required=True, help="folder of pictures")
+    prompts.add_argument("--annotations", type=Path, metavar="A.json", help="COCO instances file")
+    prompts.add_argument("--out", type=Path, required=True, metavar="BOXES.json")
+    prompts.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
+    prompts.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+    prompts.add_argument("--device", help="cpu or cuda:0; default: cpu")
+    prompts.set_defaults(run=_prompts)
+
     audit = verbs.add_parser("audit", help="prove that a quantized model is one")
     audit.add_argument("model", type=Path, help="file written by ptq4sam quantize")
     audit.set_defaults(run=_audit)
@@ -198,6 +210,27 @@ def _quantize(parsed: argparse.Namespace) -> int:
     if parsed.scheme is None:
         raise ConfigError("ptq4sam quantize needs a scheme: give --scheme exp/config44.yaml")
     return execute(settings_from_arguments(parsed, save_model=parsed.output))
+
+
+def _prompts(parsed: argparse.Namespace) -> int:
+    from ptq4sam import parallel
+    from ptq4sam.experiments.detecting import detect
+    from ptq4sam.experiments.settings import DataSettings
+    from ptq4sam.progress import bars
+
+    with parallel.joined():
+        found = detect(
+            parsed.detector,
+            DataSettings(parsed.images, parsed.annotations),
+            parsed.out,
+            device=parsed.device,
+            limit=parsed.limit,
+            skip_bad=parsed.skip_bad,
+            progress=bars,
+        )
+        if parallel.is_first():
+            sys.stdout.write(f"{found} boxes written to {parsed.out}\n")
+    return 0
 
 
 def _audit(parsed: argparse.Namespace) -> int:

@@ -3,6 +3,9 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +72,37 @@ def test_boxes_from_a_file_score_as_the_same_boxes_from_the_annotations(
     assert [metrics[key] for key in AP] == [truth_metrics[key] for key in AP]
     assert metrics["masks"] == truth_metrics["masks"]
     assert "mean_iou" not in metrics
+
+
+def test_boxes_of_a_detector_are_a_file_like_any_other(tiny: Tiny, tmp_path: Path) -> None:
+    run("prompts", "--detector", "scene-detector", *tiny.data(), "--out", "boxes.json")
+    asked = ["evaluate", *tiny.model(), *tiny.data()]
+    metrics = []
+    for spec in ("boxes.json", "scene-detector"):
+        run(*asked, "--prompts", spec, "--work-dir", tmp_path / "w")
+        metrics.append(read_metrics(tmp_path / "w")["AP"])
+    assert metrics[0] == metrics[1]
+
+
+def test_boxes_from_a_file_need_no_detector(tiny: Tiny, tmp_path: Path) -> None:
+    dataset = CocoDataset(tiny.images(), tiny.annotations())
+    truth = GroundTruth(dataset)
+    write_results([truth.prompts(r, dataset.load(r)) for r in dataset.images], Path("boxes.json"))
+    command = ["evaluate", *tiny.model(), *tiny.data(), "--prompts", "boxes.json"]
+    command += ["--work-dir", tmp_path / "w"]
+    script = (
+        "import sys; from ptq4sam.cli import main; code = main(sys.argv[1:]);"
+        "found = {'torchvision', 'onnxruntime', 'mmdet', 'transformers'} & set(sys.modules);"
+        "sys.exit(f'imported {found}' if found else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, command)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_scene_detector_is_asked_once(tiny: Tiny, tmp_path: Path) -> None:

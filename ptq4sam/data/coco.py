@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq4sam.data.images import ImageRecord, ImageSet, check_limit
+from ptq4sam.data.images import ImageFolder, ImageRecord, ImageSet, check_limit
 from ptq4sam.data.segmentation import (
     are_numbers,
     decode_segmentation,
@@ -213,6 +213,18 @@ class _Unusable(Exception):
     def __init__(self, kind: str, problem: str) -> None:
         super().__init__(problem)
         self.kind = kind
+
+
+def open_images(
+    images: Path, annotations: Path | None, *, skip_bad: bool = False, limit: int | None = None
+) -> ImageSet:
+    """A data set in COCO's format, or a plain folder where there are no annotations.
+
+    Arguments and errors are those of `CocoDataset` and `ImageFolder`.
+    """
+    if annotations is None:
+        return ImageFolder(images, skip_bad=skip_bad, limit=limit)
+    return CocoDataset(images, annotations, skip_bad=skip_bad, limit=limit)
 
 
 def coco_index(dataset: ImageSet, annotations: list[dict[str, Any]]) -> COCO:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 import ptq4sam
 from ptq4sam import parallel
-from ptq4sam.data import CocoDataset, ImageFolder, ImageSet
+from ptq4sam.data import ImageSet, open_images
 from ptq4sam.errors import CalibrationError, CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
 from ptq4sam.experiments.calibration import calibration_pictures
@@ -222,10 +222,9 @@ class Run:
         return dataset, source
 
     def _dataset(self, data: DataSettings, limit: int | None) -> ImageSet:
-        skip_bad = self.settings.skip_bad
-        if data.annotations is None:
-            return ImageFolder(data.images, skip_bad=skip_bad, limit=limit)
-        return CocoDataset(data.images, data.annotations, skip_bad=skip_bad, limit=limit)
+        return open_images(
+            data.images, data.annotations, skip_bad=self.settings.skip_bad, limit=limit
+        )
 
     def _source(self, prompts: str, dataset: ImageSet) -> PromptSource:
         if prompts == "ground-truth" and not has_truth(dataset):
