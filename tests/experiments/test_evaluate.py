@@ -110,5 +110,5 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(
 
     writer = PictureWriter(tmp_path / "shown", dataset, threshold=0)
     evaluation = evaluate_sam(sam, dataset, Fixed(), Prompting(), on_picture=writer)
-    assert {path.name for path in (tmp_path / "shown").iterdir()} == {"a.jpg", "a-2.jpg"}
+    assert {path.name for path in (tmp_path / "shown").iterdir()} == {"a-1.jpg", "a-2.jpg"}
     assert evaluation.metrics == {}
