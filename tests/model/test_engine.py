@@ -125,7 +125,7 @@ def test_a_picture_that_is_not_finite_is_named(
     calibrate(quantized, items)
     bad = dataclasses.replace(items[2], pixels=torch.full_like(items[2].pixels, torch.inf))
     assert scheme.recon is not None
-    with pytest.raises(CalibrationError, match=r"blocks\.0\.attn .* picture 2"):
+    with pytest.raises(CalibrationError, match=r"blocks\.0\.attn .* batch 2"):
         reconstruct(quantized, [*items[:2], bad], scheme.recon)
 
 
