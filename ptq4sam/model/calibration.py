@@ -77,8 +77,8 @@ def run_decoder(sam: Sam, features: Tensor, boxes: Tensor) -> None:
 def box_groups(boxes: Tensor) -> tuple[Tensor, ...]:
     """Boxes [n, 4] in groups of nearly one size that the decoder takes at once.
 
-    Detectors of the published configurations give up to 100 boxes a picture, or 300: three times
-    the 4 GB that the image's tokens of 100 boxes take in a SAM's decoder.
+    Detectors of the published configurations give up to 100 boxes a picture, or 300. The image's
+    tokens for 100 boxes are 420 MB in a SAM's decoder, of which an attention needs several.
     """
     return torch.tensor_split(boxes, -(-len(boxes) // BOXES_AT_ONCE))
 

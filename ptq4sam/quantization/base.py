@@ -141,7 +141,8 @@ class Quantizer(nn.Module):
             if self.recorded is None:
                 self.observe(x, value)
             else:
-                self.recorded.append(self.batch_statistics(x, value))
+                statistics = self.batch_statistics(x, value)
+                self.recorded.append(tuple(number.cpu() for number in statistics))
         except CalibrationError as error:
             raise CalibrationError(f"{self._label()}: {error}") from error
 
