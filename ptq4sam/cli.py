@@ -131,7 +131,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) -> None:
-    parser.add_argument("--model", default="vit_nano", help="vit_nano, vit_b, vit_l or vit_h")
+    parser.add_argument(
+        "--model",
+        help="vit_nano, vit_b, vit_l or vit_h; default: a quantized file's own, else vit_nano",
+    )
     parser.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
     parser.add_argument(
         "--float-checkpoint",
@@ -158,18 +161,40 @@ def _add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) -
     parser.add_argument(
         "--prompts",
         default="ground-truth",
-        help="boxes.json, ground-truth, scene-detector, onnx:FILE or torchvision:NAME[:FILE]",
+        help="boxes.json, ground-truth (the default), scene-detector, onnx:FILE or "
+        "torchvision:NAME[:FILE]",
     )
-    parser.add_argument("--calibration-images", type=Path)
+    parser.add_argument("--calibration-images", type=Path, help="pictures that ranges come from")
     parser.add_argument("--calibration-annotations", type=Path, metavar="B.json")
     parser.add_argument("--calibration-prompts", help="as --prompts, for calibration pictures")
-    parser.add_argument("--calibration-size", type=int, metavar="N")
+    parser.add_argument(
+        "--calibration-size",
+        type=int,
+        metavar="N",
+        help="calibrate in the scheme: how many pictures",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N pictures only")
     parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
-    parser.add_argument("--score-threshold", type=float, default=0.0, metavar="T")
-    parser.add_argument("--max-per-image", type=int, default=100, metavar="N")
-    parser.add_argument("--best-in-multi-mask", action="store_true")
-    parser.add_argument("--cascade", action="store_true")
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="use boxes from this score on",
+    )
+    parser.add_argument(
+        "--max-per-image", type=int, default=100, metavar="N", help="use the best N boxes (100)"
+    )
+    parser.add_argument(
+        "--best-in-multi-mask",
+        action="store_true",
+        help="take the best of SAM's three masks by its own prediction, not the single one",
+    )
+    parser.add_argument(
+        "--cascade",
+        action="store_true",
+        help="prompt again with the box and the mask",
+    )
     parser.add_argument("--no-sam-iou", action="store_true", help="score without predicted IoUs")
     parser.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
     parser.add_argument("--seed", type=int, default=0)

@@ -23,6 +23,7 @@ from tests.tiny_runs import (
     SCHEMES,
     Quantized,
     Tiny,
+    numbers,
     read_metrics,
     run,
     without_times,
@@ -133,7 +134,8 @@ def test_quantizing_reports_agreement_audit_and_scheme(quantized: Quantized) -> 
     assert {*AP, "mean_iou"} == metrics["float"].keys()
     assert {"calibration boxes", "quantize", "audit", "save", "evaluate"} <= set(metrics["stages"])
     scheme = Scheme.from_yaml(quantized.work_dir / "scheme.yaml")
-    assert scheme == Scheme.from_yaml(SCHEMES / "ptq4sam-s44.yaml").with_overrides(*QUICK)
+    asked = Scheme.from_yaml(SCHEMES / "ptq4sam-s44.yaml").with_overrides(*QUICK, "calibrate=2")
+    assert scheme == asked
 
 
 def test_float_scores_beside_quantized_ones_are_those_of_a_float_run(
@@ -148,8 +150,8 @@ def test_file_scores_as_the_model_that_was_written(
     asked = ["evaluate", "--checkpoint", quantized.path, *tiny.data()]
     compared = ["--float-checkpoint", tiny.checkpoint, "--show-dir", "shown"]
     run(*asked, *compared, "--work-dir", "file")
-    metrics = without_times(read_metrics(tmp_path / "file"))
-    assert metrics == without_times(quantized.metrics)
+    metrics = numbers(read_metrics(tmp_path / "file"))
+    assert metrics == numbers(quantized.metrics)
     with Image.open(tmp_path / "shown" / "000001.jpg") as picture:
         assert picture.width > 2 * 320
 
@@ -396,3 +398,31 @@ def test_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (len(train.images), len(val.images)) == (1, 2)
     assert not np.array_equal(train.load(train.images[0]), val.load(val.images[0]))
     assert "at least one scene" in _refusal(capsys, "scenes", "b", "--train", 0)
+
+
+def test_what_was_asked_for_by_name_goes_before_a_preset(tiny: Tiny, tmp_path: Path) -> None:
+    asked = ["evaluate", *tiny.model(), *tiny.data(), "--limit", "1", "--decoder-only"]
+    asked += [*tiny.scheme("config44", "recon.iters=2"), "--preset", "quick"]
+    run(*asked, "--calibration-size", "1", "--work-dir", tmp_path / "w")
+    used = Scheme.from_yaml(tmp_path / "w" / "scheme.yaml")
+    assert used.recon is not None
+    assert (used.recon.iters, used.calibrate) == (2, 1)
+    said = read_metrics(tmp_path / "w")["asked"]
+    assert said["calibration_pictures"] == 1
+    assert said["limit"] == 1
+    assert said["data"]["images"] == str(tiny.images())
+
+
+def test_a_quantized_file_of_another_model(
+    tiny: Tiny, quantized: Quantized, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--model", "vit_b", "--checkpoint", str(quantized.path)]
+    assert main([*command, *map(str, tiny.data())]) == 2
+    assert "asked for vit_b, but" in " ".join(capsys.readouterr().err.split())
+
+
+def test_no_scheme_is_left_beside_the_numbers_of_a_float_model(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "scheme.yaml").write_text("of another run")
+    run("evaluate", *tiny.model(), *tiny.data(), "--limit", "1", "--work-dir", tmp_path / "w")
+    assert not (tmp_path / "w" / "scheme.yaml").exists()

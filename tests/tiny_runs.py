@@ -81,5 +81,10 @@ def read_metrics(work_dir: Path) -> dict[str, Any]:
     return metrics
 
 
+def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What a run found, without what it was asked and how long it took."""
+    return {key: value for key, value in metrics.items() if key not in ("stages", "asked")}
+
+
 def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metrics.items() if key != "stages"}

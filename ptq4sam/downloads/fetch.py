@@ -118,10 +118,9 @@ def _receive(asset: Asset, partial: Path, on_bytes: OnBytes, attempts: int, paus
             problem = f"the connection was cut ({error})"
         failures = 0 if _size(partial) > before else failures + 1
         if failures >= attempts:
-            raise DownloadError(
-                f"{asset.name}: {problem} after {_size(partial):,} bytes, which are kept: "
-                f"{_by_hand(asset)}"
-            )
+            have = _size(partial)
+            kept = f" after {have:,} bytes, which are kept" if have else ""
+            raise DownloadError(f"{asset.name}: {problem}{kept}: {_by_hand(asset)}")
         time.sleep(pause * 2 ** max(0, failures - 1))
 
 

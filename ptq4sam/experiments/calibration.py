@@ -90,6 +90,8 @@ def calibration_pictures(
         )
     if len(chosen) < size:
         _log.warning(
-            "calibrating on %d pictures instead of %d: no more have boxes", len(chosen), size
+            "calibrating on %d pictures instead of %d: the data set has no more with boxes",
+            len(chosen),
+            size,
         )
     return CalibrationPictures(sam, dataset, chosen)

@@ -31,13 +31,18 @@ def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSetti
     """
     scheme = None
     if parsed.scheme is not None:
-        scheme = Scheme.from_yaml(parsed.scheme)
-        if parsed.scheme_options:
-            scheme = scheme.with_overrides(*parsed.scheme_options)
-        scheme = with_preset(scheme, parsed.preset)
-    elif parsed.scheme_options or parsed.preset:
-        given = "--scheme-options" if parsed.scheme_options else "--preset"
-        raise ConfigError(f"{given} changes a scheme, but none was given: add --scheme")
+        scheme = with_preset(Scheme.from_yaml(parsed.scheme), parsed.preset)
+        # After the preset: what was asked for by name goes before what comes along.
+        options = list(parsed.scheme_options)
+        if parsed.calibration_size is not None:
+            options.append(f"calibrate={parsed.calibration_size}")
+        if options:
+            scheme = scheme.with_overrides(*options)
+    else:
+        for given in ("scheme_options", "preset", "calibration_size"):
+            if getattr(parsed, given) not in (None, []):
+                flag = given.replace("_", "-")
+                raise ConfigError(f"--{flag} changes a scheme, but none was given: add --scheme")
     return RunSettings(
         model=parsed.model,
         data=data_pair("", parsed.images, parsed.annotations),
@@ -51,7 +56,6 @@ def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSetti
             "calibration-", parsed.calibration_images, parsed.calibration_annotations
         ),
         calibration_prompts=parsed.calibration_prompts,
-        calibration_size=parsed.calibration_size,
         prompting=Prompting(
             best_in_multi_mask=parsed.best_in_multi_mask,
             cascade=parsed.cascade,

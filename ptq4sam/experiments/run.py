@@ -78,8 +78,8 @@ class Run:
             report = None
             if isinstance(sam, QuantizedSam):
                 report = self._audit(sam)
-                if parallel.is_first():
-                    self._save(sam)
+            if parallel.is_first():
+                self._save(sam)
             evaluation = self._evaluate(sam, reference, *data) if data is not None else None
             metrics = self._metrics(sam, report, evaluation)
             if parallel.is_first():
@@ -97,7 +97,7 @@ class Run:
     def _plan(self) -> dict[str, Any]:
         settings = self.settings
         with self.stages.stage("load"):
-            sam = load_sam(settings.model, settings.checkpoint, device=self.device)
+            sam = load_sam(settings.float_model, settings.checkpoint, device=self.device)
         plan = self._prepare(sam).plan
         return {
             "plan": plan.lines(),
@@ -137,15 +137,20 @@ class Run:
                 )
             with self.stages.stage("load"):
                 quantized = load(settings.checkpoint, self.device)
+                if settings.model not in (None, quantized.name):
+                    raise CheckpointError(
+                        f"asked for {settings.model}, but {settings.checkpoint} is a quantized "
+                        f"{quantized.name}: give another file, or leave the model's name away"
+                    )
                 reference = self._origin(quantized)
             return quantized, reference
         if settings.float_checkpoint is not None:
             raise ConfigError(
                 f"a float checkpoint is what a quantized model is compared with, but "
-                f"{settings.checkpoint or settings.model} is not quantized"
+                f"{settings.checkpoint or settings.float_model} is not quantized"
             )
         with self.stages.stage("load"):
-            sam = load_sam(settings.model, settings.checkpoint, device=self.device)
+            sam = load_sam(settings.float_model, settings.checkpoint, device=self.device)
         if settings.scheme is None:
             return sam, None
         quantizing = self._prepare(sam)
@@ -169,8 +174,13 @@ class Run:
         _log.info("no agreement: the model was made of other weights than the embedded ones")
         return None
 
-    def _save(self, sam: QuantizedSam) -> None:
-        with replacing(self.settings.work_dir / "scheme.yaml") as scheme:
+    def _save(self, sam: Sam) -> None:
+        described = self.settings.work_dir / "scheme.yaml"
+        if not isinstance(sam, QuantizedSam):
+            # That of an earlier run would be taken for this one's.
+            described.unlink(missing_ok=True)
+            return
+        with replacing(described) as scheme:
             scheme.write_text(sam.scheme.to_yaml(), encoding="utf-8")
         path = self.settings.save_model
         if path is None:
@@ -186,12 +196,11 @@ class Run:
         settings, scheme = self.settings, self.settings.scheme
         if scheme is None or settings.calibration is None:
             raise ValueError("RunSettings has a scheme and calibration data, or neither")
-        size = settings.calibration_size or scheme.calibrate
         with self.stages.stage("calibration boxes"):
             dataset = self._dataset(settings.calibration, limit=None)
             source = self._source(self._calibration_prompts(), dataset)
             items = calibration_pictures(
-                sam, dataset, source, size, settings.prompting, self.progress
+                sam, dataset, source, scheme.calibrate, settings.prompting, self.progress
             )
         with self.stages.stage("plan"):
             return Quantizing(settings, sam, items, scheme, self.progress)
@@ -291,11 +300,28 @@ class Run:
             metrics["audit"] = {"passed": report.passed, "report": report.lines()}
         if isinstance(sam, QuantizedSam) and _published(sam):
             metrics["warning"] = "compat: published; not the numbers of a quantized model"
+        metrics["asked"] = self._asked()
         metrics["seed"] = settings.seed
         metrics["device"] = str(self.device)
         metrics["versions"] = versions()
         metrics["stages"] = self.stages.to_dict()
         return metrics
+
+    def _asked(self) -> dict[str, Any]:
+        """What the numbers are of, for whoever finds them later."""
+        settings, found = self.settings, {}
+        for name in ("checkpoint", "quantize_encoder", "limit", "prompting"):
+            found[name] = getattr(settings, name)
+        for name in ("data", "calibration"):
+            pair: DataSettings | None = getattr(settings, name)
+            if pair is not None:
+                found[name] = {"images": str(pair.images), "annotations": str(pair.annotations)}
+        found["checkpoint"] = None if settings.checkpoint is None else str(settings.checkpoint)
+        found["prompting"] = dataclasses.asdict(settings.prompting)
+        if settings.scheme is not None:
+            found["calibration_prompts"] = self._calibration_prompts()
+            found["calibration_pictures"] = settings.scheme.calibrate
+        return found
 
 
 def audit_model(sam: QuantizedSam) -> AuditReport:

@@ -12,6 +12,9 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.quantization.scheme import Scheme
 
+DEFAULT_MODEL = "vit_nano"
+"""The SAM whose weights ship with the package."""
+
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -26,7 +29,7 @@ class RunSettings:
     """One run.
 
     Attributes:
-        model: name of the SAM, ignored where `checkpoint` is a quantized model.
+        model: name of the SAM; None for that of a quantized `checkpoint`, else vit_nano.
         data: what is evaluated; None where a run only quantizes.
         prompts: a prompt source as the command line names it (see `open_prompts`).
         work_dir: receives metrics.json, run.log and the scheme as used.
@@ -38,7 +41,6 @@ class RunSettings:
         calibration: pictures to calibrate on; needed with a scheme, meaningless without.
         calibration_prompts: prompt source of the calibration pictures; None for `prompts`, or for
             ground truth where `prompts` is a file of boxes (which knows other pictures only).
-        calibration_size: pictures to calibrate on; None for the scheme's own number.
         prompting: how boxes prompt and how masks are scored.
         limit: evaluate the first pictures only.
         skip_bad: skip damaged pictures and annotations instead of stopping.
@@ -60,7 +62,7 @@ class RunSettings:
         ConfigError: a value is impossible, or values do not belong together.
     """
 
-    model: str
+    model: str | None
     data: DataSettings | None
     prompts: str
     work_dir: Path
@@ -70,7 +72,6 @@ class RunSettings:
     quantize_encoder: bool = True
     calibration: DataSettings | None = None
     calibration_prompts: str | None = None
-    calibration_size: int | None = None
     prompting: Prompting = field(default_factory=Prompting)
     limit: int | None = None
     skip_bad: bool = False
@@ -88,10 +89,6 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_limit(self.limit)
-        if self.calibration_size is not None and self.calibration_size < 1:
-            raise ConfigError(
-                f"asked to calibrate on {self.calibration_size} pictures: use 1 or more"
-            )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"asked for seed {self.seed}: use 0 to {2**32 - 1}")
         if self.scheme is not None and self.calibration is None:
@@ -119,6 +116,11 @@ class RunSettings:
                 "asked to save a model with compat: published, which is not on its grid: "
                 "quantize with compat: faithful to get a file"
             )
+
+    @property
+    def float_model(self) -> str:
+        """Name of the float SAM."""
+        return self.model or DEFAULT_MODEL
 
     def torch_device(self) -> torch.device:
         """The device that the run uses.

@@ -171,12 +171,31 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 def _require_same(index: Path, found: Mapping[str, str], asked: Mapping[str, str]) -> None:
     different = [name for name, value in asked.items() if found.get(name) != value]
     if different:
-        name = different[0]
+        there, now = _parts_that_differ(found.get(different[0]), asked[different[0]])
         raise ConfigError(
-            f"{index} belongs to another run; {', '.join(different)} differ ({name} there: "
-            f"{_short(found.get(name))}, asked now: {_short(asked[name])}): run without --resume, "
-            "or with the settings of that run"
+            f"{index} belongs to another run; {', '.join(different)} differ ({different[0]} there: "
+            f"{_short(there)}, asked now: {_short(now)}): run without --resume, or with the "
+            "settings of that run"
         )
+
+
+def _parts_that_differ(there: str | None, now: str) -> tuple[str | None, str]:
+    """Of two JSON mappings what is not equal in both; other texts whole."""
+    try:
+        first, second = _flat(json.loads(there or "")), _flat(json.loads(now))
+    except (ValueError, AttributeError):
+        return there, now
+    names = [name for name in first | second if first.get(name) != second.get(name)]
+    return tuple(", ".join(f"{n}: {x.get(n)}" for n in names) for x in (first, second))  # type: ignore[return-value]
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in mapping.items():
+        inner = isinstance(value, Mapping)
+        flat.update(_flat(value, f"{prefix}{name}.") if inner else {prefix + name: value})
+    return flat
 
 
 def _short(text: str | None) -> str:

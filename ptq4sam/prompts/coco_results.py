@@ -79,6 +79,13 @@ class CocoResults:
                 f"{self.path} has boxes of {len(self._entries)} images, none of which is among "
                 f"the {len(dataset.images)} images used: give the boxes of these images"
             )
+        if len(here) < len(dataset.images):
+            _log.warning(
+                "%s has no boxes for %d of %d pictures: their objects count as missed",
+                self.path,
+                len(dataset.images) - len(here),
+                len(dataset.images),
+            )
         known = set(dataset.category_ids)
         used = Counter(entry["category_id"] for id_ in here for entry in self._entries[id_])
         unknown = {category: count for category, count in used.items() if category not in known}

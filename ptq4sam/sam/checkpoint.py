@@ -139,8 +139,8 @@ def _where_to_get(name: str) -> str:
     if name not in OFFICIAL_FILES:
         return "leave the checkpoint out to use the embedded weights"
     return (
-        f"download {OFFICIAL_FILES[name]} as the README of "
-        "github.com/facebookresearch/segment-anything describes and give its path"
+        f"get {OFFICIAL_FILES[name]} by ptq4sam download sam-{name.replace('_', '-')}, or from "
+        "github.com/facebookresearch/segment-anything, and give its path"
     )
 
 
@@ -173,9 +173,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
     return CheckpointError(
-        f"{path}: damaged or not a PyTorch checkpoint ({reason[:100]}); download it again"
+        f"{path}: damaged or not a PyTorch checkpoint ({reason[:100]}); download it "
+        "again, or give the file of a SAM's weights"
     )
 
 

@@ -66,7 +66,8 @@ def test_another_scheme_is_not_resumed(
     changed = [part.replace("recon.iters=2", "recon.iters=3") for part in command]
     capsys.readouterr()
     assert main([*changed, "--resume"]) == 2
-    assert "scheme differ" in capsys.readouterr().err
+    told = " ".join(capsys.readouterr().err.split())
+    assert "scheme differ (scheme there: recon.iters: 2, asked now: recon.iters: 3)" in told
 
 
 @pytest.mark.parametrize(

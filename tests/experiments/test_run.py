@@ -75,7 +75,6 @@ def test_no_permission_on_an_output_is_found_at_once(
     ("changes", "told"),
     [
         ({"limit": 0}, "1 or more"),
-        ({"calibration_size": 0}, "1 or more"),
         ({"seed": 2**32}, "seed"),
         ({"save_model": Path("model.pt")}, r"\*\.safetensors"),
         ({"scheme": Scheme.from_yaml(SCHEMES / "minmax44.yaml")}, "calibration-images"),

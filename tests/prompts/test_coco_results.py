@@ -35,6 +35,16 @@ def test_boxes_are_read_as_corners_best_first(tmp_path: Path, scenes: CocoDatase
     assert len(source.prompts(scenes.images[2], NO_PIXELS)) == 0
 
 
+def test_pictures_that_a_file_does_not_name_are_counted(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    CocoResults(_write(tmp_path, [_result(record.id) for record in scenes.images]), scenes)
+    assert not caplog.records
+    CocoResults(_write(tmp_path, [_result()]), scenes)
+    count = len(scenes.images)
+    assert f"has no boxes for {count - 1} of {count} pictures" in caplog.text
+
+
 def test_only_the_best_are_used(tmp_path: Path, scenes: CocoDataset) -> None:
     path = _write(tmp_path, [_result(score=i / 200) for i in range(150)])
     found = CocoResults(path, scenes).prompts(scenes.images[0], NO_PIXELS)

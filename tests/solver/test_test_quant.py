@@ -9,7 +9,7 @@ import pytest
 
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.solver.test_quant import build_parser, main, settings_from
-from tests.tiny_runs import REPOSITORY, Quantized, Tiny, read_metrics, without_times
+from tests.tiny_runs import REPOSITORY, Quantized, Tiny, numbers, read_metrics
 
 pytest_plugins = ("tests.tiny_fixtures",)
 
@@ -52,7 +52,7 @@ def test_quantizes_saves_and_loads(
     assert first["audit"]["report"][0].startswith("audit passed: 32 layers")
     capsys.readouterr()
     assert main(command(tiny, "--load_sam_path", saved, "--work-dir", "b")) == 0
-    assert without_times(read_metrics(tmp_path / "b")) == without_times(first)
+    assert numbers(read_metrics(tmp_path / "b")) == numbers(first)
 
 
 def test_quantized_encoder_and_weights_only(tiny: Tiny, tmp_path: Path) -> None:
