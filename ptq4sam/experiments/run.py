@@ -309,15 +309,17 @@ class Run:
 
     def _asked(self) -> dict[str, Any]:
         """What the numbers are of, for whoever finds them later."""
-        settings, found = self.settings, {}
-        for name in ("checkpoint", "quantize_encoder", "limit", "prompting"):
-            found[name] = getattr(settings, name)
+        settings = self.settings
+        found: dict[str, Any] = {
+            "checkpoint": None if settings.checkpoint is None else str(settings.checkpoint),
+            "quantize_encoder": settings.quantize_encoder,
+            "limit": settings.limit,
+            "prompting": dataclasses.asdict(settings.prompting),
+        }
         for name in ("data", "calibration"):
             pair: DataSettings | None = getattr(settings, name)
             if pair is not None:
                 found[name] = {"images": str(pair.images), "annotations": str(pair.annotations)}
-        found["checkpoint"] = None if settings.checkpoint is None else str(settings.checkpoint)
-        found["prompting"] = dataclasses.asdict(settings.prompting)
         if settings.scheme is not None:
             found["calibration_prompts"] = self._calibration_prompts()
             found["calibration_pictures"] = settings.scheme.calibrate

@@ -43,8 +43,8 @@ class AdaptiveGranularityQuantizer(Quantizer):
         grid: its bits give the number of points.
         exact: search as published, each granularity on all queries to scipy's own tolerance. Else
             granularities are compared on an eighth of the queries, and the scale of the chosen one
-            is searched on all of them to a thousandth of the largest attention: a fifth of the
-            time, for the same granularity and a scale within 2 %.
+            is searched on all of them to a thousandth of the largest attention: a third of the
+            work, for the same granularity and a scale within 2 %.
 
     Attributes:
         tau: [] one of TAUS.

@@ -99,9 +99,9 @@ class Reconstruction(Record):
             QDrop) or one layer after another ("layer", as AdaRound).
         patience: ours; steps without a lower loss after which the rest of the schedule passes
             within as many steps; 0 makes all steps.
-        precision: ours; of the matrix products of a step: "float32", "bfloat16" (half the time or
-            less, on GPUs and new CPUs), "tf32" (GPUs only). What is learned, the quantizers and all
-            measured errors stay float32.
+        precision: ours; of the matrix products of a step: "float32", "bfloat16" (about half
+            the time of a step on a CPU that has it), "tf32" (GPUs only). What is learned, the
+            quantizers and all measured errors stay float32.
         weights_only: ours, and what --brecq sets; activations stay float while reconstructing, so
             that learn_scale becomes false and drop_prob 0.
     """
@@ -152,8 +152,8 @@ class Methods(Record):
         global_num: points at which the density of the activations is estimated.
         peak_distance: smallest distance between two peaks, in points.
         peak_height: smallest height of a peak, as a share of the sum of the density.
-        exact: ours; search granularities as published, on all queries: five times as long, for the
-            same granularity and a scale that differs by less than 2 %.
+        exact: ours; search granularities as published, on all queries: several times the
+            work, for the same granularity and a scale that differs by less than 2 %.
     """
 
     BIG: bool = False
