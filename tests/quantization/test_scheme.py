@@ -271,11 +271,15 @@ def test_reading_a_scheme_needs_no_torch() -> None:
 EXP = Path(__file__).resolve().parents[2] / "exp"
 
 
-def test_fewer_steps_learn_faster() -> None:
-    scheme = Scheme.from_yaml(EXP / "ptq4sam-l44.yaml").with_steps(200)
+@pytest.mark.parametrize(("steps", "raised"), [(20_000, 1), (500, 40), (200, 100), (20, 100)])
+def test_fewer_steps_learn_faster(steps: int, raised: float) -> None:
+    scheme = Scheme.from_yaml(EXP / "ptq4sam-l44.yaml").with_steps(steps)
     assert scheme.recon is not None
-    assert scheme.recon.iters == 200
-    assert scheme.recon.scale_lr == pytest.approx(4e-4)
-    assert scheme.recon.rounding_lr == pytest.approx(1e-2)
+    assert scheme.recon.iters == steps
+    assert scheme.recon.scale_lr == pytest.approx(4e-5 * raised)
+    assert scheme.recon.rounding_lr == pytest.approx(1e-3 * raised)
+
+
+def test_a_scheme_without_reconstruction_has_no_steps() -> None:
     without = Scheme.from_yaml(EXP / "ptq4sam-s44.yaml")
     assert without.with_steps(200) == without
