@@ -48,7 +48,7 @@ def write_yolox(network: YoloxNetwork, target: Path) -> None:
     network = folded(network)
     side = network.size.side
     rows = sum((side // stride) ** 2 for stride in STRIDES)
-    columns = 5 + network.head.cls_preds[0].out_channels
+    columns = 5 + network.classes
     traced = fx.symbolic_trace(network)
     graph = OnnxGraph("yolox")
     for node in traced.graph.nodes:
@@ -110,7 +110,8 @@ class _Writer:
 
     def identity(self) -> None:
         """What is left of a folded batch norm: whoever takes its output takes its input."""
-        self.node.replace_all_uses_with(self.node.args[0])
+        (taken,) = self.node.all_input_nodes
+        self.node.replace_all_uses_with(taken)
 
     def add(self) -> None:
         self._emit("Add", map(_name, self.node.args))

@@ -131,7 +131,8 @@ class CspLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [n, inputs, h, w] to [n, outputs, h, w]."""
-        merged: Tensor = self.conv3(torch.cat([self.m(self.conv1(x)), self.conv2(x)], 1))
+        deep, beside = self.conv1(x), self.conv2(x)
+        merged: Tensor = self.conv3(torch.cat([self.m(deep), beside], 1))
         return merged
 
 
@@ -230,13 +231,11 @@ class Head(nn.Module):
         levels = []
         for level in range(len(STRIDES)):
             x = self.stems[level](features[level])
-            classes, boxes = self.cls_convs[level](x), self.reg_convs[level](x)
-            parts = [
-                self.reg_preds[level](boxes),
-                self.obj_preds[level](boxes).sigmoid(),
-                self.cls_preds[level](classes).sigmoid(),
-            ]
-            levels.append(torch.cat(parts, 1).flatten(2))
+            classes = self.cls_preds[level](self.cls_convs[level](x))
+            boxes = self.reg_convs[level](x)
+            place, objectness = self.reg_preds[level](boxes), self.obj_preds[level](boxes)
+            rows = torch.cat([place, objectness.sigmoid(), classes.sigmoid()], 1)
+            levels.append(rows.flatten(2))
         return torch.cat(levels, 2).transpose(1, 2)
 
     @staticmethod
@@ -249,7 +248,7 @@ class YoloxNetwork(nn.Module):
 
     def __init__(self, size: YoloxSize, classes: int = 80) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.classes = size, classes
         self.backbone = FeaturePyramid(size)
         self.head = Head(size, classes)
 
