@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import CheckpointError, DependencyError
-from ptq4sam.prompts.detections import file_digest, suppress
+from ptq4sam.prompts.detections import candidates, file_digest, suppress
 from ptq4sam.prompts.record import Prompts, clean
 from ptq4sam.prompts.yolox_network import STRIDES, YoloxNetwork, folded
 from ptq4sam.prompts.yolox_weights import load_yolox
@@ -32,13 +32,14 @@ _PADDING = 114.0
 class Yolox(ABC):
     """Prompt source: boxes of a YOLOX detector, whatever computes its rows.
 
-    A detector with COCO's 80 classes gives COCO's ids; one with as many classes as the data set has
-    categories gives these in ascending order; any other is refused.
+    A detector with as many classes as the data set has categories gives the data set's ids in
+    ascending order; any other with COCO's 80 classes gives COCO's ids; and any other, as one of 91
+    classes on COCO, is refused.
 
     Args:
         path: the file with its weights.
         category_ids: the data set's ids of the detector's classes, in the classes' order; used
-            where the detector does not have COCO's 80 classes.
+            where they are as many as the detector's classes.
         score_threshold: detections at or below it are dropped.
         nms_threshold: overlap (IoU) from which a worse box of the same class is dropped.
         limit: keep at most so many boxes a picture.
@@ -87,7 +88,7 @@ class Yolox(ABC):
             )
         boxes, scores, labels = decode(found[0], anchors, sizes)
         ids = self._category_ids(found.shape[2] - 5)
-        sure = scores > self.score_threshold
+        sure = candidates(scores, self.score_threshold)
         boxes, scores, labels = boxes[sure] / ratio, scores[sure], labels[sure]
         kept = suppress(boxes, scores, labels, self.nms_threshold, self.limit)
         return clean(record, boxes[kept].numpy(), scores[kept].numpy(), ids[labels[kept].numpy()])
@@ -102,10 +103,10 @@ class Yolox(ABC):
         """Rows that are not decoded [1, n, 5 + classes] of an input [1, 3, height, width]."""
 
     def _category_ids(self, classes: int) -> NDArray[np.int64]:
-        if classes == len(COCO_CATEGORY_IDS):
-            return np.array(COCO_CATEGORY_IDS)
         if classes == len(self._given_ids):
             return np.array(self._given_ids)
+        if classes == len(COCO_CATEGORY_IDS):
+            return np.array(COCO_CATEGORY_IDS)
         raise CheckpointError(
             f"{self.path} knows {classes} classes, the data set {len(self._given_ids)} categories: "
             "use a detector that was trained for these categories"
