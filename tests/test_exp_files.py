@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,16 @@ def test_published_experiment(name: str) -> None:
         assert (ROOT / read.detector.config).is_file()
     with pytest.raises(DependencyError, match="needs the extra"):
         read.detector.require_available()
+
+
+@pytest.mark.parametrize("size", "blh")
+def test_yolox_l_without_mmdet(size: str) -> None:
+    read, published = (
+        experiment(f"yolox/{stem}-sam-vit-{size}.py") for stem in ("yolox_l_megvii", "yolo_l")
+    )
+    read.detector.require_available()
+    assert read.detector.prompts == "yolox:ckpt/yolox_l.pth"
+    assert replace(read, detector=published.detector) == published
 
 
 def test_every_experiment_can_be_read() -> None:

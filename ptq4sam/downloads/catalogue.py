@@ -83,6 +83,8 @@ _EVERY = (
         "sam-vit-h", _SAM + "sam_vit_h_4b8939.pth", "Apache-2.0", None, Digest("md5", "4b8939")
     ),
     _weights("yolox-nano-onnx", _YOLOX + "yolox_nano.onnx", "Apache-2.0", 3_659_407, None),
+    _weights("yolox-l-onnx", _YOLOX + "yolox_l.onnx", "Apache-2.0", None, None),
+    _weights("yolox-l-megvii", _YOLOX + "yolox_l.pth", "Apache-2.0", None, None),
     _weights(
         "yolox-l",
         _MMDET + "yolox/yolox_l_8x8_300e_coco/yolox_l_8x8_300e_coco_20211126_140236-d3bd2b23.pth",

@@ -6,7 +6,7 @@ from ptq4sam.prompts.factory import open_prompts
 from ptq4sam.prompts.ground_truth import GroundTruth
 from ptq4sam.prompts.record import Prompts, PromptSource, clean
 from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
-from ptq4sam.prompts.yolox import YoloxOnnx
+from ptq4sam.prompts.yolox import YoloxOnnx, YoloxTorch
 
 __all__ = [
     "CachedPrompts",
@@ -16,6 +16,7 @@ __all__ = [
     "Prompts",
     "TorchvisionDetector",
     "YoloxOnnx",
+    "YoloxTorch",
     "cached",
     "clean",
     "open_prompts",

@@ -13,13 +13,14 @@ from ptq4sam.prompts.coco_results import CocoResults
 from ptq4sam.prompts.ground_truth import GroundTruth
 from ptq4sam.prompts.record import PromptSource
 from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
-from ptq4sam.prompts.yolox import YoloxOnnx
+from ptq4sam.prompts.yolox import YoloxOnnx, YoloxTorch
 
 PROMPT_SPECS = (
     "BOXES.json",
     "ground-truth",
     "scene-detector",
     "onnx:FILE",
+    "yolox:FILE.pth",
     "torchvision:NAME[:FILE]",
 )
 """What `open_prompts` understands."""
@@ -47,6 +48,8 @@ def open_prompts(spec: str, dataset: ImageSet, device: torch.device | str = "cpu
         return SceneDetector(device=device)
     if kind == "onnx" and rest:
         return YoloxOnnx(Path(rest), dataset.category_ids, device=device)
+    if kind == "yolox" and rest:
+        return YoloxTorch(Path(rest), dataset.category_ids, device=device)
     if kind == "torchvision" and rest:
         name, _, file = rest.partition(":")
         return TorchvisionDetector(name, Path(file) if file else None, device=device)

@@ -17,6 +17,7 @@ DetectorType = Literal[
     "results",
     "scene-detector",
     "onnx",
+    "yolox",
     "torchvision",
     "mmdet",
     "hdetr",
@@ -46,7 +47,8 @@ class DetectorConfig(Record):
 
     Attributes:
         type: kind of detector or source.
-        checkpoint: its weights, an .onnx file, or a COCO results JSON for "results".
+        checkpoint: its weights, an .onnx file for "onnx", YOLOX's own .pth file for
+            "yolox", or a COCO results JSON for "results".
         config: a file under mmdetection/configs/ for "mmdet"; the model's name in torchvision for
             "torchvision".
         requires: extra of this package that brings its library.
@@ -58,7 +60,7 @@ class DetectorConfig(Record):
     requires: str | None = None
 
     def _validate(self) -> None:
-        if self.type in ("onnx", "results", *COMING) and self.checkpoint is None:
+        if self.type in ("onnx", "yolox", "results", *COMING) and self.checkpoint is None:
             raise FieldError("checkpoint", f"missing; a {self.type} detector needs a file")
         if self.type in ("mmdet", "torchvision") and self.config is None:
             raise FieldError("config", f"missing; a {self.type} detector needs one")
@@ -91,8 +93,8 @@ class DetectorConfig(Record):
         self.require_available()
         if self.type == "results":
             return str(self.checkpoint)
-        if self.type == "onnx":
-            return f"onnx:{self.checkpoint}"
+        if self.type in ("onnx", "yolox"):
+            return f"{self.type}:{self.checkpoint}"
         if self.type == "torchvision":
             return f"torchvision:{self.config}" + (f":{self.checkpoint}" if self.checkpoint else "")
         return self.type

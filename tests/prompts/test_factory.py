@@ -12,6 +12,7 @@ from ptq4sam.prompts import (
     GroundTruth,
     TorchvisionDetector,
     YoloxOnnx,
+    YoloxTorch,
     open_prompts,
     write_results,
 )
@@ -25,6 +26,7 @@ def test_every_spec_opens_its_source(scenes: CocoDataset, tmp_path: Path) -> Non
     assert isinstance(open_prompts(f"{tmp_path}/boxes.json", scenes), CocoResults)
     (tmp_path / "a.onnx").write_bytes(b"not opened yet")
     assert isinstance(open_prompts(f"onnx:{tmp_path}/a.onnx", scenes), YoloxOnnx)
+    assert isinstance(open_prompts(f"yolox:{tmp_path}/a.onnx", scenes), YoloxTorch)
     named = open_prompts("torchvision:fasterrcnn_resnet50_fpn", scenes)
     assert isinstance(named, TorchvisionDetector)
     with_file = open_prompts(f"torchvision:fasterrcnn_resnet50_fpn:{tmp_path}/a.onnx", scenes)
@@ -40,7 +42,7 @@ def test_the_scene_detector_finds_objects_of_scenes(scenes: CocoDataset) -> None
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "groundtruth", "onnx:", "onnx", "torchvision:", "yolo.pth", "foo:bar"]
+    "spec", ["", "groundtruth", "onnx:", "onnx", "yolox:", "torchvision:", "yolo.pth", "foo:bar"]
 )
 def test_what_is_not_understood_lists_what_is(scenes: CocoDataset, spec: str) -> None:
     with pytest.raises(ConfigError, match=r"no prompts are named .*torchvision:NAME\[:FILE\]"):

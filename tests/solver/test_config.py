@@ -276,6 +276,7 @@ def test_prompts_argument_of_a_detector() -> None:
     path = Path("boxes.json")
     assert DetectorConfig("results", path).prompts == "boxes.json"
     assert DetectorConfig("onnx", Path("x.onnx")).prompts == "onnx:x.onnx"
+    assert DetectorConfig("yolox", Path("x.pth")).prompts == "yolox:x.pth"
     assert DetectorConfig("ground-truth").prompts == "ground-truth"
     ssd = DetectorConfig("torchvision", config="ssd300_vgg16")
     assert ssd.prompts == "torchvision:ssd300_vgg16"
