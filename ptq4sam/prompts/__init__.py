@@ -6,6 +6,7 @@ from ptq4sam.prompts.factory import open_prompts
 from ptq4sam.prompts.ground_truth import GroundTruth
 from ptq4sam.prompts.record import Prompts, PromptSource, clean
 from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
+from ptq4sam.prompts.transformers_detector import TransformersDetector
 from ptq4sam.prompts.yolox import YoloxOnnx
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "PromptSource",
     "Prompts",
     "TorchvisionDetector",
+    "TransformersDetector",
     "YoloxOnnx",
     "cached",
     "clean",

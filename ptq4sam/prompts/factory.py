@@ -13,6 +13,7 @@ from ptq4sam.prompts.coco_results import CocoResults
 from ptq4sam.prompts.ground_truth import GroundTruth
 from ptq4sam.prompts.record import PromptSource
 from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
+from ptq4sam.prompts.transformers_detector import TransformersDetector
 from ptq4sam.prompts.yolox import YoloxOnnx
 
 PROMPT_SPECS = (
@@ -21,6 +22,7 @@ PROMPT_SPECS = (
     "scene-detector",
     "onnx:FILE",
     "torchvision:NAME[:FILE]",
+    "transformers:FOLDER",
 )
 """What `open_prompts` understands."""
 
@@ -50,6 +52,8 @@ def open_prompts(spec: str, dataset: ImageSet, device: torch.device | str = "cpu
     if kind == "torchvision" and rest:
         name, _, file = rest.partition(":")
         return TorchvisionDetector(name, Path(file) if file else None, device=device)
+    if kind == "transformers" and rest:
+        return TransformersDetector(rest, dataset.category_names, device=device)
     if spec.endswith(".json"):
         return CocoResults(Path(spec), dataset)
     near = difflib.get_close_matches(spec, PROMPT_SPECS, n=1)
