@@ -13,9 +13,9 @@ KINDS = ("detr", "deformable_detr", "rt_detr_v2", "d_fine", "rf_detr")
 
 _WIDTHS = [8, 16, 16, 32]
 _LEVELS = ["stage2", "stage3", "stage4"]
-_RESNET = dict(embedding_size=8, hidden_sizes=_WIDTHS, depths=[1] * 4, layer_type="basic")
-_LAYERS = dict(encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
-_HEADS = dict(encoder_attention_heads=2, decoder_attention_heads=2)
+_RESNET = {"embedding_size": 8, "hidden_sizes": _WIDTHS, "depths": [1] * 4, "layer_type": "basic"}
+_LAYERS = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+_HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
 _HYBRID = dict(
     encoder_hidden_dim=32,
     encoder_in_channels=_WIDTHS[1:],
@@ -34,16 +34,17 @@ _HYBRID = dict(
 def config(kind: str, labels: Sequence[str]) -> Any:
     import transformers as t
 
-    names = dict(
-        id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)}
-    )
+    names = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: i for i, name in enumerate(labels)},
+    }
     if kind == "detr":
         backbone = t.ResNetConfig(**_RESNET, out_features=["stage4"])
         small = dict(d_model=32, num_queries=20, **_LAYERS, **_HEADS)
         return t.DetrConfig(backbone_config=backbone, **small, **names)
     if kind == "deformable_detr":
         backbone = t.ResNetConfig(**_RESNET, out_features=_LEVELS)
-        two_stage = dict(two_stage=True, with_box_refine=True, two_stage_num_proposals=20)
+        two_stage = {"two_stage": True, "with_box_refine": True, "two_stage_num_proposals": 20}
         small = dict(d_model=64, num_queries=20, **_LAYERS, **_HEADS, **two_stage)
         return t.DeformableDetrConfig(backbone_config=backbone, **small, **names)
     if kind == "rt_detr_v2":
