@@ -1,4 +1,4 @@
-"""H-Deformable-DETR against Deformable DETR of transformers: one network but for mixed selection."""
+"""H-Deformable-DETR beside Deformable DETR of transformers, which has no mixed selection."""
 
 from __future__ import annotations
 
