@@ -2,6 +2,7 @@
 
 from ptq4sam.prompts.cache import CachedPrompts, cached
 from ptq4sam.prompts.coco_results import CocoResults, to_results, write_results
+from ptq4sam.prompts.detr import DetrDetector
 from ptq4sam.prompts.factory import open_prompts
 from ptq4sam.prompts.ground_truth import GroundTruth
 from ptq4sam.prompts.record import Prompts, PromptSource, clean
@@ -12,6 +13,7 @@ from ptq4sam.prompts.yolox import YoloxOnnx
 __all__ = [
     "CachedPrompts",
     "CocoResults",
+    "DetrDetector",
     "GroundTruth",
     "PromptSource",
     "Prompts",

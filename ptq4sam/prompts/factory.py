@@ -10,6 +10,7 @@ import torch
 from ptq4sam.data.images import ImageSet
 from ptq4sam.errors import ConfigError
 from ptq4sam.prompts.coco_results import CocoResults
+from ptq4sam.prompts.detr import DETR_VARIANTS, DetrDetector
 from ptq4sam.prompts.ground_truth import GroundTruth
 from ptq4sam.prompts.record import PromptSource
 from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
@@ -21,6 +22,8 @@ PROMPT_SPECS = (
     "ground-truth",
     "scene-detector",
     "onnx:FILE",
+    "hdetr:FILE",
+    "focalnet-dino:FILE",
     "torchvision:NAME[:FILE]",
     "transformers:FOLDER",
 )
@@ -52,6 +55,8 @@ def open_prompts(spec: str, dataset: ImageSet, device: torch.device | str = "cpu
     if kind == "torchvision" and rest:
         name, _, file = rest.partition(":")
         return TorchvisionDetector(name, Path(file) if file else None, device=device)
+    if kind in DETR_VARIANTS and rest:
+        return DetrDetector(kind, Path(rest), device=device)
     if kind == "transformers" and rest:
         return TransformersDetector(rest, dataset.category_names, device=device)
     if spec.endswith(".json"):

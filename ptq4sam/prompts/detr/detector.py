@@ -45,7 +45,7 @@ class Variant:
     limit: int
 
 
-VARIANTS = {
+DETR_VARIANTS = {
     "hdetr": Variant(
         "H-Deformable-DETR",
         HDetr,
@@ -71,7 +71,7 @@ class DetrDetector:
     """Prompt source: boxes of a DETR with 91 class scores, those of COCO's category ids.
 
     Args:
-        kind: one of `VARIANTS`.
+        kind: one of `DETR_VARIANTS`.
         path: the authors' weights.
         limit: keep at most so many boxes a picture; None takes the published number.
         device: where it runs.
@@ -88,7 +88,7 @@ class DetrDetector:
         device: torch.device | str = "cpu",
     ) -> None:
         self.kind, self.path = kind, path
-        self._variant = VARIANTS[kind]
+        self._variant = DETR_VARIANTS[kind]
         self.limit = self._variant.limit if limit is None else limit
         self._device = torch.device(device)
         self._digest = file_digest(path)
