@@ -157,3 +157,18 @@ def find_asset(name: str) -> Asset:
     near = difflib.get_close_matches(name, ASSETS, n=1)
     hint = f"did you mean {near[0]}?" if near else "ptq4sam download --list shows what there is"
     raise ConfigError(f"asked to download {name!r}, which is not known: {hint}")
+
+
+def where_from(path: Path) -> str:
+    """Where a file comes from, for the message that it is not there.
+
+    Args:
+        path: where it was looked for; its name tells which it is.
+    """
+    for asset in ASSETS.values():
+        if asset.path.name == path.name:
+            known = "the publisher gives no checksum"
+            if asset.digest is not None:
+                known = f"its {asset.digest.algorithm} begins with {asset.digest.beginning}"
+            return f"ptq4sam download {asset.name}, or fetch {asset.url} ({known})"
+    return "name another file, or see what ptq4sam download --list has"

@@ -10,9 +10,11 @@ import torch
 from ptq4sam.data.images import ImageSet
 from ptq4sam.errors import ConfigError
 from ptq4sam.prompts.coco_results import CocoResults
+from ptq4sam.prompts.detr import DETR_VARIANTS, DetrDetector
 from ptq4sam.prompts.ground_truth import GroundTruth
 from ptq4sam.prompts.record import PromptSource
 from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
+from ptq4sam.prompts.transformers_detector import TransformersDetector
 from ptq4sam.prompts.yolox import YoloxOnnx, YoloxTorch
 
 PROMPT_SPECS = (
@@ -21,7 +23,10 @@ PROMPT_SPECS = (
     "scene-detector",
     "onnx:FILE",
     "yolox:FILE.pth",
+    "hdetr:FILE",
+    "focalnet-dino:FILE",
     "torchvision:NAME[:FILE]",
+    "transformers:FOLDER",
 )
 """What `open_prompts` understands."""
 
@@ -53,6 +58,10 @@ def open_prompts(spec: str, dataset: ImageSet, device: torch.device | str = "cpu
     if kind == "torchvision" and rest:
         name, _, file = rest.partition(":")
         return TorchvisionDetector(name, Path(file) if file else None, device=device)
+    if kind in DETR_VARIANTS and rest:
+        return DetrDetector(kind, Path(rest), device=device)
+    if kind == "transformers" and rest:
+        return TransformersDetector(rest, dataset.category_names, device=device)
     if spec.endswith(".json"):
         return CocoResults(Path(spec), dataset)
     near = difflib.get_close_matches(spec, PROMPT_SPECS, n=1)

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from ptq4sam.errors import DependencyError
+from ptq4sam.downloads import where_from
+from ptq4sam.errors import CheckpointError, DependencyError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.records import FieldError, Record
 from ptq4sam.solver.config import load_config
@@ -19,13 +20,14 @@ DetectorType = Literal[
     "onnx",
     "yolox",
     "torchvision",
-    "mmdet",
     "hdetr",
     "focalnet_dino",
+    "mmdet",
 ]
-"""Where boxes come from; the last three have no backend here yet."""
+"""Where boxes come from; the last has no backend here yet."""
 
-COMING = ("mmdet", "hdetr", "focalnet_dino")
+COMING = ("mmdet",)
+_WITH_FILE = ("onnx", "yolox", "results", "hdetr", "focalnet_dino", "mmdet")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ class SamConfig(Record):
 
     type: Literal["vit_nano", "vit_b", "vit_l", "vit_h"]
     checkpoint: Path | None = None
+
+    def require_weights(self) -> None:
+        """Check that the weights are there.
+
+        Raises:
+            CheckpointError: they are not; the message says where to get them.
+        """
+        _require_weights(self.checkpoint, self.type)
 
 
 @dataclass(frozen=True)
@@ -60,10 +70,18 @@ class DetectorConfig(Record):
     requires: str | None = None
 
     def _validate(self) -> None:
-        if self.type in ("onnx", "yolox", "results", *COMING) and self.checkpoint is None:
+        if self.type in _WITH_FILE and self.checkpoint is None:
             raise FieldError("checkpoint", f"missing; a {self.type} detector needs a file")
         if self.type in ("mmdet", "torchvision") and self.config is None:
             raise FieldError("config", f"missing; a {self.type} detector needs one")
+
+    def require_weights(self) -> None:
+        """Check that the detector's file is there.
+
+        Raises:
+            CheckpointError: it is not; the message says where to get it.
+        """
+        _require_weights(self.checkpoint, f"detector {self.type!r}")
 
     def require_available(self) -> None:
         """Check that the detector can run here.
@@ -97,6 +115,8 @@ class DetectorConfig(Record):
             return f"{self.type}:{self.checkpoint}"
         if self.type == "torchvision":
             return f"torchvision:{self.config}" + (f":{self.checkpoint}" if self.checkpoint else "")
+        if self.type in ("hdetr", "focalnet_dino"):
+            return f"{self.type.replace('_', '-')}:{self.checkpoint}"
         return self.type
 
 
@@ -148,3 +168,8 @@ class ExperimentConfig(Record):
             ConfigError: the file cannot be read, or a key or value is not usable.
         """
         return cls.from_dict(load_config(path, options), path)
+
+
+def _require_weights(path: Path | None, owner: str) -> None:
+    if path is not None and not path.exists():
+        raise CheckpointError(f"{owner} needs {path}, which is not there: {where_from(path)}")
