@@ -4,6 +4,7 @@ from ptq4sam.prompts.cache import CachedPrompts, cached
 from ptq4sam.prompts.coco_results import CocoResults, to_results, write_results
 from ptq4sam.prompts.factory import open_prompts
 from ptq4sam.prompts.ground_truth import GroundTruth
+from ptq4sam.prompts.mmdet_detector import MmdetDetector
 from ptq4sam.prompts.record import Prompts, PromptSource, clean
 from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
 from ptq4sam.prompts.yolox import YoloxOnnx
@@ -12,6 +13,7 @@ __all__ = [
     "CachedPrompts",
     "CocoResults",
     "GroundTruth",
+    "MmdetDetector",
     "PromptSource",
     "Prompts",
     "TorchvisionDetector",

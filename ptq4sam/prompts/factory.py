@@ -11,6 +11,7 @@ from ptq4sam.data.images import ImageSet
 from ptq4sam.errors import ConfigError
 from ptq4sam.prompts.coco_results import CocoResults
 from ptq4sam.prompts.ground_truth import GroundTruth
+from ptq4sam.prompts.mmdet_detector import MmdetDetector
 from ptq4sam.prompts.record import PromptSource
 from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
 from ptq4sam.prompts.yolox import YoloxOnnx
@@ -21,6 +22,7 @@ PROMPT_SPECS = (
     "scene-detector",
     "onnx:FILE",
     "torchvision:NAME[:FILE]",
+    "mmdet:CONFIG:CHECKPOINT",
 )
 """What `open_prompts` understands."""
 
@@ -37,6 +39,7 @@ def open_prompts(spec: str, dataset: ImageSet, device: torch.device | str = "cpu
         ConfigError: the name is not understood.
         DataError: boxes or annotations are missing or damaged.
         CheckpointError: a detector's weights are.
+        DependencyError: the library that a detector needs is not installed.
     """
     kind, _, rest = spec.partition(":")
     if spec == "ground-truth":
@@ -50,6 +53,9 @@ def open_prompts(spec: str, dataset: ImageSet, device: torch.device | str = "cpu
     if kind == "torchvision" and rest:
         name, _, file = rest.partition(":")
         return TorchvisionDetector(name, Path(file) if file else None, device=device)
+    if kind == "mmdet" and ":" in rest:
+        config, _, file = rest.rpartition(":")
+        return MmdetDetector(config, Path(file), dataset.category_ids, device=device)
     if spec.endswith(".json"):
         return CocoResults(Path(spec), dataset)
     near = difflib.get_close_matches(spec, PROMPT_SPECS, n=1)

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from ptq4sam.errors import DependencyError
+from ptq4sam.downloads import where_from
+from ptq4sam.errors import CheckpointError, DependencyError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.records import FieldError, Record
 from ptq4sam.solver.config import load_config
@@ -22,9 +23,9 @@ DetectorType = Literal[
     "hdetr",
     "focalnet_dino",
 ]
-"""Where boxes come from; the last three have no backend here yet."""
+"""Where boxes come from; the last two have no backend here yet."""
 
-COMING = ("mmdet", "hdetr", "focalnet_dino")
+COMING = ("hdetr", "focalnet_dino")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class SamConfig(Record):
     type: Literal["vit_nano", "vit_b", "vit_l", "vit_h"]
     checkpoint: Path | None = None
 
+    def require_weights(self) -> None:
+        """Check that the weights are there.
+
+        Raises:
+            CheckpointError: they are not; the message says where to get them.
+        """
+        _require_weights(self.checkpoint, self.type)
+
 
 @dataclass(frozen=True)
 class DetectorConfig(Record):
@@ -47,8 +56,8 @@ class DetectorConfig(Record):
     Attributes:
         type: kind of detector or source.
         checkpoint: its weights, an .onnx file, or a COCO results JSON for "results".
-        config: a file under mmdetection/configs/ for "mmdet"; the model's name in torchvision for
-            "torchvision".
+        config: a file under mmdetection/configs/ (or one of mmdet's own) for "mmdet"; the model's
+            name in torchvision for "torchvision".
         requires: extra of this package that brings its library.
     """
 
@@ -58,10 +67,18 @@ class DetectorConfig(Record):
     requires: str | None = None
 
     def _validate(self) -> None:
-        if self.type in ("onnx", "results", *COMING) and self.checkpoint is None:
+        if self.type in ("onnx", "results", "mmdet", *COMING) and self.checkpoint is None:
             raise FieldError("checkpoint", f"missing; a {self.type} detector needs a file")
         if self.type in ("mmdet", "torchvision") and self.config is None:
             raise FieldError("config", f"missing; a {self.type} detector needs one")
+
+    def require_weights(self) -> None:
+        """Check that the detector's file is there.
+
+        Raises:
+            CheckpointError: it is not; the message says where to get it.
+        """
+        _require_weights(self.checkpoint, f"detector {self.type!r}")
 
     def require_available(self) -> None:
         """Check that the detector can run here.
@@ -75,6 +92,8 @@ class DetectorConfig(Record):
             )
         elif self.type == "onnx" and find_spec("onnxruntime") is None:
             problem = "detector 'onnx' needs onnxruntime: pip install 'ptq4sam[onnx]'"
+        elif self.type == "mmdet" and not all(map(find_spec, ("mmengine", "mmcv", "mmdet"))):
+            problem = "detector 'mmdet' needs mmdetection: ./environment.sh mmdet"
         else:
             return
         raise DependencyError(
@@ -95,6 +114,8 @@ class DetectorConfig(Record):
             return f"onnx:{self.checkpoint}"
         if self.type == "torchvision":
             return f"torchvision:{self.config}" + (f":{self.checkpoint}" if self.checkpoint else "")
+        if self.type == "mmdet":
+            return f"mmdet:{self.config}:{self.checkpoint}"
         return self.type
 
 
@@ -146,3 +167,8 @@ class ExperimentConfig(Record):
             ConfigError: the file cannot be read, or a key or value is not usable.
         """
         return cls.from_dict(load_config(path, options), path)
+
+
+def _require_weights(path: Path | None, owner: str) -> None:
+    if path is not None and not path.exists():
+        raise CheckpointError(f"{owner} needs {path}, which is not there: {where_from(path)}")
