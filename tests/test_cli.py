@@ -93,7 +93,8 @@ def test_boxes_from_a_file_need_no_detector(tiny: Tiny, tmp_path: Path) -> None:
     command += ["--work-dir", tmp_path / "w"]
     script = (
         "import sys; from ptq4sam.cli import main; code = main(sys.argv[1:]);"
-        "found = {'torchvision', 'onnxruntime', 'mmdet', 'transformers'} & set(sys.modules);"
+        "libraries = {'torchvision', 'onnxruntime', 'mmengine', 'mmcv', 'mmdet', 'transformers'};"
+        "found = libraries & set(sys.modules);"
         "sys.exit(f'imported {found}' if found else code)"
     )
     done = subprocess.run(

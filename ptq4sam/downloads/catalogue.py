@@ -50,7 +50,7 @@ class Asset:
 _CKPT = Path("ckpt")
 _COCO = Path("data/coco")
 _SAM = "https://dl.fbaipublicfiles.com/segment_anything/"
-_MMDET = "https://download.openmmlab.com/mmdetection/v2.0/"
+_MMDET = "https://download.openmmlab.com/mmdetection/"
 _YOLOX = "https://github.com/Megvii-BaseDetection/YOLOX/releases/download/0.1.1rc0/"
 _HDETR = "https://github.com/HDETR/H-Deformable-DETR/releases/download/v0.1/"
 _FOCALNET = "https://projects4jw.blob.core.windows.net/focalnet/release/detection/"
@@ -87,18 +87,35 @@ _EVERY = (
     _weights("yolox-l-megvii", _YOLOX + "yolox_l.pth", "Apache-2.0", None, None),
     _weights(
         "yolox-l",
-        _MMDET + "yolox/yolox_l_8x8_300e_coco/yolox_l_8x8_300e_coco_20211126_140236-d3bd2b23.pth",
+        _MMDET + "v2.0/yolox/yolox_l_8x8_300e_coco/"
+        "yolox_l_8x8_300e_coco_20211126_140236-d3bd2b23.pth",
         "Apache-2.0",
         None,
         Digest("sha256", "d3bd2b23"),
     ),
     _weights(
         "faster-rcnn-r50",
-        _MMDET + "faster_rcnn/faster_rcnn_r50_fpn_2x_coco/"
+        _MMDET + "v2.0/faster_rcnn/faster_rcnn_r50_fpn_2x_coco/"
         "faster_rcnn_r50_fpn_2x_coco_bbox_mAP-0.384_20200504_210434-a5d8aa15.pth",
         "Apache-2.0",
         None,
         Digest("sha256", "a5d8aa15"),
+    ),
+    _weights(
+        "dino-r50",
+        _MMDET + "v3.0/dino/dino-4scale_r50_8xb2-12e_coco/"
+        "dino-4scale_r50_8xb2-12e_coco_20221202_182705-55b2bba2.pth",
+        "Apache-2.0",
+        None,
+        Digest("sha256", "55b2bba2"),
+    ),
+    _weights(
+        "dino-swin-l",
+        _MMDET + "v3.0/dino/dino-5scale_swin-l_8xb2-12e_coco/"
+        "dino-5scale_swin-l_8xb2-12e_coco_20230228_072924-a654145f.pth",
+        "Apache-2.0",
+        None,
+        Digest("sha256", "a654145f"),
     ),
     _weights(
         "hdetr-r50",

@@ -5,6 +5,7 @@ from ptq4sam.prompts.coco_results import CocoResults, to_results, write_results
 from ptq4sam.prompts.detr import DetrDetector
 from ptq4sam.prompts.factory import open_prompts
 from ptq4sam.prompts.ground_truth import GroundTruth
+from ptq4sam.prompts.mmdet_detector import MmdetDetector
 from ptq4sam.prompts.record import Prompts, PromptSource, clean
 from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
 from ptq4sam.prompts.transformers_detector import TransformersDetector
@@ -15,6 +16,7 @@ __all__ = [
     "CocoResults",
     "DetrDetector",
     "GroundTruth",
+    "MmdetDetector",
     "PromptSource",
     "Prompts",
     "TorchvisionDetector",

@@ -12,6 +12,7 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.prompts.coco_results import CocoResults
 from ptq4sam.prompts.detr import DETR_VARIANTS, DetrDetector
 from ptq4sam.prompts.ground_truth import GroundTruth
+from ptq4sam.prompts.mmdet_detector import MmdetDetector
 from ptq4sam.prompts.record import PromptSource
 from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
 from ptq4sam.prompts.transformers_detector import TransformersDetector
@@ -27,6 +28,7 @@ PROMPT_SPECS = (
     "focalnet-dino:FILE",
     "torchvision:NAME[:FILE]",
     "transformers:FOLDER",
+    "mmdet:CONFIG:CHECKPOINT",
 )
 """What `open_prompts` understands."""
 
@@ -43,6 +45,7 @@ def open_prompts(spec: str, dataset: ImageSet, device: torch.device | str = "cpu
         ConfigError: the name is not understood.
         DataError: boxes or annotations are missing or damaged.
         CheckpointError: a detector's weights are.
+        DependencyError: the library that a detector needs is not installed.
     """
     kind, _, rest = spec.partition(":")
     if spec == "ground-truth":
@@ -62,6 +65,9 @@ def open_prompts(spec: str, dataset: ImageSet, device: torch.device | str = "cpu
         return DetrDetector(kind, Path(rest), device=device)
     if kind == "transformers" and rest:
         return TransformersDetector(rest, dataset.category_names, device=device)
+    if kind == "mmdet" and ":" in rest:
+        config, _, file = rest.rpartition(":")
+        return MmdetDetector(config, Path(file), dataset.category_ids, device=device)
     if spec.endswith(".json"):
         return CocoResults(Path(spec), dataset)
     near = difflib.get_close_matches(spec, PROMPT_SPECS, n=1)

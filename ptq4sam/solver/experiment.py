@@ -24,9 +24,8 @@ DetectorType = Literal[
     "focalnet_dino",
     "mmdet",
 ]
-"""Where boxes come from; the last has no backend here yet."""
+"""Where boxes come from."""
 
-COMING = ("mmdet",)
 _WITH_FILE = ("onnx", "yolox", "results", "hdetr", "focalnet_dino", "mmdet")
 
 
@@ -59,8 +58,8 @@ class DetectorConfig(Record):
         type: kind of detector or source.
         checkpoint: its weights, an .onnx file for "onnx", YOLOX's own .pth file for
             "yolox", or a COCO results JSON for "results".
-        config: a file under mmdetection/configs/ for "mmdet"; the model's name in torchvision for
-            "torchvision".
+        config: a file under mmdetection/configs/ (or one of mmdet's own) for "mmdet"; the model's
+            name in torchvision for "torchvision".
         requires: extra of this package that brings its library.
     """
 
@@ -87,14 +86,12 @@ class DetectorConfig(Record):
         """Check that the detector can run here.
 
         Raises:
-            DependencyError: its library is not installed, or it has no backend yet.
+            DependencyError: its library is not installed.
         """
-        if self.type in COMING:
-            problem = (
-                f"detector {self.type!r} needs the extra {self.requires!r}, which is not there yet"
-            )
-        elif self.type == "onnx" and find_spec("onnxruntime") is None:
+        if self.type == "onnx" and find_spec("onnxruntime") is None:
             problem = "detector 'onnx' needs onnxruntime: pip install 'ptq4sam[onnx]'"
+        elif self.type == "mmdet" and not all(map(find_spec, ("mmengine", "mmcv", "mmdet"))):
+            problem = "detector 'mmdet' needs mmdetection: ./environment.sh mmdet"
         else:
             return
         raise DependencyError(
@@ -117,6 +114,8 @@ class DetectorConfig(Record):
             return f"torchvision:{self.config}" + (f":{self.checkpoint}" if self.checkpoint else "")
         if self.type in ("hdetr", "focalnet_dino"):
             return f"{self.type.replace('_', '-')}:{self.checkpoint}"
+        if self.type == "mmdet":
+            return f"mmdet:{self.config}:{self.checkpoint}"
         return self.type
 
 

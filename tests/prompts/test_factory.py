@@ -43,7 +43,19 @@ def test_the_scene_detector_finds_objects_of_scenes(scenes: CocoDataset) -> None
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "groundtruth", "onnx:", "onnx", "yolox:", "torchvision:", "transformers:", "yolo.pth"],
+    [
+        "",
+        "groundtruth",
+        "onnx:",
+        "onnx",
+        "yolox:",
+        "torchvision:",
+        "transformers:",
+        "mmdet:",
+        "mmdet:a.py",
+        "yolo.pth",
+        "foo:bar",
+    ],
 )
 def test_what_is_not_understood_lists_what_is(scenes: CocoDataset, spec: str) -> None:
     with pytest.raises(ConfigError, match=r"no prompts are named .*torchvision:NAME\[:FILE\]"):

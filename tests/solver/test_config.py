@@ -272,12 +272,15 @@ def test_known_sams_are_those_of_the_registry() -> None:
     assert set(get_args(get_type_hints(SamConfig)["type"])) == set(VARIANTS)
 
 
-def test_prompts_argument_of_a_detector() -> None:
+def test_prompts_argument_of_a_detector(monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path("boxes.json")
     assert DetectorConfig("results", path).prompts == "boxes.json"
     assert DetectorConfig("onnx", Path("x.onnx")).prompts == "onnx:x.onnx"
     assert DetectorConfig("yolox", Path("x.pth")).prompts == "yolox:x.pth"
     assert DetectorConfig("ground-truth").prompts == "ground-truth"
+    yolox = DetectorConfig("mmdet", Path("x.pth"), config="yolox.py")
+    monkeypatch.setattr("ptq4sam.solver.experiment.find_spec", lambda name: name)
+    assert yolox.prompts == "mmdet:yolox.py:x.pth"
     ssd = DetectorConfig("torchvision", config="ssd300_vgg16")
     assert ssd.prompts == "torchvision:ssd300_vgg16"
     assert replace(ssd, checkpoint=Path("a.pth")).prompts == "torchvision:ssd300_vgg16:a.pth"
