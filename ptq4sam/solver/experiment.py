@@ -60,13 +60,11 @@ class DetectorConfig(Record):
             "yolox", or a COCO results JSON for "results".
         config: a file under mmdetection/configs/ (or one of mmdet's own) for "mmdet"; the model's
             name in torchvision for "torchvision".
-        requires: extra of this package that brings its library.
     """
 
     type: DetectorType
     checkpoint: Path | None = None
     config: str | None = None
-    requires: str | None = None
 
     def _validate(self) -> None:
         if self.type in _WITH_FILE and self.checkpoint is None:
