@@ -52,24 +52,27 @@ def find_dataset(given: str, named: Path = NAMED) -> DataConfig:
 def images_beside(annotations: Path) -> Path:
     """The folder of an instances file's pictures.
 
-    It is the first one to hold the file's first picture: the file's own folder or the one above
+    It is the one that holds most of the file's pictures: the file's own folder or the one above
     (data/coco of data/coco/annotations/instances_val2017.json), a folder in one of these, or a
-    folder in their folder "images".
+    folder in their folder "images"; the first of equals.
 
     Raises:
-        DataError: the file is missing or damaged, or no such folder holds the picture.
+        DataError: the file is missing or damaged, or no such folder holds a picture.
     """
     content, _ = read_json(annotations, "annotations file")
-    first = _first_picture(content)
-    if first is None:
+    names = _pictures(content)
+    if not names:
         raise DataError(f"{annotations} is not in COCO format: it names no picture")
-    for folder in _folders_near(annotations):
-        if (folder / first).is_file():
-            return folder
-    raise DataError(
-        f"the pictures of {annotations} were looked for beside it, but no folder there has "
-        f"{first}: give their folder with --images"
-    )
+    held = {
+        folder: sum((folder / name).is_file() for name in names)
+        for folder in _folders_near(annotations)
+    }
+    if not any(held.values()):
+        raise DataError(
+            f"the pictures of {annotations} were looked for beside it, but no folder there has "
+            f"{names[0]}: give their folder with --images"
+        )
+    return max(held, key=held.__getitem__)
 
 
 def _configured(path: Path) -> DataConfig:
@@ -79,11 +82,11 @@ def _configured(path: Path) -> DataConfig:
     return DataConfig.from_dict(config["data"], path)
 
 
-def _first_picture(content: Any) -> str | None:
+def _pictures(content: Any) -> list[str]:
     images = content.get("images") if isinstance(content, dict) else None
-    first = images[0] if isinstance(images, list) and images else None
-    name = first.get("file_name") if isinstance(first, dict) else None
-    return name if isinstance(name, str) and name else None
+    entries = images if isinstance(images, list) else []
+    names = [entry.get("file_name") for entry in entries if isinstance(entry, dict)]
+    return [name for name in names if isinstance(name, str) and name]
 
 
 def _folders_near(annotations: Path) -> Iterator[Path]:
