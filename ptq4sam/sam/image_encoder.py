@@ -85,9 +85,10 @@ class Attention(nn.Module):
             [batch, heads, queries, rows * columns].
         """
         rows, columns = grid
-        by_row, by_column = self.position_terms(query, grid, first_row, last_row).split(grid, -1)
+        terms = self.position_terms(query, grid, first_row, last_row)
         # Contiguous terms make a contiguous sum, which the reshape need not copy.
-        bias = by_row.contiguous()[..., :, None] + by_column.contiguous()[..., None, :]
+        by_row, by_column = terms[..., :rows].contiguous(), terms[..., rows:].contiguous()
+        bias = by_row[..., :, None] + by_column[..., None, :]
         return bias.reshape(*query.shape[:3], rows * columns)
 
     def position_terms(

@@ -101,9 +101,9 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
     expected = model.state_dict()
     absent = sorted(expected.keys() - state.keys())
     unknown = sorted(state.keys() - expected.keys())
-    if absent or unknown:
-        parts = [f"{_first(absent)} missing"] * bool(absent)
-        parts += [f"{_first(unknown)} not known"] * bool(unknown)
+    wrong = ((absent, "missing"), (unknown, "not known"))
+    parts = [f"{_first(names)} {what}" for names, what in wrong if names]
+    if parts:
         raise CheckpointError(
             f"{origin} is not of this detector, {' and '.join(parts)}: give the published weights"
         )
