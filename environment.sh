@@ -107,7 +107,7 @@ done
 # changes under them.
 for stamp in "$venv"/stamp-*; do
     extra=${stamp##*/stamp-}
-    if has_extra "$extra" && [[ " $* " != *" $extra "* ]]; then
+    if [[ -e $stamp ]] && has_extra "$extra" && [[ " $* " != *" $extra "* ]]; then
         set -- "$@" "$extra"
     fi
 done

@@ -81,13 +81,13 @@ class MmdetDetector:
         Raises:
             ConfigError, CheckpointError, DependencyError: as the constructor says.
         """
-        model = self._model
+        model, category_ids = self._model, self._category_ids
         from mmdet.apis import inference_detector
 
         # mmdetection's pipelines begin with what OpenCV reads: blue first.
         found = inference_detector(model, np.ascontiguousarray(image[..., ::-1])).pred_instances
         boxes, scores, labels = (found[key].cpu().numpy() for key in ("bboxes", "scores", "labels"))
-        return clean(record, boxes, scores, self._category_ids[labels], self._limit)
+        return clean(record, boxes, scores, category_ids[labels], self._limit)
 
     @cached_property
     def _model(self) -> Any:

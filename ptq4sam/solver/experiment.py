@@ -28,6 +28,8 @@ DetectorType = Literal[
 
 _WITH_FILE = ("onnx", "yolox", "results", "hdetr", "focalnet_dino", "mmdet")
 
+_OTHER_BOXES = "boxes of any detector can be given: --prompts boxes.json"
+
 
 @dataclass(frozen=True)
 class SamConfig(Record):
@@ -78,7 +80,7 @@ class DetectorConfig(Record):
         Raises:
             CheckpointError: it is not; the message says where to get it.
         """
-        _require_weights(self.checkpoint, f"detector {self.type!r}")
+        _require_weights(self.checkpoint, f"detector {self.type!r}", f"; {_OTHER_BOXES}")
 
     def require_available(self) -> None:
         """Check that the detector can run here.
@@ -92,9 +94,7 @@ class DetectorConfig(Record):
             problem = "detector 'mmdet' needs mmdetection: ./environment.sh mmdet"
         else:
             return
-        raise DependencyError(
-            f"{problem}; boxes of any detector can be given: --prompts boxes.json"
-        )
+        raise DependencyError(f"{problem}; {_OTHER_BOXES}")
 
     @property
     def prompts(self) -> str:
@@ -167,6 +167,8 @@ class ExperimentConfig(Record):
         return cls.from_dict(load_config(path, options), path)
 
 
-def _require_weights(path: Path | None, owner: str) -> None:
+def _require_weights(path: Path | None, owner: str, otherwise: str = "") -> None:
     if path is not None and not path.exists():
-        raise CheckpointError(f"{owner} needs {path}, which is not there: {where_from(path)}")
+        raise CheckpointError(
+            f"{owner} needs {path}, which is not there: {where_from(path)}{otherwise}"
+        )

@@ -18,31 +18,16 @@ from ptq4sam.prompts import MmdetDetector, open_prompts
 from ptq4sam.prompts.mmdet_checkpoint import load_weights
 from ptq4sam.prompts.mmdet_detector import build_detector
 from ptq4sam.prompts.yolox import COCO_CATEGORY_IDS
+from tests.mmdet_models import CONFIGS, FASTER_RCNN, YOLOX_L, random_detector, require_mmdet
 
-CONFIGS = Path(__file__).resolve().parents[2] / "mmdetection" / "configs"
-YOLOX_L = CONFIGS / "yolox" / "yolox_l_8x8_300e_coco.py"
 YOLOX_NANO = CONFIGS / "yolox" / "yolox_nano_8x8_300e_coco.py"
-FASTER_RCNN = CONFIGS / "faster_rcnn" / "faster_rcnn_r50_fpn_2x_coco.py"
 DINO_R50 = CONFIGS / "dino" / "dino_4scale_r50_8x2_12e_coco.py"
 DINO_SWIN_L = CONFIGS / "dino" / "dino_5scale_swin-l_8x2_12e_coco.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _mmdet() -> None:
-    for library in ("mmengine", "mmcv._ext", "mmdet"):
-        pytest.importorskip(library, reason="the extra mmdet is not installed")
-
-
-def _model(config: Path, seed: int = 0) -> Any:
-    """A model with random weights whose scores differ enough to pass thresholds."""
-    torch.manual_seed(seed)
-    model = build_detector(config)
-    if config == FASTER_RCNN:
-        model.roi_head.init_weights()
-        with torch.no_grad():
-            model.roi_head.bbox_head.fc_cls.weight.mul_(300)
-            model.rpn_head.rpn_cls.weight.mul_(10)
-    return model
+    require_mmdet()
 
 
 def _write(model: Any, path: Path) -> Path:
@@ -77,7 +62,7 @@ def test_boxes_are_those_of_mmdetections_own_inference(
     from mmdet.apis import inference_detector
 
     record, image = _picture(24, 160)
-    model = _model(config)
+    model = random_detector(config)
     source = MmdetDetector(config, _write(model, tmp_path / "a.pth"))
     expected = inference_detector(model, image[..., ::-1].copy()).pred_instances
     found = source.prompts(record, image)
@@ -147,9 +132,8 @@ def test_pipelines_are_the_published_ones(
 
 
 def test_dino_with_swin_l_takes_exactly_its_names(tmp_path: Path) -> None:
-    """On no device, for it has 218 million parameters; then 2.x's names of DINO R50's."""
-    with torch.device("meta"):
-        model = build_detector(DINO_SWIN_L, "meta")
+    """On no device, for it has 218 million parameters."""
+    model = build_detector(DINO_SWIN_L, "meta")
     state = model.state_dict()
     assert sum(parameter.numel() for parameter in model.parameters()) // 10**6 == 218
     path = _write(model, tmp_path / "a.pth")
@@ -173,7 +157,7 @@ def test_every_configuration_points_at_one_of_mmdets(path: Path) -> None:
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the smallest model."""
-    return _write(_model(YOLOX_NANO), tmp_path_factory.mktemp("nano") / "nano.pth")
+    return _write(random_detector(YOLOX_NANO), tmp_path_factory.mktemp("nano") / "nano.pth")
 
 
 def _variant(path: Path, text: str) -> Path:
@@ -208,11 +192,11 @@ def test_a_picture_without_boxes(tmp_path: Path, nano: Path) -> None:
 
 def test_other_numbers_of_classes(tmp_path: Path) -> None:
     config = _variant(tmp_path / "four.py", "model = dict(bbox_head=dict(num_classes=4))")
-    path = _write(_model(config), tmp_path / "a.pth")
+    path = _write(random_detector(config), tmp_path / "a.pth")
     found = MmdetDetector(config, path, [2, 4, 8, 16]).prompts(*_picture(120, 160))
     assert set(found.category_ids.tolist()) <= {2, 4, 8, 16}
     config = _variant(tmp_path / "coco.py", "model = dict(bbox_head=dict(num_classes=91))")
-    path = _write(_model(config), tmp_path / "a.pth")
+    path = _write(random_detector(config), tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="knows 91 classes, the data set 80 categories"):
         MmdetDetector(config, path, COCO_CATEGORY_IDS).prompts(*_picture(120, 160))
 
