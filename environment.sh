@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Make .venv with ptq4sam and the extras named as arguments (onnx, test, dev; none: the library).
+# Make .venv with ptq4sam and the extras named as arguments (onnx, mmdet, test, dev; none: the library).
 #   ./environment.sh [EXTRA ...]
 # Run again, it only adds what is missing; nothing is done when nothing has changed.
-# PYTHON=... chooses the interpreter (3.10 or newer), VENV=... the folder.
+# PYTHON=... chooses the interpreter (3.10 or newer), VENV=... the folder. The extra mmdet compiles
+# mmcv's operators (10 to 20 minutes on two cores, once for each torch and Python; MAX_JOBS=... sets
+# how many files at once) and keeps the result in ${XDG_CACHE_HOME:-~/.cache}/ptq4sam/wheels.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 venv=${VENV:-.venv}
+mmcv=$(sed -nE 's/^mmcv==([0-9.]+).*/\1/p' constraints.txt)
 
 fail() {
     echo "environment.sh: $*" >&2
@@ -44,8 +47,50 @@ make_venv() {
     fi
 }
 
+has_extra() {
+    grep -qE "^$1 = \[" pyproject.toml
+}
+
+pip_install() {
+    "$venv/bin/python" -m pip install --constraint constraints.txt "$@"
+}
+
+# mmcv's operators belong to one torch, Python and machine, which the name of their wheel does not
+# say: pip's own cache would hand out those of another. So each has a folder of its own here.
+install_mmcv() {
+    local bin key cache wheel building
+    bin=$(cd "$venv/bin" && pwd)
+    pip_install --quiet ninja "setuptools<81"
+    key=$("$bin/python" -c '
+import sys, sysconfig, torch
+print("torch-" + torch.__version__, sys.implementation.cache_tag, sysconfig.get_platform(),
+      "cuda" if torch.cuda.is_available() else "cpu", sep="-")')
+    cache=${XDG_CACHE_HOME:-$HOME/.cache}/ptq4sam/wheels/$key
+    wheel=$(compgen -G "$cache/mmcv-$mmcv-*.whl" | head -n 1 || true)
+    if [[ -z $wheel ]]; then
+        command -v "${CXX:-c++}" >/dev/null || fail "mmcv's operators need a C++ compiler: install g++"
+        [[ $key != *-cuda ]] || command -v nvcc >/dev/null || [[ -n ${CUDA_HOME:-} ]] ||
+            fail "mmcv's operators for a GPU need nvcc: install the CUDA toolkit of torch's version," \
+                "or compile them for the CPU: CUDA_VISIBLE_DEVICES= ./environment.sh $*"
+        echo "environment.sh: compiling mmcv's operators, some 10 minutes; they are kept in $cache"
+        mkdir -p "$cache"
+        building=$(mktemp -d "$cache/building.XXXXXX")
+        # Debugging symbols would take most of the time.
+        PATH="$bin:$PATH" MMCV_WITH_OPS=1 CFLAGS="${CFLAGS:-} -g0" "$bin/python" -m pip wheel \
+            --no-cache-dir --no-build-isolation --no-deps --no-binary mmcv \
+            --wheel-dir "$building" "mmcv==$mmcv" ||
+            { rm -rf "$building"; fail "mmcv's operators do not compile; the reason is above"; }
+        wheel=$(compgen -G "$building/mmcv-*.whl")
+        mv "$wheel" "$cache"
+        wheel=$cache/${wheel##*/}
+        rm -rf "$building"
+    fi
+    # By force: an mmcv of this version that is here already may be one for another torch.
+    pip_install --quiet --no-deps --force-reinstall "$wheel"
+}
+
 for extra in "$@"; do
-    grep -qE "^$extra = \[" pyproject.toml ||
+    has_extra "$extra" ||
         fail "no extra '$extra'; there are: $(sed -nE '/optional-dependencies/,/^\[project.scripts/ s/^([a-z0-9]+) = \[.*/\1/p' pyproject.toml | paste -sd ' ' -)"
 done
 
@@ -58,9 +103,21 @@ done
 [[ ${#missing[@]} -eq 0 ]] && exit 0
 
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
+# Extras of earlier calls are brought up to date too: mmcv's operators, for one, break when torch
+# changes under them.
+for stamp in "$venv"/stamp-*; do
+    extra=${stamp##*/stamp-}
+    if [[ -e $stamp ]] && has_extra "$extra" && [[ " $* " != *" $extra "* ]]; then
+        set -- "$@" "$extra"
+    fi
+done
 echo "environment.sh: installing ${missing[*]} into $venv (the first time about 7 GB with CUDA's libraries, some minutes)"
+if [[ " $* " == *" mmdet "* ]]; then
+    pip_install --editable .  # mmcv compiles against the torch that is there
+    install_mmcv "$@"
+fi
 extras=$(IFS=,; echo "$*")
-"$venv/bin/python" -m pip install --constraint constraints.txt --editable ".${extras:+[$extras]}"
+pip_install --editable ".${extras:+[$extras]}"
 for extra in library "$@"; do
     echo "$checksum" >"$venv/stamp-$extra"
 done

@@ -92,7 +92,13 @@ def build_parser() -> argparse.ArgumentParser:
     prompts.add_argument(
         "--detector", required=True, help="as --prompts of evaluate: onnx:FILE, ..."
     )
-    prompts.add_argument("--images", type=Path, required=True, help="folder of pictures")
+    prompts.add_argument(
+        "--dataset",
+        metavar="D",
+        help="coco or another name in projects/configs/_base_, a configuration .py, a COCO "
+        "instances .json with its pictures beside it, or a folder of pictures",
+    )
+    prompts.add_argument("--images", type=Path, help="instead of --dataset: folder of pictures")
     prompts.add_argument("--annotations", type=Path, metavar="A.json", help="COCO instances file")
     prompts.add_argument("--out", type=Path, required=True, metavar="BOXES.json")
     prompts.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
@@ -161,8 +167,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) -
     parser.add_argument(
         "--prompts",
         default="ground-truth",
-        help="boxes.json, ground-truth (the default), scene-detector, onnx:FILE or "
-        "torchvision:NAME[:FILE]",
+        help="boxes.json, ground-truth (the default), scene-detector, onnx:FILE, yolox:FILE.pth, "
+        "hdetr:FILE, focalnet-dino:FILE, torchvision:NAME[:FILE], transformers:FOLDER or "
+        "mmdet:CONFIG:FILE",
     )
     parser.add_argument("--calibration-images", type=Path, help="pictures that ranges come from")
     parser.add_argument("--calibration-annotations", type=Path, metavar="B.json")
@@ -242,14 +249,27 @@ def _prompts(parsed: argparse.Namespace) -> int:
     from ptq4sam.experiments.detecting import detect
     from ptq4sam.experiments.settings import DataSettings
     from ptq4sam.progress import bars
+    from ptq4sam.solver.datasets import find_dataset
 
+    limit = parsed.limit
+    if parsed.dataset is not None:
+        if parsed.images is not None or parsed.annotations is not None:
+            raise ConfigError(
+                "--dataset names pictures and annotations: leave --images and --annotations away"
+            )
+        named = find_dataset(parsed.dataset)
+        data, limit = DataSettings(named.images, named.annotations), limit or named.limit
+    elif parsed.images is not None:
+        data = DataSettings(parsed.images, parsed.annotations)
+    else:
+        raise ConfigError("ptq4sam prompts needs pictures: give --dataset or --images")
     with parallel.joined():
         found = detect(
             parsed.detector,
-            DataSettings(parsed.images, parsed.annotations),
+            data,
             parsed.out,
             device=parsed.device,
-            limit=parsed.limit,
+            limit=limit,
             skip_bad=parsed.skip_bad,
             progress=bars,
         )

@@ -85,6 +85,28 @@ def test_boxes_of_a_detector_are_a_file_like_any_other(tiny: Tiny, tmp_path: Pat
     assert metrics[0] == metrics[1]
 
 
+def test_a_data_set_can_be_named_by_its_annotations(tiny: Tiny) -> None:
+    run("prompts", "--detector", "scene-detector", *tiny.data(), "--out", "boxes.json")
+    asked = ["prompts", "--detector", "scene-detector", "--dataset", tiny.annotations()]
+    run(*asked, "--out", "same.json")
+    assert Path("same.json").read_bytes() == Path("boxes.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ([], "give --dataset or --images"),
+        (["--dataset", "coco", "--images", "."], "leave --images and --annotations away"),
+    ],
+)
+def test_prompts_of_no_or_two_data_sets(
+    given: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["prompts", "--detector", "scene-detector", "--out", "boxes.json", *given]
+    assert main(command) == 2
+    assert problem in capsys.readouterr().err
+
+
 def test_boxes_from_a_file_need_no_detector(tiny: Tiny, tmp_path: Path) -> None:
     dataset = CocoDataset(tiny.images(), tiny.annotations())
     truth = GroundTruth(dataset)
@@ -93,7 +115,8 @@ def test_boxes_from_a_file_need_no_detector(tiny: Tiny, tmp_path: Path) -> None:
     command += ["--work-dir", tmp_path / "w"]
     script = (
         "import sys; from ptq4sam.cli import main; code = main(sys.argv[1:]);"
-        "found = {'torchvision', 'onnxruntime', 'mmdet', 'transformers'} & set(sys.modules);"
+        "libraries = {'torchvision', 'onnxruntime', 'mmengine', 'mmcv', 'mmdet', 'transformers'};"
+        "found = libraries & set(sys.modules);"
         "sys.exit(f'imported {found}' if found else code)"
     )
     done = subprocess.run(

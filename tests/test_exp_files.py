@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from ptq4sam.errors import DependencyError
+from ptq4sam.data.images import ImageSet
+from ptq4sam.downloads import find_asset
+from ptq4sam.errors import CheckpointError, DependencyError
+from ptq4sam.prompts import DetrDetector, open_prompts
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.solver.experiment import ExperimentConfig
 
@@ -87,11 +92,68 @@ def test_published_experiment(name: str) -> None:
     assert read.calibration is not None
     assert read.calibration.images == Path("data/coco/train2017")
     assert read.prompting.use_sam_iou
-    assert read.prompting.max_per_image == (300 if "detr" in name or "dino" in name else 100)
+    assert read.prompting.max_per_image == (300 if "dino" in name else 100)
     if read.detector.config is not None:
         assert (ROOT / read.detector.config).is_file()
-    with pytest.raises(DependencyError, match="needs the extra"):
-        read.detector.require_available()
+    if read.detector.type == "mmdet" and find_spec("mmdet") is None:
+        with pytest.raises(DependencyError, match=r"environment\.sh mmdet"):
+            read.detector.require_available()
+
+
+DETRS = [
+    path.relative_to(ROOT / "projects" / "configs")
+    for folder in ("hdetr", "focalnet_dino")
+    for path in sorted((ROOT / "projects" / "configs" / folder).glob("*.py"))
+]
+
+
+@pytest.mark.parametrize("name", DETRS, ids=str)
+def test_experiment_with_a_detr(
+    name: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = ROOT / "projects" / "configs" / name
+    monkeypatch.chdir(tmp_path)
+    kind = "hdetr" if name.parent.name == "hdetr" else "focalnet-dino"
+    asset = find_asset({"hdetr": "hdetr-r50", "focalnet-dino": "focalnet-dino-l"}[kind])
+    read = ExperimentConfig.from_file(path)
+    assert read.detector.checkpoint == asset.path
+    assert read.prompting.best_in_multi_mask == ("best-in-multi" in name.stem)
+    assert read.prompting.cascade == ("cascade" in name.stem)
+    with pytest.raises(CheckpointError) as caught:
+        read.detector.require_weights()
+    told = str(caught.value)
+    assert all(word in told for word in (str(asset.path), asset.url, asset.name, "no checksum"))
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"read at the first picture")
+    read = ExperimentConfig.from_file(path, f"detector.checkpoint={weights}")
+    read.detector.require_weights()
+    read.detector.require_available()
+    source = open_prompts(read.detector.prompts, ImageSet(skip_bad=False))
+    assert isinstance(source, DetrDetector)
+    assert (source.kind, source.path) == (kind, weights)
+    assert source.limit == read.prompting.max_per_image
+
+
+def test_every_variant_of_the_detrs_is_there() -> None:
+    variants = {"hdetr": {"b": 4, "l": 1, "h": 1}, "focalnet_dino": {"b": 1, "l": 1, "h": 2}}
+    counted = {
+        folder: {
+            size: sum(f"sam-vit-{size}" in path.stem for path in DETRS if folder in str(path))
+            for size in "blh"
+        }
+        for folder in variants
+    }
+    assert counted == variants
+
+
+@pytest.mark.parametrize("size", "blh")
+def test_yolox_l_without_mmdet(size: str) -> None:
+    read, published = (
+        experiment(f"yolox/{stem}-sam-vit-{size}.py") for stem in ("yolox_l_megvii", "yolo_l")
+    )
+    read.detector.require_available()
+    assert read.detector.prompts == "yolox:ckpt/yolox_l.pth"
+    assert replace(read, detector=published.detector) == published
 
 
 def test_every_experiment_can_be_read() -> None:

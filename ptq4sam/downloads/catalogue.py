@@ -50,7 +50,7 @@ class Asset:
 _CKPT = Path("ckpt")
 _COCO = Path("data/coco")
 _SAM = "https://dl.fbaipublicfiles.com/segment_anything/"
-_MMDET = "https://download.openmmlab.com/mmdetection/v2.0/"
+_MMDET = "https://download.openmmlab.com/mmdetection/"
 _YOLOX = "https://github.com/Megvii-BaseDetection/YOLOX/releases/download/0.1.1rc0/"
 _HDETR = "https://github.com/HDETR/H-Deformable-DETR/releases/download/v0.1/"
 _FOCALNET = "https://projects4jw.blob.core.windows.net/focalnet/release/detection/"
@@ -83,20 +83,39 @@ _EVERY = (
         "sam-vit-h", _SAM + "sam_vit_h_4b8939.pth", "Apache-2.0", None, Digest("md5", "4b8939")
     ),
     _weights("yolox-nano-onnx", _YOLOX + "yolox_nano.onnx", "Apache-2.0", 3_659_407, None),
+    _weights("yolox-l-onnx", _YOLOX + "yolox_l.onnx", "Apache-2.0", None, None),
+    _weights("yolox-l-megvii", _YOLOX + "yolox_l.pth", "Apache-2.0", None, None),
     _weights(
         "yolox-l",
-        _MMDET + "yolox/yolox_l_8x8_300e_coco/yolox_l_8x8_300e_coco_20211126_140236-d3bd2b23.pth",
+        _MMDET + "v2.0/yolox/yolox_l_8x8_300e_coco/"
+        "yolox_l_8x8_300e_coco_20211126_140236-d3bd2b23.pth",
         "Apache-2.0",
         None,
         Digest("sha256", "d3bd2b23"),
     ),
     _weights(
         "faster-rcnn-r50",
-        _MMDET + "faster_rcnn/faster_rcnn_r50_fpn_2x_coco/"
+        _MMDET + "v2.0/faster_rcnn/faster_rcnn_r50_fpn_2x_coco/"
         "faster_rcnn_r50_fpn_2x_coco_bbox_mAP-0.384_20200504_210434-a5d8aa15.pth",
         "Apache-2.0",
         None,
         Digest("sha256", "a5d8aa15"),
+    ),
+    _weights(
+        "dino-r50",
+        _MMDET + "v3.0/dino/dino-4scale_r50_8xb2-12e_coco/"
+        "dino-4scale_r50_8xb2-12e_coco_20221202_182705-55b2bba2.pth",
+        "Apache-2.0",
+        None,
+        Digest("sha256", "55b2bba2"),
+    ),
+    _weights(
+        "dino-swin-l",
+        _MMDET + "v3.0/dino/dino-5scale_swin-l_8xb2-12e_coco/"
+        "dino-5scale_swin-l_8xb2-12e_coco_20230228_072924-a654145f.pth",
+        "Apache-2.0",
+        None,
+        Digest("sha256", "a654145f"),
     ),
     _weights(
         "hdetr-r50",
@@ -155,3 +174,18 @@ def find_asset(name: str) -> Asset:
     near = difflib.get_close_matches(name, ASSETS, n=1)
     hint = f"did you mean {near[0]}?" if near else "ptq4sam download --list shows what there is"
     raise ConfigError(f"asked to download {name!r}, which is not known: {hint}")
+
+
+def where_from(path: Path) -> str:
+    """Where a file comes from, for the message that it is not there.
+
+    Args:
+        path: where it was looked for; its name tells which it is.
+    """
+    for asset in ASSETS.values():
+        if asset.path.name == path.name:
+            known = "the publisher gives no checksum"
+            if asset.digest is not None:
+                known = f"its {asset.digest.algorithm} begins with {asset.digest.beginning}"
+            return f"ptq4sam download {asset.name}, or fetch {asset.url} ({known})"
+    return "name another file, or see what ptq4sam download --list has"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,8 @@ from ptq4sam.evaluation import MaskScores, mask_ious, mask_results
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import Segmented, segment
 from ptq4sam.progress import Progress, silent
-from ptq4sam.prompts import GroundTruth, Prompts, PromptSource
+from ptq4sam.prompts import CocoResults, GroundTruth, Prompts, PromptSource
+from ptq4sam.prompts.record import warn_of_categories
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor
 
@@ -53,7 +56,7 @@ class Evaluation:
 
     metrics: dict[str, float] = field(default_factory=dict)
     reference_metrics: dict[str, float] = field(default_factory=dict)
-    results: list[dict[str, object]] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
     pictures: int = 0
     masks: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -63,7 +66,7 @@ class Evaluation:
 class _Scored:
     """What a model's masks on one picture add to its scores; it may travel between processes."""
 
-    results: list[dict[str, object]]
+    results: list[dict[str, Any]]
     ious: list[float]
 
 
@@ -102,7 +105,8 @@ def evaluate_sam(
     Several processes (see `parallel`) share the pictures, and each gets the scores of all.
 
     A picture without boxes is not encoded; its missed objects still count. A damaged picture that
-    the data set is told to skip does not count at all.
+    the data set is told to skip does not count at all. Masks of categories that the data set lacks
+    are among the results, but cannot score: a warning counts them.
 
     Args:
         sam: the model, float or quantized.
@@ -146,6 +150,12 @@ def evaluate_sam(
     for record, outcome in zip(images, every, strict=True):
         if outcome is None:
             dataset.leave_out(record)
+    # Boxes of a file were looked at when it was opened.
+    if parallel.is_first() and not isinstance(source, CocoResults):
+        parts = [outcome.model for outcome in every if outcome is not None]
+        results = [result for part in parts if part is not None for result in part.results]
+        used = Counter(result["category_id"] for result in results)
+        warn_of_categories(source.name, used, dataset)
     return _summarize(dataset, every, score, reference is not None)
 
 

@@ -30,7 +30,10 @@ from ptq4sam.sam.transformer import TwoWayTransformer
 _log = logging.getLogger(__name__)
 
 BOXES_AT_ONCE = 100
-"""Most boxes that the decoder takes at once while it is calibrated and reconstructed."""
+"""Most boxes that the decoder takes at once while it is calibrated and reconstructed.
+
+Not a matter of the memory at hand, as in prediction: observers average over what they see at once.
+"""
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,27 @@
 
 from ptq4sam.prompts.cache import CachedPrompts, cached
 from ptq4sam.prompts.coco_results import CocoResults, to_results, write_results
+from ptq4sam.prompts.detr import DetrDetector
 from ptq4sam.prompts.factory import open_prompts
 from ptq4sam.prompts.ground_truth import GroundTruth
+from ptq4sam.prompts.mmdet_detector import MmdetDetector
 from ptq4sam.prompts.record import Prompts, PromptSource, clean
 from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
-from ptq4sam.prompts.yolox import YoloxOnnx
+from ptq4sam.prompts.transformers_detector import TransformersDetector
+from ptq4sam.prompts.yolox import YoloxOnnx, YoloxTorch
 
 __all__ = [
     "CachedPrompts",
     "CocoResults",
+    "DetrDetector",
     "GroundTruth",
+    "MmdetDetector",
     "PromptSource",
     "Prompts",
     "TorchvisionDetector",
+    "TransformersDetector",
     "YoloxOnnx",
+    "YoloxTorch",
     "cached",
     "clean",
     "open_prompts",

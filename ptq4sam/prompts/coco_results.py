@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ptq4sam.data.images import ImageRecord, ImageSet
 from ptq4sam.errors import DataError
 from ptq4sam.files import read_json, write_json
-from ptq4sam.prompts.record import Prompts, clean
+from ptq4sam.prompts.record import Prompts, clean, some_ids, warn_of_categories
 
 _log = logging.getLogger(__name__)
 
@@ -24,12 +24,15 @@ class CocoResults:
 
     The file is a list of `{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`.
     A picture that it does not name has no boxes. Boxes of pictures outside of the data set are not
-    used: a data set may be a part of what the detector saw.
+    used: a data set may be a part of what the detector saw. Boxes of a category that the data set
+    lacks cannot score, and equal results count as often as they are there: both with a warning. An
+    "id", which some writers give their results, means nothing here and may be there twice.
 
     Args:
         path: the file.
         dataset: what it is about.
-        limit: use at most so many boxes of a picture, best first.
+        limit: use at most so many boxes of a picture, best first; None for all, of which
+            `Prompting.max_per_image` are used.
 
     Raises:
         DataError: the file is missing or damaged, is no list of results, or belongs to other
@@ -38,7 +41,7 @@ class CocoResults:
 
     name = "COCO results"
 
-    def __init__(self, path: Path, dataset: ImageSet, limit: int | None = 100) -> None:
+    def __init__(self, path: Path, dataset: ImageSet, limit: int | None = None) -> None:
         self.path = path
         self.limit = limit
         self.dropped: Counter[str] = Counter()
@@ -86,22 +89,30 @@ class CocoResults:
                 len(dataset.images) - len(here),
                 len(dataset.images),
             )
+        repeated = self._repeated(here)
+        if repeated:
+            _log.warning(
+                "%s: %d results are there before, with the same box, category and score: all are "
+                "used, and AP counts the repeated ones as wrong; was it put together from "
+                "parts that overlap?",
+                self.path,
+                repeated,
+            )
         known = set(dataset.category_ids)
         used = Counter(entry["category_id"] for id_ in here for entry in self._entries[id_])
-        unknown = {category: count for category, count in used.items() if category not in known}
-        if known and len(unknown) == len(used):
+        if known and known.isdisjoint(used):
             raise DataError(
-                f"{self.path} has category ids {_some(used)}, the data set has {_some(known)}: "
-                "write the data set's ids"
+                f"{self.path} has category ids {some_ids(used)}, the data set has "
+                f"{some_ids(known)}: write the data set's ids"
             )
-        if known and unknown:
-            total = sum(unknown.values())
-            _log.warning(
-                "%s: %d boxes have categories that the data set lacks (ids %s): they cannot score",
-                self.path,
-                total,
-                _some(unknown),
-            )
+        warn_of_categories(str(self.path), used, dataset)
+
+    def _repeated(self, image_ids: Iterable[int]) -> int:
+        """How many results equal an earlier one."""
+        return sum(
+            len(entries) - len({(e["category_id"], e["score"], *e["bbox"]) for e in entries})
+            for entries in (self._entries[image_id] for image_id in image_ids)
+        )
 
 
 def to_results(prompts: Prompts) -> list[dict[str, Any]]:
@@ -140,8 +151,3 @@ def _check(entry: Any, number: int, path: Path) -> None:
 def _is_number(value: object) -> bool:
     # NaN is one here: detectors write it, and `clean` drops it.
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _some(ids: Iterable[int]) -> str:
-    ordered = sorted(ids)
-    return ", ".join(map(str, ordered[:8])) + (", ..." if len(ordered) > 8 else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ptq4sam.errors import CheckpointError, DependencyError
@@ -26,10 +27,21 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def candidates(scores: Tensor, threshold: float) -> Tensor:
+    """Which detections [n] are used: all but those at or below the threshold.
+
+    A score that is not a number is none of these: it stays, so that `clean` drops and counts it.
+    """
+    return ~(scores <= threshold)
+
+
 def suppress(
     boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, limit: int
 ) -> Tensor:
     """Non-maximum suppression within each class.
+
+    Detections with a number that is none suppress nothing and stand behind all others, whatever the
+    limit, so that `clean` drops and counts them.
 
     Args:
         boxes: xyxy [n, 4].
@@ -50,5 +62,7 @@ def suppress(
         raise DependencyError(
             "detectors need torchvision, which is not installed here: pip install torchvision"
         ) from error
-    kept: Tensor = batched_nms(boxes, scores, labels, iou_threshold)
-    return kept[:limit]
+    finite = boxes.isfinite().all(dim=1) & scores.isfinite()
+    usable = finite.nonzero()[:, 0]
+    kept = batched_nms(boxes[usable], scores[usable], labels[usable], iou_threshold)[:limit]
+    return torch.cat([usable[kept], (~finite).nonzero()[:, 0]])

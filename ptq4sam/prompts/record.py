@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ptq4sam.data.images import ImageRecord
+from ptq4sam.data.images import ImageRecord, ImageSet
 from ptq4sam.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -97,8 +98,16 @@ def clean(
 ) -> Prompts:
     """Boxes that can prompt the picture, best first (equal scores stay in order).
 
-    Boxes with a number that is none are dropped, the others are cut off at the picture's border,
-    and those without an area then are dropped: with a warning that counts them.
+    What any source may be given is settled here:
+
+    - a box or score that is not a number (NaN, infinity) is dropped,
+    - a box is cut off at the picture's border,
+    - a box that then has no area (outside, empty or inside out) is dropped,
+    - equal boxes stay: which of them are duplicates, the source knows,
+    - no boxes at all are possible: such a picture costs no forward pass and counts with what it has
+      that was not found.
+
+    What is dropped is counted in a warning.
 
     Args:
         record: the picture.
@@ -132,3 +141,31 @@ def clean(
     kept = np.flatnonzero(finite & extent)
     order = kept[np.argsort(-raw.scores[kept], kind="stable")][:limit]
     return Prompts(record.id, inside[order], raw.scores[order], raw.category_ids[order])
+
+
+def warn_of_categories(what: str, used: Counter[int], dataset: ImageSet) -> None:
+    """Count the boxes of categories that a data set with categories does not have.
+
+    They are prompted with as all others are, but cannot score.
+
+    Args:
+        what: gave the boxes.
+        used: how many boxes there are of each category.
+        dataset: what they are scored on.
+    """
+    unknown = {id_: count for id_, count in used.items() if id_ not in dataset.category_names}
+    if dataset.category_names and unknown:
+        _log.warning(
+            "%s: %d of %d boxes have categories that the data set lacks (ids %s): "
+            "they cannot score",
+            what,
+            sum(unknown.values()),
+            sum(used.values()),
+            some_ids(unknown),
+        )
+
+
+def some_ids(ids: Iterable[int]) -> str:
+    """The first of some ids, for messages."""
+    ordered = sorted(ids)
+    return ", ".join(map(str, ordered[:8])) + (", ..." if len(ordered) > 8 else "")

@@ -17,7 +17,7 @@ from torch import nn
 
 from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import CheckpointError, ConfigError, DependencyError
-from ptq4sam.prompts.detections import file_digest
+from ptq4sam.prompts.detections import candidates, file_digest
 from ptq4sam.prompts.record import Prompts, clean
 
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
@@ -27,7 +27,9 @@ class TorchvisionDetector:
     """Prompt source: boxes of a torchvision detection model.
 
     The model's labels are taken as the data set's category ids, as they are in torchvision's COCO
-    weights.
+    weights: these have 91 classes, of which 0 is the background and 11 are none of COCO's 80
+    categories. Boxes of a category that the data set lacks cannot score; an evaluation counts them
+    in a warning.
 
     Args:
         model: a name of `torchvision.models.detection`, or a module that maps a list of RGB
@@ -71,7 +73,7 @@ class TorchvisionDetector:
         """Boxes of an RGB picture [height, width, 3], best first."""
         pixels = torch.from_numpy(np.array(image)).to(self._device).permute(2, 0, 1)
         found: dict[str, Any] = self._model([pixels.float() / 255.0])[0]
-        sure = found["scores"] > self.score_threshold
+        sure = candidates(found["scores"], self.score_threshold)
         boxes, scores, labels = (
             found[k][sure].cpu().numpy() for k in ("boxes", "scores", "labels")
         )

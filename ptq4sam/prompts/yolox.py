@@ -1,7 +1,8 @@
-"""YOLOX (Ge et al., 2021) in ONNX, as its authors export it, through onnxruntime."""
+"""YOLOX (Ge et al., 2021) in its authors' formats: ONNX through onnxruntime, .pth by torch."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,36 +16,37 @@ from torch.nn import functional
 
 from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import CheckpointError, DependencyError
-from ptq4sam.prompts.detections import file_digest, suppress
+from ptq4sam.prompts.detections import candidates, file_digest, suppress
 from ptq4sam.prompts.record import Prompts, clean
+from ptq4sam.prompts.yolox_network import STRIDES, YoloxNetwork, folded
+from ptq4sam.prompts.yolox_weights import load_yolox
 
 COCO_CATEGORY_IDS = tuple(
     number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 )
 """Ids of the 80 categories of COCO's instances, in their order."""
 
-_STRIDES = (8, 16, 32)
 _PADDING = 114.0
 
 
-class YoloxOnnx:
-    """Prompt source: boxes of a YOLOX detector in an ONNX file.
+class Yolox(ABC):
+    """Prompt source: boxes of a YOLOX detector, whatever computes its rows.
 
-    The file's input is [1, 3, height, width], BGR 0-255, letterboxed; its output
-    [1, n, 5 + classes] is not decoded (exported without `--decode_in_inference`).
+    A detector with as many classes as the data set has categories gives the data set's ids in
+    ascending order; any other with COCO's 80 classes gives COCO's ids; and any other, as one of 91
+    classes on COCO, is refused.
 
     Args:
-        path: the ONNX file.
+        path: the file with its weights.
         category_ids: the data set's ids of the detector's classes, in the classes' order; used
-            where the detector does not have COCO's 80 classes.
+            where they are as many as the detector's classes.
         score_threshold: detections at or below it are dropped.
         nms_threshold: overlap (IoU) from which a worse box of the same class is dropped.
         limit: keep at most so many boxes a picture.
-        device: "cuda" uses onnxruntime's CUDA provider where it has one.
+        device: where it runs.
 
     Raises:
-        CheckpointError: the file is missing, or no such detector.
-        DependencyError: at the first picture, onnxruntime is not installed.
+        CheckpointError: the file is missing.
     """
 
     name = "YOLOX"
@@ -73,13 +75,11 @@ class YoloxOnnx:
         """Boxes of an RGB picture [height, width, 3], best first.
 
         Raises:
-            CheckpointError: the file's output is not that of YOLOX.
+            CheckpointError: the file is no YOLOX, or not for these categories.
         """
-        session = self._session
         height, width = self._input_size
         pixels, ratio = letterbox(image, height, width)
-        (output,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
-        found = torch.from_numpy(np.asarray(output, np.float32))
+        found = self._rows(pixels)
         anchors, sizes = _grid(height, width)
         if found.shape[:2] != (1, len(anchors)) or found.shape[2] < 6:
             raise CheckpointError(
@@ -88,10 +88,47 @@ class YoloxOnnx:
             )
         boxes, scores, labels = decode(found[0], anchors, sizes)
         ids = self._category_ids(found.shape[2] - 5)
-        sure = scores > self.score_threshold
+        sure = candidates(scores, self.score_threshold)
         boxes, scores, labels = boxes[sure] / ratio, scores[sure], labels[sure]
         kept = suppress(boxes, scores, labels, self.nms_threshold, self.limit)
         return clean(record, boxes[kept].numpy(), scores[kept].numpy(), ids[labels[kept].numpy()])
+
+    @property
+    @abstractmethod
+    def _input_size(self) -> tuple[int, int]:
+        """Height and width of the detector's input."""
+
+    @abstractmethod
+    def _rows(self, pixels: Tensor) -> Tensor:
+        """Rows that are not decoded [1, n, 5 + classes] of an input [1, 3, height, width]."""
+
+    def _category_ids(self, classes: int) -> NDArray[np.int64]:
+        if classes == len(self._given_ids):
+            return np.array(self._given_ids)
+        if classes == len(COCO_CATEGORY_IDS):
+            return np.array(COCO_CATEGORY_IDS)
+        raise CheckpointError(
+            f"{self.path} knows {classes} classes, the data set {len(self._given_ids)} categories: "
+            "use a detector that was trained for these categories"
+        )
+
+
+class YoloxOnnx(Yolox):
+    """YOLOX in an ONNX file through onnxruntime; arguments are those of `Yolox`.
+
+    The file's input is [1, 3, height, width], BGR 0-255, letterboxed; its output
+    [1, n, 5 + classes] is not decoded (exported without `--decode_in_inference`). On "cuda" it uses
+    onnxruntime's CUDA provider where it has one.
+
+    Raises:
+        CheckpointError: the file is missing, or no such detector.
+        DependencyError: at the first picture, onnxruntime is not installed.
+    """
+
+    def _rows(self, pixels: Tensor) -> Tensor:
+        session = self._session
+        (output,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+        return torch.from_numpy(np.asarray(output, np.float32))
 
     @cached_property
     def _session(self) -> Any:
@@ -127,22 +164,33 @@ class YoloxOnnx:
         """Height and width of the model's input."""
         shape = self._session.get_inputs()[0].shape
         sides = shape[2:]
-        if len(shape) != 4 or not all(isinstance(s, int) and s % _STRIDES[-1] == 0 for s in sides):
+        if len(shape) != 4 or not all(isinstance(s, int) and s % STRIDES[-1] == 0 for s in sides):
             raise CheckpointError(
                 f"{self.path} has an input {shape}, [1, 3, height, width] with multiples of "
-                f"{_STRIDES[-1]} is needed: export YOLOX for a fixed size"
+                f"{STRIDES[-1]} is needed: export YOLOX for a fixed size"
             )
         return sides[0], sides[1]
 
-    def _category_ids(self, classes: int) -> NDArray[np.int64]:
-        if classes == len(COCO_CATEGORY_IDS):
-            return np.array(COCO_CATEGORY_IDS)
-        if classes == len(self._given_ids):
-            return np.array(self._given_ids)
-        raise CheckpointError(
-            f"{self.path} knows {classes} classes, the data set {len(self._given_ids)} categories: "
-            "use a detector that was trained for these categories"
-        )
+
+class YoloxTorch(Yolox):
+    """YOLOX in its authors' .pth file, with nothing but torch; arguments are those of `Yolox`.
+
+    Raises:
+        CheckpointError: the file is missing, or at the first picture, damaged or no YOLOX.
+    """
+
+    @torch.no_grad()
+    def _rows(self, pixels: Tensor) -> Tensor:
+        rows: Tensor = self._network(pixels.to(self._device))
+        return rows.cpu()
+
+    @cached_property
+    def _network(self) -> YoloxNetwork:
+        return folded(load_yolox(self.path)).to(self._device)
+
+    @property
+    def _input_size(self) -> tuple[int, int]:
+        return self._network.size.side, self._network.size.side
 
 
 def letterbox(image: NDArray[np.uint8], height: int, width: int) -> tuple[Tensor, float]:
@@ -169,7 +217,7 @@ def letterbox(image: NDArray[np.uint8], height: int, width: int) -> tuple[Tensor
 def _grid(height: int, width: int) -> tuple[Tensor, Tensor]:
     """Cell corners [n, 2] as x, y in cells, and cell sizes [n, 1] in pixels, of all strides."""
     corners, sizes = [], []
-    for stride in _STRIDES:
+    for stride in STRIDES:
         y, x = torch.meshgrid(
             torch.arange(height // stride), torch.arange(width // stride), indexing="ij"
         )

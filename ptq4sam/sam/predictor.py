@@ -17,6 +17,12 @@ from ptq4sam.sam.model import Sam
 
 ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
 
+DECODER_BYTES = 384 * 2**20
+"""Temporary memory that a decoder pass may take by default: 16 prompts at once for SAM's own."""
+
+# Tensors of the image embedding's size that the decoder holds at once for each prompt: 5 were
+# measured of a float SAM-B and vit_nano, one more is for quantizers.
+_EMBEDDINGS_PER_PROMPT = 6
 # Bytes that the temporary full-size logits of `Predictor.full_resolution` may take.
 _RESIZE_BYTES = 64 * 2**20
 _LABELS = {-1, 0, 1}
@@ -57,19 +63,28 @@ class Predictor:
     hooks collect during calibration can be trained on.
     """
 
-    def __init__(self, sam: Sam, max_prompts_at_once: int = 16) -> None:
+    def __init__(self, sam: Sam, memory_budget: int = DECODER_BYTES) -> None:
         """Wrap a model.
 
         Args:
             sam: the model; its encoder or decoder may be replaced by quantized modules.
-            max_prompts_at_once: prompts that the decoder takes at once. For SAM's own decoder each
-                needs about 20 MB of temporary memory.
+            memory_budget: bytes of temporary memory for the decoder, which takes as many prompts
+                at once as fit (at least one). Masks do not depend on it but for float rounding.
         """
-        if max_prompts_at_once < 1:
-            raise ValueError(f"max_prompts_at_once must be positive, not {max_prompts_at_once}")
+        if memory_budget < 1:
+            raise ValueError(f"memory_budget must be positive, not {memory_budget}")
         self.sam = sam
-        self.max_prompts_at_once = max_prompts_at_once
+        self.memory_budget = memory_budget
         self._embedding: ImageEmbedding | None = None
+
+    @property
+    def prompts_at_once(self) -> int:
+        """Prompts that the decoder takes at once."""
+        encoder = self.sam.prompt_encoder
+        rows, columns = encoder.image_embedding_size
+        embedding_bytes = encoder.no_mask_embed.weight.element_size() * rows * columns
+        embedding_bytes *= encoder.embed_dim
+        return max(1, self.memory_budget // (_EMBEDDINGS_PER_PROMPT * embedding_bytes))
 
     @property
     def embedding(self) -> ImageEmbedding:
@@ -134,11 +149,9 @@ class Predictor:
         mask_size = self.sam.prompt_encoder.mask_input_size
         low_res = [embedding.features.new_empty(0, masks_each, *mask_size)]
         ious = [embedding.features.new_empty(0, masks_each)]
-        for first in range(0, count, self.max_prompts_at_once):
-            part = {
-                key: value[first : first + self.max_prompts_at_once]
-                for key, value in prompts.items()
-            }
+        at_once = self.prompts_at_once
+        for first in range(0, count, at_once):
+            part = {key: value[first : first + at_once] for key, value in prompts.items()}
             given = (part["points"], part["labels"]) if "points" in part else None
             sparse, dense = self.sam.prompt_encoder(given, part.get("boxes"), part.get("masks"))
             mask, iou = self.sam.mask_decoder(

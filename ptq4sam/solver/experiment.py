@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from ptq4sam.errors import DependencyError
+from ptq4sam.downloads import where_from
+from ptq4sam.errors import CheckpointError, DependencyError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.records import FieldError, Record
 from ptq4sam.solver.config import load_config
@@ -17,14 +18,17 @@ DetectorType = Literal[
     "results",
     "scene-detector",
     "onnx",
+    "yolox",
     "torchvision",
-    "mmdet",
     "hdetr",
     "focalnet_dino",
+    "mmdet",
 ]
-"""Where boxes come from; the last three have no backend here yet."""
+"""Where boxes come from."""
 
-COMING = ("mmdet", "hdetr", "focalnet_dino")
+_WITH_FILE = ("onnx", "yolox", "results", "hdetr", "focalnet_dino", "mmdet")
+
+_OTHER_BOXES = "boxes of any detector can be given: --prompts boxes.json"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,14 @@ class SamConfig(Record):
     type: Literal["vit_nano", "vit_b", "vit_l", "vit_h"]
     checkpoint: Path | None = None
 
+    def require_weights(self) -> None:
+        """Check that the weights are there.
+
+        Raises:
+            CheckpointError: they are not; the message says where to get them.
+        """
+        _require_weights(self.checkpoint, self.type)
+
 
 @dataclass(frozen=True)
 class DetectorConfig(Record):
@@ -46,40 +58,43 @@ class DetectorConfig(Record):
 
     Attributes:
         type: kind of detector or source.
-        checkpoint: its weights, an .onnx file, or a COCO results JSON for "results".
-        config: a file under mmdetection/configs/ for "mmdet"; the model's name in torchvision for
-            "torchvision".
-        requires: extra of this package that brings its library.
+        checkpoint: its weights, an .onnx file for "onnx", YOLOX's own .pth file for
+            "yolox", or a COCO results JSON for "results".
+        config: a file under mmdetection/configs/ (or one of mmdet's own) for "mmdet"; the model's
+            name in torchvision for "torchvision".
     """
 
     type: DetectorType
     checkpoint: Path | None = None
     config: str | None = None
-    requires: str | None = None
 
     def _validate(self) -> None:
-        if self.type in ("onnx", "results", *COMING) and self.checkpoint is None:
+        if self.type in _WITH_FILE and self.checkpoint is None:
             raise FieldError("checkpoint", f"missing; a {self.type} detector needs a file")
         if self.type in ("mmdet", "torchvision") and self.config is None:
             raise FieldError("config", f"missing; a {self.type} detector needs one")
+
+    def require_weights(self) -> None:
+        """Check that the detector's file is there.
+
+        Raises:
+            CheckpointError: it is not; the message says where to get it.
+        """
+        _require_weights(self.checkpoint, f"detector {self.type!r}", f"; {_OTHER_BOXES}")
 
     def require_available(self) -> None:
         """Check that the detector can run here.
 
         Raises:
-            DependencyError: its library is not installed, or it has no backend yet.
+            DependencyError: its library is not installed.
         """
-        if self.type in COMING:
-            problem = (
-                f"detector {self.type!r} needs the extra {self.requires!r}, which is not there yet"
-            )
-        elif self.type == "onnx" and find_spec("onnxruntime") is None:
+        if self.type == "onnx" and find_spec("onnxruntime") is None:
             problem = "detector 'onnx' needs onnxruntime: pip install 'ptq4sam[onnx]'"
+        elif self.type == "mmdet" and not all(map(find_spec, ("mmengine", "mmcv", "mmdet"))):
+            problem = "detector 'mmdet' needs mmdetection: ./environment.sh mmdet"
         else:
             return
-        raise DependencyError(
-            f"{problem}; boxes of any detector can be given: --prompts boxes.json"
-        )
+        raise DependencyError(f"{problem}; {_OTHER_BOXES}")
 
     @property
     def prompts(self) -> str:
@@ -91,10 +106,14 @@ class DetectorConfig(Record):
         self.require_available()
         if self.type == "results":
             return str(self.checkpoint)
-        if self.type == "onnx":
-            return f"onnx:{self.checkpoint}"
+        if self.type in ("onnx", "yolox"):
+            return f"{self.type}:{self.checkpoint}"
         if self.type == "torchvision":
             return f"torchvision:{self.config}" + (f":{self.checkpoint}" if self.checkpoint else "")
+        if self.type in ("hdetr", "focalnet_dino"):
+            return f"{self.type.replace('_', '-')}:{self.checkpoint}"
+        if self.type == "mmdet":
+            return f"mmdet:{self.config}:{self.checkpoint}"
         return self.type
 
 
@@ -146,3 +165,10 @@ class ExperimentConfig(Record):
             ConfigError: the file cannot be read, or a key or value is not usable.
         """
         return cls.from_dict(load_config(path, options), path)
+
+
+def _require_weights(path: Path | None, owner: str, otherwise: str = "") -> None:
+    if path is not None and not path.exists():
+        raise CheckpointError(
+            f"{owner} needs {path}, which is not there: {where_from(path)}{otherwise}"
+        )

@@ -4,17 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from ptq4sam.data import CocoDataset, ImageFolder
+from ptq4sam.data import CocoDataset, ImageFolder, ImageRecord
 from ptq4sam.errors import DataError
-from ptq4sam.evaluation import mask_ious
+from ptq4sam.evaluation import MaskScores, mask_ious
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.experiments.evaluate import Picture, evaluate_sam, has_truth
 from ptq4sam.experiments.pictures import PictureWriter
-from ptq4sam.prompts import GroundTruth, cached
+from ptq4sam.prompts import GroundTruth, Prompts, cached
 from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.model import Sam
 from tests.tiny_runs import Tiny
+
+FIELDS = ("boxes", "scores", "category_ids")
 
 pytest_plugins = ("tests.tiny_fixtures",)
 
@@ -72,6 +75,69 @@ def test_pictures_without_boxes_count_but_are_not_segmented(sam: Sam, tiny: Tiny
     evaluation = evaluate_sam(sam, dataset, Nothing(), Prompting(), on_picture=seen.append)
     assert (evaluation.pictures, evaluation.masks, seen) == (3, 0, [])
     assert evaluation.metrics["AP"] == 0
+
+
+def test_a_picture_without_boxes_costs_no_forward_pass_and_loses_nothing(
+    sam: Sam, tiny: Tiny
+) -> None:
+    """Of three pictures the second has no boxes: two are encoded, all three are scored."""
+    dataset = CocoDataset(tiny.images(), tiny.annotations())
+    truth = GroundTruth(dataset)
+    without = dataset.images[1].id
+
+    class AllButOne:
+        name = "all but one"
+
+        def fingerprint(self) -> str:
+            return ""
+
+        def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:
+            return truth.prompts(record, image).first(0 if record.id == without else 100)
+
+    encoded: list[object] = []
+    hook = sam.image_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    try:
+        evaluation = evaluate_sam(sam, dataset, AllButOne(), Prompting(), reference=sam)
+    finally:
+        hook.remove()
+    # The model and the float model that it is compared with.
+    assert len(encoded) == 2 * 2
+    assert evaluation.pictures == len(dataset.images) == 3
+    assert {result["image_id"] for result in evaluation.results} == {
+        record.id for record in dataset.images if record.id != without
+    }
+    scores = MaskScores(dataset)
+    scores.results = evaluation.results
+    assert evaluation.metrics["AP"] == scores.summarize()["AP"]
+
+
+def test_categories_that_the_data_set_lacks_are_counted(
+    sam: Sam, tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = CocoDataset(tiny.images(), tiny.annotations(), limit=1)
+    truth = GroundTruth(dataset)
+
+    class Foreign:
+        name = "foreign"
+
+        def fingerprint(self) -> str:
+            return ""
+
+        def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:
+            found = truth.prompts(record, image).first(2)
+            strange = Prompts(record.id, found.boxes, found.scores, np.array([91, 95]))
+            both = [np.concatenate([getattr(p, key) for p in (found, strange)]) for key in FIELDS]
+            return Prompts(record.id, *both)
+
+    evaluation = evaluate_sam(sam, dataset, Foreign(), Prompting())
+    assert "foreign: 2 of 4 boxes have categories that the data set lacks (ids 91, 95)" in (
+        caplog.text
+    )
+    assert evaluation.masks == 4
+    caplog.clear()
+    known = evaluate_sam(sam, dataset, truth, Prompting(max_per_image=2))
+    assert evaluation.metrics["AP"] == known.metrics["AP"]
+    assert not caplog.records
 
 
 def test_truth_is_known_of_annotated_data_only(tiny: Tiny) -> None:

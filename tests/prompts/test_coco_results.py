@@ -6,10 +6,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from ptq4sam.data import CocoDataset
+from ptq4sam.data import CocoDataset, ImageRecord
 from ptq4sam.errors import DataError
-from ptq4sam.prompts import CocoResults, GroundTruth, Prompts, to_results, write_results
+from ptq4sam.experiments.detecting import write_boxes
+from ptq4sam.prompts import (
+    CocoResults,
+    GroundTruth,
+    Prompts,
+    cached,
+    clean,
+    open_prompts,
+    to_results,
+    write_results,
+)
 
 NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 
@@ -47,12 +58,12 @@ def test_pictures_that_a_file_does_not_name_are_counted(
 
 def test_only_the_best_are_used(tmp_path: Path, scenes: CocoDataset) -> None:
     path = _write(tmp_path, [_result(score=i / 200) for i in range(150)])
-    found = CocoResults(path, scenes).prompts(scenes.images[0], NO_PIXELS)
+    found = CocoResults(path, scenes, limit=100).prompts(scenes.images[0], NO_PIXELS)
     assert len(found) == 100
     assert found.scores.min() == pytest.approx(0.25)
-    everything = CocoResults(path, scenes, limit=None)
+    everything = CocoResults(path, scenes)
     assert len(everything.prompts(scenes.images[0], NO_PIXELS)) == 150
-    assert everything.fingerprint() != CocoResults(path, scenes).fingerprint()
+    assert everything.fingerprint() != CocoResults(path, scenes, 100).fingerprint()
 
 
 def test_numbers_that_are_none_are_dropped_and_counted(tmp_path: Path, scenes: CocoDataset) -> None:
@@ -104,7 +115,57 @@ def test_some_categories_or_pictures_outside_of_the_data_set(
     entries = [_result(), _result(category_id=50), _result(category_id=50), _result(99)]
     source = CocoResults(_write(tmp_path, entries), scenes)
     assert len(source.prompts(scenes.images[0], NO_PIXELS)) == 3
-    assert "2 boxes have categories that the data set lacks (ids 50)" in caplog.text
+    assert "2 of 3 boxes have categories that the data set lacks (ids 50)" in caplog.text
+
+
+def test_equal_results_stay_and_are_counted(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same id means nothing; the same box, category and score are a suspicion."""
+    same_id = [_result(id=7), _result(id=7, score=0.4), _result(2, id=7)]
+    source = CocoResults(_write(tmp_path, same_id), scenes)
+    assert len(source.prompts(scenes.images[0], NO_PIXELS)) == 2
+    assert "results are there before" not in caplog.text
+    source = CocoResults(_write(tmp_path, [*same_id, _result(), _result(2)]), scenes)
+    assert len(source.prompts(scenes.images[0], NO_PIXELS)) == 3
+    assert "boxes.json: 2 results are there before" in caplog.text
+
+
+def test_what_the_cache_keeps_survives_export_and_import(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Detector, cache, file, file of the file: boxes, scores, categories and order, bit for bit."""
+
+    class Detector:
+        """300 boxes a picture, of 90 categories, many scores twice."""
+
+        name = "detector"
+
+        def fingerprint(self) -> str:
+            return ""
+
+        def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:
+            rng = np.random.default_rng(record.id)
+            size = [record.width, record.height]
+            corners = np.sort(rng.uniform(-20, size, (300, 2, 2)), axis=1).reshape(-1, 4)
+            scores = rng.uniform(size=300) * 10.0 ** rng.integers(-9, 1, 300)
+            scores[100:150] = scores[:50]
+            return clean(record, corners, scores, rng.integers(1, 91, 300))
+
+    dataset = scenes
+    kept = cached(Detector(), dataset, tmp_path / "cache")
+    found = {r.id: kept.prompts(r, dataset.load(r)) for r in dataset.images}
+    assert min(map(len, found.values())) > 250
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    write_boxes(dataset, kept, first)
+    write_boxes(dataset, open_prompts(str(first), dataset), second)
+    assert first.read_bytes() == second.read_bytes()
+    for source in (open_prompts(str(second), dataset), kept):
+        for record in dataset.images:
+            again, expected = source.prompts(record, dataset.load(record)), found[record.id]
+            assert np.array_equal(again.boxes, expected.boxes)
+            assert np.array_equal(again.scores, expected.scores)
+            assert np.array_equal(again.category_ids, expected.category_ids)
 
 
 def test_no_boxes_at_all_are_possible(tmp_path: Path, scenes: CocoDataset) -> None:

@@ -9,9 +9,12 @@ from ptq4sam.data import CocoDataset
 from ptq4sam.errors import CheckpointError, ConfigError, DataError
 from ptq4sam.prompts import (
     CocoResults,
+    DetrDetector,
     GroundTruth,
     TorchvisionDetector,
+    TransformersDetector,
     YoloxOnnx,
+    YoloxTorch,
     open_prompts,
     write_results,
 )
@@ -25,10 +28,19 @@ def test_every_spec_opens_its_source(scenes: CocoDataset, tmp_path: Path) -> Non
     assert isinstance(open_prompts(f"{tmp_path}/boxes.json", scenes), CocoResults)
     (tmp_path / "a.onnx").write_bytes(b"not opened yet")
     assert isinstance(open_prompts(f"onnx:{tmp_path}/a.onnx", scenes), YoloxOnnx)
+    assert isinstance(open_prompts(f"yolox:{tmp_path}/a.onnx", scenes), YoloxTorch)
+    for kind in ("hdetr", "focalnet-dino"):
+        assert isinstance(open_prompts(f"{kind}:{tmp_path}/a.onnx", scenes), DetrDetector)
     named = open_prompts("torchvision:fasterrcnn_resnet50_fpn", scenes)
     assert isinstance(named, TorchvisionDetector)
     with_file = open_prompts(f"torchvision:fasterrcnn_resnet50_fpn:{tmp_path}/a.onnx", scenes)
     assert named.fingerprint() != with_file.fingerprint()
+
+
+def test_a_folder_of_transformers(scenes: CocoDataset, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text("{}")
+    assert isinstance(open_prompts(f"transformers:{tmp_path}", scenes), TransformersDetector)
 
 
 def test_the_scene_detector_finds_objects_of_scenes(scenes: CocoDataset) -> None:
@@ -40,7 +52,21 @@ def test_the_scene_detector_finds_objects_of_scenes(scenes: CocoDataset) -> None
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "groundtruth", "onnx:", "onnx", "torchvision:", "yolo.pth", "foo:bar"]
+    "spec",
+    [
+        "",
+        "groundtruth",
+        "onnx:",
+        "onnx",
+        "yolox:",
+        "torchvision:",
+        "transformers:",
+        "mmdet:",
+        "mmdet:a.py",
+        "hdetr:",
+        "yolo.pth",
+        "foo:bar",
+    ],
 )
 def test_what_is_not_understood_lists_what_is(scenes: CocoDataset, spec: str) -> None:
     with pytest.raises(ConfigError, match=r"no prompts are named .*torchvision:NAME\[:FILE\]"):

@@ -58,6 +58,14 @@ def test_any_module_of_that_interface_gives_prompts() -> None:
     assert len(TorchvisionDetector(model, limit=1).prompts(RECORD, image)) == 1
 
 
+def test_numbers_that_are_none_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    model, image = Fixed(), _image()
+    with torch.no_grad():
+        model.score.fill_(float("nan"))
+    assert len(TorchvisionDetector(model).prompts(RECORD, image)) == 0
+    assert "dropped 3 x box that is not a number" in caplog.text
+
+
 def test_fingerprints_follow_weights_and_settings(checkpoint: Path, tmp_path: Path) -> None:
     model = Fixed()
     first = TorchvisionDetector(model).fingerprint()

@@ -137,6 +137,64 @@ def test_other_classes_are_those_of_the_data_set(write_model: WriteModel) -> Non
         YoloxOnnx(path, category_ids=[1, 2, 3]).prompts(*_picture())
 
 
+def test_a_detector_of_91_classes_is_refused_on_coco(write_model: WriteModel) -> None:
+    path = write_model({0: _row((8, 4, 24, 28), 0, 0, 8, label=2)}, classes=91)
+    with pytest.raises(CheckpointError, match="knows 91 classes, the data set 80 categories"):
+        YoloxOnnx(path, category_ids=COCO_CATEGORY_IDS).prompts(*_picture())
+    with pytest.raises(CheckpointError, match="knows 91 classes, the data set 0 categories"):
+        YoloxOnnx(path).prompts(*_picture())
+
+
+def test_80_classes_are_coco_s_unless_the_data_set_has_80_of_its_own(
+    write_model: WriteModel,
+) -> None:
+    path = write_model({0: _row((8, 4, 24, 28), 0, 0, 8, label=79)})
+    given = {90: COCO_CATEGORY_IDS, 80: range(1, 81), 179: range(100, 180)}
+    for last, ids in given.items():
+        found = YoloxOnnx(path, category_ids=list(ids)).prompts(*_picture())
+        assert found.category_ids.tolist() == [last]
+    # A data set of some of COCO's categories, or a plain folder of pictures.
+    for ids in ([1, 3], []):
+        assert YoloxOnnx(path, category_ids=ids).prompts(*_picture()).category_ids.tolist() == [90]
+
+
+def test_numbers_that_are_none_are_dropped_counted_and_suppress_nothing(
+    write_model: WriteModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    nan, inf = float("nan"), float("inf")
+    box = (10, 10, 30, 30)
+    good = {cell: _row(box, cell, 0, 8, label=cell) for cell in range(2)}
+    bad = {
+        10: _row(box, 2, 1, 8, label=0, objectness=nan),
+        11: [nan, *_row(box, 3, 1, 8, label=0)[1:]],
+        12: [0.0, 0.0, inf, inf, 1.0, 0.9],
+        13: _row(box, 5, 1, 8, label=1, probability=nan),
+    }
+    expected = YoloxOnnx(write_model(good)).prompts(*_picture())
+    assert len(expected) == 2
+    assert not caplog.records
+    for limit in (100, 2):
+        caplog.clear()
+        found = YoloxOnnx(write_model(good | bad), limit=limit).prompts(*_picture())
+        assert np.array_equal(found.boxes, expected.boxes)
+        assert np.array_equal(found.scores, expected.scores)
+        messages = [record.getMessage() for record in caplog.records]
+        assert messages == ["image id 1: dropped 4 x box that is not a number"]
+
+
+def test_boxes_outside_of_the_picture(
+    write_model: WriteModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A picture 64 pixels wide and 32 high: what lies on the grey below it is no box."""
+    rows = {
+        0: _row((-10, -6, 20, 20), 0, 0, 8, label=0),
+        63: _row((40, 40, 60, 60), 7, 7, 8, label=0),
+    }
+    found = YoloxOnnx(write_model(rows)).prompts(*_picture(height=32, width=64))
+    assert np.allclose(found.boxes, [[0, 0, 20, 20]], atol=1e-3)
+    assert "dropped 1 x box without area in the picture" in caplog.text
+
+
 def test_letterbox_fills_up_with_grey_and_swaps_red_and_blue() -> None:
     image = np.zeros((20, 40, 3), np.uint8)
     image[:, :20] = (200, 100, 50)

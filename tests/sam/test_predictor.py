@@ -32,7 +32,9 @@ def image() -> Any:
 
 @pytest.fixture(scope="module")
 def predictor(sam: Sam, image: Any) -> Predictor:
-    result = Predictor(sam, max_prompts_at_once=3)
+    # Room for three prompts at once: 6 tensors of 128 channels in 32x32 cells each.
+    result = Predictor(sam, memory_budget=3 * 6 * 128 * 32 * 32 * 4 + 1)
+    assert result.prompts_at_once == 3
     result.set_image(image)
     return result
 
@@ -110,6 +112,43 @@ def test_prompts_in_pieces_equal_each_alone(predictor: Predictor) -> None:
         torch.testing.assert_close(
             together.iou_predictions[index], alone.iou_predictions[0], rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+def test_300_boxes_within_a_memory_budget_equal_those_at_once(
+    predictor: Predictor, multimask: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    attend = type(predictor.sam.mask_decoder).attend
+
+    def counting(self: Any, *inputs: Tensor) -> Any:
+        seen.append(inputs[3].shape[0])
+        return attend(self, *inputs)
+
+    monkeypatch.setattr(type(predictor.sam.mask_decoder), "attend", counting)
+    boxes = random_boxes(300)
+    embedding = predictor.embedding
+    budgets = {2**40: [300], 200 * 2**20: [66] * 4 + [36], 1: [1] * 300}
+    results = []
+    for budget, pieces in budgets.items():
+        seen.clear()
+        chunked = Predictor(predictor.sam, budget)
+        results.append(chunked.predict(boxes=boxes, multimask=multimask, embedding=embedding))
+        assert seen == pieces
+    whole, *others = results
+    assert whole.low_res.shape == (300, 3 if multimask else 1, 128, 128)
+    for other in others:
+        scale = whole.low_res.abs().max()
+        assert (other.low_res - whole.low_res).abs().max() <= 1e-5 * scale
+        assert (other.iou_predictions - whole.iou_predictions).abs().max() <= 1e-5
+
+
+def test_the_budget_of_sams_own_decoder_is_16_prompts(predictor: Predictor) -> None:
+    assert Predictor(predictor.sam).prompts_at_once == 128
+    with torch.device("meta"):
+        assert Predictor(build_sam("vit_b")).prompts_at_once == 16
+    with pytest.raises(ValueError, match="positive"):
+        Predictor(predictor.sam, 0)
 
 
 def test_full_resolution_in_pieces_equals_the_whole(

@@ -145,10 +145,11 @@ def test_bad_input_is_one_line(
     assert told in last
 
 
-def test_detector_that_is_not_there_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_detector_that_is_not_there_says_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     config = REPOSITORY / "projects" / "configs" / "hdetr" / "r50-hdetr_sam-vit-b.py"
-    assert main(["--config", str(config), "--fp"]) == 2
-    assert "--prompts boxes.json" in capsys.readouterr().err
+    asked = ["--config", str(config), "--fp", "--cfg-options"]
+    assert main([*asked, "detector.checkpoint=none.pth"]) == 2
+    assert "none.pth, which is not there" in capsys.readouterr().err
 
 
 def test_float_weights_of_the_configuration_give_the_agreement_of_a_file(

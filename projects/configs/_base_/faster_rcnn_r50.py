@@ -4,6 +4,5 @@ detector = dict(
     type="mmdet",
     config="mmdetection/configs/faster_rcnn/faster_rcnn_r50_fpn_2x_coco.py",
     checkpoint="ckpt/faster_rcnn_r50_fpn_2x_coco_bbox_mAP-0.384_20200504_210434-a5d8aa15.pth",
-    requires="mmdet",
 )
 prompting = dict(score_threshold=0.05, max_per_image=100, use_sam_iou=True)

@@ -1,0 +1,1 @@
+_base_ = "mmdet::dino/dino-5scale_swin-l_8xb2-36e_coco.py"

@@ -1,0 +1,3 @@
+_base_ = ["./focalnet-l-dino_sam-vit-h.py"]
+
+prompting = dict(best_in_multi_mask=True, cascade=True)

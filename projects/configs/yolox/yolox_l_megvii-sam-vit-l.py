@@ -1,0 +1,1 @@
+_base_ = ["../_base_/coco.py", "../_base_/sam_vit_l.py", "../_base_/yolox_l_megvii.py"]
