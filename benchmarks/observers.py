@@ -53,7 +53,7 @@ def searched_granularity(attention: Tensor, value: Tensor, exact: bool) -> tuple
     quantizer = AdaptiveGranularityQuantizer(Grid(4), exact)
     with torch.no_grad():
         quantizer.observe(attention, value)
-    return float(quantizer.tau), float(quantizer.scale)
+    return float(quantizer.tau), float(quantizer.scale.detach())
 
 
 def main(write: Callable[[str], object] = sys.stdout.write) -> None:

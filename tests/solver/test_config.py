@@ -288,10 +288,13 @@ def test_prompts_argument_of_a_detector(monkeypatch: pytest.MonkeyPatch) -> None
     assert DetectorConfig("focalnet_dino", Path("d.pth")).prompts == "focalnet-dino:d.pth"
 
 
-def test_a_detector_that_is_not_there_names_extra_and_way_out() -> None:
+def test_a_detector_that_is_not_there_names_extra_and_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ptq4sam.solver.experiment.find_spec", lambda name: None)
     DetectorConfig("ground-truth").require_available()
-    mmdet = DetectorConfig("mmdet", Path("x.pth"), config="x.py", requires="mmdet")
-    with pytest.raises(DependencyError, match=r"the extra 'mmdet'.*--prompts boxes\.json"):
+    mmdet = DetectorConfig("mmdet", Path("x.pth"), config="x.py")
+    with pytest.raises(DependencyError, match=r"\./environment\.sh mmdet.*--prompts boxes\.json"):
         mmdet.require_available()
     with pytest.raises(DependencyError, match="'mmdet' needs"):
         _ = mmdet.prompts
