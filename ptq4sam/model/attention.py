@@ -16,22 +16,8 @@ from ptq4sam.sam import image_encoder, transformer
 # its cache.
 _SOFTMAX_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 
-
-@dataclass(frozen=True)
-class Positions:
-    """Logits that depend on where query and key are, as a product of their own.
-
-    Added to the key's dimensions they cost a slightly longer matrix product; as a bias they would
-    be a broadcast sum over the largest tensor of all, several times slower on a CPU.
-
-    Attributes:
-        of_query: maps some heads of the quantized query [batch, heads, n, head_dim], and the first
-            and last of their grid rows, to terms [batch, heads, n, terms].
-        of_key: [m, terms].
-    """
-
-    of_query: Callable[[Tensor, int, int], Tensor]
-    of_key: Tensor
+Bias = Callable[[Tensor, int, int], Tensor]
+"""Logits to add for the grid rows first to last of some heads of the quantized query."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +50,7 @@ class _QuantizedAttentionMixin(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        positions: Positions | None = None,
+        bias: Bias | None = None,
         columns: int = 1,
     ) -> Tensor:
         """Attend with quantized operands.
@@ -73,7 +59,7 @@ class _QuantizedAttentionMixin(nn.Module):
             query: [batch, heads, rows * columns, head_dim] after projection, not yet scaled.
             key: [batch, heads, m, head_dim].
             value: [batch, heads, m, head_dim].
-            positions: give the logits to add.
+            bias: gives the logits to add.
             columns: queries in a row of their grid.
 
         Returns:
@@ -83,17 +69,12 @@ class _QuantizedAttentionMixin(nn.Module):
         key = self.key_quantizer(key)
         value = self.value_quantizer(value)
         heads, rows = query.shape[1], query.shape[2] // columns
-        if positions is not None:
-            of_key = positions.of_key.to(key.dtype).expand(*key.shape[:2], -1, -1)
-            key = torch.cat([key, of_key], dim=-1)
 
         def attend(head: slice, first: int, last: int) -> Tensor:
             part = query[:, head, first * columns : last * columns]
-            scaled = part * self.scale
-            if positions is not None:
-                terms = positions.of_query(part, first, last).to(scaled.dtype)
-                scaled = torch.cat([scaled, terms], dim=-1)
-            logits = scaled @ key[:, head].transpose(-1, -2)
+            logits = (part * self.scale) @ key[:, head].transpose(-1, -2)
+            if bias is not None:
+                logits.add_(bias(part, first, last))
             attention = self.softmax_quantizer(logits.softmax(dim=-1), value[:, head])
             attended: Tensor = attention @ value[:, head]
             return attended
@@ -135,13 +116,12 @@ class QuantizedEncoderAttention(image_encoder.Attention, _QuantizedAttentionMixi
         grid = (x.shape[1], x.shape[2])
         query, key, value = self.split_heads(self.qkv(x))
 
-        def terms(part: Tensor, first: int, last: int) -> Tensor:
-            return self.position_terms(part, grid, first, last)
+        def bias(part: Tensor, first: int, last: int) -> Tensor:
+            return self.position_bias(part, grid, first, last)
 
-        positions = None
-        if self.use_rel_pos:
-            positions = Positions(terms, image_encoder.position_indicator(grid, query))
-        attended = self._quantized_attention(query, key, value, positions, columns=grid[1])
+        attended = self._quantized_attention(
+            query, key, value, bias if self.use_rel_pos else None, columns=grid[1]
+        )
         projected: Tensor = self.proj(self.merge_heads(attended, grid))
         return projected
 

@@ -79,22 +79,7 @@ class Attention(nn.Module):
     def position_bias(
         self, query: Tensor, grid: tuple[int, int], first_row: int = 0, last_row: int | None = None
     ) -> Tensor:
-        """Relative-position logits of some rows of queries, as `position_terms` for every key.
-
-        Returns:
-            [batch, heads, queries, rows * columns].
-        """
-        rows, columns = grid
-        terms = self.position_terms(query, grid, first_row, last_row)
-        # Contiguous terms make a contiguous sum, which the reshape need not copy.
-        by_row, by_column = terms[..., :rows].contiguous(), terms[..., rows:].contiguous()
-        bias = by_row[..., :, None] + by_column[..., None, :]
-        return bias.reshape(*query.shape[:3], rows * columns)
-
-    def position_terms(
-        self, query: Tensor, grid: tuple[int, int], first_row: int = 0, last_row: int | None = None
-    ) -> Tensor:
-        """Relative-position logits of some rows of queries, by axis (ViTDet, section 3).
+        """Relative-position logits of some rows of queries (ViTDet, section 3).
 
         Args:
             query: [batch, heads, (last_row - first_row) * columns, head_dim], unscaled.
@@ -103,8 +88,7 @@ class Attention(nn.Module):
             last_row: row after the last query row; None for all.
 
         Returns:
-            [batch, heads, queries, rows + columns]: what a key gets for its row, and for its
-            column.
+            [batch, heads, queries, rows * columns].
         """
         rows, columns = grid
         last_row = rows if last_row is None else last_row
@@ -114,7 +98,9 @@ class Attention(nn.Module):
         grid_query = query.reshape(batch * heads, last_row - first_row, columns, head_dim)
         bias_h = torch.einsum("brcd,rkd->brck", grid_query, table_h)
         bias_w = torch.einsum("brcd,ckd->brck", grid_query, table_w)
-        return torch.cat([bias_h, bias_w], dim=-1).reshape(batch, heads, -1, rows + columns)
+        # Contiguous terms make a contiguous sum, which the reshape need not copy.
+        bias = bias_h.contiguous()[..., :, None] + bias_w.contiguous()[..., None, :]
+        return bias.reshape(batch, heads, -1, rows * columns)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
         if not self.use_rel_pos:
@@ -269,17 +255,6 @@ def relative_table(table: Tensor, size: int) -> Tensor:
         table = resized[0].t()
     position = torch.arange(size, device=table.device)
     return table[position[:, None] - position[None, :] + size - 1]
-
-
-def position_indicator(grid: tuple[int, int], like: Tensor) -> Tensor:
-    """One-hot row and column of every key, [rows * columns, rows + columns], typed as `like`.
-
-    The product of `position_terms` with it is `position_bias`.
-    """
-    rows, columns = grid
-    row = torch.eye(rows, dtype=like.dtype, device=like.device).repeat_interleave(columns, dim=0)
-    column = torch.eye(columns, dtype=like.dtype, device=like.device).repeat(rows, 1)
-    return torch.cat([row, column], dim=1)
 
 
 def window_partition(x: Tensor, window_size: int) -> Tensor:
