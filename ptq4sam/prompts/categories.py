@@ -8,13 +8,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq4sam.errors import CheckpointError
-from ptq4sam.prompts.yolox import COCO_CATEGORY_IDS
+
+COCO_CATEGORY_IDS = tuple(
+    number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+)
+"""Ids of the 80 categories of COCO's instances, in their order."""
 
 NO_CATEGORY = -1
 """Stands for the category of a class that the data set lacks."""
 
 _COCO_LABELS = 91
 _UNNAMED = "label_"  # How transformers names classes of which it knows the number only.
+
+
+def category_ids_by_number(
+    classes: int, category_ids: Sequence[int], origin: str
+) -> NDArray[np.int64]:
+    """The data set's category id of each class of a detector that does not name its classes.
+
+    Args:
+        classes: how many the detector has. As many as the data set has categories are these in
+            their order; any other 80 are COCO's.
+        category_ids: the data set's.
+        origin: the detector, for messages.
+
+    Returns:
+        [classes].
+
+    Raises:
+        CheckpointError: they are neither, as 91 classes on COCO.
+    """
+    if classes == len(category_ids):
+        return np.array(category_ids)
+    if classes == len(COCO_CATEGORY_IDS):
+        return np.array(COCO_CATEGORY_IDS)
+    raise CheckpointError(
+        f"{origin} knows {classes} classes, the data set {len(category_ids)} categories: "
+        "use a detector that was trained for these categories"
+    )
 
 
 def category_ids_of(

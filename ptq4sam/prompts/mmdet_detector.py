@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ptq4sam.data.images import ImageRecord, reason
-from ptq4sam.errors import CheckpointError, ConfigError, DependencyError
+from ptq4sam.errors import ConfigError, DependencyError
+from ptq4sam.prompts.categories import category_ids_by_number
 from ptq4sam.prompts.detections import file_digest
 from ptq4sam.prompts.mmdet_checkpoint import load_weights
 from ptq4sam.prompts.record import Prompts, clean
-from ptq4sam.prompts.yolox import COCO_CATEGORY_IDS
 
 _LIBRARIES = ("mmengine", "mmcv", "mmdet")
 _BOXES = 100
@@ -44,7 +44,7 @@ class MmdetDetector:
             would not run.
         checkpoint: weights of mmdetection 2 or 3 for it.
         category_ids: the data set's ids of the detector's classes, in the classes' order; used
-            where the detector does not have COCO's 80 classes.
+            where they are as many as the detector's classes.
         limit: keep at most so many boxes a picture; None takes the configuration's `max_per_img`,
             and 100 where it has none.
         device: where it runs.
@@ -98,14 +98,7 @@ class MmdetDetector:
     @cached_property
     def _category_ids(self) -> NDArray[np.int64]:
         classes = _head(self._model).num_classes
-        if classes == len(COCO_CATEGORY_IDS):
-            return np.array(COCO_CATEGORY_IDS)
-        if classes == len(self._given_ids):
-            return np.array(self._given_ids)
-        raise CheckpointError(
-            f"{self.config} knows {classes} classes, the data set {len(self._given_ids)} "
-            "categories: use a detector that was trained for these categories"
-        )
+        return category_ids_by_number(classes, self._given_ids, str(self.config))
 
     @property
     def _limit(self) -> int:

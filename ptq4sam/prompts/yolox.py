@@ -16,15 +16,11 @@ from torch.nn import functional
 
 from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import CheckpointError, DependencyError
+from ptq4sam.prompts.categories import category_ids_by_number
 from ptq4sam.prompts.detections import candidates, file_digest, suppress
 from ptq4sam.prompts.record import Prompts, clean
 from ptq4sam.prompts.yolox_network import STRIDES, YoloxNetwork, folded
 from ptq4sam.prompts.yolox_weights import load_yolox
-
-COCO_CATEGORY_IDS = tuple(
-    number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-)
-"""Ids of the 80 categories of COCO's instances, in their order."""
 
 _PADDING = 114.0
 
@@ -87,7 +83,7 @@ class Yolox(ABC):
                 f"[1, {len(anchors)}, 5 + classes]: give an undecoded YOLOX"
             )
         boxes, scores, labels = decode(found[0], anchors, sizes)
-        ids = self._category_ids(found.shape[2] - 5)
+        ids = category_ids_by_number(found.shape[2] - 5, self._given_ids, str(self.path))
         sure = candidates(scores, self.score_threshold)
         boxes, scores, labels = boxes[sure] / ratio, scores[sure], labels[sure]
         kept = suppress(boxes, scores, labels, self.nms_threshold, self.limit)
@@ -101,16 +97,6 @@ class Yolox(ABC):
     @abstractmethod
     def _rows(self, pixels: Tensor) -> Tensor:
         """Rows that are not decoded [1, n, 5 + classes] of an input [1, 3, height, width]."""
-
-    def _category_ids(self, classes: int) -> NDArray[np.int64]:
-        if classes == len(self._given_ids):
-            return np.array(self._given_ids)
-        if classes == len(COCO_CATEGORY_IDS):
-            return np.array(COCO_CATEGORY_IDS)
-        raise CheckpointError(
-            f"{self.path} knows {classes} classes, the data set {len(self._given_ids)} categories: "
-            "use a detector that was trained for these categories"
-        )
 
 
 class YoloxOnnx(Yolox):

@@ -3,8 +3,12 @@ from __future__ import annotations
 import pytest
 
 from ptq4sam.errors import CheckpointError
-from ptq4sam.prompts.categories import NO_CATEGORY, category_ids_of
-from ptq4sam.prompts.yolox import COCO_CATEGORY_IDS
+from ptq4sam.prompts.categories import (
+    COCO_CATEGORY_IDS,
+    NO_CATEGORY,
+    category_ids_by_number,
+    category_ids_of,
+)
 
 COCO = {id_: f"thing {id_}" for id_ in COCO_CATEGORY_IDS}
 COCO_80 = [COCO[id_] for id_ in COCO_CATEGORY_IDS]
@@ -59,3 +63,11 @@ def test_foreign_names_are_an_error(categories: dict[int, str]) -> None:
 def test_numbers_without_names_must_be_coco(categories: dict[int, str]) -> None:
     with pytest.raises(CheckpointError, match=r"has 5 classes, the data set \d+ categories"):
         ids(NUMBERED_80[:5], categories)
+
+
+def test_as_many_classes_as_categories_are_the_data_sets_own() -> None:
+    own = range(101, 181)
+    assert category_ids_by_number(80, list(own), "it").tolist() == list(own)
+    assert category_ids_by_number(80, [1, 2], "it").tolist() == list(COCO_CATEGORY_IDS)
+    with pytest.raises(CheckpointError, match="it knows 91 classes, the data set 80 categories"):
+        category_ids_by_number(91, list(own), "it")

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from ptq4sam.data import CocoDataset, ImageRecord
 from ptq4sam.errors import CheckpointError, ConfigError, DependencyError
 from ptq4sam.prompts import MmdetDetector, open_prompts
+from ptq4sam.prompts.categories import COCO_CATEGORY_IDS
 from ptq4sam.prompts.mmdet_checkpoint import load_weights
 from ptq4sam.prompts.mmdet_detector import build_detector
-from ptq4sam.prompts.yolox import COCO_CATEGORY_IDS
 from tests.mmdet_models import CONFIGS, FASTER_RCNN, YOLOX_L, random_detector, require_mmdet
 
 YOLOX_NANO = CONFIGS / "yolox" / "yolox_nano_8x8_300e_coco.py"
@@ -188,6 +188,12 @@ def test_a_picture_without_boxes(tmp_path: Path, nano: Path) -> None:
     config = _variant(tmp_path / "sure.py", "model = dict(test_cfg=dict(score_thr=1.1))")
     found = MmdetDetector(config, nano).prompts(*_picture(120, 160))
     assert found.boxes.shape == (0, 4)
+
+
+def test_eighty_categories_of_another_data_set(nano: Path) -> None:
+    found = MmdetDetector(YOLOX_NANO, nano, range(101, 181)).prompts(*_picture(120, 160))
+    assert len(found.category_ids) > 0
+    assert set(found.category_ids.tolist()) <= set(range(101, 181))
 
 
 def test_other_numbers_of_classes(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from ptq4sam.data import CocoDataset, ImageRecord
 from ptq4sam.errors import CheckpointError, DependencyError
 from ptq4sam.evaluation import BoxScores
 from ptq4sam.prompts import CocoResults, YoloxOnnx
-from ptq4sam.prompts.yolox import COCO_CATEGORY_IDS, letterbox
+from ptq4sam.prompts.categories import COCO_CATEGORY_IDS
+from ptq4sam.prompts.yolox import letterbox
 
 SIDE = 64
 CELLS = 8 * 8 + 4 * 4 + 2 * 2

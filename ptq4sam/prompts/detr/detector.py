@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptq4sam.data.images import ImageRecord
+from ptq4sam.prompts.categories import COCO_CATEGORY_IDS
 from ptq4sam.prompts.detections import file_digest
 from ptq4sam.prompts.detr.checkpoint import load_into, read_tensors, rename
 from ptq4sam.prompts.detr.dino import FocalNetDino
 from ptq4sam.prompts.detr.hdetr import HDetr
 from ptq4sam.prompts.record import Prompts, clean
-from ptq4sam.prompts.yolox import COCO_CATEGORY_IDS
 
 _SHORTER, _LONGER = 800, 1333
 _MEAN = (123.675, 116.28, 103.53)

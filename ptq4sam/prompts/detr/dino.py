@@ -6,9 +6,9 @@ and a query's position is an embedding of its present box (Liu et al., "DAB-DETR
 Layout, names and constants are those of the authors' code (github.com/IDEA-Research/DINO and
 github.com/FocalNet/FocalNet-DINO, which adds the backbone) under the settings of the published
 table: DINO_5scale with heads that all decoder layers share, and others of the first stage. It was
-tested module by module against transformers, and as a whole against the names and shapes that
-this code gives its tensors; the weights themselves were not at hand, and no DINO detector is in
-transformers to compare the whole with.
+tested module by module against transformers, as a whole against mmdet's DINO on random weights,
+and against the names and shapes that this code gives its tensors; the weights themselves were not
+at hand.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from ptq4sam.prompts.detr.transformer import (
     Encoder,
     InputProjection,
     Mlp,
-    cell_positions,
-    flatten,
+    encode,
     pick,
     proposals,
     refine,
@@ -89,12 +88,7 @@ class _Transformer(nn.Module):
 
     def encode(self, maps: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Cells of all levels that know of each other [batch, n, dim], and the levels' shapes."""
-        cells, shapes = flatten(maps)
-        dim = cells.shape[-1]
-        embedded = cell_positions(shapes, dim, _CELL_TEMPERATURE, 0.0, cells.device)
-        levels = zip(embedded, self.level_embed, strict=True)
-        positions = torch.cat([cell + level for cell, level in levels])
-        return self.encoder(cells, positions, shapes), shapes
+        return encode(self.encoder, maps, self.level_embed, _CELL_TEMPERATURE, 0.0)
 
     def propose(self, memory: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         """The best boxes that single cells propose, cx, cy, w, h in 0-1 [batch, queries, 4]."""

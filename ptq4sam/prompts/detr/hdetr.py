@@ -24,8 +24,7 @@ from ptq4sam.prompts.detr.transformer import (
     Encoder,
     InputProjection,
     Mlp,
-    cell_positions,
-    flatten,
+    encode,
     pick,
     proposals,
     refine,
@@ -133,12 +132,7 @@ class _Transformer(nn.Module):
 
     def encode(self, maps: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Cells of all levels that know of each other [batch, n, dim], and the levels' shapes."""
-        cells, shapes = flatten(maps)
-        dim = cells.shape[-1]
-        embedded = cell_positions(shapes, dim, _TEMPERATURE, 0.5, cells.device)
-        levels = zip(embedded, self.level_embed, strict=True)
-        positions = torch.cat([cell + level for cell, level in levels])
-        return self.encoder(cells, positions, shapes), shapes
+        return encode(self.encoder, maps, self.level_embed, _TEMPERATURE, 0.5)
 
 
 class HDetr(nn.Module):

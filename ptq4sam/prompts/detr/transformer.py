@@ -174,6 +174,32 @@ def cell_positions(
     return embedded
 
 
+def encode(
+    encoder: Encoder,
+    maps: Sequence[Tensor],
+    level_embed: Tensor,
+    temperature: float,
+    offset: float,
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Cells of all levels that know of each other.
+
+    Args:
+        encoder: lets them.
+        maps: features [batch, dim, h, w] of each level.
+        level_embed: tells the levels apart [levels, dim].
+        temperature: see `sines`.
+        offset: see `cell_positions`.
+
+    Returns:
+        [batch, n, dim], and each level's height and width.
+    """
+    cells, shapes = flatten(maps)
+    embedded = cell_positions(shapes, cells.shape[-1], temperature, offset, cells.device)
+    positions = torch.cat([cell + level for cell, level in zip(embedded, level_embed, strict=True)])
+    memory: Tensor = encoder(cells, positions, shapes)
+    return memory, shapes
+
+
 def cell_centres(shapes: Shapes, device: torch.device) -> Tensor:
     """Centres x, y of the cells of all levels, in 0-1 of the picture [n, 2]."""
     centres = []

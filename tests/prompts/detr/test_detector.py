@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ptq4sam.data import CocoDataset, ImageRecord
 from ptq4sam.errors import CheckpointError
 from ptq4sam.prompts import open_prompts
+from ptq4sam.prompts.categories import COCO_CATEGORY_IDS
 from ptq4sam.prompts.detr import detector
 from ptq4sam.prompts.detr.detector import DETR_VARIANTS, DetrDetector, choose, prepare
 from ptq4sam.prompts.detr.dino import DinoConfig, FocalNetDino
 from ptq4sam.prompts.detr.focalnet import FocalNetConfig
 from ptq4sam.prompts.detr.hdetr import HDetr, HDetrConfig
-from ptq4sam.prompts.yolox import COCO_CATEGORY_IDS
 from tests.tiny_runs import Tiny, read_metrics, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
