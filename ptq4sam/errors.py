@@ -23,6 +23,10 @@ class CalibrationError(Ptq4samError):
     """Calibration or reconstruction cannot give a usable quantized model."""
 
 
+class ExportError(Ptq4samError):
+    """A model, or a part of it, cannot be written so that a runtime computes the same."""
+
+
 class DependencyError(Ptq4samError):
     """An optional package that the request needs is not installed."""
 

@@ -1,0 +1,1 @@
+"""From a quantized SAM to files that other programs run."""
