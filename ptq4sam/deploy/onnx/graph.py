@@ -77,7 +77,7 @@ class Graph:
         """Add a constant tensor; returns its name."""
         name = self._unique(name)
         self._constants[name] = self._onnx.numpy_helper.from_array(
-            np.ascontiguousarray(value), name
+            np.asarray(value, order="C"), name
         )
         return name
 

@@ -106,11 +106,13 @@ def activation_format(quantizer: Quantizer, path: str) -> Affine:
     return Affine(_float32(scale), np.array(int(zero_point), dtype))
 
 
-def weight_codes(quantizer: Quantizer, weight: Tensor, path: str) -> tuple[NDArray[np.int8], Affine]:
+def weight_codes(
+    quantizer: Quantizer, weight: Tensor, path: str
+) -> tuple[NDArray[np.int8], Affine]:
     """Codes of a weight [out, ...] as int8, and what they mean, one scale a channel or in all.
 
-    Distances from the zero point are kept where they fit, so that the codes need no zero point: then
-    runtimes have an integer product for them. That is so up to 7 bits, and for symmetric grids.
+    Distances from the zero point are kept where they fit, so that the codes need no zero point:
+    then runtimes have an integer product for them. That is so up to 7 bits, and for symmetric grids.
 
     Raises:
         ExportError: as for `activation_format`.
@@ -170,14 +172,10 @@ def _adaptive_granularity(
     points = torch.arange(levels).div(-tau).exp2().mul(scale)
     table = graph.constant(f"{path}.points", np.append(_float32(points), np.float32(0)))
     largest = float(np.finfo(np.float32).max)
-    floored = graph.node(
-        "Clip", [x, graph.number(FLOOR), graph.number(largest)], f"{path}.floored"
-    )
+    floored = graph.node("Clip", [x, graph.number(FLOOR), graph.number(largest)], f"{path}.floored")
     ratio = graph.node("Div", [floored, graph.number(float(scale))], f"{path}.ratio")
     logarithm = graph.node("Log", [ratio], f"{path}.logarithm")
-    steps = graph.node(
-        "Mul", [logarithm, graph.number(-float(tau) / math.log(2))], f"{path}.steps"
-    )
+    steps = graph.node("Mul", [logarithm, graph.number(-float(tau) / math.log(2))], f"{path}.steps")
     rounded = graph.node("Round", [steps], f"{path}.rounded")
     codes = graph.node(
         "Clip", [rounded, graph.number(0.0), graph.number(float(levels))], f"{path}.clipped"
