@@ -19,12 +19,12 @@ class CheckpointError(Ptq4samError):
     """A weight file does not fit the model that was asked for, or is damaged."""
 
 
+class DeployError(Ptq4samError):
+    """A quantized model cannot be computed exactly in the form that was asked for."""
+
+
 class CalibrationError(Ptq4samError):
     """Calibration or reconstruction cannot give a usable quantized model."""
-
-
-class ExportError(Ptq4samError):
-    """A model, or a part of it, cannot be written so that a runtime computes the same."""
 
 
 class DependencyError(Ptq4samError):

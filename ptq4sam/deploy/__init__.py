@@ -1,1 +1,1 @@
-"""From a quantized SAM to files that other programs run."""
+"""Quantized models outside of the simulation: packed files, integer arithmetic, runtimes."""

@@ -50,7 +50,7 @@ def decoder_graph(sam: Sam) -> Graph:
     - `masks` [prompts, M, *original_size], logits of the picture; a pixel above 0 is in the mask.
 
     Raises:
-        ExportError: a part has no exact form.
+        DeployError: a part has no exact form.
     """
     graph = Graph("mask_decoder")
     encoder, decoder = sam.prompt_encoder, sam.mask_decoder

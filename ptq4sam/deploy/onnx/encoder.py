@@ -30,7 +30,7 @@ def encoder_graph(encoder: ImageEncoderViT) -> Graph:
     Input `image` [1, 3, side, side], output `embedding` [1, channels, rows, columns], float32.
 
     Raises:
-        ExportError: a part has no exact form.
+        DeployError: a part has no exact form.
     """
     graph = Graph("image_encoder")
     side = encoder.img_size

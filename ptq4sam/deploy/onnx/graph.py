@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq4sam.errors import DependencyError, ExportError
+from ptq4sam.errors import DependencyError, DeployError
 
 if TYPE_CHECKING:
     import onnx
@@ -120,11 +120,16 @@ class Graph:
         bounds = [self.integers(first), self.integers(last), self.integers(axis)]
         return self.node("Slice", [x, *bounds], name)
 
+    def cast(self, x: str, dtype: type[np.generic], name: str) -> str:
+        """Convert to another type of numbers."""
+        kind = self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        return self.node("Cast", [x], name, to=kind)
+
     def write(self, path: Path, metadata: dict[str, str]) -> None:
         """Check the graph and write it.
 
         Raises:
-            ExportError: it is too large for one file.
+            DeployError: it is too large for one file.
         """
         helper = self._onnx.helper
         graph = helper.make_graph(
@@ -138,7 +143,7 @@ class Graph:
         )
         helper.set_model_props(model, metadata)
         if model.ByteSize() > _LARGEST:
-            raise ExportError(
+            raise DeployError(
                 f"{self._name} takes {model.ByteSize() / 2**30:.1f} GiB, an ONNX file holds 2: "
                 "quantize the model, or export a smaller one"
             )

@@ -7,13 +7,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.values import (
-    Value,
-    dequantize,
-    quantize,
-    weight_codes,
-)
-from ptq4sam.errors import ExportError
+from ptq4sam.deploy.onnx.values import Affine, Value, dequantize, quantize, weight_format
+from ptq4sam.errors import DeployError
 from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
 from ptq4sam.quantization.base import Quantizer
 from ptq4sam.sam.common import LayerNorm2d, MLPBlock
@@ -60,22 +55,17 @@ def _matrix(graph: Graph, layer: nn.Linear, path: str) -> str:
         return graph.constant(f"{path}.weight", array(layer.weight.t()))
     if not isinstance(layer, QuantizedLinear):
         raise _unknown(layer, path)
-    codes, affine = weight_codes(layer.weight_quantizer, layer.weight, f"{path}.weight_quantizer")
-    return _dequantize_weight(graph, codes.T, affine.scale, affine.zero_point, 1, path)
+    codes, affine = weight_format(layer, f"{path}.weight")
+    return _dequantize_weight(graph, codes.T, affine, 1, path)
 
 
 def _dequantize_weight(
-    graph: Graph,
-    codes: NDArray[np.int8],
-    scale: NDArray[np.float32],
-    zero_point: NDArray[np.integer],
-    axis: int,
-    path: str,
+    graph: Graph, codes: NDArray[np.int8], affine: Affine, axis: int, path: str
 ) -> str:
     inputs = [
         graph.constant(f"{path}.weight", codes),
-        graph.constant(f"{path}.weight.scale", scale),
-        graph.constant(f"{path}.weight.zero_point", zero_point),
+        graph.constant(f"{path}.weight.scale", affine.scale),
+        graph.constant(f"{path}.weight.zero_point", affine.zero_point),
     ]
     return graph.node("DequantizeLinear", inputs, f"{path}.weight.dequantized", axis=axis)
 
@@ -83,10 +73,8 @@ def _dequantize_weight(
 def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
     """A convolution or transposed convolution, float or quantized, of [batch, channels, h, w]."""
     if isinstance(layer, QuantizedConv2d):
-        codes, affine = weight_codes(
-            layer.weight_quantizer, layer.weight, f"{path}.weight_quantizer"
-        )
-        weight = _dequantize_weight(graph, codes, affine.scale, affine.zero_point, 0, path)
+        codes, affine = weight_format(layer, f"{path}.weight")
+        weight = _dequantize_weight(graph, codes, affine, 0, path)
     elif type(layer) in (nn.Conv2d, nn.ConvTranspose2d):
         weight = graph.constant(f"{path}.weight", array(layer.weight))  # type: ignore[arg-type]
     else:
@@ -99,7 +87,7 @@ def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
         and (not isinstance(layer, nn.ConvTranspose2d) or not any(layer.output_padding))
     )
     if not plain:
-        raise ExportError(f"{path} is a convolution with groups or padding that SAM has not")
+        raise DeployError(f"{path} is a convolution with groups or padding that SAM has not")
     value = dequantize(graph, quantize_input(graph, layer, x, path), f"{path}.input")
     kind = "ConvTranspose" if isinstance(layer, nn.ConvTranspose2d) else "Conv"
     inputs = [value, weight]
@@ -171,8 +159,8 @@ def sequential(graph: Graph, modules: nn.Sequential, x: str, path: str) -> str:
     return x
 
 
-def _unknown(module: nn.Module, path: str) -> ExportError:
-    return ExportError(
+def _unknown(module: nn.Module, path: str) -> DeployError:
+    return DeployError(
         f"{path} is a {type(module).__name__}, for which no exact form is known: it cannot be "
         "exported"
     )
