@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ptq4sam.deploy.onnx.attention import Operands, attend, operand
+from ptq4sam.deploy.onnx.attention import attend, operands
 from ptq4sam.deploy.onnx.graph import Dimension, Graph
 from ptq4sam.deploy.onnx.layers import (
     apply_linear,
@@ -176,15 +176,11 @@ def _attention(graph: Graph, attention: Attention, q: str, k: str, v: str, path:
         linear(graph, cast(nn.Linear, getattr(attention, f"{role}_proj")), x, f"{path}.{role}_proj")
         for role, x in (("q", q), ("k", k), ("v", v))
     ]
-    heads, dim = attention.num_heads, attention.q_proj.out_features
-    query, key, value = (
-        operand(graph, attention, role, x, (0, 0, heads, dim // heads), path)
-        for role, x in zip(("query", "key", "value"), projected, strict=True)
-    )
-    attended = attend(graph, attention, Operands(query, key, value), attention.scale, path)
+    given = operands(graph, attention, projected, 0, path)
+    attended = attend(graph, attention, given, path)
     merged = quantize_input(graph, attention.out_proj, attended, f"{path}.out_proj")
     name = graph.transpose(merged.name, (0, 2, 1, 3), f"{path}.by_token")
-    name = graph.reshape(name, (0, 0, dim), f"{path}.merged")
+    name = graph.reshape(name, (0, 0, attention.q_proj.out_features), f"{path}.merged")
     return apply_linear(graph, attention.out_proj, merged.renamed(name), f"{path}.out_proj")
 
 

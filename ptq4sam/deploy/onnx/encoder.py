@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import cast
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from ptq4sam.deploy.onnx.attention import Operands, attend, operand
+from ptq4sam.deploy.onnx.attention import attend, operands
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.layers import (
     apply_linear,
@@ -19,7 +19,13 @@ from ptq4sam.deploy.onnx.layers import (
     sequential,
 )
 from ptq4sam.deploy.onnx.values import Value
-from ptq4sam.sam.image_encoder import Attention, Block, ImageEncoderViT, relative_table
+from ptq4sam.sam.image_encoder import (
+    Attention,
+    Block,
+    ImageEncoderViT,
+    relative_rows,
+    table_of_size,
+)
 
 _PATH = "image_encoder"
 
@@ -34,7 +40,7 @@ def encoder_graph(encoder: ImageEncoderViT) -> Graph:
     """
     graph = Graph("image_encoder")
     side = encoder.img_size
-    patches = cast(nn.Conv2d, encoder.patch_embed.proj)
+    patches = encoder.patch_embed.proj
     rows = side // patches.stride[0]
     image = graph.input("image", np.float32, [1, patches.in_channels, side, side])
     x = convolution(graph, patches, image, f"{_PATH}.patch_embed.proj")
@@ -71,25 +77,15 @@ def _attention(
     if window:
         codes = _partition(graph, codes, side, window, attention.qkv.in_features, path)
     qkv = apply_linear(graph, attention.qkv, codes, f"{path}.qkv")
-    heads, dim = attention.num_heads, attention.proj.in_features
-    tokens, head_dim = size * size, dim // heads
+    dim = attention.proj.in_features
     parts = graph.split(qkv, 3, -1, f"{path}.parts")
-    query, key, value = (
-        operand(graph, attention, role, part, (0, tokens, heads, head_dim), path)
-        for role, part in zip(("query", "key", "value"), parts, strict=True)
-    )
+    given = operands(graph, attention, parts, size * size, path)
 
     def bias(logits: str, query: str) -> str:
         return _add_positions(graph, attention, logits, query, size, path)
 
-    attended = attend(
-        graph,
-        attention,
-        Operands(query, key, value),
-        attention.scale,
-        path,
-        bias if attention.use_rel_pos else None,
-    )
+    positions = bias if attention.use_rel_pos else None
+    attended = attend(graph, attention, given, path, positions)
     merged = quantize_input(graph, attention.proj, attended, f"{path}.proj")
     name = graph.transpose(merged.name, (0, 2, 1, 3), f"{path}.by_token")
     name = graph.reshape(name, (-1, size, size, dim), f"{path}.merged")
@@ -132,13 +128,11 @@ def _add_positions(
     """Add relative positions to [windows, heads, n, n] logits, from the unscaled query."""
     heads, head_dim = attention.num_heads, attention.proj.in_features // attention.num_heads
     grid = graph.reshape(query, (-1, size, size, head_dim), f"{path}.query.grid")
-    table = array(relative_table(attention.rel_pos_h, size)).transpose(0, 2, 1)
-    factors = [grid, graph.constant(f"{path}.rel_pos_h", table[None])]
-    by_row = graph.node("MatMul", factors, f"{path}.bias_h")
+    table = _table(graph, attention.rel_pos_h, size, f"{path}.rel_pos_h")
+    by_row = graph.node("MatMul", [grid, table], f"{path}.bias_h")
     turned = graph.transpose(grid, (0, 2, 1, 3), f"{path}.query.turned")
-    table = array(relative_table(attention.rel_pos_w, size)).transpose(0, 2, 1)
-    factors = [turned, graph.constant(f"{path}.rel_pos_w", table[None])]
-    by_column = graph.node("MatMul", factors, f"{path}.bias_w.turned")
+    table = _table(graph, attention.rel_pos_w, size, f"{path}.rel_pos_w")
+    by_column = graph.node("MatMul", [turned, table], f"{path}.bias_w.turned")
     by_column = graph.transpose(by_column, (0, 2, 1, 3), f"{path}.bias_w")
     by_row = graph.reshape(by_row, (0, size, size, size, 1), f"{path}.bias_h.column")
     by_column = graph.reshape(by_column, (0, size, size, 1, size), f"{path}.bias_w.row")
@@ -147,3 +141,17 @@ def _add_positions(
     placed = graph.node("Add", [whole, both], f"{path}.logits.placed")
     tokens = size * size
     return graph.reshape(placed, (-1, heads, tokens, tokens), f"{path}.logits.all")
+
+
+def _table(graph: Graph, table: Tensor, size: int, path: str) -> str:
+    """Relative positions of one axis as [queries, head_dim, keys].
+
+    The file holds one row a distance; runtimes pick them out when they load it.
+    """
+    rows = graph.constant(path, array(table_of_size(table, size)))
+    chosen = graph.node("Gather", [rows, _rows(graph, size)], f"{path}.chosen", axis=0)
+    return graph.transpose(chosen, (0, 2, 1), f"{path}.table")
+
+
+def _rows(graph: Graph, size: int) -> str:
+    return graph.shared(f"{_PATH}.distances.{size}", relative_rows(size).numpy())

@@ -83,12 +83,16 @@ class Graph:
 
     def number(self, value: float) -> str:
         """A float32 constant of no dimensions; equal ones are kept once."""
-        return self._shared(f"number.{value!r}", np.array(value, np.float32))
+        return self.shared(f"number.{value!r}", np.array(value, np.float32))
 
     def integers(self, *values: int) -> str:
         """A vector of int64; equal ones are kept once."""
         name = "integers." + ".".join(map(str, values))
-        return self._shared(name, np.array(values, np.int64))
+        return self.shared(name, np.array(values, np.int64))
+
+    def shared(self, name: str, value: NDArray[Any]) -> str:
+        """A constant under this name, added once."""
+        return name if name in self._constants else self.constant(name, value)
 
     def node(self, kind: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
         """Add a node with one output; returns the output's name."""
@@ -149,9 +153,6 @@ class Graph:
             )
         self._onnx.checker.check_model(model, full_check=True)
         path.write_bytes(model.SerializeToString())
-
-    def _shared(self, name: str, value: NDArray[Any]) -> str:
-        return name if name in self._constants else self.constant(name, value)
 
     def _unique(self, name: str) -> str:
         seen = self._names.get(name, 0)

@@ -25,8 +25,7 @@ def array(tensor: Tensor) -> NDArray[np.float32]:
 
 def input_quantizer(layer: nn.Module) -> Quantizer | None:
     """The quantizer of a layer's input; None for a float layer."""
-    quantized = isinstance(layer, QuantizedLinear | QuantizedConv2d)
-    return layer.input_quantizer if quantized else None
+    return layer.input_quantizer if isinstance(layer, QuantizedLinear | QuantizedConv2d) else None
 
 
 def linear(graph: Graph, layer: nn.Linear, x: str, path: str) -> str:
