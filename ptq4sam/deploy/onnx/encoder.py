@@ -29,15 +29,17 @@ from ptq4sam.sam.image_encoder import (
 _PATH = "image_encoder"
 
 
-def encoder_graph(encoder: ImageEncoderViT) -> Graph:
+def encoder_graph(encoder: ImageEncoderViT, signed: bool = False) -> Graph:
     """The encoder, float or quantized, for one normalised and padded picture.
 
     Input `image` [1, 3, side, side], output `embedding` [1, channels, rows, columns], float32.
 
+    `signed` is as for `Graph`.
+
     Raises:
         DeployError: a part has no exact form.
     """
-    graph = Graph("image_encoder")
+    graph = Graph("image_encoder", signed)
     side = encoder.img_size
     patches = encoder.patch_embed.proj
     rows = side // patches.stride[0]

@@ -52,10 +52,16 @@ class Graph:
 
     Every node has one output, which bears the node's name; names are paths in the SAM, so that a
     reader finds the module.
+
+    Args:
+        name: of the graph.
+        signed: symmetric grids have codes of int8 around 0; else of uint8 around 128, which ONNX
+            Runtime takes (1.31 fails to load some graphs with signed ones).
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, signed: bool = False) -> None:
         self._onnx = require_onnx()
+        self.signed = signed
         self._name = name
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}

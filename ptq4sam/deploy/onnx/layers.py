@@ -44,8 +44,11 @@ def apply_linear(graph: Graph, layer: nn.Linear, x: Value, path: str) -> str:
     product = graph.node("MatMul", factors, f"{path}.product")
     if layer.bias is None:
         return product
-    bias = graph.constant(f"{path}.bias", array(layer.bias))
-    return graph.node("Add", [product, bias], path)
+    bias = array(layer.bias)
+    if x.affine is not None:
+        # With a bias of one dimension ONNX Runtime would make a float Gemm of the integer product.
+        bias = bias[None, None]
+    return graph.node("Add", [product, graph.constant(f"{path}.bias", bias)], path)
 
 
 def _matrix(graph: Graph, layer: nn.Linear, path: str) -> str:
