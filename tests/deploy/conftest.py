@@ -37,6 +37,8 @@ def quantize(
 
     def run(bits: int = 4, steps: int = 0, *, encoder: bool = True, **more: object) -> QuantizedSam:
         scheme = make_scheme(bits, steps, **more)
+        # The search for the best grid of a weight takes seconds at 8 bits and is tested elsewhere.
+        scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
         return quantize_sam(sam, items[:2], scheme, quantize_encoder=encoder)
 
     return run
