@@ -269,8 +269,9 @@ def _quantize(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
+    from ptq4sam.deploy.container import is_quantized_file
     from ptq4sam.deploy.export import export
-    from ptq4sam.model.storage import is_quantized_file, load
+    from ptq4sam.deploy.storage import load
     from ptq4sam.sam.checkpoint import load_sam
     from ptq4sam.sam.model import Sam
     from ptq4sam.sizes import format_bytes
@@ -328,8 +329,8 @@ def _prompts(parsed: argparse.Namespace) -> int:
 
 
 def _audit(parsed: argparse.Namespace) -> int:
+    from ptq4sam.deploy.storage import load
     from ptq4sam.experiments.run import audit_model
-    from ptq4sam.model.storage import load
 
     report = audit_model(load(parsed.model))
     sys.stdout.write("\n".join(report.lines()) + "\n")

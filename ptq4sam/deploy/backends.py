@@ -10,13 +10,14 @@ from typing import cast
 
 import torch
 
+from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.exported import ExportedSam, open_exported
 from ptq4sam.deploy.manifest import formats
 from ptq4sam.deploy.runtimes import RUNTIMES, Precision
+from ptq4sam.deploy.storage import load
 from ptq4sam.deploy.torch_int8 import with_integer_products
 from ptq4sam.errors import CheckpointError, ConfigError, DependencyError
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.storage import is_quantized_file, load
 from ptq4sam.sam.model import PromptableModel
 
 _log = logging.getLogger(__name__)
