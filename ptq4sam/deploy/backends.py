@@ -12,31 +12,32 @@ import torch
 
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.exported import ExportedSam, open_exported
+from ptq4sam.deploy.integer import integer_model
 from ptq4sam.deploy.manifest import formats
 from ptq4sam.deploy.runtimes import RUNTIMES, Precision
 from ptq4sam.deploy.storage import load
 from ptq4sam.deploy.torch_int8 import with_integer_products
 from ptq4sam.errors import CheckpointError, ConfigError, DependencyError
-from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.sam.model import PromptableModel
+from ptq4sam.sam.model import PromptableModel, Sam
 
 _log = logging.getLogger(__name__)
 
-TORCH_INT8 = "torch-int8"
-BACKENDS = (TORCH_INT8, *RUNTIMES)
+INTEGER, TORCH_INT8 = "integer", "torch-int8"
+BACKENDS = (INTEGER, TORCH_INT8, *RUNTIMES)
 AUTO = "auto"
 
-Deployed = ExportedSam | QuantizedSam
-"""A model that is not simulated: exported, or on integer products in torch."""
+Deployed = ExportedSam | Sam
+"""A model that is not simulated: exported, or on integers in torch."""
 
 
 def open_backend(checkpoint: str | Path, backend: str, precision: str = "f32") -> Deployed:
     """Open a deployed model.
 
     Args:
-        checkpoint: for "torch-int8" a file written by `save`, for runtimes a folder written by
-            `export`, for "auto" any of them.
-        backend: one of BACKENDS, or "auto" for the one that encodes a picture fastest.
+        checkpoint: for "integer" and "torch-int8" a file written by `save`, for runtimes a folder
+            written by `export`, for "auto" any of them.
+        backend: one of BACKENDS, or "auto" for the one that encodes a picture fastest. "integer" is
+            the reference, exact and slow; "torch-int8" has fast integer products in torch.
         precision: of what OpenVINO does not compute in integers, see `open_exported`.
 
     Raises:
@@ -47,13 +48,14 @@ def open_backend(checkpoint: str | Path, backend: str, precision: str = "f32") -
     path = Path(checkpoint)
     if backend == AUTO:
         return _fastest(path, precision)
-    if backend == TORCH_INT8:
+    if backend in (INTEGER, TORCH_INT8):
         if not is_quantized_file(path):
             raise CheckpointError(
-                f"{path} is no quantized model, which {TORCH_INT8} needs: write one with ptq4sam "
+                f"{path} is no quantized model, which {backend} needs: write one with ptq4sam "
                 "quantize"
             )
-        return with_integer_products(load(path))
+        quantized = load(path)
+        return integer_model(quantized) if backend == INTEGER else with_integer_products(quantized)
     if backend not in RUNTIMES:
         raise ConfigError(
             f"backend {backend!r} was asked for: use torch, {', '.join(BACKENDS)} or {AUTO}"

@@ -305,7 +305,7 @@ class Run:
         quantized = (
             sam.manifest.scheme is not None
             if isinstance(sam, ExportedSam)
-            else isinstance(sam, QuantizedSam)
+            else isinstance(sam, QuantizedSam) or settings.backend != "torch"
         )
         metrics: dict[str, Any] = {"model": sam.name, "quantized": quantized}
         if evaluation is not None:

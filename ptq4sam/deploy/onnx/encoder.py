@@ -47,7 +47,7 @@ def encoder_graph(encoder: ImageEncoderViT, signed: bool = False) -> Graph:
     x = convolution(graph, patches, image, f"{_PATH}.patch_embed.proj")
     x = graph.transpose(x, (0, 2, 3, 1), f"{_PATH}.patch_embed")
     if encoder.pos_embed is not None:
-        positions = graph.constant(f"{_PATH}.pos_embed", array(encoder.pos_embed))
+        positions = graph.parameter(f"{_PATH}.pos_embed", array(encoder.pos_embed))
         x = graph.node("Add", [x, positions], f"{_PATH}.placed")
     for index, block in enumerate(encoder.blocks):
         x = _block(graph, cast(Block, block), x, rows, f"{_PATH}.blocks.{index}")

@@ -21,6 +21,9 @@ _IR_VERSION = 10
 _LARGEST = 2**31 - 2**20
 """Bytes that a protocol buffer, which an ONNX file is, can hold."""
 
+_LARGE = 2**14
+"""Numbers from which on half the bytes are worth a node."""
+
 
 @dataclass(frozen=True)
 class Dimension:
@@ -86,6 +89,16 @@ class Graph:
             np.asarray(value, order="C"), name
         )
         return name
+
+    def parameter(self, name: str, value: NDArray[np.float32]) -> str:
+        """Add a float32 constant, held in float16 where it is large and every value is one."""
+        if value.size < _LARGE:
+            return self.constant(name, value)
+        with np.errstate(over="ignore"):
+            half = value.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), value):
+            return self.constant(name, value)
+        return self.cast(self.constant(name, half), np.float32, f"{name}.float32")
 
     def number(self, value: float) -> str:
         """A float32 constant of no dimensions; equal ones are kept once."""

@@ -54,7 +54,7 @@ def apply_linear(graph: Graph, layer: nn.Linear, x: Value, path: str) -> str:
 def _matrix(graph: Graph, layer: nn.Linear, path: str) -> str:
     """The weight as [in, out]."""
     if type(layer) is nn.Linear:
-        return graph.constant(f"{path}.weight", array(layer.weight.t()))
+        return graph.parameter(f"{path}.weight", array(layer.weight.t()))
     if not isinstance(layer, QuantizedLinear):
         raise _unknown(layer, path)
     codes, affine = weight_format(layer, f"{path}.weight")
@@ -78,7 +78,7 @@ def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
         codes, affine = weight_format(layer, f"{path}.weight")
         weight = _dequantize_weight(graph, codes, affine, 0, path)
     elif type(layer) in (nn.Conv2d, nn.ConvTranspose2d):
-        weight = graph.constant(f"{path}.weight", array(layer.weight))  # type: ignore[arg-type]
+        weight = graph.parameter(f"{path}.weight", array(layer.weight))  # type: ignore[arg-type]
     else:
         raise _unknown(layer, path)
     assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
