@@ -84,8 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--backend",
         default="torch",
         metavar="B",
-        help="torch (the default); torch-int8, fast integer products of a quantized --checkpoint; "
-        "integer, its exact and slow reference; onnxruntime or openvino, of the folder --checkpoint that ptq4sam export wrote; auto: "
+        help="torch (the default), the simulation; torch-int8, fast integer products of a "
+        "quantized --checkpoint, or integer, their exact and slow reference; onnxruntime or "
+        "openvino, of the folder --checkpoint that ptq4sam export wrote; auto: "
         "the fastest of those that can run the checkpoint",
     )
     evaluate.add_argument(
