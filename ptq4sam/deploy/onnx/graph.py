@@ -100,6 +100,11 @@ class Graph:
             return self.constant(name, value)
         return self.cast(self.constant(name, half), np.float32, f"{name}.float32")
 
+    def nibbles(self, name: str, codes: NDArray[np.integer[Any]]) -> str:
+        """Add a constant of codes 0 to 15, two in a byte; returns the name of its int32 form."""
+        uint4 = self._onnx.helper.tensor_dtype_to_np_dtype(self._onnx.TensorProto.UINT4)
+        return self.cast(self.constant(name, codes.astype(uint4)), np.int32, f"{name}.int32")
+
     def number(self, value: float) -> str:
         """A float32 constant of no dimensions; equal ones are kept once."""
         return self.shared(f"number.{value!r}", np.array(value, np.float32))

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.values import Affine, Value, dequantize, quantize, weight_format
+from ptq4sam.deploy.onnx.values import Value, dequantize, dequantized_weight, quantize
 from ptq4sam.errors import DeployError
 from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
 from ptq4sam.quantization.base import Quantizer
@@ -57,26 +57,13 @@ def _matrix(graph: Graph, layer: nn.Linear, path: str) -> str:
         return graph.parameter(f"{path}.weight", array(layer.weight.t()))
     if not isinstance(layer, QuantizedLinear):
         raise _unknown(layer, path)
-    codes, affine = weight_format(layer, f"{path}.weight")
-    return _dequantize_weight(graph, codes.T, affine, 1, path)
-
-
-def _dequantize_weight(
-    graph: Graph, codes: NDArray[np.int8], affine: Affine, axis: int, path: str
-) -> str:
-    inputs = [
-        graph.constant(f"{path}.weight", codes),
-        graph.constant(f"{path}.weight.scale", affine.scale),
-        graph.constant(f"{path}.weight.zero_point", affine.zero_point),
-    ]
-    return graph.node("DequantizeLinear", inputs, f"{path}.weight.dequantized", axis=axis)
+    return dequantized_weight(graph, layer, path)
 
 
 def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
     """A convolution or transposed convolution, float or quantized, of [batch, channels, h, w]."""
     if isinstance(layer, QuantizedConv2d):
-        codes, affine = weight_format(layer, f"{path}.weight")
-        weight = _dequantize_weight(graph, codes, affine, 0, path)
+        weight = dequantized_weight(graph, layer, path)
     elif type(layer) in (nn.Conv2d, nn.ConvTranspose2d):
         weight = graph.parameter(f"{path}.weight", array(layer.weight))  # type: ignore[arg-type]
     else:
