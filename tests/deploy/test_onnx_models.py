@@ -89,8 +89,9 @@ def test_attention_in_pieces_is_attention(
 def test_layers_and_products_run_on_integers(quantize: Quantize, tmp_path: Path) -> None:
     bits, content = SCHEMES["W8A8 symmetric"]
     model = quantize(bits, **content)
-    layers = len(quantized_layers(model.image_encoder)) - 2  # convolutions are looked at apart
     attentions = len(model.image_encoder.blocks)
+    # Without the two convolutions; query, key and value are products of their own.
+    layers = len(quantized_layers(model.image_encoder)) - 2 + 2 * attentions
     encoder_graph(model.image_encoder).write(tmp_path / "unsigned.onnx", {})
     operators = onnxruntime_operators(tmp_path / "unsigned.onnx", tmp_path)
     integer = operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"]

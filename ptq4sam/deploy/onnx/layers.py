@@ -38,26 +38,28 @@ def quantize_input(graph: Graph, layer: nn.Module, x: str, path: str) -> Value:
     return quantize(graph, x, input_quantizer(layer), f"{path}.input")
 
 
-def apply_linear(graph: Graph, layer: nn.Linear, x: Value, path: str) -> str:
-    """A linear layer of an input that is quantized where the layer is."""
-    factors = [dequantize(graph, x, f"{path}.input"), _matrix(graph, layer, path)]
-    product = graph.node("MatMul", factors, f"{path}.product")
+def apply_linear(
+    graph: Graph, layer: nn.Linear, x: Value, path: str, outputs: slice = slice(None)
+) -> str:
+    """A linear layer, or some of its outputs, of an input that is quantized where the layer is."""
+    factors = [dequantize(graph, x, f"{path}.input"), _matrix(graph, layer, path, outputs)]
     if layer.bias is None:
-        return product
-    bias = array(layer.bias)
+        return graph.node("MatMul", factors, path)
+    product = graph.node("MatMul", factors, f"{path}.product")
+    bias = array(layer.bias)[outputs]
     if x.affine is not None:
         # With a bias of one dimension ONNX Runtime would make a float Gemm of the integer product.
         bias = bias[None, None]
     return graph.node("Add", [product, graph.constant(f"{path}.bias", bias)], path)
 
 
-def _matrix(graph: Graph, layer: nn.Linear, path: str) -> str:
+def _matrix(graph: Graph, layer: nn.Linear, path: str, outputs: slice) -> str:
     """The weight as [in, out]."""
     if type(layer) is nn.Linear:
-        return graph.parameter(f"{path}.weight", array(layer.weight.t()))
+        return graph.parameter(f"{path}.weight", array(layer.weight[outputs].t()))
     if not isinstance(layer, QuantizedLinear):
         raise _unknown(layer, path)
-    return dequantized_weight(graph, layer, path)
+    return dequantized_weight(graph, layer, path, outputs)
 
 
 def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:

@@ -100,8 +100,12 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Va
     return Value(graph.node("QuantizeLinear", inputs, f"{path}.codes"), affine)
 
 
-def dequantized_weight(graph: Graph, layer: QuantizedLayer, path: str) -> str:
+def dequantized_weight(
+    graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = slice(None)
+) -> str:
     """The float weight of a layer, from integers: [in, out] of a linear one, else as it is.
+
+    `outputs` are those of its output channels that are wanted.
 
     Codes of up to 4 bits are held two in a byte, others in one each. What is multiplied are their
     distances from the zero point where these fit into int8, up to 7 bits and for symmetric grids:
@@ -114,7 +118,10 @@ def dequantized_weight(graph: Graph, layer: QuantizedLayer, path: str) -> str:
     _require_quantizing(layer.weight_quantizer, name)
     weight = layer_codes(layer)
     _check_bits(weight.grid, name)
-    codes, zeros = weight.codes, along_channels(weight.zero_point, weight.codes.dim(), 0)
+    codes, scale, zeros = weight.codes[outputs], weight.scale, weight.zero_point
+    if scale.dim():
+        scale, zeros = scale[outputs], zeros[outputs]
+    zeros = along_channels(zeros, codes.dim(), 0)
     axis = 0
     if codes.dim() == 2:
         codes, axis = codes.t(), 1
@@ -129,11 +136,10 @@ def dequantized_weight(graph: Graph, layer: QuantizedLayer, path: str) -> str:
         if int(distance.min()) < -128 or int(distance.max()) > 127:
             distance, zero_point = codes - 128, zeros - 128
         held = graph.constant(name, _int8(distance))
-    scale, zero_point = weight.scale, zero_point.reshape(weight.scale.shape)
     inputs = [
         held,
         graph.constant(f"{name}.scale", _float32(scale)),
-        graph.constant(f"{name}.zero_point", _int8(zero_point)),
+        graph.constant(f"{name}.zero_point", _int8(zero_point.reshape(scale.shape))),
     ]
     return graph.node("DequantizeLinear", inputs, f"{name}.dequantized", axis=axis)
 
