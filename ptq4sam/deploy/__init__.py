@@ -1,0 +1,1 @@
+"""Quantized models outside of the simulation: packed files, integer arithmetic, runtimes."""
