@@ -21,6 +21,7 @@ import ptq4sam
 from ptq4sam import parallel
 from ptq4sam.data import ImageSet, open_images
 from ptq4sam.deploy.container import is_quantized_file
+from ptq4sam.deploy.size_report import size_report
 from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import CalibrationError, CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
@@ -165,7 +166,7 @@ class Run:
             return None
         sam = load_sam(quantized.name, path, device=self.device)
         ours, theirs = quantized.state_dict(), sam.state_dict()
-        if all(torch.equal(ours[name], theirs[name]) for name in _ORIGIN):
+        if all(_same_origin(ours[name], theirs[name]) for name in _ORIGIN):
             return sam
         if path is not None:
             raise CheckpointError(
@@ -191,7 +192,7 @@ class Run:
                 save(sam, path)
             except SafetensorError as error:
                 raise CheckpointError(f"cannot write {path}: {error}") from error
-        _log.info("wrote %s", path)
+        _log.info("wrote %s: %s", path, size_report(path).summary())
 
     def _prepare(self, sam: Sam) -> Quantizing:
         settings, scheme = self.settings, self.settings.scheme
@@ -350,6 +351,11 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
+
+
+def _same_origin(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether a tensor of a quantized model is a float model's, as it is or in half precision."""
+    return torch.equal(ours, theirs) or torch.equal(ours, theirs.half().to(theirs.dtype))
 
 
 def _published(sam: Sam) -> bool:
