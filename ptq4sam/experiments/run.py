@@ -24,6 +24,7 @@ from ptq4sam.deploy.backends import open_backend
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.deploy.manifest import origin
+from ptq4sam.deploy.size_report import size_report
 from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import CalibrationError, CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
@@ -202,7 +203,7 @@ class Run:
                 save(sam, path)
             except SafetensorError as error:
                 raise CheckpointError(f"cannot write {path}: {error}") from error
-        _log.info("wrote %s", path)
+        _log.info("wrote %s: %s", path, size_report(path).summary())
 
     def _prepare(self, sam: Sam) -> Quantizing:
         settings, scheme = self.settings, self.settings.scheme
