@@ -58,8 +58,9 @@ class Graph:
 
     Args:
         name: of the graph.
-        signed: symmetric grids have codes of int8 around 0; else of uint8 around 128, which ONNX
-            Runtime takes (1.31 fails to load some graphs with signed ones).
+        signed: activations have codes of int8 around 0 where their grid fits (symmetric ones, and
+            up to 7 bits), which OpenVINO multiplies with each other; else all are of uint8, which
+            ONNX Runtime takes (1.31 fails to load some graphs with signed ones).
     """
 
     def __init__(self, name: str, signed: bool = False) -> None:

@@ -145,10 +145,14 @@ def dequantized_weight(
 
 
 def _activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
+    """What codes are in the graph: signed ones are distances from the zero point where these fit.
+
+    Rounding x / scale and adding the zero point, as the simulation does, gives the same points.
+    """
     _check_bits(grid.grid, path)
     scale = np.array(grid.scale, np.float32)
-    if grid.grid.symmetric and signed:
-        return Affine(scale, np.array(grid.zero_point, np.int8))
+    if signed and (grid.grid.symmetric or grid.grid.bits < _CONTAINER_BITS):
+        return Affine(scale, np.array(0, np.int8))
     shift = _UNSIGNED if grid.grid.symmetric else 0
     return Affine(scale, np.array(grid.zero_point + shift, np.uint8))
 
