@@ -51,8 +51,8 @@ def test_files_are_small(deployed: Path, tmp_path: Path) -> None:
     folder = deployed.with_suffix("")
     for part in ("encoder", "decoder"):
         ratio = (folder / f"{part}.bin").stat().st_size / (tmp_path / f"{part}.bin").stat().st_size
-        # Of vit_nano's decoder half the weights stay float.
-        assert ratio < (0.3 if part == "encoder" else 0.65)
+        # More of vit_nano stays float than of a large model: 26 % of a ViT-B encoder are left.
+        assert ratio < (0.4 if part == "encoder" else 0.65)
 
 
 @pytest.mark.parametrize(

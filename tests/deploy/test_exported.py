@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ptq4sam.deploy import export, open_exported
+from ptq4sam.deploy import open_exported
 from ptq4sam.deploy.backends import encoding_seconds, open_backend
+from ptq4sam.deploy.export import export
 from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.deploy.runtimes import RUNTIMES
 from ptq4sam.deploy.storage import save

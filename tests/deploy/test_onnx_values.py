@@ -179,7 +179,8 @@ def test_weights_of_4_bits_are_half_bytes(symmetric: bool, runtime: str, tmp_pat
     codes = onnx.numpy_helper.to_array(found["layer.weight"]).astype(np.int32)
     zero = onnx.numpy_helper.to_array(found["layer.weight.zero"])
     scale = onnx.numpy_helper.to_array(found["layer.weight.scale"])
-    assert np.array_equal((codes - zero) * scale, layer.weight.t().numpy())
+    weight = (codes - zero).astype(np.float32) * scale
+    assert np.array_equal(weight, layer.weight.t().numpy())
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
