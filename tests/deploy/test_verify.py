@@ -96,7 +96,7 @@ def test_a_wrong_output_grid_is_found(
     integer = integer_model(quantized)
     attention = integer.get_submodule("mask_decoder.transformer.layers.1.self_attn")
     attention.q_proj.requantizer.fixed_offset += 1 << 40
-    attention.products.table.points += 1 << 22
+    attention.products.table.points += 1 << 24
     broken = {c.name.rpartition("self_attn.")[2] for c in check(quantized, integer) if not c.kept}
     assert broken == {"q_proj", "attention_value"}
 
