@@ -187,7 +187,8 @@ def _points(x: Tensor, scale: Tensor, tau: Tensor, end: Tensor) -> Tensor:
 def _quantize_some(
     x: Tensor,
     drawn: Tensor,
-    mask: Tensor,
+    shift: Tensor,
+    mask: int,
     limit: int,
     scale: Tensor,
     tau: Tensor,
@@ -195,7 +196,7 @@ def _quantize_some(
     like: Tensor,
 ) -> Tensor:
     points = _points(precise(x), scale, tau, end)
-    return torch.lerp(points, precise(x), stays_float(drawn, mask, limit)).to(like.dtype)
+    return torch.lerp(points, precise(x), stays_float(drawn, shift, mask, limit)).to(like.dtype)
 
 
 def _slopes(x: Tensor, scale: Tensor, tau: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,14 +226,15 @@ def _gradients_of_some(
     x: Tensor,
     gradient: Tensor,
     drawn: Tensor,
-    mask: Tensor,
+    shift: Tensor,
+    mask: int,
     limit: int,
     scale: Tensor,
     tau: Tensor,
     end: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of attention and scale where some elements stay float."""
-    kept = stays_float(drawn, mask, limit)
+    kept = stays_float(drawn, shift, mask, limit)
     slope, above = _slopes(precise(x), scale, tau, end)
     for_x = torch.lerp(slope, torch.ones_like(slope), kept).mul_(gradient)
     return for_x.to(x.dtype), above.mul_(1 - kept).mul_(gradient).sum()
