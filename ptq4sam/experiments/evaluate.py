@@ -19,7 +19,7 @@ from ptq4sam.evaluation.segmentation import Segmented, segment
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import CocoResults, GroundTruth, Prompts, PromptSource
 from ptq4sam.prompts.record import warn_of_categories
-from ptq4sam.sam.model import Sam
+from ptq4sam.sam.model import PromptableModel
 from ptq4sam.sam.predictor import Predictor
 
 
@@ -90,12 +90,12 @@ def has_truth(dataset: ImageSet) -> bool:
 
 
 def evaluate_sam(
-    sam: Sam,
+    sam: PromptableModel,
     dataset: ImageSet,
     source: PromptSource,
     prompting: Prompting,
     *,
-    reference: Sam | None = None,
+    reference: PromptableModel | None = None,
     progress: Progress = silent,
     on_picture: Callable[[Picture], None] | None = None,
     score: bool = True,
@@ -109,11 +109,12 @@ def evaluate_sam(
     are among the results, but cannot score: a warning counts them.
 
     Args:
-        sam: the model, float or quantized.
+        sam: the model, float or quantized, in torch or exported.
         dataset: pictures and, for scores, their truth.
         source: where boxes come from.
         prompting: how boxes prompt and how masks are scored.
-        reference: the float model, to measure agreement (mean IoU of masks for the same boxes).
+        reference: the model, mostly the float one, to measure agreement with (mean IoU of masks
+            for the same boxes).
         progress: shows how far it is.
         on_picture: called with each evaluated picture.
         score: compute metrics; else only collect the masks.
