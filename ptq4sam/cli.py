@@ -106,6 +106,25 @@ def build_parser() -> argparse.ArgumentParser:
     prompts.add_argument("--device", help="cpu or cuda:0; default: cpu")
     prompts.set_defaults(run=_prompts)
 
+    everything = verbs.add_parser("everything", help="find masks without prompts")
+    everything.add_argument("--images", type=Path, required=True, help="a picture or a folder")
+    everything.add_argument("--model", help="as for evaluate")
+    everything.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
+    everything.add_argument("--out", type=Path, required=True, metavar="DIR")
+    everything.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="segment-anything's settings, e.g. points_per_side=16 crop_n_layers=1; an unknown key "
+        "lists them",
+    )
+    everything.add_argument("--memory-budget", metavar="SIZE", help="of the decoder, as 512MiB")
+    everything.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
+    everything.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+    everything.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
+    everything.set_defaults(run=_everything)
+
     audit = verbs.add_parser("audit", help="prove that a quantized model is one")
     audit.add_argument("model", type=Path, help="file written by ptq4sam quantize")
     audit.set_defaults(run=_audit)
@@ -275,6 +294,31 @@ def _prompts(parsed: argparse.Namespace) -> int:
         )
         if parallel.is_first():
             sys.stdout.write(f"{found} boxes written to {parsed.out}\n")
+    return 0
+
+
+def _everything(parsed: argparse.Namespace) -> int:
+    from ptq4sam import parallel
+    from ptq4sam.everything import EverythingSettings
+    from ptq4sam.experiments.everything import open_model, open_pictures, segment_everything
+    from ptq4sam.experiments.settings import find_device
+    from ptq4sam.progress import bars
+    from ptq4sam.sizes import parse_bytes
+
+    settings = EverythingSettings().with_overrides(*parsed.options)
+    budget = None if parsed.memory_budget is None else parse_bytes(parsed.memory_budget)
+    with parallel.joined():
+        dataset = open_pictures(parsed.images, skip_bad=parsed.skip_bad, limit=parsed.limit)
+        device = parallel.local_device(find_device(parsed.device))
+        sam = open_model(parsed.model, parsed.checkpoint, device)
+        found = segment_everything(
+            sam, dataset, parsed.out, settings, memory_budget=budget, progress=bars
+        )
+        if parallel.is_first():
+            sys.stdout.write(
+                f"{found.masks} masks on {found.pictures} pictures, {found.seconds:.2f} s a "
+                f"picture; written to {parsed.out}\n"
+            )
     return 0
 
 
