@@ -19,6 +19,10 @@ class CheckpointError(Ptq4samError):
     """A weight file does not fit the model that was asked for, or is damaged."""
 
 
+class DeployError(Ptq4samError):
+    """A quantized model cannot be computed exactly in the form that was asked for."""
+
+
 class CalibrationError(Ptq4samError):
     """Calibration or reconstruction cannot give a usable quantized model."""
 

@@ -130,10 +130,19 @@ class AdaptiveGranularityQuantizer(Quantizer):
         return result
 
     @torch.no_grad()
+    def scale_in_use(self) -> Tensor:
+        """The scale that it quantizes with, [], positive.
+
+        Raises:
+            CalibrationError: the quantizer was not calibrated.
+        """
+        self._require_calibration()
+        return self.scale.abs().clamp(min=EPS)
+
+    @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int32; code 2^bits, one beyond the grid, stands for zero."""
-        self._require_calibration()
-        codes = _log_codes(x, self.scale.abs().clamp(min=EPS), self.tau)
+        codes = _log_codes(x, self.scale_in_use(), self.tau)
         return codes.clamp_(0, self.grid.levels).to(torch.int32)
 
 

@@ -201,11 +201,20 @@ class AffineQuantizer(Quantizer):
         """Move `x` to the nearest point of the grid."""
         return fake_quantize(x, self.scale, self.zero_point, self.grid, self.channel_axis)
 
+    def parameters_in_use(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point that it quantizes with; learned ones are made usable first.
+
+        Raises:
+            CalibrationError: the quantizer was not calibrated.
+        """
+        self._require_calibration()
+        return self.scale.detach(), self.zero_point.detach()
+
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x` in qmin..qmax, int32."""
-        self._require_calibration()
-        codes = affine_codes(x, self.scale, self.zero_point, self.grid, self.channel_axis)
+        scale, zero_point = self.parameters_in_use()
+        codes = affine_codes(x, scale, zero_point, self.grid, self.channel_axis)
         return codes.to(torch.int32)
 
 

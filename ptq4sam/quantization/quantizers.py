@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.quantization.base import EPS, AffineQuantizer, FixedQuantizer, Mode, Quantizer
-from ptq4sam.quantization.grid import Grid, affine_codes, fake_quantize
+from ptq4sam.quantization.grid import Grid, fake_quantize
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 
 __all__ = [
@@ -39,12 +39,10 @@ class LSQQuantizer(AffineQuantizer):
         return fake_quantize(x, scale, self.zero_point, self.grid, self.channel_axis)
 
     @torch.no_grad()
-    def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of `x` in qmin..qmax, int32."""
+    def parameters_in_use(self) -> tuple[Tensor, Tensor]:
+        """Scale, made positive, and zero point, made a code."""
         self._require_calibration()
-        zero_point = self._code_of_zero()
-        codes = affine_codes(x, self._positive_scale(), zero_point, self.grid, self.channel_axis)
-        return codes.to(torch.int32)
+        return self._positive_scale(), self._code_of_zero().detach()
 
     def _code_of_zero(self) -> Tensor:
         return self.zero_point
