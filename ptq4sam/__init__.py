@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptq4sam.api import evaluate, quantize
     from ptq4sam.data import CocoDataset, ImageFolder
-    from ptq4sam.model.storage import load, save
+    from ptq4sam.deploy.storage import load, save
     from ptq4sam.prompts import open_prompts
     from ptq4sam.quantization.scheme import Scheme
     from ptq4sam.sam.checkpoint import load_sam
@@ -39,11 +39,11 @@ _WHERE = {
     "ImageFolder": "ptq4sam.data",
     "Scheme": "ptq4sam.quantization.scheme",
     "evaluate": "ptq4sam.api",
-    "load": "ptq4sam.model.storage",
+    "load": "ptq4sam.deploy.storage",
     "load_sam": "ptq4sam.sam.checkpoint",
     "open_prompts": "ptq4sam.prompts",
     "quantize": "ptq4sam.api",
-    "save": "ptq4sam.model.storage",
+    "save": "ptq4sam.deploy.storage",
 }
 
 

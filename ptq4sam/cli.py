@@ -323,8 +323,8 @@ def _everything(parsed: argparse.Namespace) -> int:
 
 
 def _audit(parsed: argparse.Namespace) -> int:
+    from ptq4sam.deploy.storage import load
     from ptq4sam.experiments.run import audit_model
-    from ptq4sam.model.storage import load
 
     report = audit_model(load(parsed.model))
     sys.stdout.write("\n".join(report.lines()) + "\n")

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 import ptq4sam
 from ptq4sam import parallel
 from ptq4sam.data import ImageSet, open_images
+from ptq4sam.deploy.container import is_quantized_file
+from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import CalibrationError, CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
 from ptq4sam.experiments.calibration import calibration_pictures
@@ -31,7 +33,6 @@ from ptq4sam.experiments.stages import Stages
 from ptq4sam.files import replacing
 from ptq4sam.model.audit import AuditReport, audit
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.storage import is_quantized_file, load, save
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import PromptSource, cached, open_prompts
 from ptq4sam.sam.checkpoint import EMBEDDED_FILE, load_sam

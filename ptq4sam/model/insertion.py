@@ -20,6 +20,7 @@ from ptq4sam.model.attention import (
     QuantizedDecoderAttention,
     QuantizedEncoderAttention,
 )
+from ptq4sam.model.float_weights import round_float_weights
 from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizers
@@ -109,6 +110,8 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
         insert_into_encoder(quantized.image_encoder, factory)
     insert_into_transformer(quantized.mask_decoder.transformer, factory)
     name_quantizers(quantized)
+    if scheme.float_weights == "float16":
+        round_float_weights(quantized)
     return quantized.eval().requires_grad_(False)
 
 

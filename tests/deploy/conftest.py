@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from ptq4sam.deploy.container import CHECKSUM, DESCRIPTION
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.quantize import quantize_sam
@@ -30,6 +37,32 @@ def quantize(
 
     def run(bits: int = 4, steps: int = 0, *, encoder: bool = True, **more: object) -> QuantizedSam:
         scheme = make_scheme(bits, steps, **more)
+        # The search for the best grid of a weight takes seconds at 8 bits and is tested elsewhere.
+        scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
         return quantize_sam(sam, items[:2], scheme, quantize_encoder=encoder)
 
     return run
+
+
+@pytest.fixture
+def describe() -> Callable[..., Any]:
+    """The description in a quantized file as text, or its whole metadata."""
+
+    def read(path: Path, *, whole: bool = False) -> Any:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        return metadata if whole else metadata[DESCRIPTION]
+
+    return read
+
+
+@pytest.fixture
+def rewrite(describe: Callable[..., Any]) -> Callable[..., None]:
+    """Change entries of the description of a quantized file, with the checksum that fits."""
+
+    def write(path: Path, **changes: object) -> None:
+        text = json.dumps({**json.loads(describe(path)), **changes})
+        metadata = {DESCRIPTION: text, CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
+        save_file(load_file(path), path, metadata=metadata)
+
+    return write

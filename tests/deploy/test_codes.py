@@ -41,7 +41,7 @@ def test_a_weight_off_its_grid_is_named(quantize: Quantize) -> None:
     model = quantize()
     layer = model.image_encoder.neck[0]
     layer.weight[0, 0] += 1e-3
-    with pytest.raises(DeployError, match="image_encoder.neck.0.weight_quantizer is not on its"):
+    with pytest.raises(DeployError, match=r"neck\.0.weight_quantizer is not on its grid"):
         layer_codes(layer)  # type: ignore[arg-type]
 
 

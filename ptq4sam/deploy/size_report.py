@@ -1,0 +1,144 @@
+"""What takes the bytes of a quantized file, by part and against the float32 weights."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from ptq4sam.deploy.container import read_description
+from ptq4sam.deploy.storage import CODES
+
+_FLOAT_BYTES = 4
+_SCALES = "scales, zero points, tau"
+_NORMS = "biases and layer norms"
+# Patterns in names, the first that fits counts.
+_PARTS = (
+    ("_quantizer.", _SCALES),
+    ("image_encoder.pos_embed", "position embedding"),
+    ("image_encoder.patch_embed.", "patch embedding"),
+    (".rel_pos_", "relative positions"),
+    ("prompt_encoder.", "prompt encoder"),
+    ("mask_decoder.transformer.", "mask decoder transformer"),
+    ("mask_decoder.", "mask decoder heads"),
+    ("image_encoder.", "image encoder"),
+)
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """One part of a file.
+
+    Attributes:
+        name: what it is.
+        kind: how its values are written.
+        values: how many there are.
+        size: bytes in the file.
+        float_size: bytes of the same in float32; 0 for what a float model does not have.
+    """
+
+    name: str
+    kind: str
+    values: int
+    size: int
+    float_size: int
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """A file by part, largest first, and in total (`float_size`: the float32 weights)."""
+
+    parts: tuple[PartSize, ...]
+    size: int
+    float_size: int
+
+    @property
+    def share(self) -> float:
+        """Size against float32, 0 to 1."""
+        return self.size / self.float_size
+
+    def summary(self) -> str:
+        """The total in one line."""
+        return (
+            f"{self.size / 1e6:.2f} MB, {self.share:.1%} of the {self.float_size / 1e6:.2f} MB "
+            "of its float32 weights"
+        )
+
+    def lines(self) -> list[str]:
+        """The report as a table for people; shares are of the float32 weights as a whole."""
+        head = (
+            f"{'part':<34}{'written as':<12}{'values':>12}{'MB':>9}{'float32 MB':>12}{'share':>8}"
+        )
+        total = PartSize(
+            "total", "", sum(part.values for part in self.parts), self.size, self.float_size
+        )
+        return [head, *map(self._line, (*self.parts, total))]
+
+    def _line(self, part: PartSize) -> str:
+        in_float = f"{part.float_size / 1e6:.2f}" if part.float_size else "-"
+        share = part.size / self.float_size
+        return (
+            f"{part.name:<34}{part.kind:<12}{part.values:>12,}{part.size / 1e6:>9.2f}"
+            f"{in_float:>12}{share:>8.2%}"
+        )
+
+
+def size_report(path: str | Path) -> SizeReport:
+    """Measure a quantized file; only its header is read.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, newer, or not of this format.
+    """
+    path = Path(path)
+    description = read_description(path)
+    values: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for name, kind, count, size in _tensors(path, description):
+        part = (_part(name), kind)
+        values[part] += count
+        sizes[part] += size
+    total = path.stat().st_size
+    parts = [
+        PartSize(
+            name, kind, count, sizes[name, kind], 0 if name == _SCALES else count * _FLOAT_BYTES
+        )
+        for (name, kind), count in values.items()
+    ]
+    parts.append(PartSize("names, description, checksums", "JSON", 0, total - sizes.total(), 0))
+    parts.sort(key=lambda part: -part.size)
+    return SizeReport(tuple(parts), total, sum(part.float_size for part in parts))
+
+
+def _tensors(path: Path, description: dict[str, Any]) -> Iterator[tuple[str, str, int, int]]:
+    """Name, kind, number of values and bytes of every tensor."""
+    weights = description.get("weights", {})
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_slice(name)
+            count, kind = math.prod(tensor.get_shape()), str(tensor.get_dtype())
+            size = count * _bits(kind) // 8
+            if name.endswith(CODES):
+                weight = weights[name.removesuffix(f".{CODES}")]
+                yield name, f"{weight['bits']} bits", math.prod(weight["shape"]), size
+            else:
+                yield name, kind.lower(), count, size
+
+
+def _bits(kind: str) -> int:
+    """Bits of a value, from the name of a safetensors type as F32 or U8."""
+    return 8 if kind == "BOOL" else int(kind.lstrip("BFIU"))
+
+
+def _part(name: str) -> str:
+    if name.endswith(CODES):
+        return "image encoder" if name.startswith("image_encoder.") else "mask decoder transformer"
+    for pattern, part in _PARTS:
+        if pattern in name:
+            small = name.endswith(".bias") or ".norm" in name or "neck." in name
+            return _NORMS if small and part.endswith(("encoder", "transformer")) else part
+    return "other"

@@ -1,0 +1,169 @@
+"""Write a quantized model to one packed file and read it back without calibration data.
+
+A file (see `container` for its checksums) holds, under the names of the model's state:
+
+- `LAYER.weight.codes`: the weight's integer codes minus the grid's smallest one, bit-packed (see
+  `packing`), and `LAYER.weight_quantizer.scale` and `.zero_point`, one a channel or one in all;
+- scale and zero point of every activation, scale and tau of every adaptive granularity;
+- what stays float, in float32, or in float16 where every value of a tensor is one;
+- in its description model, scheme, bits and shape of every weight, and the versions that wrote it.
+
+What follows from these is not stored: float weights, learned rounding, flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ptq4sam
+from ptq4sam.deploy.codes import WeightCodes, layer_codes
+from ptq4sam.deploy.container import UNPACKED_VERSION, read_container, write_container
+from ptq4sam.deploy.packing import pack, unpack
+from ptq4sam.errors import CheckpointError, ConfigError
+from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
+from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, quantized_layers
+from ptq4sam.quantization.modes import quantizers
+from ptq4sam.quantization.rounding import AdaRoundQuantizer
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam.model import Sam
+from ptq4sam.sam.registry import build_sam
+
+CODES = "weight.codes"
+"""Name of a layer's packed weight, below the layer's path."""
+
+
+def save(sam: QuantizedSam, path: str | Path) -> None:
+    """Write a frozen quantized model, atomically.
+
+    Raises:
+        ConfigError: the model keeps the published defects; it is no quantized model.
+        DeployError: a weight does not lie on its grid.
+        CalibrationError: a quantizer has no scale.
+    """
+    if sam.scheme.compat == "published":
+        raise ConfigError(
+            "asked to save a model with compat: published, which is not on its grid: "
+            "quantize with compat: faithful to get a file"
+        )
+    tensors = _kept(sam)
+    weights: dict[str, Any] = {}
+    for name, layer in quantized_layers(sam):
+        codes = layer_codes(layer)
+        weights[name] = {"bits": codes.grid.bits, "shape": list(layer.weight.shape)}
+        tensors[f"{name}.{CODES}"] = pack(codes.codes - codes.grid.qmin, codes.grid.bits)
+    description = {
+        "model": sam.name,
+        "encoder_quantized": sam.encoder_quantized,
+        "folded": sam.folded,
+        "scheme": sam.scheme.to_dict(),
+        "weights": weights,
+        "versions": {"ptq4sam": ptq4sam.__version__, "torch": torch.__version__},
+    }
+    write_container(Path(path), tensors, description)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> QuantizedSam:
+    """Read a quantized model; it gives the same bits as the one that was saved.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, newer, or not of this format.
+    """
+    path = Path(path)
+    tensors, description = read_container(path)
+    sam = _skeleton(path, description)
+    try:
+        if description["format_version"] != UNPACKED_VERSION:
+            tensors = _expanded(sam, tensors)
+        sam.load_state_dict(tensors)
+    except (RuntimeError, KeyError, ValueError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path} does not hold the model it names: {problem}") from error
+    return sam.to(device)
+
+
+def _skeleton(path: Path, description: Mapping[str, Any]) -> QuantizedSam:
+    """The model that a file describes, without its numbers."""
+    try:
+        scheme = Scheme.from_dict(description["scheme"], path)
+        # Made without memory first: random weights that are overwritten take seconds.
+        with torch.device("meta"):
+            empty = build_sam(description["model"])
+        empty = empty.to_empty(device="cpu")
+        # Made anew, so that the constants of normalisation are real.
+        float_sam = Sam(empty.name, empty.image_encoder, empty.prompt_encoder, empty.mask_decoder)
+        sam = insert_quantizers(float_sam, scheme, description["encoder_quantized"])
+        sam.folded = list(description["folded"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} describes no model that this ptq4sam {ptq4sam.__version__} knows ({error}): "
+            f"install the version that wrote it ({_writer(description)}) or quantize again"
+        ) from error
+    return sam
+
+
+def _writer(description: Mapping[str, Any]) -> str:
+    versions = description.get("versions")
+    return str(versions.get("ptq4sam", "unknown")) if isinstance(versions, Mapping) else "unknown"
+
+
+def _kept(sam: QuantizedSam) -> dict[str, Tensor]:
+    """The model's state without what is packed and what follows from the rest."""
+    derived = _derived(sam)
+    weights = {f"{name}.weight" for name, _ in quantized_layers(sam)}
+    zero_points = {f"{name}.weight_quantizer.zero_point" for name, _ in quantized_layers(sam)}
+    kept = {}
+    for name, tensor in sam.state_dict().items():
+        if name in derived or name in weights:
+            continue
+        kept[name] = _as_bytes(tensor) if name in zero_points else _narrow(tensor)
+    return kept
+
+
+def _derived(sam: QuantizedSam) -> dict[str, Tensor]:
+    """The part of a frozen model's state that is the same whatever was calibrated."""
+    derived: dict[str, Tensor] = {}
+    for name, quantizer in quantizers(sam):
+        derived[f"{name}.calibrated"] = torch.tensor(True)
+        if isinstance(quantizer, AdaRoundQuantizer):
+            derived[f"{name}.alpha"] = torch.empty(0)
+        if isinstance(quantizer, AdaptiveGranularityQuantizer):
+            derived[f"{name}.zero_point"] = torch.zeros(())
+    return derived
+
+
+def _expanded(sam: QuantizedSam, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a model from what its file holds."""
+    packed = {f"{name}.{CODES}" for name, _ in quantized_layers(sam)}
+    state = _derived(sam)
+    state.update({name: t.to(torch.float32) for name, t in tensors.items() if name not in packed})
+    for name, layer in quantized_layers(sam):
+        state[f"{name}.weight"] = _weight(name, layer, tensors)
+    return state
+
+
+def _weight(
+    name: str, layer: QuantizedLinear | QuantizedConv2d, tensors: Mapping[str, Tensor]
+) -> Tensor:
+    grid, shape = layer.weight_quantizer.grid, layer.weight.shape
+    codes = unpack(tensors[f"{name}.{CODES}"], grid.bits, shape.numel()).reshape(shape)
+    scale = tensors[f"{name}.weight_quantizer.scale"].to(torch.float32)
+    zero_point = tensors[f"{name}.weight_quantizer.zero_point"].to(torch.int32)
+    return WeightCodes(codes + grid.qmin, scale, zero_point, grid).weight()
+
+
+def _as_bytes(zero_point: Tensor) -> Tensor:
+    """Zero points, which are codes, in a byte each where they fit."""
+    narrow = zero_point.to(torch.uint8)
+    return narrow if torch.equal(narrow.to(zero_point.dtype), zero_point) else zero_point
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """In float16 where that changes no bit."""
+    half = tensor.half()
+    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
