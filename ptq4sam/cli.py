@@ -86,6 +86,21 @@ def build_parser() -> argparse.ArgumentParser:
     quantize = verbs.add_parser("quantize", help="quantize a SAM and write it to a file")
     _add_run_arguments(quantize, images_required=False)
     quantize.add_argument("--output", type=Path, required=True, metavar="F.safetensors")
+    quantize.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="return units to 8 bits or float until the model is at most so many points below the "
+        "float one",
+    )
+    quantize.add_argument("--drop-metric", choices=("mean_iou", "AP"), help="default: mean_iou")
+    quantize.add_argument(
+        "--drop-pictures", type=int, metavar="N", help="pictures that single units are measured on"
+    )
+    quantize.add_argument(
+        "--validation-images", type=Path, help="pictures for --max-drop; default: --images"
+    )
+    quantize.add_argument("--validation-annotations", type=Path, metavar="C.json")
     quantize.set_defaults(run=_quantize)
 
     prompts = verbs.add_parser("prompts", help="write a detector's boxes as COCO results")
@@ -256,11 +271,19 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
 
 def _quantize(parsed: argparse.Namespace) -> int:
-    from ptq4sam.experiments.requests import execute, settings_from_arguments
+    from ptq4sam.experiments.requests import (
+        accuracy_settings,
+        execute,
+        settings_from_arguments,
+    )
 
     if parsed.scheme is None:
         raise ConfigError("ptq4sam quantize needs a scheme: give --scheme exp/config44.yaml")
-    return execute(settings_from_arguments(parsed, save_model=parsed.output))
+    return execute(
+        settings_from_arguments(
+            parsed, save_model=parsed.output, accuracy=accuracy_settings(parsed)
+        )
+    )
 
 
 def _prompts(parsed: argparse.Namespace) -> int:

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from ptq4sam import parallel
 from ptq4sam.data import ImageFolder, ImageRecord, ImageSet
 from ptq4sam.data.images import check_limit, read_size
+from ptq4sam.deploy.container import is_quantized_file
+from ptq4sam.deploy.storage import load
 from ptq4sam.errors import CheckpointError
 from ptq4sam.evaluation import write_json
 from ptq4sam.evaluation.pictures import draw_segments, write_picture
 from ptq4sam.everything import EverythingSettings, FoundMasks, MaskGenerator
 from ptq4sam.experiments.pictures import file_names
 from ptq4sam.experiments.settings import DEFAULT_MODEL
-from ptq4sam.model.storage import is_quantized_file, load
 from ptq4sam.progress import Progress, silent
 from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.model import Sam

@@ -12,7 +12,7 @@ from ptq4sam import parallel
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.experiments.run import Run
-from ptq4sam.experiments.settings import DataSettings, RunSettings
+from ptq4sam.experiments.settings import AccuracySettings, DataSettings, RunSettings
 from ptq4sam.experiments.summary import summary_table
 from ptq4sam.progress import bars
 from ptq4sam.quantization.scheme import PRESETS, Scheme
@@ -70,6 +70,27 @@ def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSetti
         **engine_settings(parsed),
         **more,
     )
+
+
+def accuracy_settings(parsed: argparse.Namespace) -> AccuracySettings | None:
+    """The accuracy control that `ptq4sam quantize` was asked for.
+
+    Raises:
+        ConfigError: values are impossible, or something is said about it without --max-drop.
+    """
+    given = {
+        "metric": ("--drop-metric", parsed.drop_metric),
+        "pictures": ("--drop-pictures", parsed.drop_pictures),
+        "images": ("--validation-images", parsed.validation_images),
+        "annotations": ("--validation-annotations", parsed.validation_annotations),
+    }
+    named = {field: (flag, value) for field, (flag, value) in given.items() if value is not None}
+    if parsed.max_drop is None:
+        for flag, _ in named.values():
+            raise ConfigError(f"{flag} is about accuracy control: add --max-drop POINTS")
+        return None
+    values = {field: value for field, (_, value) in named.items()}
+    return AccuracySettings(max_drop=parsed.max_drop, **values)
 
 
 def with_preset(scheme: Scheme, preset: str | None) -> Scheme:
