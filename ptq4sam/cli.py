@@ -14,7 +14,6 @@ from ptq4sam.errors import ConfigError, Ptq4samError
 _OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
 
 _PLANNED = {
-    "export": "deployment files (ONNX, OpenVINO)",
     "sweep": "sweeps over schemes",
     "report": "the HTML report of a run",
 }
@@ -81,6 +80,21 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--show-dir", type=Path, help="write pictures with masks here")
     evaluate.add_argument("--show-score-thr", type=float, default=0.3, metavar="T")
     evaluate.add_argument("--out", type=Path, help="write the masks as COCO results JSON")
+    evaluate.add_argument(
+        "--backend",
+        default="torch",
+        metavar="B",
+        help="torch (the default), the simulation; torch-int8, fast integer products of a "
+        "quantized --checkpoint, or integer, their exact and slow reference; onnxruntime or "
+        "openvino, of the folder --checkpoint that ptq4sam export wrote; auto: "
+        "the fastest of those that can run the checkpoint",
+    )
+    evaluate.add_argument(
+        "--precision",
+        default="f32",
+        metavar="P",
+        help="of what is not integer under --backend openvino: f32 (the default) or bf16",
+    )
     evaluate.set_defaults(run=_evaluate)
 
     quantize = verbs.add_parser("quantize", help="quantize a SAM and write it to a file")
@@ -102,6 +116,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("--validation-annotations", type=Path, metavar="C.json")
     quantize.set_defaults(run=_quantize)
+
+    export = verbs.add_parser("export", help="write a SAM for ONNX Runtime or OpenVINO")
+    export.add_argument(
+        "model", help="file written by ptq4sam quantize, or vit_nano, vit_b, ... for a float SAM"
+    )
+    export.add_argument("--checkpoint", type=Path, help="float weights of a model given by name")
+    export.add_argument("--format", required=True, metavar="F", help="onnx or openvino")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR")
+    export.set_defaults(run=_export)
 
     prompts = verbs.add_parser("prompts", help="write a detector's boxes as COCO results")
     prompts.add_argument(
@@ -266,6 +289,8 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         show_dir=parsed.show_dir,
         show_threshold=parsed.show_score_thr,
         results=parsed.out,
+        backend=parsed.backend,
+        precision=parsed.precision,
     )
     return execute(settings)
 
@@ -284,6 +309,32 @@ def _quantize(parsed: argparse.Namespace) -> int:
             parsed, save_model=parsed.output, accuracy=accuracy_settings(parsed)
         )
     )
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from ptq4sam.deploy.container import is_quantized_file
+    from ptq4sam.deploy.export import export
+    from ptq4sam.deploy.storage import load
+    from ptq4sam.sam.checkpoint import load_sam
+    from ptq4sam.sam.model import Sam
+    from ptq4sam.sizes import format_bytes
+
+    if is_quantized_file(parsed.model):
+        if parsed.checkpoint is not None:
+            raise ConfigError(f"{parsed.model} has its weights: leave --checkpoint away")
+        sam: Sam = load(parsed.model)
+    elif parsed.model.endswith(".safetensors"):
+        raise ConfigError(
+            f"{parsed.model} is no quantized model: name a float one (vit_b) and give its weights "
+            "by --checkpoint"
+        )
+    else:
+        sam = load_sam(parsed.model, parsed.checkpoint)
+    manifest = export(sam, parsed.output, parsed.format)
+    for name in manifest.files:
+        path = parsed.output / name
+        sys.stdout.write(f"{path} {format_bytes(path.stat().st_size)}\n")
+    return 0
 
 
 def _prompts(parsed: argparse.Namespace) -> int:

@@ -54,7 +54,11 @@ def export(sam: Sam, folder: str | Path, runtime_format: Format) -> Manifest:
         )
     if runtime_format == "openvino":
         require("openvino")
-    graphs = {ENCODER: encoder_graph(sam.image_encoder), DECODER: decoder_graph(sam)}
+    signed = runtime_format == "openvino"
+    graphs = {
+        ENCODER: encoder_graph(sam.image_encoder, signed),
+        DECODER: decoder_graph(sam, signed),
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export.", dir=folder) as temporary:

@@ -109,11 +109,12 @@ def evaluate_sam(
     are among the results, but cannot score: a warning counts them.
 
     Args:
-        sam: the model, float or quantized.
+        sam: the model, float or quantized, in torch or exported.
         dataset: pictures and, for scores, their truth.
         source: where boxes come from.
         prompting: how boxes prompt and how masks are scored.
-        reference: the float model, to measure agreement (mean IoU of masks for the same boxes).
+        reference: the model, mostly the float one, to measure agreement with (mean IoU of masks
+            for the same boxes).
         progress: shows how far it is.
         on_picture: called with each evaluated picture.
         score: compute metrics; else only collect the masks.

@@ -20,7 +20,10 @@ from safetensors import SafetensorError
 import ptq4sam
 from ptq4sam import parallel
 from ptq4sam.data import CocoDataset, ImageSet, open_images
+from ptq4sam.deploy.backends import open_backend
 from ptq4sam.deploy.container import is_quantized_file
+from ptq4sam.deploy.exported import ExportedSam
+from ptq4sam.deploy.manifest import origin
 from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import CalibrationError, CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
@@ -39,17 +42,10 @@ from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import PromptSource, cached, open_prompts
 from ptq4sam.sam.checkpoint import EMBEDDED_FILE, load_sam
-from ptq4sam.sam.model import Sam
+from ptq4sam.sam.model import PromptableModel, Sam
 from ptq4sam.sam.predictor import Predictor
 
 _log = logging.getLogger(__name__)
-
-# Tensors that no quantization changes: two models that share them are one before and after.
-_ORIGIN = (
-    "image_encoder.pos_embed",
-    "image_encoder.patch_embed.proj.weight",
-    "mask_decoder.mask_tokens.weight",
-)
 
 
 class Run:
@@ -81,7 +77,8 @@ class Run:
             data = self._data()
             sam, reference = self._models()
             report = None
-            if isinstance(sam, QuantizedSam):
+            # Layers on integers have no quantizers that could be watched.
+            if isinstance(sam, QuantizedSam) and self.settings.backend == "torch":
                 report = self._audit(sam)
             if parallel.is_first():
                 self._save(sam)
@@ -131,9 +128,11 @@ class Run:
             if problem is not None:
                 raise ConfigError(f"cannot write into folder {folder} ({problem}): name another")
 
-    def _models(self) -> tuple[Sam, Sam | None]:
+    def _models(self) -> tuple[PromptableModel, PromptableModel | None]:
         """The evaluated model, and the float one to compare it with."""
         settings = self.settings
+        if settings.backend != "torch" and settings.checkpoint is not None:
+            return self._deployed(settings.checkpoint)
         if settings.checkpoint is not None and is_quantized_file(settings.checkpoint):
             if settings.scheme is not None:
                 raise ConfigError(
@@ -142,12 +141,8 @@ class Run:
                 )
             with self.stages.stage("load"):
                 quantized = load(settings.checkpoint, self.device)
-                if settings.model not in (None, quantized.name):
-                    raise CheckpointError(
-                        f"asked for {settings.model}, but {settings.checkpoint} is a quantized "
-                        f"{quantized.name}: give another file, or leave the model's name away"
-                    )
-                reference = self._origin(quantized)
+                self._check_name(quantized.name)
+                reference = self._origin(quantized.name, origin(quantized))
             return quantized, reference
         if settings.float_checkpoint is not None:
             raise ConfigError(
@@ -191,14 +186,30 @@ class Run:
             dataset, source, settings.prompting, accuracy.metric, cache, self.progress
         )
 
-    def _origin(self, quantized: QuantizedSam) -> Sam | None:
+    def _deployed(self, checkpoint: Path) -> tuple[PromptableModel, PromptableModel | None]:
+        """A model on another backend than torch, and the float one that it was made of."""
+        settings = self.settings
+        with self.stages.stage("load"):
+            model = open_backend(checkpoint, settings.backend, settings.precision)
+            self._check_name(model.name)
+            made_of = model.manifest.origin if isinstance(model, ExportedSam) else origin(model)
+            return model, self._origin(model.name, made_of)
+
+    def _check_name(self, found: str) -> None:
+        asked, checkpoint = self.settings.model, self.settings.checkpoint
+        if asked not in (None, found):
+            raise CheckpointError(
+                f"asked for {asked}, but {checkpoint} is a quantized {found}: give another file, "
+                "or leave the model's name away"
+            )
+
+    def _origin(self, name: str, made_of: str) -> Sam | None:
         """The float model that a quantized one was made of, where it is at hand."""
         path = self.settings.float_checkpoint
-        if path is None and (quantized.name != "vit_nano" or not EMBEDDED_FILE.is_file()):
+        if path is None and (name != "vit_nano" or not EMBEDDED_FILE.is_file()):
             return None
-        sam = load_sam(quantized.name, path, device=self.device)
-        ours, theirs = quantized.state_dict(), sam.state_dict()
-        if all(torch.equal(ours[name], theirs[name]) for name in _ORIGIN):
+        sam = load_sam(name, path, device=self.device)
+        if origin(sam) == made_of:
             return sam
         if path is not None:
             raise CheckpointError(
@@ -208,7 +219,7 @@ class Run:
         _log.info("no agreement: the model was made of other weights than the embedded ones")
         return None
 
-    def _save(self, sam: Sam) -> None:
+    def _save(self, sam: PromptableModel) -> None:
         described = self.settings.work_dir / "scheme.yaml"
         if not isinstance(sam, QuantizedSam):
             # That of an earlier run would be taken for this one's.
@@ -287,7 +298,11 @@ class Run:
         return report
 
     def _evaluate(
-        self, sam: Sam, reference: Sam | None, dataset: ImageSet, source: PromptSource
+        self,
+        sam: PromptableModel,
+        reference: PromptableModel | None,
+        dataset: ImageSet,
+        source: PromptSource,
     ) -> Evaluation:
         settings = self.settings
         show_dir, results = settings.show_dir, settings.results
@@ -317,10 +332,14 @@ class Run:
         return evaluation
 
     def _metrics(
-        self, sam: Sam, report: AuditReport | None, evaluation: Evaluation | None
+        self, sam: PromptableModel, report: AuditReport | None, evaluation: Evaluation | None
     ) -> dict[str, Any]:
         settings = self.settings
-        quantized = isinstance(sam, QuantizedSam)
+        quantized = (
+            sam.manifest.scheme is not None
+            if isinstance(sam, ExportedSam)
+            else isinstance(sam, QuantizedSam) or settings.backend != "torch"
+        )
         metrics: dict[str, Any] = {"model": sam.name, "quantized": quantized}
         if evaluation is not None:
             metrics.update(evaluation.metrics)
@@ -339,6 +358,7 @@ class Run:
         metrics["asked"] = self._asked()
         metrics["seed"] = settings.seed
         metrics["device"] = str(self.device)
+        metrics["backend"] = sam.runtime if isinstance(sam, ExportedSam) else settings.backend
         metrics["versions"] = versions()
         metrics["stages"] = self.stages.to_dict()
         return metrics
@@ -387,7 +407,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _published(sam: Sam) -> bool:
+def _published(sam: PromptableModel) -> bool:
     return isinstance(sam, QuantizedSam) and sam.scheme.compat == "published"
 
 

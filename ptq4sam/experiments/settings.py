@@ -93,6 +93,10 @@ class RunSettings:
             for half of what is free.
         resume: go on with what a killed run of the same settings has finished in `work_dir`.
         dry_run: plan the quantization and stop.
+        backend: what runs the model: "torch", the simulation; "integer" or "torch-int8", a
+            quantized `checkpoint` on integers; "onnxruntime" or "openvino", an exported one;
+            "auto", the fastest of those.
+        precision: under "openvino", of what is not integer: "f32" or "bf16".
 
     Raises:
         ConfigError: a value is impossible, or values do not belong together.
@@ -123,6 +127,8 @@ class RunSettings:
     memory_budget: int | None = None
     resume: bool = False
     dry_run: bool = False
+    backend: str = "torch"
+    precision: str = "f32"
 
     def __post_init__(self) -> None:
         check_limit(self.limit)
@@ -137,6 +143,11 @@ class RunSettings:
             raise ConfigError(
                 "--resume and --dry-run are about quantization, but nothing is to be quantized: "
                 "add --scheme"
+            )
+        if self.backend != "torch" and (self.checkpoint is None or self.scheme is not None):
+            raise ConfigError(
+                f"backend {self.backend} runs what is quantized or exported already: give it by "
+                "--checkpoint, without --scheme"
             )
         self._check_accuracy()
         self._check_saving()

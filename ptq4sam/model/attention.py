@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,51 @@ class AttentionQuantizers:
     softmax: Quantizer
 
 
+class QueryKeyProduct(nn.Module):
+    """Logits of queries [..., n, head_dim] and keys [..., m, head_dim]: [..., n, m].
+
+    A module, as the other product, so that hooks see the operands of both.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        """Scale the query, then multiply."""
+        return (query * self.scale) @ key.transpose(-1, -2)
+
+
+class AttentionValueProduct(nn.Module):
+    """Attention [..., n, m] times values [..., m, head_dim]: [..., n, head_dim]."""
+
+    def forward(self, attention: Tensor, value: Tensor) -> Tensor:
+        """Multiply."""
+        return attention @ value
+
+
+def softmax_pieces(
+    query: Tensor, key: Tensor, columns: int = 1
+) -> Iterator[tuple[slice, int, int]]:
+    """Pieces of an attention whose softmax is small enough to be held at once.
+
+    Args:
+        query: [batch, heads, rows * columns, head_dim].
+        key: [batch, heads, m, head_dim].
+        columns: queries in a row of their grid.
+
+    Yields:
+        Heads, first row and row after the last.
+    """
+    heads, rows = query.shape[1], query.shape[2] // columns
+    row_bytes = query.shape[0] * columns * key.shape[2] * query.itemsize
+    allowed = max(1, _SOFTMAX_BYTES.get(query.device.type, 2**24) // row_bytes)
+    rows_at_once, heads_at_once = min(rows, allowed), max(1, allowed // rows)
+    for head in range(0, heads, heads_at_once):
+        for first in range(0, rows, rows_at_once):
+            yield slice(head, head + heads_at_once), first, min(rows, first + rows_at_once)
+
+
 class _QuantizedAttentionMixin(nn.Module):
     """Softmax attention in the open, so that its parts can be quantized."""
 
@@ -44,6 +89,8 @@ class _QuantizedAttentionMixin(nn.Module):
         self.key_quantizer = quantizers.key
         self.value_quantizer = quantizers.value
         self.softmax_quantizer = quantizers.softmax
+        self.query_key = QueryKeyProduct(self.scale)
+        self.attention_value = AttentionValueProduct()
 
     def _quantized_attention(
         self,
@@ -68,28 +115,21 @@ class _QuantizedAttentionMixin(nn.Module):
         query = self.query_quantizer(query)
         key = self.key_quantizer(key)
         value = self.value_quantizer(value)
-        heads, rows = query.shape[1], query.shape[2] // columns
 
         def attend(head: slice, first: int, last: int) -> Tensor:
             part = query[:, head, first * columns : last * columns]
-            logits = (part * self.scale) @ key[:, head].transpose(-1, -2)
+            logits: Tensor = self.query_key(part, key[:, head])
             if bias is not None:
                 logits.add_(bias(part, first, last))
             attention = self.softmax_quantizer(logits.softmax(dim=-1), value[:, head])
-            attended: Tensor = attention @ value[:, head]
+            attended: Tensor = self.attention_value(attention, value[:, head])
             return attended
 
         if torch.is_grad_enabled() or self.softmax_quantizer.mode is Mode.OBSERVE:
-            return attend(slice(None), 0, rows)
-        row_bytes = query.shape[0] * columns * key.shape[2] * query.itemsize
-        allowed = max(1, _SOFTMAX_BYTES.get(query.device.type, 2**24) // row_bytes)
-        rows_at_once, heads_at_once = min(rows, allowed), max(1, allowed // rows)
+            return attend(slice(None), 0, query.shape[2] // columns)
         result = value.new_empty(*query.shape[:3], value.shape[-1])
-        for head in range(0, heads, heads_at_once):
-            for first in range(0, rows, rows_at_once):
-                last = min(rows, first + rows_at_once)
-                part = slice(head, head + heads_at_once)
-                result[:, part, first * columns : last * columns] = attend(part, first, last)
+        for head, first, last in softmax_pieces(query, key, columns):
+            result[:, head, first * columns : last * columns] = attend(head, first, last)
         return result
 
 

@@ -29,7 +29,7 @@ _PATH = "mask_decoder"
 _TRANSFORMER = f"{_PATH}.transformer"
 
 
-def decoder_graph(sam: Sam) -> Graph:
+def decoder_graph(sam: Sam, signed: bool = False) -> Graph:
     """The prompt encoder and the mask decoder, float or quantized, for prompts on one picture.
 
     Inputs, float32 unless said otherwise, in pixels of the encoder's (resized) input:
@@ -49,10 +49,12 @@ def decoder_graph(sam: Sam) -> Graph:
     - `iou` [prompts, M], the model's estimate of each mask's IoU.
     - `masks` [prompts, M, *original_size], logits of the picture; a pixel above 0 is in the mask.
 
+    `signed` is as for `Graph`.
+
     Raises:
         DeployError: a part has no exact form.
     """
-    graph = Graph("mask_decoder")
+    graph = Graph("mask_decoder", signed)
     encoder, decoder = sam.prompt_encoder, sam.mask_decoder
     rows, columns = encoder.image_embedding_size
     height, width = encoder.mask_input_size

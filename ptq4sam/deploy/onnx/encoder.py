@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import cast
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
-from ptq4sam.deploy.onnx.attention import attend, operands
+from ptq4sam.deploy.onnx.attention import operands
 from ptq4sam.deploy.onnx.graph import Graph
+from ptq4sam.deploy.onnx.grid_attention import attend_in_grid
 from ptq4sam.deploy.onnx.layers import (
     apply_linear,
     array,
@@ -23,22 +24,22 @@ from ptq4sam.sam.image_encoder import (
     Attention,
     Block,
     ImageEncoderViT,
-    relative_rows,
-    table_of_size,
 )
 
 _PATH = "image_encoder"
 
 
-def encoder_graph(encoder: ImageEncoderViT) -> Graph:
+def encoder_graph(encoder: ImageEncoderViT, signed: bool = False) -> Graph:
     """The encoder, float or quantized, for one normalised and padded picture.
 
     Input `image` [1, 3, side, side], output `embedding` [1, channels, rows, columns], float32.
 
+    `signed` is as for `Graph`.
+
     Raises:
         DeployError: a part has no exact form.
     """
-    graph = Graph("image_encoder")
+    graph = Graph("image_encoder", signed)
     side = encoder.img_size
     patches = encoder.patch_embed.proj
     rows = side // patches.stride[0]
@@ -46,7 +47,7 @@ def encoder_graph(encoder: ImageEncoderViT) -> Graph:
     x = convolution(graph, patches, image, f"{_PATH}.patch_embed.proj")
     x = graph.transpose(x, (0, 2, 3, 1), f"{_PATH}.patch_embed")
     if encoder.pos_embed is not None:
-        positions = graph.constant(f"{_PATH}.pos_embed", array(encoder.pos_embed))
+        positions = graph.parameter(f"{_PATH}.pos_embed", array(encoder.pos_embed))
         x = graph.node("Add", [x, positions], f"{_PATH}.placed")
     for index, block in enumerate(encoder.blocks):
         x = _block(graph, cast(Block, block), x, rows, f"{_PATH}.blocks.{index}")
@@ -80,12 +81,7 @@ def _attention(
     dim = attention.proj.in_features
     parts = graph.split(qkv, 3, -1, f"{path}.parts")
     given = operands(graph, attention, parts, size * size, path)
-
-    def bias(logits: str, query: str) -> str:
-        return _add_positions(graph, attention, logits, query, size, path)
-
-    positions = bias if attention.use_rel_pos else None
-    attended = attend(graph, attention, given, path, positions)
+    attended = attend_in_grid(graph, attention, given, size, path)
     merged = quantize_input(graph, attention.proj, attended, f"{path}.proj")
     name = graph.transpose(merged.name, (0, 2, 1, 3), f"{path}.by_token")
     name = graph.reshape(name, (-1, size, size, dim), f"{path}.merged")
@@ -120,38 +116,3 @@ def _unpartition(graph: Graph, name: str, side: int, window: int, dim: int, path
         name = graph.slice(name, 0, side, 1, f"{path}.rows")
         name = graph.slice(name, 0, side, 2, f"{path}.columns")
     return name
-
-
-def _add_positions(
-    graph: Graph, attention: Attention, logits: str, query: str, size: int, path: str
-) -> str:
-    """Add relative positions to [windows, heads, n, n] logits, from the unscaled query."""
-    heads, head_dim = attention.num_heads, attention.proj.in_features // attention.num_heads
-    grid = graph.reshape(query, (-1, size, size, head_dim), f"{path}.query.grid")
-    table = _table(graph, attention.rel_pos_h, size, f"{path}.rel_pos_h")
-    by_row = graph.node("MatMul", [grid, table], f"{path}.bias_h")
-    turned = graph.transpose(grid, (0, 2, 1, 3), f"{path}.query.turned")
-    table = _table(graph, attention.rel_pos_w, size, f"{path}.rel_pos_w")
-    by_column = graph.node("MatMul", [turned, table], f"{path}.bias_w.turned")
-    by_column = graph.transpose(by_column, (0, 2, 1, 3), f"{path}.bias_w")
-    by_row = graph.reshape(by_row, (0, size, size, size, 1), f"{path}.bias_h.column")
-    by_column = graph.reshape(by_column, (0, size, size, 1, size), f"{path}.bias_w.row")
-    whole = graph.reshape(logits, (-1, size, size, size, size), f"{path}.logits.grid")
-    both = graph.node("Add", [by_row, by_column], f"{path}.bias")
-    placed = graph.node("Add", [whole, both], f"{path}.logits.placed")
-    tokens = size * size
-    return graph.reshape(placed, (-1, heads, tokens, tokens), f"{path}.logits.all")
-
-
-def _table(graph: Graph, table: Tensor, size: int, path: str) -> str:
-    """Relative positions of one axis as [queries, head_dim, keys].
-
-    The file holds one row a distance; runtimes pick them out when they load it.
-    """
-    rows = graph.constant(path, array(table_of_size(table, size)))
-    chosen = graph.node("Gather", [rows, _rows(graph, size)], f"{path}.chosen", axis=0)
-    return graph.transpose(chosen, (0, 2, 1), f"{path}.table")
-
-
-def _rows(graph: Graph, size: int) -> str:
-    return graph.shared(f"{_PATH}.distances.{size}", relative_rows(size).numpy())

@@ -21,6 +21,9 @@ _IR_VERSION = 10
 _LARGEST = 2**31 - 2**20
 """Bytes that a protocol buffer, which an ONNX file is, can hold."""
 
+_LARGE = 2**14
+"""Numbers from which on half the bytes are worth a node."""
+
 
 @dataclass(frozen=True)
 class Dimension:
@@ -52,10 +55,16 @@ class Graph:
 
     Every node has one output, which bears the node's name; names are paths in the SAM, so that a
     reader finds the module.
+
+    Args:
+        name: of the graph.
+        signed: symmetric grids have codes of int8 around 0; else of uint8 around 128, which ONNX
+            Runtime takes (1.31 fails to load some graphs with signed ones).
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, signed: bool = False) -> None:
         self._onnx = require_onnx()
+        self.signed = signed
         self._name = name
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
@@ -80,6 +89,16 @@ class Graph:
             np.asarray(value, order="C"), name
         )
         return name
+
+    def parameter(self, name: str, value: NDArray[np.float32]) -> str:
+        """Add a float32 constant, held in float16 where it is large and every value is one."""
+        if value.size < _LARGE:
+            return self.constant(name, value)
+        with np.errstate(over="ignore"):
+            half = value.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), value):
+            return self.constant(name, value)
+        return self.cast(self.constant(name, half), np.float32, f"{name}.float32")
 
     def number(self, value: float) -> str:
         """A float32 constant of no dimensions; equal ones are kept once."""

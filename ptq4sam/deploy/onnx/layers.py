@@ -44,14 +44,17 @@ def apply_linear(graph: Graph, layer: nn.Linear, x: Value, path: str) -> str:
     product = graph.node("MatMul", factors, f"{path}.product")
     if layer.bias is None:
         return product
-    bias = graph.constant(f"{path}.bias", array(layer.bias))
-    return graph.node("Add", [product, bias], path)
+    bias = array(layer.bias)
+    if x.affine is not None:
+        # With a bias of one dimension ONNX Runtime would make a float Gemm of the integer product.
+        bias = bias[None, None]
+    return graph.node("Add", [product, graph.constant(f"{path}.bias", bias)], path)
 
 
 def _matrix(graph: Graph, layer: nn.Linear, path: str) -> str:
     """The weight as [in, out]."""
     if type(layer) is nn.Linear:
-        return graph.constant(f"{path}.weight", array(layer.weight.t()))
+        return graph.parameter(f"{path}.weight", array(layer.weight.t()))
     if not isinstance(layer, QuantizedLinear):
         raise _unknown(layer, path)
     codes, affine = weight_format(layer, f"{path}.weight")
@@ -75,7 +78,7 @@ def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
         codes, affine = weight_format(layer, f"{path}.weight")
         weight = _dequantize_weight(graph, codes, affine, 0, path)
     elif type(layer) in (nn.Conv2d, nn.ConvTranspose2d):
-        weight = graph.constant(f"{path}.weight", array(layer.weight))  # type: ignore[arg-type]
+        weight = graph.parameter(f"{path}.weight", array(layer.weight))  # type: ignore[arg-type]
     else:
         raise _unknown(layer, path)
     assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)

@@ -25,6 +25,8 @@ from ptq4sam.quantization.base import Mode, Quantizer
 from ptq4sam.quantization.grid import Grid, along_channels
 
 _CONTAINER_BITS = 8
+_UNSIGNED = 128
+"""The code of 0 where signed codes are held unsigned."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Va
     grid = softmax_grid(quantizer)
     if isinstance(grid, LogGrid):
         return Value(_powers(graph, x, grid, path))
-    affine = _activation_format(grid, path)
+    affine = _activation_format(grid, graph.signed, path)
     if grid.grid.bits < _CONTAINER_BITS:
         bounds = [
             graph.number(float(np.float32(code - grid.zero_point) * np.float32(grid.scale)))
@@ -116,10 +118,13 @@ def weight_format(layer: QuantizedLayer, path: str) -> tuple[NDArray[np.int8], A
     return _int8(weight.codes - 128), Affine(_float32(weight.scale), _int8(zeros - 128))
 
 
-def _activation_format(grid: UniformGrid, path: str) -> Affine:
+def _activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
     _check_bits(grid.grid, path)
-    dtype = np.int8 if grid.grid.symmetric else np.uint8
-    return Affine(np.array(grid.scale, np.float32), np.array(grid.zero_point, dtype))
+    scale = np.array(grid.scale, np.float32)
+    if grid.grid.symmetric and signed:
+        return Affine(scale, np.array(grid.zero_point, np.int8))
+    shift = _UNSIGNED if grid.grid.symmetric else 0
+    return Affine(scale, np.array(grid.zero_point + shift, np.uint8))
 
 
 def _powers(graph: Graph, x: str, grid: LogGrid, path: str) -> str:

@@ -1,0 +1,201 @@
+"""SAM's two attention blocks on integer codes.
+
+Projections give the codes of query, key and value without floats between. The product of query and
+key is a sum of integers; its logits, the relative positions (float tables applied to the quantized
+query) and the softmax are float32. The softmax becomes codes again; its product with the values is
+a sum of integers, which becomes the codes of the output projection's input without floats between.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.deploy.codes import LogGrid, UniformGrid, softmax_grid, uniform_grid
+from ptq4sam.deploy.integer.arithmetic import (
+    SUM_BITS,
+    SUM_FRACTION_BITS,
+    GranularityTable,
+    Requantizer,
+    affine_product,
+    require_narrow,
+    round_sum,
+)
+from ptq4sam.deploy.integer.layers import IntegerLayer, IntegerLinear
+from ptq4sam.model.attention import (
+    Bias,
+    QuantizedDecoderAttention,
+    QuantizedEncoderAttention,
+    softmax_pieces,
+)
+from ptq4sam.sam import image_encoder, transformer
+
+
+class AttentionProducts(nn.Module):
+    """The two products of an attention on codes [batch, heads, tokens, head_dim].
+
+    Args:
+        attention: the quantized attention.
+        output: grid of what attends, the input grid of the output projection.
+        name: path of the attention, for messages.
+
+    Raises:
+        DeployError: codes are too wide for integer arithmetic.
+    """
+
+    def __init__(
+        self,
+        attention: QuantizedEncoderAttention | QuantizedDecoderAttention,
+        output: UniformGrid,
+        name: str,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.query_grid = uniform_grid(attention.query_quantizer)
+        self.key_grid = uniform_grid(attention.key_quantizer)
+        self.value_grid = uniform_grid(attention.value_quantizer)
+        self.softmax_grid = softmax_grid(attention.softmax_quantizer)
+        require_narrow(
+            name, self.query_grid, self.key_grid, self.value_grid, self.softmax_grid, output
+        )
+        self.softmax_quantizer = copy.deepcopy(attention.softmax_quantizer)
+        self.logits_factor = attention.scale * self.query_grid.scale * self.key_grid.scale
+        step = self.softmax_grid.scale * self.value_grid.scale / output.scale
+        self.table: GranularityTable | None = None
+        if isinstance(self.softmax_grid, LogGrid):
+            self.table = GranularityTable(self.softmax_grid)
+            self.softmax_zero_point = 0
+            step, bits = step * 2.0**-SUM_FRACTION_BITS, SUM_BITS
+        else:
+            self.softmax_zero_point, bits = self.softmax_grid.zero_point, 31
+        factor = torch.tensor(step, dtype=torch.float64)
+        self.requantizer = Requantizer(factor, None, [output], bits, name)
+
+    def accumulate_logits(self, query: Tensor, key: Tensor) -> Tensor:
+        """Sums over head_dim of query and key codes less their zero points, int32 [..., n, m]."""
+        return affine_product(
+            query,
+            key.transpose(-1, -2),
+            self.query_grid.zero_point,
+            self.key_grid.zero_point,
+            torch.int32,
+        )
+
+    def logits(self, accumulator: Tensor) -> Tensor:
+        """Logits in float32, without relative positions."""
+        return accumulator.float() * self.logits_factor
+
+    def softmax_codes(self, logits: Tensor) -> Tensor:
+        """Codes of the softmax of logits."""
+        return self.softmax_quantizer.codes(logits.softmax(dim=-1))
+
+    def accumulate_values(self, attention: Tensor, value: Tensor) -> Tensor:
+        """Sums over keys of attention times value code less its zero point.
+
+        Args:
+            attention: softmax codes [..., n, m].
+            value: codes [..., m, head_dim].
+
+        Returns:
+            int32 for evenly spaced codes; int64 with FRACTION_BITS fraction bits else.
+        """
+        require_narrow(self.name, self.value_grid, terms=value.shape[-2])
+        numbers, dtype = attention, torch.int32
+        if self.table is not None:
+            numbers, dtype = self.table(attention), torch.int64
+        return affine_product(
+            numbers, value, self.softmax_zero_point, self.value_grid.zero_point, dtype
+        )
+
+    def requantize(self, accumulator: Tensor) -> Tensor:
+        """Codes of the output projection's input, int32."""
+        if self.table is not None:
+            accumulator = round_sum(accumulator)
+        codes: Tensor = self.requantizer(accumulator)
+        return codes
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Bias | None = None,
+        columns: int = 1,
+    ) -> Tensor:
+        """Attend with codes; arguments as for the simulation, the result as codes."""
+        result = torch.empty(
+            *query.shape[:3], value.shape[-1], dtype=torch.int32, device=query.device
+        )
+        for head, first, last in softmax_pieces(query, key, columns):
+            tokens = slice(first * columns, last * columns)
+            part = query[:, head, tokens]
+            logits = self.logits(self.accumulate_logits(part, key[:, head]))
+            if bias is not None:
+                grid = self.query_grid
+                logits += bias((part - grid.zero_point) * grid.scale, first, last)
+            attention = self.softmax_codes(logits)
+            sums = self.accumulate_values(attention, value[:, head])
+            result[:, head, tokens] = self.requantize(sums)
+        return result
+
+
+class IntegerEncoderAttention(image_encoder.Attention):
+    """The image encoder's attention on integer codes."""
+
+    def __init__(self, source: QuantizedEncoderAttention, name: str) -> None:
+        nn.Module.__init__(self)
+        self.num_heads, self.scale = source.num_heads, source.scale
+        self.use_rel_pos = source.use_rel_pos
+        if source.use_rel_pos:
+            self.rel_pos_h = copy.deepcopy(source.rel_pos_h)
+            self.rel_pos_w = copy.deepcopy(source.rel_pos_w)
+        self.qkv = IntegerLinear(source.qkv, f"{name}.qkv")
+        self.proj = IntegerLinear(source.proj, f"{name}.proj")
+        self.products = AttentionProducts(source, self.proj.input_grid, name)
+        self.qkv.set_output_grids(
+            [self.products.query_grid, self.products.key_grid, self.products.value_grid]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the float block: [batch, rows, columns, dim] to the same shape."""
+        grid = (x.shape[1], x.shape[2])
+        codes = _projected(self.qkv, x)
+
+        def bias(part: Tensor, first: int, last: int) -> Tensor:
+            return self.position_bias(part, grid, first, last)
+
+        attended = self.products(
+            *self.split_heads(codes), bias if self.use_rel_pos else None, columns=grid[1]
+        )
+        return self.proj.dequantize(self.proj.accumulate(self.merge_heads(attended, grid)))
+
+
+class IntegerDecoderAttention(transformer.Attention):
+    """The mask decoder's attention on integer codes."""
+
+    def __init__(self, source: QuantizedDecoderAttention, name: str) -> None:
+        nn.Module.__init__(self)
+        self.num_heads, self.scale = source.num_heads, source.scale
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            layer = IntegerLinear(getattr(source, projection), f"{name}.{projection}")
+            setattr(self, projection, layer)
+        self.products = AttentionProducts(source, self.out_proj.input_grid, name)
+        self.q_proj.set_output_grids([self.products.query_grid])
+        self.k_proj.set_output_grids([self.products.key_grid])
+        self.v_proj.set_output_grids([self.products.value_grid])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As the float block: q [batch, n, dim], k and v [batch, m, dim] to [batch, n, dim]."""
+        attended = self.products(
+            self.split_heads(_projected(self.q_proj, q)),
+            self.split_heads(_projected(self.k_proj, k)),
+            self.split_heads(_projected(self.v_proj, v)),
+        )
+        return self.out_proj.dequantize(self.out_proj.accumulate(self.merge_heads(attended)))
+
+
+def _projected(layer: IntegerLayer, x: Tensor) -> Tensor:
+    """Codes of a projection of a float input."""
+    return layer.requantize(layer.accumulate(layer.quantize(x)))

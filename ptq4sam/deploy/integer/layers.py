@@ -1,0 +1,158 @@
+"""Linear and convolution layers on integer codes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ptq4sam.deploy.codes import QuantizedLayer, UniformGrid, layer_codes, uniform_grid
+from ptq4sam.deploy.integer.arithmetic import Requantizer, affine_product, require_narrow
+from ptq4sam.errors import DeployError
+from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
+
+
+class IntegerLayer(nn.Module):
+    """What both kinds of layer share: codes in, int32 sums, floats or codes out.
+
+    A sum is worth input scale * weight scale, which differs from channel to channel. `dequantize`
+    multiplies it and adds the float32 bias, both in float32; `requantize` goes to the codes of the
+    next operator's grid without floats.
+
+    Attributes:
+        weight_codes: int16, the weight's shape.
+        weight_zero_point: int32 [output channels].
+        factor: float32 [output channels], what a sum of 1 is worth.
+        bias: float32 [output channels] or None.
+    """
+
+    weight_codes: Tensor
+    weight_zero_point: Tensor
+    factor: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: QuantizedLayer, name: str) -> None:
+        super().__init__()
+        weight = layer_codes(layer)
+        self.name = name
+        self.input_grid = uniform_grid(layer.input_quantizer)
+        weight_grid = UniformGrid(1.0, 0, weight.grid)
+        require_narrow(name, self.input_grid, weight_grid, terms=layer.weight[0].numel())
+        scale, zero_point = weight.by_channel()
+        self._exact_factor = scale.double() * self.input_grid.scale
+        self.register_buffer("weight_codes", weight.codes.to(torch.int16))
+        self.register_buffer("weight_zero_point", zero_point.clone())
+        self.register_buffer("factor", self._exact_factor.float())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+        self.input_quantizer = copy.deepcopy(layer.input_quantizer)
+        self.requantizer: Requantizer | None = None
+
+    def set_output_grids(self, grids: Sequence[UniformGrid]) -> None:
+        """Say what `requantize` gives; several grids share the output channels equally."""
+        bias = None if self.bias is None else self.bias.double().cpu()
+        each = len(self._exact_factor) // len(grids)
+        steps = torch.tensor([grid.scale for grid in grids], dtype=torch.float64)
+        steps = steps.repeat_interleave(each)
+        self.requantizer = Requantizer(
+            self._exact_factor.cpu() / steps,
+            None if bias is None else bias / steps,
+            grids,
+            name=self.name,
+        )
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Codes of a float input, int32, as the simulation rounds them."""
+        return self.input_quantizer.codes(x)
+
+    def accumulate(self, codes: Tensor) -> Tensor:
+        """Sums of (input code - zero point) (weight code - zero point), int32."""
+        raise NotImplementedError
+
+    def dequantize(self, accumulator: Tensor) -> Tensor:
+        """The output in float32."""
+        output = accumulator.float() * self._by_channel(self.factor)
+        return output if self.bias is None else output + self._by_channel(self.bias)
+
+    def requantize(self, accumulator: Tensor) -> Tensor:
+        """The output as int32 codes of the grids of `set_output_grids`, channels last."""
+        if self.requantizer is None:
+            raise ValueError(f"{self.name} has no output grid")
+        codes: Tensor = self.requantizer(accumulator)
+        return codes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float in, float out, with integers between."""
+        return self.dequantize(self.accumulate(self.quantize(x)))
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        return values
+
+
+class IntegerLinear(IntegerLayer):
+    """A linear layer on integer codes: [..., in_features] to [..., out_features]."""
+
+    def accumulate(self, codes: Tensor) -> Tensor:
+        """See IntegerLayer."""
+        flat = codes.reshape(-1, codes.shape[-1])
+        zero_point = self.input_grid.zero_point
+        accumulator = affine_product(
+            flat, self.weight_codes.t(), zero_point, self.weight_zero_point, torch.int32
+        )
+        return accumulator.reshape(*codes.shape[:-1], -1)
+
+
+class IntegerConv2d(IntegerLayer):
+    """A convolution on integer codes, padded with the code of zero."""
+
+    def __init__(self, layer: QuantizedConv2d, name: str) -> None:
+        super().__init__(layer, name)
+        if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise DeployError(
+                f"{name} has {layer.groups} groups and padding {layer.padding!r} "
+                f"({layer.padding_mode}): only one group and zeros have an integer convolution"
+            )
+        self._window = {
+            "kernel_size": layer.kernel_size,
+            "dilation": layer.dilation,
+            "stride": layer.stride,
+        }
+        self._padding = layer.padding
+
+    def accumulate(self, codes: Tensor) -> Tensor:
+        """See IntegerLayer; [batch, channels, height, width]."""
+        rows, columns = self._padding
+        zero_point = self.input_grid.zero_point
+        padded = F.pad(codes, (columns, columns, rows, rows), value=zero_point)
+        # unfold moves floats only, which hold codes exactly.
+        windows = F.unfold(padded.float(), **self._window).to(torch.int32)
+        accumulator = affine_product(
+            self.weight_codes.flatten(1),
+            windows,
+            self.weight_zero_point[:, None],
+            zero_point,
+            torch.int32,
+        )
+        size = self._output_size(padded.shape[-2:])
+        return accumulator.unflatten(-1, size)
+
+    def _output_size(self, padded: Sequence[int]) -> tuple[int, int]:
+        reach = zip(*self._window.values(), padded, strict=True)
+        height, width = ((n - d * (k - 1) - 1) // s + 1 for k, d, s, n in reach)
+        return height, width
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        return values[:, None, None]
+
+
+def integer_layer(layer: QuantizedLayer, name: str) -> IntegerLayer:
+    """The integer form of a frozen quantized layer.
+
+    Raises:
+        DeployError: it has no exact one; the message names it.
+    """
+    if isinstance(layer, QuantizedLinear):
+        return IntegerLinear(layer, name)
+    return IntegerConv2d(layer, name)
