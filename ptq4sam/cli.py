@@ -80,26 +80,25 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--show-dir", type=Path, help="write pictures with masks here")
     evaluate.add_argument("--show-score-thr", type=float, default=0.3, metavar="T")
     evaluate.add_argument("--out", type=Path, help="write the masks as COCO results JSON")
-    evaluate.add_argument(
-        "--backend",
-        default="torch",
-        metavar="B",
-        help="torch (the default), the simulation; torch-int8, fast integer products of a "
-        "quantized --checkpoint, or integer, their exact and slow reference; onnxruntime or "
-        "openvino, of the folder --checkpoint that ptq4sam export wrote; auto: "
-        "the fastest of those that can run the checkpoint",
-    )
-    evaluate.add_argument(
-        "--precision",
-        default="f32",
-        metavar="P",
-        help="of what is not integer under --backend openvino: f32 (the default) or bf16",
-    )
+    _add_backend_arguments(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     quantize = verbs.add_parser("quantize", help="quantize a SAM and write it to a file")
     _add_run_arguments(quantize, images_required=False)
-    quantize.add_argument("--output", type=Path, required=True, metavar="F.safetensors")
+    quantize.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="F",
+        help="F.safetensors, or with --method nncf a folder",
+    )
+    quantize.add_argument(
+        "--method",
+        choices=("ptq4sam", "nncf"),
+        default="ptq4sam",
+        help="nncf: export for OpenVINO with an image encoder that NNCF quantized to INT8, to "
+        "compare with",
+    )
     quantize.add_argument(
         "--max-drop",
         type=float,
@@ -115,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--validation-images", type=Path, help="pictures for --max-drop; default: --images"
     )
     quantize.add_argument("--validation-annotations", type=Path, metavar="C.json")
+    quantize.add_argument("--validation-limit", type=int, metavar="N")
     quantize.set_defaults(run=_quantize)
 
     export = verbs.add_parser("export", help="write a SAM for ONNX Runtime or OpenVINO")
@@ -161,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     everything.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
     everything.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
     everything.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
+    _add_backend_arguments(everything)
     everything.set_defaults(run=_everything)
 
     audit = verbs.add_parser("audit", help="prove that a quantized model is one")
@@ -191,6 +192,24 @@ def build_parser() -> argparse.ArgumentParser:
         planned.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
         planned.set_defaults(run=_planned, verb=name)
     return parser
+
+
+def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        default="torch",
+        metavar="B",
+        help="torch (the default), the simulation; torch-int8, fast integer products of a "
+        "quantized --checkpoint, or integer, their exact and slow reference; onnxruntime or "
+        "openvino, of the folder --checkpoint that ptq4sam export wrote; auto: "
+        "the fastest of those that can run the checkpoint",
+    )
+    parser.add_argument(
+        "--precision",
+        default="f32",
+        metavar="P",
+        help="of what is not integer under --backend openvino: f32 (the default) or bf16",
+    )
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) -> None:
@@ -302,6 +321,8 @@ def _quantize(parsed: argparse.Namespace) -> int:
         settings_from_arguments,
     )
 
+    if parsed.method == "nncf":
+        return _quantize_by_nncf(parsed)
     if parsed.scheme is None:
         raise ConfigError("ptq4sam quantize needs a scheme: give --scheme exp/config44.yaml")
     return execute(
@@ -334,6 +355,18 @@ def _export(parsed: argparse.Namespace) -> int:
     for name in manifest.files:
         path = parsed.output / name
         sys.stdout.write(f"{path} {format_bytes(path.stat().st_size)}\n")
+    return 0
+
+
+def _quantize_by_nncf(parsed: argparse.Namespace) -> int:
+    from ptq4sam.experiments.nncf import quantize_by_nncf
+    from ptq4sam.experiments.requests import nncf_request
+
+    quantize_by_nncf(nncf_request(parsed))
+    sys.stdout.write(
+        f"written to {parsed.output}; score it with ptq4sam evaluate --backend openvino "
+        f"--checkpoint {parsed.output}\n"
+    )
     return 0
 
 
@@ -384,7 +417,7 @@ def _everything(parsed: argparse.Namespace) -> int:
     with parallel.joined():
         dataset = open_pictures(parsed.images, skip_bad=parsed.skip_bad, limit=parsed.limit)
         device = parallel.local_device(find_device(parsed.device))
-        sam = open_model(parsed.model, parsed.checkpoint, device)
+        sam = open_model(parsed.model, parsed.checkpoint, device, parsed.backend, parsed.precision)
         found = segment_everything(
             sam, dataset, parsed.out, settings, memory_budget=budget, progress=bars
         )

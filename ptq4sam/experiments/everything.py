@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from ptq4sam import parallel
 from ptq4sam.data import ImageFolder, ImageRecord, ImageSet
 from ptq4sam.data.images import check_limit, read_size
+from ptq4sam.deploy.backends import open_backend
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.storage import load
-from ptq4sam.errors import CheckpointError
+from ptq4sam.errors import CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
 from ptq4sam.evaluation.pictures import draw_segments, write_picture
 from ptq4sam.everything import EverythingSettings, FoundMasks, MaskGenerator
@@ -25,10 +26,13 @@ from ptq4sam.experiments.pictures import file_names
 from ptq4sam.experiments.settings import DEFAULT_MODEL
 from ptq4sam.progress import Progress, silent
 from ptq4sam.sam.checkpoint import load_sam
-from ptq4sam.sam.model import Sam
+from ptq4sam.sam.model import PromptableModel
 from ptq4sam.sam.predictor import DECODER_BYTES, Predictor
 
 _log = logging.getLogger(__name__)
+
+TORCH = "torch"
+"""The backend of float models and of the simulation."""
 
 RECORDS = "masks.json"
 PICTURES = "pictures"
@@ -45,7 +49,7 @@ class Summary:
 
 
 def segment_everything(
-    sam: Sam,
+    sam: PromptableModel,
     dataset: ImageSet,
     folder: Path,
     settings: EverythingSettings,
@@ -60,7 +64,7 @@ def segment_everything(
     pictures, and the first one writes the file.
 
     Args:
-        sam: the model, float or quantized.
+        sam: the model, float, quantized or deployed.
         dataset: the pictures.
         folder: made where it is missing.
         settings: how masks are found.
@@ -94,16 +98,30 @@ def segment_everything(
     return Summary(len(kept), sum(len(masks) for _, masks in annotations), seconds)
 
 
-def open_model(name: str | None, checkpoint: Path | None, device: torch.device) -> Sam:
-    """A float or quantized SAM, as `--model` and `--checkpoint` name it.
+def open_model(
+    name: str | None,
+    checkpoint: Path | None,
+    device: torch.device,
+    backend: str = TORCH,
+    precision: str = "f32",
+) -> PromptableModel:
+    """A float, quantized or deployed SAM, as the command line names it.
 
     Raises:
         CheckpointError: the file does not fit, or is missing.
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or a backend has nothing to run.
     """
-    if checkpoint is None or not is_quantized_file(checkpoint):
+    if backend == TORCH and (checkpoint is None or not is_quantized_file(checkpoint)):
         return load_sam(name or DEFAULT_MODEL, checkpoint, device=device)
-    sam = load(checkpoint, device)
+    if checkpoint is None:
+        raise ConfigError(
+            f"backend {backend} runs what is quantized or exported already: give it by --checkpoint"
+        )
+    sam: PromptableModel = (
+        load(checkpoint, device)
+        if backend == TORCH
+        else open_backend(checkpoint, backend, precision)
+    )
     if name not in (None, sam.name):
         raise CheckpointError(
             f"asked for {name}, but {checkpoint} is a quantized {sam.name}: give another file, or "

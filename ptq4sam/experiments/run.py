@@ -171,9 +171,8 @@ class Run:
             raise ValueError("AccuracySettings has pictures, or the run evaluates some")
         annotations = pair.annotations if evaluated else accuracy.annotations
         with self.stages.stage("validation data"):
-            dataset = self._dataset(
-                DataSettings(pair.images, annotations), settings.limit if evaluated else None
-            )
+            limit = accuracy.limit or (settings.limit if evaluated else None)
+            dataset = self._dataset(DataSettings(pair.images, annotations), limit)
             if not isinstance(dataset, CocoDataset) or not has_truth(dataset):
                 raise ConfigError(
                     f"accuracy is measured on annotated pictures, but {annotations} has no "

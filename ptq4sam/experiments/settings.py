@@ -40,6 +40,7 @@ class AccuracySettings(Record):
         pictures: pictures that single units are measured on; whole models are on all.
         images: folder of validation pictures; None for those that are evaluated.
         annotations: their COCO instances file.
+        limit: measure on the first pictures only.
     """
 
     max_drop: float
@@ -47,8 +48,10 @@ class AccuracySettings(Record):
     pictures: int = 32
     images: Path | None = None
     annotations: Path | None = None
+    limit: int | None = None
 
     def _validate(self) -> None:
+        check_limit(self.limit)
         self._require(self.max_drop >= 0, "max_drop", "0 or more")
         self._require(self.pictures >= 1, "pictures", "1 or more")
         if (self.images is None) != (self.annotations is None):
