@@ -205,11 +205,11 @@ Written by `python tools/write_nncf.py`; every number was measured by it. `vit_n
 CPU runtime, float32 for what is not integer, {threads} thread(s); {calibration} calibration
 pictures for each way. NNCF quantizes the image encoder (model type transformer, mixed preset) and
 leaves the decoder float, as OpenVINO's notebooks do; "controlled" is its accuracy-controlled
-variant, which may lose {max_drop} points of mean IoU on the calibration pictures. PTQ4SAM quantizes
-encoder and decoder by statistics (PTQ4SAM-S); codes of 4 and 6 bits run as bytes, the packed file
-is what `ptq4sam quantize` writes. "Everything" is automatic mask generation on {everything}
-pictures: the mean IoU of each annotated object with the mask that fits it best, and masks a picture.
-Times are medians of {rounds}, the models in turns.
+variant, which may lose {max_drop} points of mean IoU on the calibration pictures. PTQ4SAM
+quantizes encoder and decoder by statistics (PTQ4SAM-S); codes of 4 and 6 bits run as bytes, the
+packed file is what `ptq4sam quantize` writes. "Everything" is automatic mask generation on
+{everything} pictures: the mean IoU of each annotated object with the mask that fits it best, and
+masks a picture. Times are medians of {rounds}, the models in turns.
 """
 
 
