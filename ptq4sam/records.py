@@ -7,6 +7,7 @@ every mistake becomes one line: which key, what was given, what is allowed.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import types
@@ -44,8 +45,9 @@ class FieldError(ConfigError):
 class Record:
     """Base of the records.
 
-    A field may be a bool, int, float, str, Path, Literal, tuple of fixed length or another record,
-    or one of these or None. `_validate` says what else must hold.
+    A field may be a bool, int, float, str, Path, Literal, tuple of fixed length, a dict with names
+    as keys or another record, or one of several of these or None. `_validate` says what else must
+    hold.
 
     Raises:
         FieldError: a field has the wrong type or an impossible value.
@@ -186,8 +188,7 @@ def _is_required(field: Field[Any]) -> bool:
 def _convert(value: object, kind: Any) -> object:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        inner = [argument for argument in arguments if argument is not types.NoneType]
-        return None if value is None else _convert(value, inner[0])
+        return None if value is None else _convert_to_one(value, kind)
     if origin is Literal:
         if value not in arguments:
             raise FieldError("", f"{_shown(value)} given, {_named(kind)} is needed")
@@ -196,9 +197,37 @@ def _convert(value: object, kind: Any) -> object:
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise FieldError("", f"{_shown(value)} given, {_named(kind)} is needed")
         return tuple(_convert(v, k) for v, k in zip(value, arguments, strict=True))
+    if origin is dict:
+        return _convert_mapping(value, arguments[1])
     if isinstance(kind, type) and issubclass(kind, Record):
         return value if isinstance(value, kind) else _read(kind, value)
     return _convert_plain(value, kind)
+
+
+def _convert_to_one(value: object, union: Any) -> object:
+    """To the first of several kinds that fits; of a single kind the error says what it misses."""
+    inner = [kind for kind in typing.get_args(union) if kind is not types.NoneType]
+    for kind in inner[:-1]:
+        with contextlib.suppress(FieldError):
+            return _convert(value, kind)
+    try:
+        return _convert(value, inner[-1])
+    except FieldError:
+        if len(inner) == 1:
+            raise
+    raise FieldError("", f"{_shown(value)} given, {_named(union)} is needed")
+
+
+def _convert_mapping(value: object, kind: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise FieldError("", f"{_shown(value)} given, names and values are needed")
+    converted = {}
+    for key, item in value.items():
+        try:
+            converted[key] = _convert(item, kind)
+        except FieldError as error:
+            raise error.within(key) from None
+    return converted
 
 
 def _convert_plain(value: object, kind: Any) -> object:
@@ -247,4 +276,6 @@ def _plain(value: object) -> object:
         return value.to_dict()
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value

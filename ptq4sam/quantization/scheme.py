@@ -7,8 +7,8 @@ A scheme is read from YAML with the keys and values of the published PTQ4SAM con
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,9 @@ QUANTIZER_NAMES = (
 )
 LEARNED_SCALE_QUANTIZER_NAMES = ("LSQFakeQuantize", "LSQPlusFakeQuantize")
 ADAROUND = "AdaRoundFakeQuantize"
+
+FLOAT: Literal["float"] = "float"
+"""Instead of bits: a unit that stays as it is."""
 
 _HIGHEST_RAISE = 100.0
 """Of learning rates, when a scheme is run with fewer steps."""
@@ -192,6 +195,8 @@ class Scheme(Record):
         float_weights: ours; "float16" rounds the weights and tables that no quantizer touches
             (position embedding, patch embedding, upscaling, ...) to half precision before
             calibration, which takes 2.5 % of the float32 file's size off that of a quantized ViT-B.
+        units: ours; units that are not quantized as the rest, by their path in the model: bits of
+            their weights and activations, or "float". Accuracy control (`--max-drop`) writes them.
         compat: ours; "published" leaves activations dropped and roundings soft after
             reconstruction, as the published implementation does, to reproduce its numbers; they
             are not those of a quantized model.
@@ -203,10 +208,14 @@ class Scheme(Record):
     recon: Reconstruction | None = None
     ptq4sam: Methods = Methods()
     float_weights: Literal["float32", "float16"] = "float32"
+    units: dict[str, int | Literal["float"]] = field(default_factory=dict)
     compat: Literal["faithful", "published"] = "faithful"
 
     def _validate(self) -> None:
         self._require(self.calibrate >= 1, "calibrate", "1 or more")
+        for name, level in self.units.items():
+            if level != FLOAT and not 2 <= level <= 16:
+                raise FieldError(f"units.{name}", f"{level} given, allowed: 2 to 16, or float")
         if self.a_qconfig.ch_axis != -1:
             raise FieldError("a_qconfig.ch_axis", "activations are quantized per tensor: -1")
         if self.a_qconfig.quantizer == ADAROUND:
@@ -229,6 +238,28 @@ class Scheme(Record):
                 f"needs a_qconfig.quantizer {' or '.join(LEARNED_SCALE_QUANTIZER_NAMES)}, "
                 f"not {self.a_qconfig.quantizer}; set it to false to learn the rounding alone",
             )
+
+    def of_unit(self, name: str) -> Scheme | None:
+        """The scheme of one unit, without exceptions; None for a unit that stays float."""
+        level = self.units.get(name)
+        if level is None:
+            return replace(self, units={}) if self.units else self
+        if level == FLOAT:
+            return None
+        return replace(
+            self,
+            units={},
+            a_qconfig=replace(self.a_qconfig, bit=level),
+            w_qconfig=replace(self.w_qconfig, bit=level),
+        )
+
+    def with_units(self, units: Mapping[str, int | str]) -> Scheme:
+        """The same scheme with these exceptions.
+
+        Raises:
+            ConfigError: a level is not possible.
+        """
+        return self.from_dict({**self.to_dict(), "units": dict(units)})
 
     def with_steps(self, steps: int) -> Scheme:
         """The same scheme with another number of reconstruction steps a unit.
