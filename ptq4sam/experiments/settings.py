@@ -123,26 +123,31 @@ class RunSettings:
         return self.model or DEFAULT_MODEL
 
     def torch_device(self) -> torch.device:
-        """The device that the run uses.
+        """The device that the run uses; see `device_named`."""
+        return device_named(self.device)
 
-        Raises:
-            ConfigError: the name is no device, or there is no such device here.
-        """
-        if self.device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"asked for device {self.device!r}, which torch does not know: use cpu or cuda:0"
-            ) from error
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ConfigError(
-                f"asked for device {self.device!r}, which is not there: found {_devices()}"
-            ) from error
-        return device
+
+def device_named(name: str | None) -> torch.device:
+    """A torch device by its name; CUDA where there is one by default.
+
+    Raises:
+        ConfigError: the name is no device, or there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"asked for device {name!r}, which torch does not know: use cpu or cuda:0"
+        ) from error
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"asked for device {name!r}, which is not there: found {_devices()}"
+        ) from error
+    return device
 
 
 def _devices() -> str:
