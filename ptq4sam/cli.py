@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ptq4sam.errors import ConfigError, Ptq4samError
-
-_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
+from ptq4sam.errors import ConfigError, Ptq4samError, is_out_of_memory
+from ptq4sam.experiments.sweep.command import add_arguments as add_sweep_arguments
 
 _PLANNED = {
-    "sweep": "sweeps over schemes",
     "report": "the HTML report of a run",
 }
 
@@ -48,8 +45,7 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
         what = error.strerror or str(error) or type(error).__name__
         return _refuse(what if error.filename is None else f"{error.filename}: {what}")
     except (MemoryError, RuntimeError) as error:
-        # torch raises RuntimeErrors of all kinds; only these are the user's to mend.
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         logger.debug("where it happened", exc_info=True)
         what = str(error)[:120] or "in Python"
@@ -199,6 +195,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--root", type=Path, default=Path(), help="folder of ckpt/ and data/; default: here"
     )
     download.set_defaults(run=_download)
+
+    add_sweep_arguments(verbs.add_parser("sweep", help="a grid of trials from a file, resumable"))
 
     for name, what in _PLANNED.items():
         planned = verbs.add_parser(name, help=f"not in this version: {what}")

@@ -71,7 +71,7 @@ class Run:
         settings = self.settings
         self._make_folders()
         with _logging_to(settings.work_dir / "run.log"):
-            _fix_seeds(settings.seed)
+            fix_seeds(settings.seed)
             if settings.dry_run:
                 return self._plan()
             # First of all, for a mistake in it should not show after hours of quantization.
@@ -411,7 +411,8 @@ def _published(sam: PromptableModel) -> bool:
     return isinstance(sam, QuantizedSam) and sam.scheme.compat == "published"
 
 
-def _fix_seeds(seed: int) -> None:
+def fix_seeds(seed: int) -> None:
+    """Fix the global generators, for whatever draws from them."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
