@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ptq4sam.deploy.manifest import DECODER, ENCODER, SUFFIXES, Manifest, read_manifest
-from ptq4sam.deploy.runtimes import RUNTIMES, Precision, open_session
+from ptq4sam.deploy.runtimes import RUNTIMES, Precision, Session, open_session
 from ptq4sam.errors import ConfigError
 from ptq4sam.sam.model import normalize, resize_masks
 
@@ -39,6 +40,12 @@ class ExportedSam:
             torch.tensor(values).view(-1, 1, 1)
             for values in (self.manifest.pixel_mean, self.manifest.pixel_std)
         )
+
+    def with_encoder(self, encoder: Session) -> ExportedSam:
+        """The same model with another graph for `image` to `embedding`."""
+        changed = copy.copy(self)
+        changed._encoder = encoder
+        return changed
 
     @property
     def image_size(self) -> int:

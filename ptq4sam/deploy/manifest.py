@@ -45,6 +45,7 @@ class Manifest:
         encoder_quantized: whether the encoder is quantized; None for a float model.
         scheme: the quantization; None for a float model.
         files: checksum (SHA-256) by name.
+        nncf: what NNCF was asked for, where it quantized the encoder.
         ptq4sam: version that wrote it.
     """
 
@@ -57,6 +58,7 @@ class Manifest:
     encoder_quantized: bool | None
     scheme: dict[str, Any] | None
     files: dict[str, str] = field(default_factory=dict)
+    nncf: dict[str, Any] | None = None
     pixel_mean: tuple[float, ...] = PIXEL_MEAN
     pixel_std: tuple[float, ...] = PIXEL_STD
     ptq4sam: str = ptq4sam.__version__

@@ -19,6 +19,8 @@ Precision = Literal["f32", "bf16"]
 RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino"}
 """Runtimes, and the format of the files that each takes."""
 
+_EXTRAS = {**RUNTIMES, "nncf": "openvino"}
+
 
 class Session(Protocol):
     """A loaded graph."""
@@ -117,7 +119,7 @@ class OpenVinoSession:
 
 
 def require(runtime: str) -> Any:
-    """A runtime's package.
+    """The package of a runtime, or nncf.
 
     Raises:
         DependencyError: it is not installed.
@@ -127,7 +129,7 @@ def require(runtime: str) -> Any:
     except ImportError as error:
         raise DependencyError(
             f"{runtime} was asked for and is not installed: "
-            f"pip install 'ptq4sam[{RUNTIMES[runtime]}]'"
+            f"pip install 'ptq4sam[{_EXTRAS[runtime]}]'"
         ) from error
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4sam.deploy.codes import QuantizedLayer, UniformGrid
+from ptq4sam.deploy.codes import UniformGrid
 from ptq4sam.deploy.integer.attention import AttentionProducts
 from ptq4sam.deploy.integer.layers import IntegerLayer
 from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderAttention
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import QuantizedLinear, quantized_layers
+from ptq4sam.model.layers import QuantizedLayer, QuantizedLinear, quantized_layers
 from ptq4sam.quantization.grid import along_channels
 from ptq4sam.quantization.quantizers import Quantizer
 from ptq4sam.sam.model import Sam

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 import ptq4sam
 from ptq4sam import parallel
-from ptq4sam.data import ImageSet, open_images
+from ptq4sam.data import CocoDataset, ImageSet, open_images
 from ptq4sam.deploy.backends import open_backend
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.exported import ExportedSam
@@ -28,14 +28,17 @@ from ptq4sam.deploy.size_report import size_report
 from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import CalibrationError, CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
+from ptq4sam.experiments.accuracy import AccuracyReport
 from ptq4sam.experiments.calibration import calibration_pictures
 from ptq4sam.experiments.evaluate import Evaluation, evaluate_sam, has_truth
 from ptq4sam.experiments.pictures import PictureWriter
 from ptq4sam.experiments.quantizing import JOURNAL, Quantizing
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.stages import Stages
+from ptq4sam.experiments.validation import Validation
 from ptq4sam.files import replacing
 from ptq4sam.model.audit import AuditReport, audit
+from ptq4sam.model.cache import ActivationCache
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import PromptSource, cached, open_prompts
@@ -57,6 +60,7 @@ class Run:
         self.progress = progress
         self.stages = Stages()
         self.device = parallel.local_device(settings.torch_device())
+        self.accuracy: AccuracyReport | None = None
 
     def execute(self) -> dict[str, Any]:
         """Quantize, audit, evaluate, write; returns what metrics.json holds, or the plan.
@@ -67,7 +71,7 @@ class Run:
         settings = self.settings
         self._make_folders()
         with _logging_to(settings.work_dir / "run.log"):
-            _fix_seeds(settings.seed)
+            fix_seeds(settings.seed)
             if settings.dry_run:
                 return self._plan()
             # First of all, for a mistake in it should not show after hours of quantization.
@@ -150,9 +154,37 @@ class Run:
             sam = load_sam(settings.float_model, settings.checkpoint, device=self.device)
         if settings.scheme is None:
             return sam, None
+        validation = self._validation()
         quantizing = self._prepare(sam)
         with self.stages.stage("quantize"):
-            return quantizing.run(), sam
+            quantized = quantizing.run(validation)
+        self.accuracy = quantizing.accuracy
+        return quantized, sam
+
+    def _validation(self) -> Validation | None:
+        """Where accuracy is controlled."""
+        settings, accuracy = self.settings, self.settings.accuracy
+        if accuracy is None:
+            return None
+        evaluated = accuracy.images is None
+        pair = settings.data if accuracy.images is None else DataSettings(accuracy.images)
+        if pair is None:
+            raise ValueError("AccuracySettings has pictures, or the run evaluates some")
+        annotations = pair.annotations if evaluated else accuracy.annotations
+        with self.stages.stage("validation data"):
+            limit = accuracy.limit or (settings.limit if evaluated else None)
+            dataset = self._dataset(DataSettings(pair.images, annotations), limit)
+            if not isinstance(dataset, CocoDataset) or not has_truth(dataset):
+                raise ConfigError(
+                    f"accuracy is measured on annotated pictures, but {annotations} has no "
+                    "annotations of those: give others"
+                )
+            prompts = "ground-truth" if accuracy.metric == "mean_iou" else settings.prompts
+            source = self._source(prompts, dataset)
+        cache = ActivationCache(self.device, settings.memory_budget, settings.work_dir)
+        return Validation(
+            dataset, source, settings.prompting, accuracy.metric, cache, self.progress
+        )
 
     def _deployed(self, checkpoint: Path) -> tuple[PromptableModel, PromptableModel | None]:
         """A model on another backend than torch, and the float one that it was made of."""
@@ -317,6 +349,8 @@ class Run:
             metrics["masks"] = evaluation.masks
             metrics["skipped"] = evaluation.skipped
             metrics["prompts"] = settings.prompts
+        if self.accuracy is not None:
+            metrics["accuracy_control"] = self.accuracy.to_dict()
         if report is not None:
             metrics["audit"] = {"passed": report.passed, "report": report.lines()}
         if isinstance(sam, QuantizedSam) and _published(sam):
@@ -377,7 +411,8 @@ def _published(sam: PromptableModel) -> bool:
     return isinstance(sam, QuantizedSam) and sam.scheme.compat == "published"
 
 
-def _fix_seeds(seed: int) -> None:
+def fix_seeds(seed: int) -> None:
+    """Fix the global generators, for whatever draws from them."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -108,11 +108,18 @@ class Predictor:
         Raises:
             DataError: the array is not such a picture.
         """
-        resized = resize_longest_side(image, self.sam.image_size)
-        pixels = torch.from_numpy(resized).permute(2, 0, 1)[None].to(self.sam.device)
-        features = self.sam.embed(self.sam.preprocess(pixels))
         height, width = image.shape[:2]
-        return ImageEmbedding(features, resized.shape[:2], (height, width))
+        features = self.sam.embed(self.pixels(image))
+        return ImageEmbedding(
+            features, input_size((height, width), self.sam.image_size), (height, width)
+        )
+
+    def pixels(self, image: npt.NDArray[np.uint8]) -> Tensor:
+        """The encoder's input of a picture [1, 3, side, side]; arguments as for `embed`."""
+        resized = resize_longest_side(image, self.sam.image_size)
+        return self.sam.preprocess(
+            torch.from_numpy(resized).permute(2, 0, 1)[None].to(self.sam.device)
+        )
 
     @torch.no_grad()
     def predict(

@@ -57,7 +57,7 @@ def test_size_by_part(quantized: Quantized, capsys: Output) -> None:
 
 def test_quantize_says_how_large_the_file_is(quantized: Quantized) -> None:
     log = (quantized.work_dir / "run.log").read_text()
-    assert "of the 12.3" in log
+    assert "of the 11.95 MB" in log
     assert "MB of its float32 weights" in log
 
 
