@@ -18,4 +18,6 @@ def write_openvino(source: Path, target: Path) -> None:
         DependencyError: OpenVINO is not installed.
     """
     openvino = require("openvino")
-    openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=False)
+    # Not by convert_model, which would fold what the file holds small: half-precision tensors and
+    # tables of positions.
+    openvino.serialize(openvino.Core().read_model(source), target)

@@ -164,7 +164,7 @@ def test_weights_of_6_bits_are_bytes(runtime: str, tmp_path: Path) -> None:
     codes = onnx.numpy_helper.to_array(found["layer.weight"])
     scale = onnx.numpy_helper.to_array(found["layer.weight.scale"])
     assert codes.dtype == np.int8
-    assert not onnx.numpy_helper.to_array(found["layer.weight.zero_point"]).any()
+    assert "layer.weight.zero_point" not in found
     assert np.array_equal(codes * scale, layer.weight.t().numpy())
     input_scale = onnx.numpy_helper.to_array(found["layer.input.scale"])
     assert input_scale == layer.input_quantizer.scale.numpy()

@@ -15,8 +15,8 @@ from ptq4sam.sam.transformer import Attention as DecoderAttention
 
 _ROLES = ("query", "key", "value")
 
-Bias = Callable[[str, str], str]
-"""From logits and the unscaled query to logits with relative positions."""
+Bias = Callable[[str], str]
+"""From logits to logits with relative positions."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def attend(
     """softmax(query key scale + bias) value: [batch, heads, n, d]."""
     logits = graph.node("MatMul", [given.query, given.key], f"{path}.logits")
     if bias is not None:
-        logits = bias(logits, given.query)
+        logits = bias(logits)
     softmax = graph.node("Softmax", [logits], f"{path}.softmax", axis=-1)
     quantizer = attention_quantizer(attention, "softmax")
     weights = quantize(graph, softmax, quantizer, f"{path}.softmax_quantizer")

@@ -62,11 +62,9 @@ def dequantize(graph: Graph, value: Value, path: str, factor: float = 1.0) -> st
             return value.name
         return graph.node("Mul", [value.name, graph.number(factor)], f"{path}.scaled")
     scale = np.asarray(value.affine.scale * np.float32(factor), np.float32)
-    inputs = [
-        value.name,
-        graph.constant(f"{path}.scale", scale),
-        graph.constant(f"{path}.zero_point", value.affine.zero_point),
-    ]
+    inputs = [value.name, graph.constant(f"{path}.scale", scale)]
+    if value.affine.zero_point.any():
+        inputs.append(graph.constant(f"{path}.zero_point", value.affine.zero_point))
     return graph.node("DequantizeLinear", inputs, f"{path}.dequantized")
 
 
@@ -136,11 +134,10 @@ def dequantized_weight(
         if int(distance.min()) < -128 or int(distance.max()) > 127:
             distance, zero_point = codes - 128, zeros - 128
         held = graph.constant(name, _int8(distance))
-    inputs = [
-        held,
-        graph.constant(f"{name}.scale", _float32(scale)),
-        graph.constant(f"{name}.zero_point", _int8(zero_point.reshape(scale.shape))),
-    ]
+    inputs = [held, graph.constant(f"{name}.scale", _float32(scale))]
+    if zero_point.any():
+        zero_point = zero_point.reshape(scale.shape)
+        inputs.append(graph.constant(f"{name}.zero_point", _int8(zero_point)))
     return graph.node("DequantizeLinear", inputs, f"{name}.dequantized", axis=axis)
 
 
