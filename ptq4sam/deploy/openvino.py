@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ptq4sam.deploy.runtimes import require
+
+_BETWEEN_TAGS = re.compile(r">\s+<")
 
 
 def write_openvino(source: Path, target: Path) -> None:
@@ -21,3 +24,5 @@ def write_openvino(source: Path, target: Path) -> None:
     # Not by convert_model, which would fold what the file holds small: half-precision tensors and
     # tables of positions.
     openvino.serialize(openvino.Core().read_model(source), target)
+    # A quarter of the description is indentation.
+    target.write_text(_BETWEEN_TAGS.sub("><", target.read_text(encoding="utf-8")), encoding="utf-8")
