@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ptq4sam.errors import ConfigError, Ptq4samError
-
-_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
+from ptq4sam.errors import ConfigError, Ptq4samError, is_out_of_memory
+from ptq4sam.experiments.sweep.command import add_arguments as add_sweep_arguments
 
 _PLANNED = {
-    "export": "deployment files (ONNX, OpenVINO)",
-    "sweep": "sweeps over schemes",
     "report": "the HTML report of a run",
 }
 
@@ -49,8 +45,7 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
         what = error.strerror or str(error) or type(error).__name__
         return _refuse(what if error.filename is None else f"{error.filename}: {what}")
     except (MemoryError, RuntimeError) as error:
-        # torch raises RuntimeErrors of all kinds; only these are the user's to mend.
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         logger.debug("where it happened", exc_info=True)
         what = str(error)[:120] or "in Python"
@@ -81,12 +76,51 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--show-dir", type=Path, help="write pictures with masks here")
     evaluate.add_argument("--show-score-thr", type=float, default=0.3, metavar="T")
     evaluate.add_argument("--out", type=Path, help="write the masks as COCO results JSON")
+    _add_backend_arguments(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     quantize = verbs.add_parser("quantize", help="quantize a SAM and write it to a file")
     _add_run_arguments(quantize, images_required=False)
-    quantize.add_argument("--output", type=Path, required=True, metavar="F.safetensors")
+    quantize.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="F",
+        help="F.safetensors, or with --method nncf a folder",
+    )
+    quantize.add_argument(
+        "--method",
+        choices=("ptq4sam", "nncf"),
+        default="ptq4sam",
+        help="nncf: export for OpenVINO with an image encoder that NNCF quantized to INT8, to "
+        "compare with",
+    )
+    quantize.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="return units to 8 bits or float until the model is at most so many points below the "
+        "float one",
+    )
+    quantize.add_argument("--drop-metric", choices=("mean_iou", "AP"), help="default: mean_iou")
+    quantize.add_argument(
+        "--drop-pictures", type=int, metavar="N", help="pictures that single units are measured on"
+    )
+    quantize.add_argument(
+        "--validation-images", type=Path, help="pictures for --max-drop; default: --images"
+    )
+    quantize.add_argument("--validation-annotations", type=Path, metavar="C.json")
+    quantize.add_argument("--validation-limit", type=int, metavar="N")
     quantize.set_defaults(run=_quantize)
+
+    export = verbs.add_parser("export", help="write a SAM for ONNX Runtime or OpenVINO")
+    export.add_argument(
+        "model", help="file written by ptq4sam quantize, or vit_nano, vit_b, ... for a float SAM"
+    )
+    export.add_argument("--checkpoint", type=Path, help="float weights of a model given by name")
+    export.add_argument("--format", required=True, metavar="F", help="onnx or openvino")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR")
+    export.set_defaults(run=_export)
 
     prompts = verbs.add_parser("prompts", help="write a detector's boxes as COCO results")
     prompts.add_argument(
@@ -105,6 +139,26 @@ def build_parser() -> argparse.ArgumentParser:
     prompts.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
     prompts.add_argument("--device", help="cpu or cuda:0; default: cpu")
     prompts.set_defaults(run=_prompts)
+
+    everything = verbs.add_parser("everything", help="find masks without prompts")
+    everything.add_argument("--images", type=Path, required=True, help="a picture or a folder")
+    everything.add_argument("--model", help="as for evaluate")
+    everything.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
+    everything.add_argument("--out", type=Path, required=True, metavar="DIR")
+    everything.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="segment-anything's settings, e.g. points_per_side=16 crop_n_layers=1; an unknown key "
+        "lists them",
+    )
+    everything.add_argument("--memory-budget", metavar="SIZE", help="of the decoder, as 512MiB")
+    everything.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
+    everything.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+    everything.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
+    _add_backend_arguments(everything)
+    everything.set_defaults(run=_everything)
 
     audit = verbs.add_parser("audit", help="prove that a quantized model is one")
     audit.add_argument("model", type=Path, help="file written by ptq4sam quantize")
@@ -142,11 +196,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     download.set_defaults(run=_download)
 
+    add_sweep_arguments(verbs.add_parser("sweep", help="a grid of trials from a file, resumable"))
+
     for name, what in _PLANNED.items():
         planned = verbs.add_parser(name, help=f"not in this version: {what}")
         planned.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
         planned.set_defaults(run=_planned, verb=name)
     return parser
+
+
+def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        default="torch",
+        metavar="B",
+        help="torch (the default), the simulation; torch-int8, fast integer products of a "
+        "quantized --checkpoint, or integer, their exact and slow reference; onnxruntime or "
+        "openvino, of the folder --checkpoint that ptq4sam export wrote; auto: "
+        "the fastest of those that can run the checkpoint",
+    )
+    parser.add_argument(
+        "--precision",
+        default="f32",
+        metavar="P",
+        help="of what is not integer under --backend openvino: f32 (the default) or bf16",
+    )
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) -> None:
@@ -245,16 +319,66 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         show_dir=parsed.show_dir,
         show_threshold=parsed.show_score_thr,
         results=parsed.out,
+        backend=parsed.backend,
+        precision=parsed.precision,
     )
     return execute(settings)
 
 
 def _quantize(parsed: argparse.Namespace) -> int:
-    from ptq4sam.experiments.requests import execute, settings_from_arguments
+    from ptq4sam.experiments.requests import (
+        accuracy_settings,
+        execute,
+        settings_from_arguments,
+    )
 
+    if parsed.method == "nncf":
+        return _quantize_by_nncf(parsed)
     if parsed.scheme is None:
         raise ConfigError("ptq4sam quantize needs a scheme: give --scheme exp/config44.yaml")
-    return execute(settings_from_arguments(parsed, save_model=parsed.output))
+    return execute(
+        settings_from_arguments(
+            parsed, save_model=parsed.output, accuracy=accuracy_settings(parsed)
+        )
+    )
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from ptq4sam.deploy.container import is_quantized_file
+    from ptq4sam.deploy.export import export
+    from ptq4sam.deploy.storage import load
+    from ptq4sam.sam.checkpoint import load_sam
+    from ptq4sam.sam.model import Sam
+    from ptq4sam.sizes import format_bytes
+
+    if is_quantized_file(parsed.model):
+        if parsed.checkpoint is not None:
+            raise ConfigError(f"{parsed.model} has its weights: leave --checkpoint away")
+        sam: Sam = load(parsed.model)
+    elif parsed.model.endswith(".safetensors"):
+        raise ConfigError(
+            f"{parsed.model} is no quantized model: name a float one (vit_b) and give its weights "
+            "by --checkpoint"
+        )
+    else:
+        sam = load_sam(parsed.model, parsed.checkpoint)
+    manifest = export(sam, parsed.output, parsed.format)
+    for name in manifest.files:
+        path = parsed.output / name
+        sys.stdout.write(f"{path} {format_bytes(path.stat().st_size)}\n")
+    return 0
+
+
+def _quantize_by_nncf(parsed: argparse.Namespace) -> int:
+    from ptq4sam.experiments.nncf import quantize_by_nncf
+    from ptq4sam.experiments.requests import nncf_request
+
+    quantize_by_nncf(nncf_request(parsed))
+    sys.stdout.write(
+        f"written to {parsed.output}; score it with ptq4sam evaluate --backend openvino "
+        f"--checkpoint {parsed.output}\n"
+    )
+    return 0
 
 
 def _prompts(parsed: argparse.Namespace) -> int:
@@ -288,6 +412,31 @@ def _prompts(parsed: argparse.Namespace) -> int:
         )
         if parallel.is_first():
             sys.stdout.write(f"{found} boxes written to {parsed.out}\n")
+    return 0
+
+
+def _everything(parsed: argparse.Namespace) -> int:
+    from ptq4sam import parallel
+    from ptq4sam.everything import EverythingSettings
+    from ptq4sam.experiments.everything import open_model, open_pictures, segment_everything
+    from ptq4sam.experiments.settings import find_device
+    from ptq4sam.progress import bars
+    from ptq4sam.sizes import parse_bytes
+
+    settings = EverythingSettings().with_overrides(*parsed.options)
+    budget = None if parsed.memory_budget is None else parse_bytes(parsed.memory_budget)
+    with parallel.joined():
+        dataset = open_pictures(parsed.images, skip_bad=parsed.skip_bad, limit=parsed.limit)
+        device = parallel.local_device(find_device(parsed.device))
+        sam = open_model(parsed.model, parsed.checkpoint, device, parsed.backend, parsed.precision)
+        found = segment_everything(
+            sam, dataset, parsed.out, settings, memory_budget=budget, progress=bars
+        )
+        if parallel.is_first():
+            sys.stdout.write(
+                f"{found.masks} masks on {found.pictures} pictures, {found.seconds:.2f} s a "
+                f"picture; written to {parsed.out}\n"
+            )
     return 0
 
 

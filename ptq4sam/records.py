@@ -7,11 +7,12 @@ every mistake becomes one line: which key, what was given, what is allowed.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -44,8 +45,9 @@ class FieldError(ConfigError):
 class Record:
     """Base of the records.
 
-    A field may be a bool, int, float, str, Path, Literal, tuple of fixed length or another record,
-    or one of these or None. `_validate` says what else must hold.
+    A field may be a bool, int, float, str, Path, Literal, tuple (of fixed length, or of any of one
+    kind), a dict with names as keys or another record, or one of several of these or None.
+    `_validate` says what else must hold.
 
     Raises:
         FieldError: a field has the wrong type or an impossible value.
@@ -109,6 +111,48 @@ class Record:
             except FieldError as error:
                 raise ConfigError(f"override {assignment!r}: {error}") from None
         return self.from_dict(mapping, f"override {' '.join(assignments)}")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key given twice is an error instead of overwriting silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys: set[object] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in keys:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key_node.value!r} is given twice",
+                    problem_mark=key_node.start_mark,
+                )
+            keys.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, what: str) -> object:
+    """Read a YAML file in which no key is given twice.
+
+    Args:
+        path: the file.
+        what: what it is, for messages, as "scheme file".
+
+    Raises:
+        ConfigError: the file is not there or is not YAML.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, siblings, n=1)
+        hint = f"; did you mean {path.with_name(close[0])}?" if close else ""
+        raise ConfigError(f"{path}: no such {what}{hint}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not YAML: {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).replace("\n", " ")
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
 
 
 def split_assignment(assignment: str) -> tuple[str, str]:
@@ -186,19 +230,54 @@ def _is_required(field: Field[Any]) -> bool:
 def _convert(value: object, kind: Any) -> object:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        inner = [argument for argument in arguments if argument is not types.NoneType]
-        return None if value is None else _convert(value, inner[0])
+        return None if value is None else _convert_to_one(value, kind)
     if origin is Literal:
         if value not in arguments:
             raise FieldError("", f"{_shown(value)} given, {_named(kind)} is needed")
         return value
     if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
-            raise FieldError("", f"{_shown(value)} given, {_named(kind)} is needed")
-        return tuple(_convert(v, k) for v, k in zip(value, arguments, strict=True))
+        return _convert_tuple(value, kind)
+    if origin is dict:
+        return _convert_mapping(value, arguments[1])
     if isinstance(kind, type) and issubclass(kind, Record):
         return value if isinstance(value, kind) else _read(kind, value)
     return _convert_plain(value, kind)
+
+
+def _convert_to_one(value: object, union: Any) -> object:
+    """To the first of several kinds that fits; of a single kind the error says what it misses."""
+    inner = [kind for kind in typing.get_args(union) if kind is not types.NoneType]
+    for kind in inner[:-1]:
+        with contextlib.suppress(FieldError):
+            return _convert(value, kind)
+    try:
+        return _convert(value, inner[-1])
+    except FieldError:
+        if len(inner) == 1:
+            raise
+    raise FieldError("", f"{_shown(value)} given, {_named(union)} is needed")
+
+
+def _convert_mapping(value: object, kind: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise FieldError("", f"{_shown(value)} given, names and values are needed")
+    converted = {}
+    for key, item in value.items():
+        try:
+            converted[key] = _convert(item, kind)
+        except FieldError as error:
+            raise error.within(key) from None
+    return converted
+
+
+def _convert_tuple(value: object, kind: Any) -> object:
+    kinds = typing.get_args(kind)
+    if isinstance(value, (list, tuple)):
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        if len(value) == len(kinds):
+            return tuple(_convert(v, k) for v, k in zip(value, kinds, strict=True))
+    raise FieldError("", f"{_shown(value)} given, {_named(kind)} is needed")
 
 
 def _convert_plain(value: object, kind: Any) -> object:
@@ -231,7 +310,7 @@ def _named(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
-        return f"a list of {len(arguments)} items"
+        return "a list" if arguments[-1] is Ellipsis else f"a list of {len(arguments)} items"
     if origin in (Union, types.UnionType):
         return " or ".join(_named(argument) for argument in arguments)
     return "nothing" if kind is types.NoneType else _NAMES.get(kind, "a section")
@@ -247,4 +326,6 @@ def _plain(value: object) -> object:
         return value.to_dict()
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -120,6 +121,13 @@ class CocoDataset(ImageSet):
             )
             for annotation in self._annotations[record.id]
         ]
+
+    def subset(self, records: Sequence[ImageRecord]) -> CocoDataset:
+        """The same data set with some of its pictures only."""
+        part = copy.copy(self)
+        part.images = list(records)
+        part.__dict__.pop("ground_truth", None)
+        return part
 
     @cached_property
     def ground_truth(self) -> COCO:

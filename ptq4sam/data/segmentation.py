@@ -42,6 +42,19 @@ def encode_segmentation(segmentation: Any, height: int, width: int) -> Any:
     return segmentation
 
 
+def encode_masks(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """Compressed run-length encodings, as JSON can hold, of masks [n, height, width]."""
+    from pycocotools import mask as coco_mask
+
+    if len(masks) == 0:
+        return []
+    encoded: Any = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+    return [
+        {"size": [int(side) for side in one["size"]], "counts": one["counts"].decode("ascii")}
+        for one in encoded
+    ]
+
+
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     """The mask, bool [height, width], of a usable segmentation."""
     from pycocotools import mask as coco_mask

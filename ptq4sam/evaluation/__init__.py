@@ -1,7 +1,16 @@
 """How good masks are: mask and box AP, mean IoU, agreement of two models; pictures of them."""
 
-from ptq4sam.evaluation.overlap import mask_ious
-from ptq4sam.evaluation.scores import BoxScores, MaskScores, encode_masks, mask_results
+from ptq4sam.data.segmentation import encode_masks
+from ptq4sam.evaluation.overlap import best_ious, mask_ious
+from ptq4sam.evaluation.scores import BoxScores, MaskScores, mask_results
 from ptq4sam.files import write_json
 
-__all__ = ["BoxScores", "MaskScores", "encode_masks", "mask_ious", "mask_results", "write_json"]
+__all__ = [
+    "BoxScores",
+    "MaskScores",
+    "best_ious",
+    "encode_masks",
+    "mask_ious",
+    "mask_results",
+    "write_json",
+]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,3 +30,24 @@ def mask_ious(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> NDArray[np
     intersection = np.count_nonzero(first & second, axis=(1, 2))
     union = np.count_nonzero(first | second, axis=(1, 2))
     return np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
+
+
+def best_ious(
+    objects: Sequence[dict[str, Any]], masks: Sequence[dict[str, Any]]
+) -> NDArray[np.float64]:
+    """IoU of each object with the mask that fits it best: how many objects are among masks.
+
+    Args:
+        objects: n compressed run-length encodings.
+        masks: any number of them, of the same picture.
+
+    Returns:
+        [n] in 0-1; 0 without masks.
+    """
+    from pycocotools import mask as coco_mask
+
+    if len(objects) == 0 or len(masks) == 0:
+        return np.zeros(len(objects))
+    overlaps = coco_mask.iou(list(masks), list(objects), [0] * len(objects))
+    best: NDArray[np.float64] = overlaps.max(axis=0)
+    return best

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,22 @@ def draw_masks(
         text = f"{labels[i]} {scores[i]:.2f}"
         _draw_label(draw, text, boxes[i], colour_of(int(i)), font, taken)
     return picture
+
+
+def draw_segments(image: NDArray[np.uint8], masks: Iterable[NDArray[np.bool_]]) -> Image.Image:
+    """Draws masks without names over a picture, each over the ones before it.
+
+    Args:
+        image: RGB uint8 [height, width, 3].
+        masks: bool [height, width] each; large ones first, or they hide small ones.
+    """
+    pixels = image.astype(np.float32)
+    for number, mask in enumerate(masks):
+        colour = np.array(colour_of(number), np.float32)
+        # Of the picture itself: colours of masks over each other would mix to grey.
+        pixels[mask] = image[mask] + _OPACITY * (colour - image[mask])
+        pixels[_outline(mask)] = colour
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def side_by_side(

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ptq4sam.data.coco import CocoDataset, coco_index
 from ptq4sam.data.images import ImageRecord, ImageSet
+from ptq4sam.data.segmentation import encode_masks
 from ptq4sam.errors import DataError
 from ptq4sam.prompts.coco_results import to_results
 from ptq4sam.prompts.record import Prompts
@@ -107,19 +108,6 @@ def mask_results(
             }
         )
     return results
-
-
-def encode_masks(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
-    """Compressed run-length encodings, as JSON can hold, of masks [n, height, width]."""
-    from pycocotools import mask as coco_mask
-
-    if len(masks) == 0:
-        return []
-    encoded: Any = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
-    return [
-        {"size": [int(side) for side in one["size"]], "counts": one["counts"].decode("ascii")}
-        for one in encoded
-    ]
 
 
 def _average_precision(

@@ -19,7 +19,7 @@ from ptq4sam.evaluation.segmentation import Segmented, segment
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import CocoResults, GroundTruth, Prompts, PromptSource
 from ptq4sam.prompts.record import warn_of_categories
-from ptq4sam.sam.model import Sam
+from ptq4sam.sam.model import PromptableModel
 from ptq4sam.sam.predictor import Predictor
 
 
@@ -63,7 +63,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Scored:
+class Scored:
     """What a model's masks on one picture add to its scores; it may travel between processes."""
 
     results: list[dict[str, Any]]
@@ -74,8 +74,8 @@ class _Scored:
 class _Outcome:
     """One picture: the model's part, the float model's, and how well they agree."""
 
-    model: _Scored | None = None
-    reference: _Scored | None = None
+    model: Scored | None = None
+    reference: Scored | None = None
     agreement: Sequence[float] = ()
 
 
@@ -90,12 +90,12 @@ def has_truth(dataset: ImageSet) -> bool:
 
 
 def evaluate_sam(
-    sam: Sam,
+    sam: PromptableModel,
     dataset: ImageSet,
     source: PromptSource,
     prompting: Prompting,
     *,
-    reference: Sam | None = None,
+    reference: PromptableModel | None = None,
     progress: Progress = silent,
     on_picture: Callable[[Picture], None] | None = None,
     score: bool = True,
@@ -109,11 +109,12 @@ def evaluate_sam(
     are among the results, but cannot score: a warning counts them.
 
     Args:
-        sam: the model, float or quantized.
+        sam: the model, float or quantized, in torch or exported.
         dataset: pictures and, for scores, their truth.
         source: where boxes come from.
         prompting: how boxes prompt and how masks are scored.
-        reference: the float model, to measure agreement (mean IoU of masks for the same boxes).
+        reference: the model, mostly the float one, to measure agreement with (mean IoU of masks
+            for the same boxes).
         progress: shows how far it is.
         on_picture: called with each evaluated picture.
         score: compute metrics; else only collect the masks.
@@ -137,11 +138,15 @@ def evaluate_sam(
         # Annotated boxes all score 1, so that what `select` leaves are the first ones.
         truth = source.truth(record)[: len(prompts)] if isinstance(source, GroundTruth) else None
         segmented = _segment(predictor, image, prompts, prompting)
-        scored, expected, scored_expected = _score(record, prompts, segmented, truth), None, None
+        scored, expected, scored_expected = (
+            score_picture(record, prompts, segmented, truth),
+            None,
+            None,
+        )
         agreement: list[float] = []
         if reference_predictor is not None:
             expected = _segment(reference_predictor, image, prompts, prompting)
-            scored_expected = _score(record, prompts, expected, truth)
+            scored_expected = score_picture(record, prompts, expected, truth)
             agreement = mask_ious(segmented.masks, expected.masks).tolist()
         outcomes.append(_Outcome(scored, scored_expected, agreement))
         if on_picture is not None:
@@ -175,16 +180,17 @@ def _summarize(
     if not score:
         return evaluation
     if has_truth(dataset):
-        evaluation.metrics = _metrics(dataset, parts)
+        evaluation.metrics = metrics_of(dataset, parts)
         if compared:
-            evaluation.reference_metrics = _metrics(dataset, references)
+            evaluation.reference_metrics = metrics_of(dataset, references)
     if compared:
         agreement = [value for outcome in evaluated for value in outcome.agreement]
         evaluation.metrics["agreement"] = float(np.mean(agreement)) if agreement else float("nan")
     return evaluation
 
 
-def _metrics(dataset: ImageSet, parts: Sequence[_Scored]) -> dict[str, float]:
+def metrics_of(dataset: ImageSet, parts: Sequence[Scored]) -> dict[str, float]:
+    """Scores of the pictures of a data set: as `Evaluation.metrics`, without agreement."""
     scores = MaskScores(dataset)
     scores.results = [result for part in parts for result in part.results]
     metrics = scores.summarize()
@@ -194,12 +200,20 @@ def _metrics(dataset: ImageSet, parts: Sequence[_Scored]) -> dict[str, float]:
     return metrics
 
 
-def _score(
+def score_picture(
     record: ImageRecord, prompts: Prompts, segmented: Segmented, truth: NDArray[np.bool_] | None
-) -> _Scored:
+) -> Scored:
+    """What the masks of one picture add to the scores.
+
+    Args:
+        record: the picture.
+        prompts: its boxes.
+        segmented: a mask for each.
+        truth: the true mask for each, bool [n, height, width], where prompts are ground truth.
+    """
     results = mask_results(record, segmented.masks, segmented.scores, prompts.category_ids)
     ious = [] if truth is None else mask_ious(segmented.masks, truth).tolist()
-    return _Scored(results, ious)
+    return Scored(results, ious)
 
 
 def _segment(

@@ -16,7 +16,7 @@ class PictureWriter:
     def __init__(self, folder: Path, dataset: ImageSet, threshold: float) -> None:
         self._folder, self._threshold = folder, threshold
         self._names = dataset.category_names
-        self._stems = Counter(record.path.stem for record in dataset.images)
+        self._file_names = file_names(dataset)
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, picture: Picture) -> None:
@@ -35,9 +35,15 @@ class PictureWriter:
             if segmented is not None
         ]
         result = drawn[0] if len(drawn) == 1 else side_by_side(drawn[0], drawn[1])
-        write_picture(result, self._folder / f"{self._file_name(picture)}.jpg")
+        write_picture(result, self._folder / f"{self._file_names[picture.record.id]}.jpg")
 
-    def _file_name(self, picture: Picture) -> str:
-        """The picture's own name, with its id where another has the same one."""
-        stem = picture.record.path.stem
-        return stem if self._stems[stem] == 1 else f"{stem}-{picture.record.id}"
+
+def file_names(dataset: ImageSet) -> dict[int, str]:
+    """For each picture's id its own name, with the id where another has the same one."""
+    stems = Counter(record.path.stem for record in dataset.images)
+    return {
+        record.id: record.path.stem
+        if stems[record.path.stem] == 1
+        else f"{record.path.stem}-{record.id}"
+        for record in dataset.images
+    }

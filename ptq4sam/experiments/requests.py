@@ -11,8 +11,9 @@ from typing import Any
 from ptq4sam import parallel
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.experiments.nncf import NncfRequest
 from ptq4sam.experiments.run import Run
-from ptq4sam.experiments.settings import DataSettings, RunSettings
+from ptq4sam.experiments.settings import AccuracySettings, DataSettings, RunSettings
 from ptq4sam.experiments.summary import summary_table
 from ptq4sam.progress import bars
 from ptq4sam.quantization.scheme import PRESETS, Scheme
@@ -56,19 +57,74 @@ def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSetti
             "calibration-", parsed.calibration_images, parsed.calibration_annotations
         ),
         calibration_prompts=parsed.calibration_prompts,
-        prompting=Prompting(
-            best_in_multi_mask=parsed.best_in_multi_mask,
-            cascade=parsed.cascade,
-            use_sam_iou=not parsed.no_sam_iou,
-            max_per_image=parsed.max_per_image,
-            score_threshold=parsed.score_threshold,
-        ),
+        prompting=prompting_of(parsed),
         limit=parsed.limit,
         skip_bad=parsed.skip_bad,
         device=parsed.device,
         seed=parsed.seed,
         **engine_settings(parsed),
         **more,
+    )
+
+
+def accuracy_settings(parsed: argparse.Namespace) -> AccuracySettings | None:
+    """The accuracy control that `ptq4sam quantize` was asked for.
+
+    Raises:
+        ConfigError: values are impossible, or something is said about it without --max-drop.
+    """
+    given = {
+        "metric": ("--drop-metric", parsed.drop_metric),
+        "pictures": ("--drop-pictures", parsed.drop_pictures),
+        "images": ("--validation-images", parsed.validation_images),
+        "annotations": ("--validation-annotations", parsed.validation_annotations),
+        "limit": ("--validation-limit", parsed.validation_limit),
+    }
+    named = {field: (flag, value) for field, (flag, value) in given.items() if value is not None}
+    if parsed.max_drop is None:
+        for flag, _ in named.values():
+            raise ConfigError(f"{flag} is about accuracy control: add --max-drop POINTS")
+        return None
+    values = {field: value for field, (_, value) in named.items()}
+    return AccuracySettings(max_drop=parsed.max_drop, **values)
+
+
+def nncf_request(parsed: argparse.Namespace) -> NncfRequest:
+    """The quantization by NNCF that `ptq4sam quantize --method nncf` was asked for.
+
+    Raises:
+        ConfigError: values are impossible, or arguments are about our own quantization.
+    """
+    for name in ("scheme", "scheme_options", "preset", "resume", "dry_run", "decoder_only"):
+        if getattr(parsed, name):
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is about PTQ4SAM: leave it away with --method nncf")
+    calibration = data_pair(
+        "calibration-", parsed.calibration_images, parsed.calibration_annotations
+    )
+    if calibration is None:
+        raise ConfigError("NNCF needs pictures to calibrate on: give --calibration-images")
+    size = {} if parsed.calibration_size is None else {"pictures": parsed.calibration_size}
+    return NncfRequest(
+        parsed.output,
+        calibration,
+        model=parsed.model,
+        checkpoint=parsed.checkpoint,
+        accuracy=accuracy_settings(parsed),
+        prompting=prompting_of(parsed),
+        skip_bad=parsed.skip_bad,
+        **size,
+    )
+
+
+def prompting_of(parsed: argparse.Namespace) -> Prompting:
+    """How boxes prompt, from arguments."""
+    return Prompting(
+        best_in_multi_mask=parsed.best_in_multi_mask,
+        cascade=parsed.cascade,
+        use_sam_iou=not parsed.no_sam_iou,
+        max_per_image=parsed.max_per_image,
+        score_threshold=parsed.score_threshold,
     )
 
 

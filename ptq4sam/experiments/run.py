@@ -19,35 +19,34 @@ from safetensors import SafetensorError
 
 import ptq4sam
 from ptq4sam import parallel
-from ptq4sam.data import ImageSet, open_images
+from ptq4sam.data import CocoDataset, ImageSet, open_images
+from ptq4sam.deploy.backends import open_backend
 from ptq4sam.deploy.container import is_quantized_file
+from ptq4sam.deploy.exported import ExportedSam
+from ptq4sam.deploy.manifest import origin
 from ptq4sam.deploy.size_report import size_report
 from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import CalibrationError, CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
+from ptq4sam.experiments.accuracy import AccuracyReport
 from ptq4sam.experiments.calibration import calibration_pictures
 from ptq4sam.experiments.evaluate import Evaluation, evaluate_sam, has_truth
 from ptq4sam.experiments.pictures import PictureWriter
 from ptq4sam.experiments.quantizing import JOURNAL, Quantizing
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.stages import Stages
+from ptq4sam.experiments.validation import Validation
 from ptq4sam.files import replacing
 from ptq4sam.model.audit import AuditReport, audit
+from ptq4sam.model.cache import ActivationCache
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import PromptSource, cached, open_prompts
 from ptq4sam.sam.checkpoint import EMBEDDED_FILE, load_sam
-from ptq4sam.sam.model import Sam
+from ptq4sam.sam.model import PromptableModel, Sam
 from ptq4sam.sam.predictor import Predictor
 
 _log = logging.getLogger(__name__)
-
-# Tensors that no quantization changes: two models that share them are one before and after.
-_ORIGIN = (
-    "image_encoder.pos_embed",
-    "image_encoder.patch_embed.proj.weight",
-    "mask_decoder.mask_tokens.weight",
-)
 
 
 class Run:
@@ -61,6 +60,7 @@ class Run:
         self.progress = progress
         self.stages = Stages()
         self.device = parallel.local_device(settings.torch_device())
+        self.accuracy: AccuracyReport | None = None
 
     def execute(self) -> dict[str, Any]:
         """Quantize, audit, evaluate, write; returns what metrics.json holds, or the plan.
@@ -71,14 +71,15 @@ class Run:
         settings = self.settings
         self._make_folders()
         with _logging_to(settings.work_dir / "run.log"):
-            _fix_seeds(settings.seed)
+            fix_seeds(settings.seed)
             if settings.dry_run:
                 return self._plan()
             # First of all, for a mistake in it should not show after hours of quantization.
             data = self._data()
             sam, reference = self._models()
             report = None
-            if isinstance(sam, QuantizedSam):
+            # Layers on integers have no quantizers that could be watched.
+            if isinstance(sam, QuantizedSam) and self.settings.backend == "torch":
                 report = self._audit(sam)
             if parallel.is_first():
                 self._save(sam)
@@ -128,9 +129,11 @@ class Run:
             if problem is not None:
                 raise ConfigError(f"cannot write into folder {folder} ({problem}): name another")
 
-    def _models(self) -> tuple[Sam, Sam | None]:
+    def _models(self) -> tuple[PromptableModel, PromptableModel | None]:
         """The evaluated model, and the float one to compare it with."""
         settings = self.settings
+        if settings.backend != "torch" and settings.checkpoint is not None:
+            return self._deployed(settings.checkpoint)
         if settings.checkpoint is not None and is_quantized_file(settings.checkpoint):
             if settings.scheme is not None:
                 raise ConfigError(
@@ -139,12 +142,8 @@ class Run:
                 )
             with self.stages.stage("load"):
                 quantized = load(settings.checkpoint, self.device)
-                if settings.model not in (None, quantized.name):
-                    raise CheckpointError(
-                        f"asked for {settings.model}, but {settings.checkpoint} is a quantized "
-                        f"{quantized.name}: give another file, or leave the model's name away"
-                    )
-                reference = self._origin(quantized)
+                self._check_name(quantized.name)
+                reference = self._origin(quantized.name, origin(quantized))
             return quantized, reference
         if settings.float_checkpoint is not None:
             raise ConfigError(
@@ -155,18 +154,62 @@ class Run:
             sam = load_sam(settings.float_model, settings.checkpoint, device=self.device)
         if settings.scheme is None:
             return sam, None
+        validation = self._validation()
         quantizing = self._prepare(sam)
         with self.stages.stage("quantize"):
-            return quantizing.run(), sam
+            quantized = quantizing.run(validation)
+        self.accuracy = quantizing.accuracy
+        return quantized, sam
 
-    def _origin(self, quantized: QuantizedSam) -> Sam | None:
+    def _validation(self) -> Validation | None:
+        """Where accuracy is controlled."""
+        settings, accuracy = self.settings, self.settings.accuracy
+        if accuracy is None:
+            return None
+        evaluated = accuracy.images is None
+        pair = settings.data if accuracy.images is None else DataSettings(accuracy.images)
+        if pair is None:
+            raise ValueError("AccuracySettings has pictures, or the run evaluates some")
+        annotations = pair.annotations if evaluated else accuracy.annotations
+        with self.stages.stage("validation data"):
+            limit = accuracy.limit or (settings.limit if evaluated else None)
+            dataset = self._dataset(DataSettings(pair.images, annotations), limit)
+            if not isinstance(dataset, CocoDataset) or not has_truth(dataset):
+                raise ConfigError(
+                    f"accuracy is measured on annotated pictures, but {annotations} has no "
+                    "annotations of those: give others"
+                )
+            prompts = "ground-truth" if accuracy.metric == "mean_iou" else settings.prompts
+            source = self._source(prompts, dataset)
+        cache = ActivationCache(self.device, settings.memory_budget, settings.work_dir)
+        return Validation(
+            dataset, source, settings.prompting, accuracy.metric, cache, self.progress
+        )
+
+    def _deployed(self, checkpoint: Path) -> tuple[PromptableModel, PromptableModel | None]:
+        """A model on another backend than torch, and the float one that it was made of."""
+        settings = self.settings
+        with self.stages.stage("load"):
+            model = open_backend(checkpoint, settings.backend, settings.precision)
+            self._check_name(model.name)
+            made_of = model.manifest.origin if isinstance(model, ExportedSam) else origin(model)
+            return model, self._origin(model.name, made_of)
+
+    def _check_name(self, found: str) -> None:
+        asked, checkpoint = self.settings.model, self.settings.checkpoint
+        if asked not in (None, found):
+            raise CheckpointError(
+                f"asked for {asked}, but {checkpoint} is a quantized {found}: give another file, "
+                "or leave the model's name away"
+            )
+
+    def _origin(self, name: str, made_of: str) -> Sam | None:
         """The float model that a quantized one was made of, where it is at hand."""
         path = self.settings.float_checkpoint
-        if path is None and (quantized.name != "vit_nano" or not EMBEDDED_FILE.is_file()):
+        if path is None and (name != "vit_nano" or not EMBEDDED_FILE.is_file()):
             return None
-        sam = load_sam(quantized.name, path, device=self.device)
-        ours, theirs = quantized.state_dict(), sam.state_dict()
-        if all(_same_origin(ours[name], theirs[name]) for name in _ORIGIN):
+        sam = load_sam(name, path, device=self.device)
+        if origin(sam) == made_of:
             return sam
         if path is not None:
             raise CheckpointError(
@@ -176,7 +219,7 @@ class Run:
         _log.info("no agreement: the model was made of other weights than the embedded ones")
         return None
 
-    def _save(self, sam: Sam) -> None:
+    def _save(self, sam: PromptableModel) -> None:
         described = self.settings.work_dir / "scheme.yaml"
         if not isinstance(sam, QuantizedSam):
             # That of an earlier run would be taken for this one's.
@@ -255,7 +298,11 @@ class Run:
         return report
 
     def _evaluate(
-        self, sam: Sam, reference: Sam | None, dataset: ImageSet, source: PromptSource
+        self,
+        sam: PromptableModel,
+        reference: PromptableModel | None,
+        dataset: ImageSet,
+        source: PromptSource,
     ) -> Evaluation:
         settings = self.settings
         show_dir, results = settings.show_dir, settings.results
@@ -285,10 +332,14 @@ class Run:
         return evaluation
 
     def _metrics(
-        self, sam: Sam, report: AuditReport | None, evaluation: Evaluation | None
+        self, sam: PromptableModel, report: AuditReport | None, evaluation: Evaluation | None
     ) -> dict[str, Any]:
         settings = self.settings
-        quantized = isinstance(sam, QuantizedSam)
+        quantized = (
+            sam.manifest.scheme is not None
+            if isinstance(sam, ExportedSam)
+            else isinstance(sam, QuantizedSam) or settings.backend != "torch"
+        )
         metrics: dict[str, Any] = {"model": sam.name, "quantized": quantized}
         if evaluation is not None:
             metrics.update(evaluation.metrics)
@@ -298,6 +349,8 @@ class Run:
             metrics["masks"] = evaluation.masks
             metrics["skipped"] = evaluation.skipped
             metrics["prompts"] = settings.prompts
+        if self.accuracy is not None:
+            metrics["accuracy_control"] = self.accuracy.to_dict()
         if report is not None:
             metrics["audit"] = {"passed": report.passed, "report": report.lines()}
         if isinstance(sam, QuantizedSam) and _published(sam):
@@ -305,6 +358,7 @@ class Run:
         metrics["asked"] = self._asked()
         metrics["seed"] = settings.seed
         metrics["device"] = str(self.device)
+        metrics["backend"] = sam.runtime if isinstance(sam, ExportedSam) else settings.backend
         metrics["versions"] = versions()
         metrics["stages"] = self.stages.to_dict()
         return metrics
@@ -353,16 +407,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def _same_origin(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether a tensor of a quantized model is a float model's, as it is or in half precision."""
-    return torch.equal(ours, theirs) or torch.equal(ours, theirs.half().to(theirs.dtype))
-
-
-def _published(sam: Sam) -> bool:
+def _published(sam: PromptableModel) -> bool:
     return isinstance(sam, QuantizedSam) and sam.scheme.compat == "published"
 
 
-def _fix_seeds(seed: int) -> None:
+def fix_seeds(seed: int) -> None:
+    """Fix the global generators, for whatever draws from them."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

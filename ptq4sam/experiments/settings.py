@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -11,6 +12,7 @@ from ptq4sam.data.images import check_limit
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.records import Record
 
 DEFAULT_MODEL = "vit_nano"
 """The SAM whose weights ship with the package."""
@@ -22,6 +24,41 @@ class DataSettings:
 
     images: Path
     annotations: Path | None = None
+
+
+Metric = Literal["mean_iou", "AP"]
+"""What accuracy control looks at: of annotated boxes the mean IoU, of the prompts the AP."""
+
+
+@dataclass(frozen=True)
+class AccuracySettings(Record):
+    """How much a quantized model may lose, and where that is measured.
+
+    Attributes:
+        max_drop: points (hundredths) of the metric that it may be below the float model.
+        metric: "mean_iou" or "AP".
+        pictures: pictures that single units are measured on; whole models are on all.
+        images: folder of validation pictures; None for those that are evaluated.
+        annotations: their COCO instances file.
+        limit: measure on the first pictures only.
+    """
+
+    max_drop: float
+    metric: Metric = "mean_iou"
+    pictures: int = 32
+    images: Path | None = None
+    annotations: Path | None = None
+    limit: int | None = None
+
+    def _validate(self) -> None:
+        check_limit(self.limit)
+        self._require(self.max_drop >= 0, "max_drop", "0 or more")
+        self._require(self.pictures >= 1, "pictures", "1 or more")
+        if (self.images is None) != (self.annotations is None):
+            raise ConfigError(
+                "accuracy is measured on annotated pictures: give --validation-images and "
+                "--validation-annotations together"
+            )
 
 
 @dataclass(frozen=True)
@@ -53,10 +90,16 @@ class RunSettings:
         results: where the masks are written as COCO results; None as for `show_dir`.
         score: whether metrics are computed; without, only `results` are written.
         save_model: where the quantized model is written; None for nowhere.
+        accuracy: return units to more bits until the model is as good as this; None takes it as
+            it is.
         memory_budget: bytes of memory for captured activations, on the device that computes; None
             for half of what is free.
         resume: go on with what a killed run of the same settings has finished in `work_dir`.
         dry_run: plan the quantization and stop.
+        backend: what runs the model: "torch", the simulation; "integer" or "torch-int8", a
+            quantized `checkpoint` on integers; "onnxruntime" or "openvino", an exported one;
+            "auto", the fastest of those.
+        precision: under "openvino", of what is not integer: "f32" or "bf16".
 
     Raises:
         ConfigError: a value is impossible, or values do not belong together.
@@ -83,9 +126,12 @@ class RunSettings:
     results: Path | None = None
     score: bool = True
     save_model: Path | None = None
+    accuracy: AccuracySettings | None = None
     memory_budget: int | None = None
     resume: bool = False
     dry_run: bool = False
+    backend: str = "torch"
+    precision: str = "f32"
 
     def __post_init__(self) -> None:
         check_limit(self.limit)
@@ -101,7 +147,32 @@ class RunSettings:
                 "--resume and --dry-run are about quantization, but nothing is to be quantized: "
                 "add --scheme"
             )
+        if self.backend != "torch" and (self.checkpoint is None or self.scheme is not None):
+            raise ConfigError(
+                f"backend {self.backend} runs what is quantized or exported already: give it by "
+                "--checkpoint, without --scheme"
+            )
+        self._check_accuracy()
         self._check_saving()
+
+    def _check_accuracy(self) -> None:
+        if self.accuracy is None:
+            return
+        if self.scheme is None:
+            raise ConfigError(
+                "--max-drop is about quantization, but nothing is to be quantized: add --scheme"
+            )
+        if self.scheme.compat == "published":
+            raise ConfigError(
+                "--max-drop cannot mend a model with compat: published, which is random: use "
+                "compat: faithful"
+            )
+        evaluated = self.data is not None and self.data.annotations is not None
+        if self.accuracy.images is None and not evaluated:
+            raise ConfigError(
+                "--max-drop is measured on annotated pictures: give --validation-images and "
+                "--validation-annotations, or --images and --annotations"
+            )
 
     def _check_saving(self) -> None:
         if self.save_model is None:
@@ -123,26 +194,31 @@ class RunSettings:
         return self.model or DEFAULT_MODEL
 
     def torch_device(self) -> torch.device:
-        """The device that the run uses.
+        """The device that the run uses; errors as `find_device`."""
+        return find_device(self.device)
 
-        Raises:
-            ConfigError: the name is no device, or there is no such device here.
-        """
-        if self.device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"asked for device {self.device!r}, which torch does not know: use cpu or cuda:0"
-            ) from error
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ConfigError(
-                f"asked for device {self.device!r}, which is not there: found {_devices()}"
-            ) from error
-        return device
+
+def find_device(name: str | None) -> torch.device:
+    """The device of a name; None for CUDA where there is one.
+
+    Raises:
+        ConfigError: the name is no device, or there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"asked for device {name!r}, which torch does not know: use cpu or cuda:0"
+        ) from error
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"asked for device {name!r}, which is not there: found {_devices()}"
+        ) from error
+    return device
 
 
 def _devices() -> str:

@@ -37,6 +37,12 @@ def summary_table(metrics: dict[str, Any]) -> str:
         lines.append(
             f"{metrics['model']}: {metrics['masks']} masks on {metrics['pictures']} pictures"
         )
+    if "accuracy_control" in metrics:
+        control = metrics["accuracy_control"]
+        lines.append(
+            f"accuracy control: {control['drop']:.2f} points of {control['metric']} below float "
+            f"(allowed {control['max_drop']:.2f}), {len(control['kept'])} units kept higher"
+        )
     if "audit" in metrics:
         lines.append(metrics["audit"]["report"][0])
     if "warning" in metrics:

@@ -16,9 +16,8 @@ from ptq4sam.quantization.fused import fused
 from ptq4sam.quantization.grid import Grid, in_products, precise
 from ptq4sam.quantization.mse import POWER
 from ptq4sam.quantization.quantizers import EPS, Quantizer
+from ptq4sam.quantization.scheme import TAUS
 
-TAUS = (1, 2, 4)
-"""Granularities: points are spaced by factors of 2, 2^(1/2) and 2^(1/4)."""
 FLOOR = 1e-20
 """Smallest attention that a logarithm is taken of."""
 _SHARE = 8
@@ -46,6 +45,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
             granularities are compared on an eighth of the queries, and the scale of the chosen one
             is searched on all of them to a thousandth of the largest attention: a third of
             the work, for the same granularity and a scale within 2 %.
+        taus: granularities to choose from.
 
     Attributes:
         tau: [] one of TAUS.
@@ -54,14 +54,15 @@ class AdaptiveGranularityQuantizer(Quantizer):
 
     tau: Tensor
 
-    def __init__(self, grid: Grid, exact: bool = True) -> None:
+    def __init__(self, grid: Grid, exact: bool = True, taus: Sequence[int] = TAUS) -> None:
         super().__init__(grid)
         self._exact = exact
+        self._taus = tuple(taus)
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("tau", torch.ones(()))
         self._batches = 0
-        self._scale_sums = [0.0] * len(TAUS)
-        self._error_sums = [0.0] * len(TAUS)
+        self._scale_sums = [0.0] * len(self._taus)
+        self._error_sums = [0.0] * len(self._taus)
 
     @property
     def tau_scales(self) -> list[float]:
@@ -81,7 +82,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
             value: [..., m, channels] what it is multiplied with.
 
         Returns:
-            Best scales and their errors, [len(TAUS)] each, float64.
+            Best scales and their errors, one for each tau, float64.
 
         Raises:
             CalibrationError: no value was given, or an attention that is negative or all zero.
@@ -99,14 +100,15 @@ class AdaptiveGranularityQuantizer(Quantizer):
             )
         levels, largest = self.grid.levels, float(high)
         tolerance = _EXACT_TOLERANCE if self._exact else _TOLERANCE * largest
-        compared = x if self._exact else _some_queries(x)
+        # Where there is nothing to choose there is nothing to compare either.
+        compared = x if self._exact or len(self._taus) == 1 else _some_queries(x)
         search = _ScaleSearch(compared, value, levels, tolerance)
-        scales, errors = zip(*(search.best_scale(tau, largest) for tau in TAUS), strict=True)
+        scales, errors = zip(*(search.best_scale(tau, largest) for tau in self._taus), strict=True)
         if compared is x:
             return _doubles(scales), _doubles(errors)
         best = errors.index(min(errors))
         whole = _ScaleSearch(x, value, levels, tolerance)
-        scale, _ = whole.best_scale(TAUS[best], largest)
+        scale, _ = whole.best_scale(self._taus[best], largest)
         return _doubles((*scales[:best], scale, *scales[best + 1 :])), _doubles(errors)
 
     def merge(self, statistics: Statistics) -> None:
@@ -116,7 +118,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
         self._error_sums = [a + b for a, b in zip(self._error_sums, errors, strict=True)]
         self._batches += 1
         best = self._error_sums.index(min(self._error_sums))
-        self.tau.fill_(TAUS[best])
+        self.tau.fill_(self._taus[best])
         self._set_parameters(self.scale.new_tensor(self.tau_scales[best]), self.zero_point)
         self.clamp_scale_()
 
@@ -187,7 +189,8 @@ def _points(x: Tensor, scale: Tensor, tau: Tensor, end: Tensor) -> Tensor:
 def _quantize_some(
     x: Tensor,
     drawn: Tensor,
-    mask: Tensor,
+    shift: Tensor,
+    mask: int,
     limit: int,
     scale: Tensor,
     tau: Tensor,
@@ -195,7 +198,7 @@ def _quantize_some(
     like: Tensor,
 ) -> Tensor:
     points = _points(precise(x), scale, tau, end)
-    return torch.lerp(points, precise(x), stays_float(drawn, mask, limit)).to(like.dtype)
+    return torch.lerp(points, precise(x), stays_float(drawn, shift, mask, limit)).to(like.dtype)
 
 
 def _slopes(x: Tensor, scale: Tensor, tau: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,14 +228,15 @@ def _gradients_of_some(
     x: Tensor,
     gradient: Tensor,
     drawn: Tensor,
-    mask: Tensor,
+    shift: Tensor,
+    mask: int,
     limit: int,
     scale: Tensor,
     tau: Tensor,
     end: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of attention and scale where some elements stay float."""
-    kept = stays_float(drawn, mask, limit)
+    kept = stays_float(drawn, shift, mask, limit)
     slope, above = _slopes(precise(x), scale, tau, end)
     for_x = torch.lerp(slope, torch.ones_like(slope), kept).mul_(gradient)
     return for_x.to(x.dtype), above.mul_(1 - kept).mul_(gradient).sum()

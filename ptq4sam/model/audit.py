@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderAttention
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
+from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, weight_quantizers
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import Mode, Quantizer
+from ptq4sam.quantization.scheme import FLOAT, Scheme
 from ptq4sam.sam import image_encoder, transformer
 
 _ENCODER = re.compile(
@@ -57,12 +58,14 @@ class AuditReport:
         activations: activation quantizers seen at work.
         forwards: forward passes compared bit for bit.
         findings: violations; empty for an honest quantized model.
+        kept: units that the scheme quantizes to other bits than the rest, or keeps float.
     """
 
     layers: int
     activations: int
     forwards: int
     findings: tuple[Finding, ...]
+    kept: Mapping[str, int | str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -76,7 +79,11 @@ class AuditReport:
             f"audit {verdict}: {self.layers} layers on their grids, {self.activations} activations "
             f"through a quantizer, {self.forwards} forwards compared"
         )
-        return [head, *(f"  {finding.where}: {finding.problem}" for finding in self.findings)]
+        kept = [
+            f"  {name}: kept {'float' if level == FLOAT else f'at {level} bits'} by the scheme"
+            for name, level in self.kept.items()
+        ]
+        return [head, *kept, *(f"  {found.where}: {found.problem}" for found in self.findings)]
 
 
 @torch.no_grad()
@@ -87,7 +94,7 @@ def audit(sam: QuantizedSam, run: Callable[[], Sequence[Tensor]]) -> AuditReport
         sam: the model.
         run: one forward pass of a picture with prompts, giving the tensors to compare.
     """
-    findings = [*_missed_modules(sam), *_weights_off_grid(sam)]
+    findings = [*_missed_modules(sam), *_weights_off_grid(sam), *_other_bits(sam)]
     watched: dict[str, _Watch] = {}
     with _watching(sam, watched):
         first = run()
@@ -101,27 +108,52 @@ def audit(sam: QuantizedSam, run: Callable[[], Sequence[Tensor]]) -> AuditReport
     if len(first) != len(second) or not all(map(torch.equal, first, second)):
         findings.append(Finding("forward", "two passes on the same input differ"))
     layers = sum(1 for m in sam.modules() if isinstance(m, QuantizedLinear | QuantizedConv2d))
-    return AuditReport(layers, len(watched), 2, tuple(findings))
+    return AuditReport(layers, len(watched), 2, tuple(findings), dict(sam.scheme.units))
 
 
-def must_be_quantized(name: str, encoder_quantized: bool) -> bool:
-    """Whether the table of what is quantized lists this layer."""
-    listed = _DECODER.fullmatch(name) or (encoder_quantized and _ENCODER.fullmatch(name))
-    return listed is not None and listed is not False
+def must_be_quantized(name: str, sam: QuantizedSam) -> bool:
+    """Whether the table of what is quantized lists this layer, and the scheme excepts it not."""
+    listed = _DECODER.fullmatch(name) or (sam.encoder_quantized and _ENCODER.fullmatch(name))
+    return bool(listed) and _exception(name, sam.scheme) != FLOAT
+
+
+def _exception(name: str, scheme: Scheme) -> int | str | None:
+    """What the scheme says of the unit that something belongs to, where it is an exception."""
+    for unit, level in scheme.units.items():
+        if name == unit or name.startswith(f"{unit}."):
+            return level
+    return None
 
 
 def _missed_modules(sam: QuantizedSam) -> Iterator[Finding]:
     for name, module in sam.named_modules():
         if isinstance(module, _WEIGHTED):
             quantized = isinstance(module, QuantizedLinear | QuantizedConv2d)
-            if must_be_quantized(name, sam.encoder_quantized):
+            if must_be_quantized(name, sam):
                 if not quantized:
                     yield Finding(name, "is listed as quantized but is a float layer")
-            elif not (_FLOAT.fullmatch(name) or _ENCODER.fullmatch(name)):
+            elif not (
+                _FLOAT.fullmatch(name)
+                or _ENCODER.fullmatch(name)
+                or _exception(name, sam.scheme) == FLOAT
+            ):
                 yield Finding(name, "is in no list: neither quantized nor known to be float")
         float_encoder = type(module) is image_encoder.Attention and sam.encoder_quantized
-        if float_encoder or type(module) is transformer.Attention:
+        float_attention = float_encoder or type(module) is transformer.Attention
+        if float_attention and _exception(name, sam.scheme) != FLOAT:
             yield Finding(name, "its query, key, value and softmax pass no quantizer")
+
+
+def _other_bits(sam: QuantizedSam) -> Iterator[Finding]:
+    """Quantizers with other bits than the scheme says; none may be in a unit that is kept float."""
+    scheme = sam.scheme
+    weights = {id(quantizer) for quantizer in weight_quantizers(sam)}
+    for name, quantizer in quantizers(sam):
+        of_all = scheme.w_qconfig if id(quantizer) in weights else scheme.a_qconfig
+        said = _exception(name, scheme) or of_all.bit
+        if quantizer.grid.bits != said:
+            told = "float" if said == FLOAT else f"{said} bits"
+            yield Finding(name, f"has {quantizer.grid.bits} bits where the scheme says {told}")
 
 
 def _weights_off_grid(sam: QuantizedSam) -> Iterator[Finding]:
@@ -217,7 +249,7 @@ def expected_activations(sam: QuantizedSam) -> int:
     layers = sum(
         1
         for name, module in sam.named_modules()
-        if isinstance(module, _WEIGHTED) and must_be_quantized(name, sam.encoder_quantized)
+        if isinstance(module, _WEIGHTED) and must_be_quantized(name, sam)
     )
     kinds = (QuantizedDecoderAttention, QuantizedEncoderAttention)
     return layers + 4 * sum(isinstance(module, kinds) for module in sam.modules())

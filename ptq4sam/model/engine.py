@@ -185,6 +185,8 @@ class _Work:
         self, stage: Stage, captured: _Captured
     ) -> Iterator[tuple[str, nn.Module, UnitData]]:
         """The unit itself, or its layers one after the other, with what each saw."""
+        if not quantized_layers(stage.unit):
+            return  # the scheme keeps it float
         if self.settings.granularity == "unit":
             yield stage.name, stage.unit, captured.data()
             return

@@ -3,7 +3,7 @@
 Quantized: in the image encoder qkv, proj, lin1, lin2 and the two neck convolutions (weight and
 input of each), query, key, value and softmax output; in the mask decoder's transformer the
 projections, lin1 and lin2 (weight and input), query, key, value and softmax output. The same list
-for every bit width, without an exception for first or last layers.
+for every bit width, without an exception for first or last layers but those that a scheme lists.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import QUANTIZERS, Quantizer
 from ptq4sam.quantization.scheme import Scheme, TensorFormat
+from ptq4sam.records import unknown_key
 from ptq4sam.sam import image_encoder, transformer
 from ptq4sam.sam.common import MLPBlock
 from ptq4sam.sam.image_encoder import ImageEncoderViT
@@ -47,6 +48,11 @@ class QuantizerFactory:
 
     scheme: Scheme
 
+    def of_unit(self, name: str) -> QuantizerFactory | None:
+        """The factory for one unit, by its path in the model; None for one that stays float."""
+        scheme = self.scheme.of_unit(name)
+        return None if scheme is None else QuantizerFactory(scheme)
+
     def weight(self) -> Quantizer:
         """Quantizer of a weight."""
         return _build(self.scheme.w_qconfig)
@@ -57,10 +63,10 @@ class QuantizerFactory:
 
     def softmax(self) -> Quantizer:
         """Quantizer of a softmax output."""
-        if self.scheme.ptq4sam.AGQ:
-            return AdaptiveGranularityQuantizer(
-                Grid(self.scheme.a_qconfig.bit), self.scheme.ptq4sam.exact
-            )
+        methods = self.scheme.ptq4sam
+        if methods.AGQ:
+            grid = Grid(self.scheme.a_qconfig.bit)
+            return AdaptiveGranularityQuantizer(grid, methods.exact, methods.taus)
         return self.activation()
 
     def attention(self, decoder: bool) -> AttentionQuantizers:
@@ -103,8 +109,13 @@ class QuantizedSam(Sam):
 
 
 def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -> QuantizedSam:
-    """Copy a float SAM and put quantizers into the copy, not yet calibrated."""
+    """Copy a float SAM and put quantizers into the copy, not yet calibrated.
+
+    Raises:
+        ConfigError: the scheme makes an exception for a unit that there is not.
+    """
     quantized = QuantizedSam(copy.deepcopy(sam), scheme, quantize_encoder)
+    _check_units(quantized)
     factory = QuantizerFactory(scheme)
     if quantize_encoder:
         insert_into_encoder(quantized.image_encoder, factory)
@@ -115,6 +126,13 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
     return quantized.eval().requires_grad_(False)
 
 
+def _check_units(sam: QuantizedSam) -> None:
+    known = [name for name, _ in model_units(sam)]
+    for name in sam.scheme.units:
+        if name not in known:
+            raise unknown_key(name, known).within("units")
+
+
 def name_quantizers(module: nn.Module) -> None:
     """Tell each quantizer its path, for messages."""
     for name, quantizer in quantizers(module):
@@ -123,40 +141,44 @@ def name_quantizers(module: nn.Module) -> None:
 
 def insert_into_encoder(encoder: ImageEncoderViT, factory: QuantizerFactory) -> None:
     """Replace the layers and attentions of an image encoder in place."""
-    for block in encoder.blocks:
+    for index, block in enumerate(encoder.blocks):
         block = cast(image_encoder.Block, block)
-        attention = block.attn
-        block.attn = QuantizedEncoderAttention(
-            attention,
-            factory.linear(attention.qkv),
-            factory.linear(attention.proj),
-            factory.attention(decoder=False),
-        )
-        _insert_into_mlp(block.mlp, factory)
-    for index in (0, 2):
-        encoder.neck[index] = factory.convolution(cast(nn.Conv2d, encoder.neck[index]))
+        of_unit = factory.of_unit(f"{ENCODER}.blocks.{index}.attn")
+        if of_unit is not None:
+            attention = block.attn
+            block.attn = QuantizedEncoderAttention(
+                attention,
+                of_unit.linear(attention.qkv),
+                of_unit.linear(attention.proj),
+                of_unit.attention(decoder=False),
+            )
+        _insert_into_mlp(block.mlp, factory.of_unit(f"{ENCODER}.blocks.{index}.mlp"))
+    of_unit = factory.of_unit(f"{ENCODER}.neck")
+    if of_unit is not None:
+        for index in (0, 2):
+            encoder.neck[index] = of_unit.convolution(cast(nn.Conv2d, encoder.neck[index]))
 
 
 def insert_into_transformer(two_way: TwoWayTransformer, factory: QuantizerFactory) -> None:
     """Replace the layers and attentions of a mask decoder's transformer in place."""
-    for layer in two_way.layers:
+    for index, layer in enumerate(two_way.layers):
         layer = cast(transformer.TwoWayAttentionBlock, layer)
-        layer.self_attn = _decoder_attention(layer.self_attn, factory)
-        layer.cross_attn_token_to_image = _decoder_attention(
-            layer.cross_attn_token_to_image, factory
-        )
-        layer.cross_attn_image_to_token = _decoder_attention(
-            layer.cross_attn_image_to_token, factory
-        )
-        _insert_into_mlp(layer.mlp, factory)
+        path = f"{TRANSFORMER}.layers.{index}"
+        for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
+            attention = getattr(layer, name)
+            setattr(layer, name, _decoder_attention(attention, factory.of_unit(f"{path}.{name}")))
+        _insert_into_mlp(layer.mlp, factory.of_unit(f"{path}.mlp"))
     two_way.final_attn_token_to_image = _decoder_attention(
-        two_way.final_attn_token_to_image, factory
+        two_way.final_attn_token_to_image,
+        factory.of_unit(f"{TRANSFORMER}.final_attn_token_to_image"),
     )
 
 
 def _decoder_attention(
-    source: transformer.Attention, factory: QuantizerFactory
-) -> QuantizedDecoderAttention:
+    source: transformer.Attention, factory: QuantizerFactory | None
+) -> transformer.Attention:
+    if factory is None:
+        return source
     projections: dict[str, nn.Module] = {
         name: factory.linear(getattr(source, name))
         for name in ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -164,9 +186,10 @@ def _decoder_attention(
     return QuantizedDecoderAttention(source, projections, factory.attention(decoder=True))
 
 
-def _insert_into_mlp(mlp: MLPBlock, factory: QuantizerFactory) -> None:
-    mlp.lin1 = factory.linear(mlp.lin1)
-    mlp.lin2 = factory.linear(mlp.lin2)
+def _insert_into_mlp(mlp: MLPBlock, factory: QuantizerFactory | None) -> None:
+    if factory is not None:
+        mlp.lin1 = factory.linear(mlp.lin1)
+        mlp.lin2 = factory.linear(mlp.lin2)
 
 
 def model_units(sam: QuantizedSam) -> list[tuple[str, nn.Module]]:

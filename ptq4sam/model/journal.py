@@ -53,7 +53,7 @@ class Journal:
         index = folder / _JOURNAL
         if resume and index.exists():
             content, _ = read_json(index, "journal")
-            _require_same(index, content["fingerprint"], self._fingerprint)
+            require_same(index, content["fingerprint"], self._fingerprint)
             self._parts = content["parts"]
             _log.info("going on after %d finished parts in %s", len(self._parts), folder)
             return
@@ -168,7 +168,12 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _require_same(index: Path, found: Mapping[str, str], asked: Mapping[str, str]) -> None:
+def require_same(index: Path, found: Mapping[str, str], asked: Mapping[str, str]) -> None:
+    """Refuse to go on with what another run left.
+
+    Raises:
+        ConfigError: fingerprints differ; the message says in what.
+    """
     different = [name for name, value in asked.items() if found.get(name) != value]
     if different:
         there, now = _parts_that_differ(found.get(different[0]), asked[different[0]])

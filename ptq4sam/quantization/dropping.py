@@ -9,33 +9,35 @@ from torch import Tensor
 
 from ptq4sam.quantization.fused import fused
 
-_STEPS = 256
+_WORD = 32
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which elements of a tensor stay float: those whose `drawn & mask` is below `limit`.
+    """Which elements of a tensor stay float: those where (drawn >> shift) & mask is below limit.
 
-    The tensor is looked at as [rows, n], as `rows` gives it, so that one random byte can serve
-    eight elements.
+    The tensor is looked at as [rows, n], as `rows` gives it, so that one random word can serve 32
+    elements.
 
     Attributes:
-        drawn: [1, n] random bytes.
-        mask: [rows, 1] bytes, the bits that decide for a row.
-        limit: 1 to 255.
+        drawn: [1, n] random words, int32.
+        shift: [rows, 1], int32, which bits of a word decide for a row.
+        mask: how many bits those are.
+        limit: 1 to mask.
     """
 
     drawn: Tensor
-    mask: Tensor
+    shift: Tensor
+    mask: int
     limit: int
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` as [rows, n]."""
-        return x.reshape(self.mask.shape[0], -1)
+        return x.reshape(self.shift.shape[0], -1)
 
-    def parts(self) -> tuple[Tensor, Tensor, int]:
+    def parts(self) -> tuple[Tensor, Tensor, int, int]:
         """For functions marked `@fused`, which take tensors and integers."""
-        return self.drawn, self.mask, self.limit
+        return self.drawn, self.shift, self.mask, self.limit
 
     def mix(self, quantized: Tensor, x: Tensor) -> Tensor:
         """Elements of `x` where they stay float, else those of `quantized`, in their shape."""
@@ -46,7 +48,7 @@ class Choice:
 def choose(x: Tensor, probability: float, generator: torch.Generator | None) -> Choice:
     """Choose elements of `x` that stay float.
 
-    A random byte an element decides, or one bit where all bits of a byte can serve: drawing a float
+    Eight random bits an element decide, or one where 32 elements can share a word: drawing a float
     for each took longer on a CPU than quantizing it.
 
     Args:
@@ -54,12 +56,15 @@ def choose(x: Tensor, probability: float, generator: torch.Generator | None) -> 
         probability: of an element staying float, to the next 1/256 (the published 1/2 is exact).
         generator: source of the choice; None is torch's own.
     """
-    if probability == 0.5 and x.numel() % 8 == 0:
-        drawn = _random_bytes(x.numel() // 8, x.device, generator)
-        return Choice(drawn[None], (1 << torch.arange(8, device=x.device)).byte()[:, None], 1)
-    drawn = _random_bytes(x.numel(), x.device, generator)
-    limit = max(1, min(_STEPS - 1, round(probability * _STEPS)))
-    return Choice(drawn[None], drawn.new_full((1, 1), _STEPS - 1), limit)
+    count, device = x.numel(), x.device
+    bits = 1 if probability == 0.5 else 8
+    rows = _WORD // bits
+    if count % rows:
+        rows = 1
+    shift = torch.arange(0, bits * rows, bits, dtype=torch.int32, device=device)[:, None]
+    mask = (1 << bits) - 1
+    limit = max(1, min(mask, round(probability * (mask + 1))))
+    return Choice(_random_words(count // rows, device, generator)[None], shift, mask, limit)
 
 
 def keep_some_float(
@@ -69,23 +74,25 @@ def keep_some_float(
     return choose(x, probability, generator).mix(quantized, x)
 
 
-def stays_float(drawn: Tensor, mask: Tensor, limit: int) -> Tensor:
+def stays_float(drawn: Tensor, shift: Tensor, mask: int, limit: int) -> Tensor:
     """1 where an element of a `Choice` stays float, else 0, float32 [rows, n].
 
     Numbers, not booleans: on a CPU a choice by booleans takes several times as long.
     """
-    return ((drawn & mask) < limit).float()
+    return (((drawn >> shift) & mask) < limit).float()
 
 
 @fused
-def _mix(quantized: Tensor, x: Tensor, drawn: Tensor, mask: Tensor, limit: int) -> Tensor:
+def _mix(
+    quantized: Tensor, x: Tensor, drawn: Tensor, shift: Tensor, mask: int, limit: int
+) -> Tensor:
     # At weights 0 and 1 lerp is exact.
-    return torch.lerp(quantized, x, stays_float(drawn, mask, limit).to(x.dtype))
+    return torch.lerp(quantized, x, stays_float(drawn, shift, mask, limit).to(x.dtype))
 
 
-def _random_bytes(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+def _random_words(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
     source = device if generator is None else generator.device
     # Eight bytes a draw: a draw takes the same time for one.
-    words = torch.empty((count + 7) // 8, dtype=torch.int64, device=source)
+    words = torch.empty((count + 1) // 2, dtype=torch.int64, device=source)
     words.random_(-(2**63), None, generator=generator)
-    return words.view(torch.uint8)[:count].to(device)
+    return words.view(torch.int32)[:count].to(device)

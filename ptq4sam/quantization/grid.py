@@ -210,7 +210,8 @@ def fake_quantize_some(
 def _move_some_to_grid(
     x: Tensor,
     drawn: Tensor,
-    mask: Tensor,
+    shift: Tensor,
+    mask: int,
     limit: int,
     scale: Tensor,
     zero_point: Tensor,
@@ -220,7 +221,7 @@ def _move_some_to_grid(
 ) -> Tensor:
     codes = _codes(precise(x), scale, zero_point, qmin, qmax)
     quantized = codes.sub_(zero_point).mul_(scale)
-    return torch.lerp(quantized, precise(x), stays_float(drawn, mask, limit)).to(like.dtype)
+    return torch.lerp(quantized, precise(x), stays_float(drawn, shift, mask, limit)).to(like.dtype)
 
 
 @fused
@@ -228,7 +229,8 @@ def _gradients_of_some(
     x: Tensor,
     gradient: Tensor,
     drawn: Tensor,
-    mask: Tensor,
+    shift: Tensor,
+    mask: int,
     limit: int,
     scale: Tensor,
     zero_point: Tensor,
@@ -236,7 +238,7 @@ def _gradients_of_some(
     qmax: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `x` and of the scale."""
-    kept = stays_float(drawn, mask, limit)
+    kept = stays_float(drawn, shift, mask, limit)
     ratio = precise(x) / scale
     unclamped = ratio.round().add_(zero_point)
     codes = unclamped.clamp(qmin, qmax)

@@ -249,12 +249,27 @@ def relative_table(table: Tensor, size: int) -> Tensor:
     Returns:
         [size queries, size keys, head_dim].
     """
+    table = table_of_size(table, size)
+    return table[relative_rows(size, table.device)]
+
+
+def table_of_size(table: Tensor, size: int) -> Tensor:
+    """A relative-position table for `size` positions, interpolated where it is another's.
+
+    Returns:
+        [2 * size - 1, head_dim].
+    """
     wanted = 2 * size - 1
-    if table.shape[0] != wanted:
-        resized = F.interpolate(table.t()[None], size=wanted, mode="linear")
-        table = resized[0].t()
-    position = torch.arange(size, device=table.device)
-    return table[position[:, None] - position[None, :] + size - 1]
+    if table.shape[0] == wanted:
+        return table
+    resized = F.interpolate(table.t()[None], size=wanted, mode="linear")
+    return resized[0].t()
+
+
+def relative_rows(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Which row of the table belongs to each query and key position: [size queries, size keys]."""
+    position = torch.arange(size, device=device)
+    return position[:, None] - position[None, :] + size - 1
 
 
 def window_partition(x: Tensor, window_size: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,8 +12,52 @@ from ptq4sam.sam.image_encoder import ImageEncoderViT
 from ptq4sam.sam.mask_decoder import MaskDecoder
 from ptq4sam.sam.prompt_encoder import PromptEncoder
 
-_PIXEL_MEAN = (123.675, 116.28, 103.53)
-_PIXEL_STD = (58.395, 57.12, 57.375)
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+"""By channel (red, green, blue), of values 0 to 255."""
+
+
+class PromptableModel(Protocol):
+    """What `Predictor` needs of a model, wherever it runs."""
+
+    name: str
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are taken and given."""
+
+    @property
+    def mask_input_size(self) -> tuple[int, int]:
+        """(height, width) of a mask prompt and of low-resolution masks."""
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of one picture's embedding."""
+
+    def preprocess(self, pixels: Tensor) -> Tensor:
+        """Normalise [..., 3, height, width] (0-255) and pad it to the square input."""
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Preprocessed pictures [batch, 3, side, side] to [batch, channels, rows, columns]."""
+
+    def decode(
+        self,
+        features: Tensor,
+        points: tuple[Tensor, Tensor] | None,
+        boxes: Tensor | None,
+        masks: Tensor | None,
+        multimask: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Masks of prompts on one picture; see `Sam.decode`."""
+
+    def postprocess_masks(
+        self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]
+    ) -> Tensor:
+        """Resize mask logits to the original picture."""
 
 
 class Sam(nn.Module):
@@ -32,7 +78,7 @@ class Sam(nn.Module):
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
-        mean, std = torch.tensor(_PIXEL_MEAN), torch.tensor(_PIXEL_STD)
+        mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
         self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
 
@@ -46,11 +92,53 @@ class Sam(nn.Module):
         """Where the model lives."""
         return self.pixel_mean.device
 
+    @property
+    def mask_input_size(self) -> tuple[int, int]:
+        """(height, width) of a mask prompt and of low-resolution masks."""
+        return self.prompt_encoder.mask_input_size
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of one picture's embedding."""
+        rows, columns = self.prompt_encoder.image_embedding_size
+        itemsize = self.prompt_encoder.no_mask_embed.weight.element_size()
+        return itemsize * self.prompt_encoder.embed_dim * rows * columns
+
     def preprocess(self, pixels: Tensor) -> Tensor:
         """Normalise [..., 3, height, width] (0-255) and pad it at the right and bottom."""
-        normalized = (pixels - self.pixel_mean) / self.pixel_std
-        height, width = normalized.shape[-2:]
-        return F.pad(normalized, (0, self.image_size - width, 0, self.image_size - height))
+        return normalize(pixels, self.pixel_mean, self.pixel_std, self.image_size)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Preprocessed pictures [batch, 3, side, side] to [batch, channels, rows, columns]."""
+        features: Tensor = self.image_encoder(pixels)
+        return features
+
+    def decode(
+        self,
+        features: Tensor,
+        points: tuple[Tensor, Tensor] | None,
+        boxes: Tensor | None,
+        masks: Tensor | None,
+        multimask: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Masks of prompts on one picture; those given together belong together row by row.
+
+        Args:
+            features: the picture's embedding [1, channels, rows, columns].
+            points: coordinates [prompts, n, 2] in pixels of the input and labels [prompts, n].
+            boxes: [prompts, 4] xyxy in pixels of the input.
+            masks: [prompts, 1, *mask_input_size] logits of an earlier prediction.
+            multimask: three masks a prompt instead of one.
+
+        Returns:
+            Mask logits [prompts, 3 or 1, *mask_input_size] and predicted IoUs [prompts, 3 or 1].
+        """
+        sparse, dense = self.prompt_encoder(points, boxes, masks)
+        positions = self.prompt_encoder.dense_positions()
+        decoded: tuple[Tensor, Tensor] = self.mask_decoder(
+            features, positions, sparse, dense, multimask
+        )
+        return decoded
 
     def postprocess_masks(
         self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]
@@ -65,7 +153,20 @@ class Sam(nn.Module):
         Returns:
             [prompts, masks, *original_size] logits.
         """
-        side = (self.image_size, self.image_size)
-        masks = F.interpolate(masks, side, mode="bilinear", align_corners=False)
-        masks = masks[..., : input_size[0], : input_size[1]]
-        return F.interpolate(masks, original_size, mode="bilinear", align_corners=False)
+        return resize_masks(masks, self.image_size, input_size, original_size)
+
+
+def normalize(pixels: Tensor, mean: Tensor, std: Tensor, side: int) -> Tensor:
+    """Normalise [..., 3, height, width] and pad it at the right and bottom to a square."""
+    normalized = (pixels - mean) / std
+    height, width = normalized.shape[-2:]
+    return F.pad(normalized, (0, side - width, 0, side - height))
+
+
+def resize_masks(
+    masks: Tensor, side: int, input_size: tuple[int, int], original_size: tuple[int, int]
+) -> Tensor:
+    """Logits of the padded square input to those of the picture; see `Sam.postprocess_masks`."""
+    masks = F.interpolate(masks, (side, side), mode="bilinear", align_corners=False)
+    masks = masks[..., : input_size[0], : input_size[1]]
+    return F.interpolate(masks, original_size, mode="bilinear", align_corners=False)

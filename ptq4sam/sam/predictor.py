@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ptq4sam.errors import DataError
-from ptq4sam.sam.model import Sam
+from ptq4sam.sam.model import PromptableModel
 
 ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
 
@@ -57,17 +57,17 @@ class Prediction:
 
 
 class Predictor:
-    """Predict masks with a SAM, float or quantized.
+    """Predict masks with a SAM, float or quantized, in torch or exported.
 
     Nothing here keeps gradients, but tensors are ordinary ones (no inference mode), so that what
     hooks collect during calibration can be trained on.
     """
 
-    def __init__(self, sam: Sam, memory_budget: int = DECODER_BYTES) -> None:
+    def __init__(self, sam: PromptableModel, memory_budget: int = DECODER_BYTES) -> None:
         """Wrap a model.
 
         Args:
-            sam: the model; its encoder or decoder may be replaced by quantized modules.
+            sam: the model: float or quantized, in torch or exported.
             memory_budget: bytes of temporary memory for the decoder, which takes as many prompts
                 at once as fit (at least one). Masks do not depend on it but for float rounding.
         """
@@ -80,11 +80,8 @@ class Predictor:
     @property
     def prompts_at_once(self) -> int:
         """Prompts that the decoder takes at once."""
-        encoder = self.sam.prompt_encoder
-        rows, columns = encoder.image_embedding_size
-        embedding_bytes = encoder.no_mask_embed.weight.element_size() * rows * columns
-        embedding_bytes *= encoder.embed_dim
-        return max(1, self.memory_budget // (_EMBEDDINGS_PER_PROMPT * embedding_bytes))
+        per_prompt = _EMBEDDINGS_PER_PROMPT * self.sam.embedding_bytes
+        return max(1, self.memory_budget // per_prompt)
 
     @property
     def embedding(self) -> ImageEmbedding:
@@ -111,11 +108,18 @@ class Predictor:
         Raises:
             DataError: the array is not such a picture.
         """
-        resized = resize_longest_side(image, self.sam.image_size)
-        pixels = torch.from_numpy(resized).permute(2, 0, 1)[None].to(self.sam.device)
-        features = self.sam.image_encoder(self.sam.preprocess(pixels))
         height, width = image.shape[:2]
-        return ImageEmbedding(features, resized.shape[:2], (height, width))
+        features = self.sam.embed(self.pixels(image))
+        return ImageEmbedding(
+            features, input_size((height, width), self.sam.image_size), (height, width)
+        )
+
+    def pixels(self, image: npt.NDArray[np.uint8]) -> Tensor:
+        """The encoder's input of a picture [1, 3, side, side]; arguments as for `embed`."""
+        resized = resize_longest_side(image, self.sam.image_size)
+        return self.sam.preprocess(
+            torch.from_numpy(resized).permute(2, 0, 1)[None].to(self.sam.device)
+        )
 
     @torch.no_grad()
     def predict(
@@ -143,19 +147,17 @@ class Predictor:
         embedding = self.embedding if embedding is None else embedding
         prompts = self._prompts(points, labels, boxes, masks, embedding)
         count = next(len(value) for value in prompts.values())
-        image_pe = self.sam.prompt_encoder.dense_positions()
         # Without prompts nothing passes the decoder, whose observers must not see empty tensors.
         masks_each = 3 if multimask else 1
-        mask_size = self.sam.prompt_encoder.mask_input_size
+        mask_size = self.sam.mask_input_size
         low_res = [embedding.features.new_empty(0, masks_each, *mask_size)]
         ious = [embedding.features.new_empty(0, masks_each)]
         at_once = self.prompts_at_once
         for first in range(0, count, at_once):
             part = {key: value[first : first + at_once] for key, value in prompts.items()}
             given = (part["points"], part["labels"]) if "points" in part else None
-            sparse, dense = self.sam.prompt_encoder(given, part.get("boxes"), part.get("masks"))
-            mask, iou = self.sam.mask_decoder(
-                embedding.features, image_pe, sparse, dense, multimask
+            mask, iou = self.sam.decode(
+                embedding.features, given, part.get("boxes"), part.get("masks"), multimask
             )
             low_res.append(mask)
             ious.append(iou)
@@ -216,7 +218,7 @@ class Predictor:
             corners = _tensor("boxes", boxes, (None, 4)).reshape(-1, 2, 2)
             prompts["boxes"] = to_input_pixels(corners, embedding).reshape(-1, 4).float()
         if masks is not None:
-            size = self.sam.prompt_encoder.mask_input_size
+            size = self.sam.mask_input_size
             prompts["masks"] = _tensor("masks", masks, (None, 1, *size)).float()
         if not prompts:
             raise DataError("no prompt was given: give points and labels, boxes or masks")

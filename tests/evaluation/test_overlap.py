@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptq4sam.evaluation import mask_ious
+from ptq4sam.evaluation import best_ious, encode_masks, mask_ious
 
 
 def _square(x: int, y: int, side: int) -> np.ndarray:
@@ -35,3 +35,14 @@ def test_what_is_no_pair_is_refused() -> None:
         mask_ious(np.zeros((2, 20, 30), np.bool_), np.zeros((3, 20, 30), np.bool_))
     with pytest.raises(ValueError, match="not pairs"):
         mask_ious(np.zeros((20, 30), np.bool_), np.zeros((20, 30), np.bool_))
+
+
+def test_objects_have_the_iou_of_the_mask_that_fits_best() -> None:
+    masks = np.zeros((3, 4, 6), bool)
+    masks[0, :2, :2] = masks[1, :2, :3] = masks[2, 3, 3:] = True
+    objects = np.zeros((2, 4, 6), bool)
+    objects[0, :2, :4] = objects[1, 3, 5:] = True
+    found = best_ious(encode_masks(objects), encode_masks(masks))
+    assert found.tolist() == pytest.approx([6 / 8, 1 / 3])
+    assert best_ious(encode_masks(objects), []).tolist() == [0, 0]
+    assert best_ious([], encode_masks(masks)).tolist() == []

@@ -1,0 +1,140 @@
+"""Exported models, to be used as a SAM in torch is."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptq4sam.deploy.manifest import DECODER, ENCODER, SUFFIXES, Manifest, read_manifest
+from ptq4sam.deploy.runtimes import RUNTIMES, Precision, Session, open_session
+from ptq4sam.errors import ConfigError
+from ptq4sam.sam.model import normalize, resize_masks
+
+_FLOAT_BYTES = 4
+
+
+class ExportedSam:
+    """A SAM in files, run by ONNX Runtime or OpenVINO on the CPU; give it to `Predictor`.
+
+    Attributes:
+        name: of the SAM.
+        manifest: what it is.
+        runtime: "onnxruntime" or "openvino".
+    """
+
+    def __init__(self, folder: Path, runtime: str, precision: Precision = "f32") -> None:
+        """Open the files of a folder; see `open_exported`."""
+        self.manifest: Manifest = read_manifest(folder, RUNTIMES[runtime])
+        self.runtime = runtime
+        self.name = self.manifest.model
+        suffix = SUFFIXES[RUNTIMES[runtime]][0]
+        self._encoder, self._decoder = (
+            open_session(runtime, folder / f"{part}{suffix}", outputs, precision)
+            for part, outputs in ((ENCODER, ["embedding"]), (DECODER, ["low_res", "iou"]))
+        )
+        self._mean, self._std = (
+            torch.tensor(values).view(-1, 1, 1)
+            for values in (self.manifest.pixel_mean, self.manifest.pixel_std)
+        )
+
+    def with_encoder(self, encoder: Session) -> ExportedSam:
+        """The same model with another graph for `image` to `embedding`."""
+        changed = copy.copy(self)
+        changed._encoder = encoder
+        return changed
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        return self.manifest.image_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are taken and given: the CPU."""
+        return torch.device("cpu")
+
+    @property
+    def mask_input_size(self) -> tuple[int, int]:
+        """(height, width) of a mask prompt and of low-resolution masks."""
+        return self.manifest.mask_input
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of one picture's embedding."""
+        channels, rows, columns = self.manifest.embedding
+        return _FLOAT_BYTES * channels * rows * columns
+
+    def preprocess(self, pixels: Tensor) -> Tensor:
+        """Normalise [..., 3, height, width] (0-255) and pad it at the right and bottom."""
+        return normalize(pixels, self._mean, self._std, self.image_size)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Preprocessed pictures [batch, 3, side, side] to [batch, channels, rows, columns]."""
+        features = [self._encoder.run({"image": picture[None]})[0] for picture in pixels.numpy()]
+        return torch.from_numpy(np.concatenate(features))
+
+    def decode(
+        self,
+        features: Tensor,
+        points: tuple[Tensor, Tensor] | None,
+        boxes: Tensor | None,
+        masks: Tensor | None,
+        multimask: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Masks of prompts on one picture; arguments and result as for `Sam.decode`."""
+        given = next(x for x in (points and points[0], boxes, masks) if x is not None)
+        count = len(given)
+        coordinates, labels = points or (torch.zeros(count, 0, 2), torch.zeros(count, 0))
+        if points is not None and boxes is None:
+            # Points without a box are followed by a "not a point", as SAM was trained.
+            coordinates = torch.cat([coordinates, coordinates.new_zeros(count, 1, 2)], dim=1)
+            labels = torch.cat([labels, -labels.new_ones(count, 1)], dim=1)
+        no_mask = torch.zeros(1, 1, *self.mask_input_size)
+        inputs = {
+            "embedding": features,
+            "points": coordinates.float(),
+            "labels": labels.long(),
+            "boxes": torch.zeros(count, 0, 4) if boxes is None else boxes[:, None],
+            "mask": no_mask if masks is None else masks,
+            "has_mask": torch.tensor([0.0 if masks is None else 1.0]),
+            "multimask": torch.tensor([int(multimask)]),
+            # Only for masks at full size, which `Predictor` makes itself within its memory.
+            "original_size": torch.tensor([self.image_size, self.image_size]),
+        }
+        arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}
+        low_res, ious = self._decoder.run(arrays)
+        return torch.from_numpy(low_res), torch.from_numpy(ious)
+
+    def postprocess_masks(
+        self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]
+    ) -> Tensor:
+        """Resize mask logits to the original picture; see `Sam.postprocess_masks`."""
+        return resize_masks(masks, self.image_size, input_size, original_size)
+
+
+def open_exported(folder: str | Path, runtime: str, precision: Precision = "f32") -> ExportedSam:
+    """Open a model that `export` wrote.
+
+    Args:
+        folder: where it is.
+        runtime: "onnxruntime" or "openvino".
+        precision: of what is not integer: "f32", which agrees with the simulation, or "bf16", which
+            is faster in OpenVINO on a processor that has it.
+
+    Raises:
+        ConfigError: there is no such runtime, or it has no such precision.
+        CheckpointError: the folder has no export of the runtime's format, or a damaged one.
+        DependencyError: the runtime is not installed.
+    """
+    if runtime not in RUNTIMES:
+        raise ConfigError(f"runtime {runtime!r} was asked for: use {' or '.join(RUNTIMES)}")
+    if precision not in ("f32", "bf16") or (precision == "bf16" and runtime != "openvino"):
+        raise ConfigError(
+            f"precision {precision!r} was asked for in {runtime}: OpenVINO has f32 and bf16, ONNX "
+            "Runtime f32"
+        )
+    return ExportedSam(Path(folder), runtime, precision)

@@ -1,0 +1,1 @@
+"""A SAM, float or quantized, as ONNX graphs that compute what it computes."""

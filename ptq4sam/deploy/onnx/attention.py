@@ -1,0 +1,82 @@
+"""Softmax attention, float or quantized, as ONNX nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ptq4sam.deploy.onnx.graph import Graph
+from ptq4sam.deploy.onnx.values import dequantize, quantize
+from ptq4sam.quantization.base import Quantizer
+from ptq4sam.sam.image_encoder import Attention as EncoderAttention
+from ptq4sam.sam.transformer import Attention as DecoderAttention
+
+_ROLES = ("query", "key", "value")
+
+Bias = Callable[[str, str], str]
+"""From logits and the unscaled query to logits with relative positions."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Query, scaled key and value by head: [batch, heads, n, d], [.., d, m] and [.., m, d]."""
+
+    query: str
+    key: str
+    value: str
+
+
+def attention_quantizer(attention: nn.Module, role: str) -> Quantizer | None:
+    """The quantizer of "query", "key", "value" or "softmax"; None in a float attention."""
+    quantizer = getattr(attention, f"{role}_quantizer", None)
+    return quantizer if isinstance(quantizer, Quantizer) else None
+
+
+def operands(
+    graph: Graph,
+    attention: EncoderAttention | DecoderAttention,
+    projected: Sequence[str],
+    tokens: int,
+    path: str,
+) -> Operands:
+    """Quantize query, key and value [batch, ..., heads * d] and split them by head.
+
+    The attention's scale goes into the key, whose factor it is where the key is quantized.
+
+    Args:
+        graph: where nodes go.
+        attention: owner of the quantizers.
+        projected: query, key and value, float.
+        tokens: in each; 0 for sizes to keep.
+        path: of the attention.
+    """
+    heads, found = attention.num_heads, []
+    for role, x in zip(_ROLES, projected, strict=True):
+        quantizer = attention_quantizer(attention, role)
+        value = quantize(graph, x, quantizer, f"{path}.{role}_quantizer")
+        is_key = role == "key"
+        x = dequantize(graph, value, f"{path}.{role}", attention.scale if is_key else 1.0)
+        x = graph.reshape(x, (0, tokens, heads, -1), f"{path}.{role}.split")
+        # Keys lie as the product takes them.
+        found.append(graph.transpose(x, (0, 2, 3, 1) if is_key else (0, 2, 1, 3), f"{path}.{role}"))
+    return Operands(*found)
+
+
+def attend(
+    graph: Graph,
+    attention: nn.Module,
+    given: Operands,
+    path: str,
+    bias: Bias | None = None,
+) -> str:
+    """softmax(query key scale + bias) value: [batch, heads, n, d]."""
+    logits = graph.node("MatMul", [given.query, given.key], f"{path}.logits")
+    if bias is not None:
+        logits = bias(logits, given.query)
+    softmax = graph.node("Softmax", [logits], f"{path}.softmax", axis=-1)
+    quantizer = attention_quantizer(attention, "softmax")
+    weights = quantize(graph, softmax, quantizer, f"{path}.softmax_quantizer")
+    factors = [dequantize(graph, weights, f"{path}.softmax"), given.value]
+    return graph.node("MatMul", factors, f"{path}.attended")

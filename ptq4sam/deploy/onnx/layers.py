@@ -1,0 +1,157 @@
+"""The layers that SAM is made of, as ONNX nodes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ptq4sam.deploy.onnx.graph import Graph
+from ptq4sam.deploy.onnx.values import Value, dequantize, dequantized_weight, quantize
+from ptq4sam.errors import DeployError
+from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
+from ptq4sam.quantization.base import Quantizer
+from ptq4sam.sam.common import LayerNorm2d, MLPBlock
+from ptq4sam.sam.mask_decoder import MLP
+
+_ACTIVATIONS = {nn.GELU: "Gelu", nn.ReLU: "Relu"}
+
+
+def array(tensor: Tensor) -> NDArray[np.float32]:
+    """A parameter as a float32 array."""
+    result: NDArray[np.float32] = tensor.detach().cpu().float().numpy()
+    return result
+
+
+def input_quantizer(layer: nn.Module) -> Quantizer | None:
+    """The quantizer of a layer's input; None for a float layer."""
+    return layer.input_quantizer if isinstance(layer, QuantizedLinear | QuantizedConv2d) else None
+
+
+def linear(graph: Graph, layer: nn.Linear, x: str, path: str) -> str:
+    """A linear layer, float or quantized, of a float tensor."""
+    return apply_linear(graph, layer, quantize_input(graph, layer, x, path), path)
+
+
+def quantize_input(graph: Graph, layer: nn.Module, x: str, path: str) -> Value:
+    """The input of a layer as it takes it."""
+    return quantize(graph, x, input_quantizer(layer), f"{path}.input")
+
+
+def apply_linear(
+    graph: Graph, layer: nn.Linear, x: Value, path: str, outputs: slice = slice(None)
+) -> str:
+    """A linear layer, or some of its outputs, of an input that is quantized where the layer is."""
+    factors = [dequantize(graph, x, f"{path}.input"), _matrix(graph, layer, path, outputs)]
+    if layer.bias is None:
+        return graph.node("MatMul", factors, path)
+    product = graph.node("MatMul", factors, f"{path}.product")
+    bias = array(layer.bias)[outputs]
+    if x.affine is not None:
+        # With a bias of one dimension ONNX Runtime would make a float Gemm of the integer product.
+        bias = bias[None, None]
+    return graph.node("Add", [product, graph.constant(f"{path}.bias", bias)], path)
+
+
+def _matrix(graph: Graph, layer: nn.Linear, path: str, outputs: slice) -> str:
+    """The weight as [in, out]."""
+    if type(layer) is nn.Linear:
+        return graph.parameter(f"{path}.weight", array(layer.weight[outputs].t()))
+    if not isinstance(layer, QuantizedLinear):
+        raise _unknown(layer, path)
+    return dequantized_weight(graph, layer, path, outputs)
+
+
+def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
+    """A convolution or transposed convolution, float or quantized, of [batch, channels, h, w]."""
+    if isinstance(layer, QuantizedConv2d):
+        weight = dequantized_weight(graph, layer, path)
+    elif type(layer) in (nn.Conv2d, nn.ConvTranspose2d):
+        weight = graph.parameter(f"{path}.weight", array(layer.weight))  # type: ignore[arg-type]
+    else:
+        raise _unknown(layer, path)
+    assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+    plain = (
+        layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and isinstance(layer.padding, tuple)
+        and (not isinstance(layer, nn.ConvTranspose2d) or not any(layer.output_padding))
+    )
+    if not plain:
+        raise DeployError(f"{path} is a convolution with groups or padding that SAM has not")
+    value = dequantize(graph, quantize_input(graph, layer, x, path), f"{path}.input")
+    kind = "ConvTranspose" if isinstance(layer, nn.ConvTranspose2d) else "Conv"
+    inputs = [value, weight]
+    if layer.bias is not None:
+        inputs.append(graph.constant(f"{path}.bias", array(layer.bias)))
+    return graph.node(
+        kind,
+        inputs,
+        path,
+        kernel_shape=list(layer.kernel_size),
+        strides=list(layer.stride),
+        dilations=list(layer.dilation),
+        pads=[*layer.padding, *layer.padding],
+    )
+
+
+def layer_norm(graph: Graph, layer: nn.LayerNorm | LayerNorm2d, x: str, path: str) -> str:
+    """Layer normalisation over the last axis, or over the channels of [batch, channels, h, w]."""
+    inputs = [
+        x,
+        graph.constant(f"{path}.weight", array(layer.weight)),
+        graph.constant(f"{path}.bias", array(layer.bias)),
+    ]
+    if isinstance(layer, nn.LayerNorm):
+        return graph.node("LayerNormalization", inputs, path, axis=-1, epsilon=layer.eps)
+    inputs[0] = graph.transpose(x, (0, 2, 3, 1), f"{path}.channels_last")
+    normalized = graph.node(
+        "LayerNormalization", inputs, f"{path}.normalized", axis=-1, epsilon=layer.eps
+    )
+    return graph.transpose(normalized, (0, 3, 1, 2), path)
+
+
+def activation(graph: Graph, module: nn.Module, x: str, path: str) -> str:
+    """GELU (exact) or ReLU."""
+    kind = _ACTIVATIONS.get(type(module))
+    if kind is None or getattr(module, "approximate", "none") != "none":
+        raise _unknown(module, path)
+    return graph.node(kind, [x], path)
+
+
+def mlp_block(graph: Graph, block: MLPBlock, x: str, path: str) -> str:
+    """Two linear layers with an activation between them."""
+    hidden = linear(graph, block.lin1, x, f"{path}.lin1")
+    hidden = activation(graph, block.act, hidden, f"{path}.act")
+    return linear(graph, block.lin2, hidden, f"{path}.lin2")
+
+
+def perceptron(graph: Graph, module: MLP, x: str, path: str) -> str:
+    """The decoder's linear layers with ReLU between them."""
+    last = len(module.layers) - 1
+    for index, layer in enumerate(module.layers):
+        assert isinstance(layer, nn.Linear)
+        x = linear(graph, layer, x, f"{path}.layers.{index}")
+        if index < last:
+            x = graph.node("Relu", [x], f"{path}.relu.{index}")
+    return x
+
+
+def sequential(graph: Graph, modules: nn.Sequential, x: str, path: str) -> str:
+    """Convolutions, normalisations and activations one after the other."""
+    for index, module in enumerate(modules):
+        inner = f"{path}.{index}"
+        if isinstance(module, LayerNorm2d):
+            x = layer_norm(graph, module, x, inner)
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            x = convolution(graph, module, x, inner)
+        else:
+            x = activation(graph, module, x, inner)
+    return x
+
+
+def _unknown(module: nn.Module, path: str) -> DeployError:
+    return DeployError(
+        f"{path} is a {type(module).__name__}, for which no exact form is known: it cannot be "
+        "exported"
+    )

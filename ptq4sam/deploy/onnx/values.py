@@ -1,0 +1,204 @@
+"""Tensors of a graph, float or as integer codes, and the way from one to the other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ptq4sam.deploy.codes import (
+    LogGrid,
+    QuantizedLayer,
+    UniformGrid,
+    layer_codes,
+    softmax_grid,
+)
+from ptq4sam.deploy.onnx.graph import Graph
+from ptq4sam.errors import DeployError
+from ptq4sam.methods.adaptive_granularity import FLOOR
+from ptq4sam.quantization.base import Mode, Quantizer
+from ptq4sam.quantization.grid import Grid, along_channels
+
+_CONTAINER_BITS = 8
+_NIBBLE_BITS = 4
+_UNSIGNED = 128
+"""The code of 0 where signed codes are held unsigned."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """What integer codes mean: (code - zero_point) * scale.
+
+    Attributes:
+        scale: [] or [channels], float32.
+        zero_point: of the codes' type, in the shape of `scale`.
+    """
+
+    scale: NDArray[np.float32]
+    zero_point: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the graph: float where `affine` is None, else codes."""
+
+    name: str
+    affine: Affine | None = None
+
+    def renamed(self, name: str) -> Value:
+        """The same numbers at other places (reshaped, transposed, sliced)."""
+        return replace(self, name=name)
+
+
+def dequantize(graph: Graph, value: Value, path: str, factor: float = 1.0) -> str:
+    """The float tensor of a value, times a factor."""
+    if value.affine is None:
+        if factor == 1.0:
+            return value.name
+        return graph.node("Mul", [value.name, graph.number(factor)], f"{path}.scaled")
+    scale = np.asarray(value.affine.scale * np.float32(factor), np.float32)
+    inputs = [
+        value.name,
+        graph.constant(f"{path}.scale", scale),
+        graph.constant(f"{path}.zero_point", value.affine.zero_point),
+    ]
+    return graph.node("DequantizeLinear", inputs, f"{path}.dequantized")
+
+
+def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Value:
+    """A float tensor on the quantizer's grid; None leaves it as it is.
+
+    Evenly spaced grids give codes, in 8 bits also where they have fewer: the tensor is cut to their
+    range first. Powers of 2 (adaptive granularity) give a float tensor of values on the grid.
+
+    Raises:
+        DeployError: the quantizer's grid has no exact form.
+    """
+    if quantizer is None:
+        return Value(x)
+    _require_quantizing(quantizer, path)
+    grid = softmax_grid(quantizer)
+    if isinstance(grid, LogGrid):
+        return Value(_powers(graph, x, grid, path))
+    affine = _activation_format(grid, graph.signed, path)
+    if grid.grid.bits < _CONTAINER_BITS:
+        bounds = [
+            graph.number(float(np.float32(code - grid.zero_point) * np.float32(grid.scale)))
+            for code in (grid.grid.qmin, grid.grid.qmax)
+        ]
+        x = graph.node("Clip", [x, *bounds], f"{path}.clipped")
+    inputs = [
+        x,
+        graph.constant(f"{path}.scale", affine.scale),
+        graph.constant(f"{path}.zero_point", affine.zero_point),
+    ]
+    return Value(graph.node("QuantizeLinear", inputs, f"{path}.codes"), affine)
+
+
+def dequantized_weight(
+    graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = slice(None)
+) -> str:
+    """The float weight of a layer, from integers: [in, out] of a linear one, else as it is.
+
+    `outputs` are those of its output channels that are wanted.
+
+    Codes of up to 4 bits are held two in a byte, others in one each. What is multiplied are their
+    distances from the zero point where these fit into int8, up to 7 bits and for symmetric grids:
+    runtimes have faster integer products for codes without zero point.
+
+    Raises:
+        DeployError: the weight is not on a grid of at most 8 bits.
+    """
+    name = f"{path}.weight"
+    _require_quantizing(layer.weight_quantizer, name)
+    weight = layer_codes(layer)
+    _check_bits(weight.grid, name)
+    codes, scale, zeros = weight.codes[outputs], weight.scale, weight.zero_point
+    if scale.dim():
+        scale, zeros = scale[outputs], zeros[outputs]
+    zeros = along_channels(zeros, codes.dim(), 0)
+    axis = 0
+    if codes.dim() == 2:
+        codes, axis = codes.t(), 1
+        zeros = zeros.reshape(1, -1) if zeros.dim() else zeros
+    if weight.grid.bits <= _NIBBLE_BITS:
+        held = graph.nibbles(name, (codes - weight.grid.qmin).numpy())
+        below = graph.constant(f"{name}.zero", (zeros - weight.grid.qmin).numpy())
+        distance = graph.node("Sub", [held, below], f"{name}.distance")
+        held, zero_point = graph.cast(distance, np.int8, f"{name}.int8"), torch.zeros_like(zeros)
+    else:
+        distance, zero_point = codes - zeros, torch.zeros_like(zeros)
+        if int(distance.min()) < -128 or int(distance.max()) > 127:
+            distance, zero_point = codes - 128, zeros - 128
+        held = graph.constant(name, _int8(distance))
+    inputs = [
+        held,
+        graph.constant(f"{name}.scale", _float32(scale)),
+        graph.constant(f"{name}.zero_point", _int8(zero_point.reshape(scale.shape))),
+    ]
+    return graph.node("DequantizeLinear", inputs, f"{name}.dequantized", axis=axis)
+
+
+def _activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
+    """What codes are in the graph: signed ones are distances from the zero point where these fit.
+
+    Rounding x / scale and adding the zero point, as the simulation does, gives the same points.
+    """
+    _check_bits(grid.grid, path)
+    scale = np.array(grid.scale, np.float32)
+    if signed and (grid.grid.symmetric or grid.grid.bits < _CONTAINER_BITS):
+        return Affine(scale, np.array(0, np.int8))
+    shift = _UNSIGNED if grid.grid.symmetric else 0
+    return Affine(scale, np.array(grid.zero_point + shift, np.uint8))
+
+
+def _powers(graph: Graph, x: str, grid: LogGrid, path: str) -> str:
+    """Softmax outputs moved to powers of 2^(1/tau): the code by a logarithm, the value by a table.
+
+    The table's last entry, one beyond the grid, is the 0 of what is too small.
+    """
+    levels = grid.grid.levels
+    points = torch.arange(levels).div(-grid.tau).exp2().mul(grid.scale)
+    table = graph.constant(f"{path}.points", np.append(_float32(points), np.float32(0)))
+    largest = float(np.finfo(np.float32).max)
+    bounds = [graph.number(FLOOR), graph.number(largest)]
+    floored = graph.node("Clip", [x, *bounds], f"{path}.floored")
+    ratio = graph.node("Div", [floored, graph.number(grid.scale)], f"{path}.ratio")
+    logarithm = graph.node("Log", [ratio], f"{path}.logarithm")
+    step = graph.number(-grid.tau / math.log(2))
+    steps = graph.node("Mul", [logarithm, step], f"{path}.steps")
+    rounded = graph.node("Round", [steps], f"{path}.rounded")
+    ends = [graph.number(0.0), graph.number(float(levels))]
+    codes = graph.node("Clip", [rounded, *ends], f"{path}.within")
+    indices = graph.cast(codes, np.int32, f"{path}.codes")
+    return graph.node("Gather", [table, indices], f"{path}.values", axis=0)
+
+
+def _require_quantizing(quantizer: Quantizer, path: str) -> None:
+    if quantizer.mode is not Mode.QUANTIZE or quantizer.drop_probability > 0:
+        raise DeployError(
+            f"{path} is off or lets elements through at random: only a frozen model (compat: "
+            "faithful) can be exported"
+        )
+
+
+def _check_bits(grid: Grid, path: str) -> None:
+    if grid.bits > _CONTAINER_BITS:
+        raise DeployError(
+            f"{path} has {grid.bits} bits, integer kernels take up to 8: quantize to fewer"
+        )
+
+
+def _float32(x: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = x.detach().cpu().float().numpy()
+    return array
+
+
+def _int8(x: Tensor) -> NDArray[np.int8]:
+    array: NDArray[np.int8] = x.detach().cpu().to(torch.int8).numpy()
+    return array

@@ -1,0 +1,7 @@
+"""Masks of everything in a picture, without prompts (Segment Anything, appendix B)."""
+
+from ptq4sam.everything.generator import MaskGenerator
+from ptq4sam.everything.masks import FoundMasks
+from ptq4sam.everything.settings import EverythingSettings
+
+__all__ = ["EverythingSettings", "FoundMasks", "MaskGenerator"]

@@ -1,0 +1,43 @@
+"""Units of one model in place of another's: what a unit's bits are worth, seen on the whole."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from ptq4sam.model.insertion import TRANSFORMER, QuantizedSam, model_units
+from ptq4sam.quantization.scheme import FLOAT
+
+
+@contextlib.contextmanager
+def exchanged(sam: nn.Module, units: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Other modules stand at some paths of a model within the `with` block."""
+    before = {name: sam.get_submodule(name) for name in units}
+    try:
+        _put(sam, units)
+        yield
+    finally:
+        _put(sam, before)
+
+
+def take_units(sam: QuantizedSam, levels: Mapping[str, int | str], source: QuantizedSam) -> None:
+    """Give a frozen model units of another one for good; its scheme then says which.
+
+    Args:
+        sam: the model.
+        levels: bits of these units in `source`, or "float", by path.
+        source: the other model, which shares them from now on.
+    """
+    units = dict(model_units(source))
+    _put(sam, {name: units[name] for name in levels})
+    sam.scheme = sam.scheme.with_units({**sam.scheme.units, **levels})
+    left_float = {name for name, level in sam.scheme.units.items() if level == FLOAT}
+    sam.folded = [name for name in sam.folded if f"{TRANSFORMER}.{name}" not in left_float]
+
+
+def _put(sam: nn.Module, units: Mapping[str, nn.Module]) -> None:
+    for name, unit in units.items():
+        parent, _, last = name.rpartition(".")
+        setattr(sam.get_submodule(parent), last, unit)

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from ptq4sam.deploy.onnx.graph import Graph
+from ptq4sam.deploy.onnx.layers import activation, convolution, linear
+from ptq4sam.deploy.onnx.values import dequantize, quantize
+from ptq4sam.errors import DeployError
+from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, put_weights_on_grid
+from ptq4sam.quantization.grid import Grid
+from ptq4sam.quantization.modes import quantizer_mode
+from ptq4sam.quantization.quantizers import (
+    FixedQuantizer,
+    LSQPlusQuantizer,
+    Mode,
+    Quantizer,
+)
+from tests.deploy.runtime_graphs import (
+    RUNTIMES,
+    onnxruntime_operators,
+    openvino_precisions,
+    run_graph,
+)
+
+pytestmark = pytest.mark.parametrize("runtime", RUNTIMES)
+
+
+def calibrated(quantizer: Quantizer, x: torch.Tensor, *more: torch.Tensor) -> Quantizer:
+    with quantizer_mode(quantizer, Mode.OBSERVE):
+        quantizer(x, *more)
+    return quantizer.requires_grad_(False)
+
+
+def exported(
+    quantizer: Quantizer, x: torch.Tensor, runtime: str, folder: Path, *, signed: bool = False
+) -> Any:
+    graph = Graph("quantizer", signed)
+    name = graph.input("x", np.float32, x.shape)
+    value = quantize(graph, name, quantizer, "quantizer")
+    graph.output("y", dequantize(graph, value, "quantizer"), np.float32, x.shape)
+    return run_graph(graph, runtime, folder, {"x": x.numpy()})[0]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_activations_are_moved_to_the_points_of_the_simulation(
+    bits: int, symmetric: bool, signed: bool, runtime: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(bits)
+    x = torch.randn(50_000) + 0.3
+    quantizer = calibrated(FixedQuantizer(Grid(bits, symmetric)), x[:500].clone())
+    # Beyond the range of calibration too: there the codes are cut.
+    x = 2 * x
+    found = exported(quantizer, x, runtime, tmp_path, signed=signed)
+    steps = (found - quantizer(x).numpy()) / quantizer.scale.numpy()
+    if runtime == "onnxruntime":
+        np.testing.assert_allclose(steps, 0, atol=1e-5)
+    else:
+        # It multiplies by 1 / scale: what lies in the middle of two points may take the other one.
+        assert np.count_nonzero(np.abs(steps) > 1e-4) <= 5
+        assert np.abs(steps).max() < 1.001
+
+
+def test_a_learned_zero_point_is_used_as_a_code(runtime: str, tmp_path: Path) -> None:
+    x = torch.randn(1000)
+    quantizer = calibrated(LSQPlusQuantizer(Grid(4)), x)
+    quantizer.zero_point.data.fill_(6.6)
+    found = exported(quantizer, x, runtime, tmp_path)
+    np.testing.assert_allclose(found, quantizer(x).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_softmax_outputs_are_moved_to_the_powers_of_the_simulation(
+    bits: int, runtime: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(bits)
+    attention = (4 * torch.randn(8, 100, 60)).softmax(-1)
+    attention[0, 0, :3] = torch.tensor([0.0, 1e-30, 1.0])
+    quantizer = AdaptiveGranularityQuantizer(Grid(bits))
+    calibrated(quantizer, attention, torch.randn(8, 60, 16))
+    found = exported(quantizer, attention, runtime, tmp_path)
+    expected = quantizer(attention).numpy()
+    different = ~np.isclose(found, expected, rtol=1e-6, atol=0)
+    # Logarithms differ in their last bit, and so do codes in the middle of two.
+    assert different.mean() < 1e-4
+    assert (found == 0).any()
+    assert found[0, 0, 0] == found[0, 0, 1] == 0
+
+
+def quantized_linear(
+    weight_grid: Grid, input_grid: Grid, x: torch.Tensor, bias: bool = True
+) -> QuantizedLinear:
+    layer = QuantizedLinear(
+        nn.Linear(x.shape[-1], 24, bias=bias),
+        FixedQuantizer(weight_grid, channel_axis=0),
+        FixedQuantizer(input_grid),
+    )
+    calibrated(layer.weight_quantizer, layer.weight)
+    calibrated(layer.input_quantizer, x)
+    put_weights_on_grid(layer)
+    return layer.requires_grad_(False)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_is_that_of_the_simulation(
+    bits: int, symmetric: bool, bias: bool, runtime: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 30, 40)
+    grid = Grid(bits, symmetric)
+    layer = quantized_linear(grid, grid, x, bias)
+    graph = Graph("linear")
+    name = graph.input("x", np.float32, x.shape)
+    graph.output("y", linear(graph, layer, name, "layer"), np.float32, [2, 30, 24])
+    # Points of the grid, on which no rounding can differ.
+    x = layer.input_quantizer(x)
+    found = run_graph(graph, runtime, tmp_path, {"x": x.numpy()})[0]
+    np.testing.assert_allclose(found, layer(x).numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_convolution_is_that_of_the_simulation(bits: int, runtime: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 9, 11)
+    layer = QuantizedConv2d(
+        nn.Conv2d(8, 12, 3, padding=1, bias=False),
+        FixedQuantizer(Grid(bits), channel_axis=0),
+        FixedQuantizer(Grid(bits)),
+    )
+    calibrated(layer.weight_quantizer, layer.weight)
+    calibrated(layer.input_quantizer, x)
+    put_weights_on_grid(layer)
+    layer.requires_grad_(False)
+    graph = Graph("convolution")
+    name = graph.input("x", np.float32, x.shape)
+    graph.output("y", convolution(graph, layer, name, "layer"), np.float32, [1, 12, 9, 11])
+    x = layer.input_quantizer(x)
+    found = run_graph(graph, runtime, tmp_path, {"x": x.numpy()})[0]
+    np.testing.assert_allclose(found, layer(x).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def constants(layer: QuantizedLinear, path: Path) -> dict[str, onnx.TensorProto]:
+    graph = Graph("linear")
+    name = graph.input("x", np.float32, [1, 5, 40])
+    graph.output("y", linear(graph, layer, name, "layer"), np.float32, [1, 5, 24])
+    graph.write(path, {})
+    return {constant.name: constant for constant in onnx.load(path).graph.initializer}
+
+
+def test_weights_of_6_bits_are_bytes(runtime: str, tmp_path: Path) -> None:
+    layer = quantized_linear(Grid(6), Grid(6), torch.randn(1, 5, 40))
+    found = constants(layer, tmp_path / "g.onnx")
+    codes = onnx.numpy_helper.to_array(found["layer.weight"])
+    scale = onnx.numpy_helper.to_array(found["layer.weight.scale"])
+    assert codes.dtype == np.int8
+    assert not onnx.numpy_helper.to_array(found["layer.weight.zero_point"]).any()
+    assert np.array_equal(codes * scale, layer.weight.t().numpy())
+    input_scale = onnx.numpy_helper.to_array(found["layer.input.scale"])
+    assert input_scale == layer.input_quantizer.scale.numpy()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_weights_of_4_bits_are_half_bytes(symmetric: bool, runtime: str, tmp_path: Path) -> None:
+    layer = quantized_linear(Grid(4, symmetric), Grid(4), torch.randn(1, 5, 40))
+    found = constants(layer, tmp_path / "g.onnx")
+    assert found["layer.weight"].data_type == onnx.TensorProto.UINT4
+    assert len(found["layer.weight"].raw_data) == 40 * 24 // 2
+    codes = onnx.numpy_helper.to_array(found["layer.weight"]).astype(np.int32)
+    zero = onnx.numpy_helper.to_array(found["layer.weight.zero"])
+    scale = onnx.numpy_helper.to_array(found["layer.weight.scale"])
+    weight = (codes - zero).astype(np.float32) * scale
+    assert np.array_equal(weight, layer.weight.t().numpy())
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_a_linear_layer_runs_on_integers(bits: int, runtime: str, tmp_path: Path) -> None:
+    path = tmp_path / "g.onnx"
+    constants(quantized_linear(Grid(bits, bits == 8), Grid(bits), torch.randn(1, 5, 40)), path)
+    if runtime == "onnxruntime":
+        assert onnxruntime_operators(path, tmp_path)["MatMulIntegerToFloat"] == 1
+    else:
+        kinds = ("MatMul", "FullyConnected", "FullyConnectedQuantizedLegacy")
+        assert set(openvino_precisions(path, kinds)) <= {"i8", "u8"}
+
+
+def test_what_has_no_exact_form_is_named(runtime: str) -> None:
+    x = torch.randn(1, 5, 40)
+    graph = Graph("refused")
+    name = graph.input("x", np.float32, x.shape)
+    wide = calibrated(FixedQuantizer(Grid(9)), x)
+    with pytest.raises(DeployError, match=r"blocks.3.attn has 9 bits"):
+        quantize(graph, name, wide, "blocks.3.attn")
+    with pytest.raises(DeployError, match=r"decoder.lin1.weight has 12 bits"):
+        linear(graph, quantized_linear(Grid(12), Grid(8), x), name, "decoder.lin1")
+    channels = calibrated(FixedQuantizer(Grid(8), channel_axis=2), x)
+    with pytest.raises(DeployError, match="one scale"):
+        quantize(graph, name, channels, "q")
+    dropping = calibrated(FixedQuantizer(Grid(8)), x)
+    dropping.drop_probability = 0.5
+    with pytest.raises(DeployError, match="at random"):
+        quantize(graph, name, dropping, "q")
+    layer = quantized_linear(Grid(8), Grid(8), x)
+    layer.weight[0, 0] += 1e-3
+    with pytest.raises(DeployError, match="not on its grid"):
+        linear(graph, layer, name, "layer")
+    with pytest.raises(DeployError, match=r"neck.2 is a SiLU"):
+        activation(graph, nn.SiLU(), name, "neck.2")
+    with pytest.raises(DeployError, match="groups"):
+        convolution(graph, nn.Conv2d(8, 8, 3, groups=2), name, "neck.2")

@@ -1,0 +1,279 @@
+"""Measure whether deployed models do what the simulation promises, and write docs/agreement.md.
+
+    python tools/write_agreement.py --coco-mini DIR --out docs/agreement.md
+
+vit_nano is quantized by each scheme, saved and exported; then the float model, the simulation, the
+integer reference and the exported files are scored on the same boxes (ground truth) by the same
+code. What is finished in the work directory is not measured again. Without --coco-mini only the
+generated scenes are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from write_results import machine
+
+from ptq4sam.allocator import keep_freed_memory
+from ptq4sam.cli import main as ptq4sam
+from ptq4sam.data import CocoDataset
+from ptq4sam.data.scenes import write_scenes
+from ptq4sam.deploy.backends import open_backend
+from ptq4sam.deploy.storage import load
+from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.experiments.evaluate import evaluate_sam
+from ptq4sam.experiments.run import versions
+from ptq4sam.files import replacing, write_json
+from ptq4sam.prompts import GroundTruth
+from ptq4sam.sam.checkpoint import EMBEDDED_FILE, load_sam
+from ptq4sam.sam.model import PromptableModel
+from ptq4sam.sam.predictor import Predictor
+
+_log = logging.getLogger("write_agreement")
+_ROOT = Path(__file__).resolve().parents[1]
+
+MODEL = "vit_nano"
+SCHEMES = {"W8A8": "w8a8", "W6A6": "ptq4sam-s66", "W4A4": "ptq4sam-s44"}
+FLOAT, SIMULATION = "float", "simulation"
+BACKENDS = {
+    SIMULATION: "torch",
+    "integer reference": "integer",
+    "torch-int8": "torch-int8",
+    "ONNX Runtime": "onnxruntime",
+    "OpenVINO": "openvino",
+}
+FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
+BOXES_TIMED = 16
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set with pictures to calibrate on."""
+
+    name: str
+    images: Path
+    annotations: Path
+    calibration_images: Path
+    calibration_annotations: Path
+
+
+class Measurement:
+    """All measurements on one data set, kept in a folder."""
+
+    def __init__(self, data: Data, arguments: argparse.Namespace) -> None:
+        self._data = data
+        self._folder: Path = arguments.work_dir / data.name.replace(" ", "_")
+        self._limit: int | None = arguments.limit
+        self._calibration: int = arguments.calibration
+
+    def row(self, scheme: str | None, backend: str) -> dict[str, Any]:
+        """Scores, masks, milliseconds and bytes of a model on a backend; `scheme` None is float."""
+        name = FLOAT if scheme is None else f"{SCHEMES[scheme]}-{backend.replace(' ', '_')}"
+        path = self._folder / f"{name}.json"
+        if not path.exists():
+            _log.info("%s: %s %s", self._data.name, scheme or FLOAT, backend)
+            write_json(self._measure(scheme, backend), path)
+        row: dict[str, Any] = json.loads(path.read_text())
+        return row
+
+    def _measure(self, scheme: str | None, backend: str) -> dict[str, Any]:
+        model, files = self._open(scheme, backend)
+        dataset = CocoDataset(self._data.images, self._data.annotations, limit=self._limit)
+        found = evaluate_sam(model, dataset, GroundTruth(dataset), Prompting())
+        encode, decode = milliseconds(model)
+        return {
+            "metrics": found.metrics,
+            "pictures": found.pictures,
+            "masks": found.results,
+            "encode_ms": encode,
+            "decode_ms": decode,
+            "bytes": sum(file.stat().st_size for file in files),
+        }
+
+    def _open(self, scheme: str | None, backend: str) -> tuple[PromptableModel, list[Path]]:
+        """The model, and the files that it is read from."""
+        if scheme is None:
+            return load_sam(MODEL), [EMBEDDED_FILE]
+        checkpoint = self._quantized(scheme)
+        kind = BACKENDS[backend]
+        if kind == "torch":
+            return load(checkpoint), [checkpoint]
+        if kind not in FORMATS:
+            return open_backend(checkpoint, kind), [checkpoint]
+        folder = checkpoint.with_suffix("")
+        _run("export", checkpoint, "--format", FORMATS[kind], "--output", folder)
+        manifest = json.loads((folder / f"{FORMATS[kind]}.json").read_text())
+        return open_backend(folder, kind), [folder / name for name in manifest["files"]]
+
+    def _quantized(self, scheme: str) -> Path:
+        path = self._folder / f"{SCHEMES[scheme]}.safetensors"
+        if not path.exists():
+            data = self._data
+            _run(
+                "quantize",
+                *("--model", MODEL, "--scheme", _ROOT / "exp" / f"{SCHEMES[scheme]}.yaml"),
+                *("--calibration-images", data.calibration_images),
+                *("--calibration-annotations", data.calibration_annotations),
+                *("--calibration-size", self._calibration, "--output", path),
+                *("--work-dir", self._folder / SCHEMES[scheme]),
+            )
+        return path
+
+
+def _run(*arguments: object) -> None:
+    if ptq4sam([str(argument) for argument in arguments]):
+        raise RuntimeError(f"ptq4sam {arguments[0]} failed: see the line above")
+
+
+@torch.no_grad()
+def milliseconds(model: PromptableModel, rounds: int = 5) -> tuple[float, float]:
+    """Median time of encoding a picture of noise, and of decoding 16 boxes on it."""
+    side = model.image_size
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    corners = generator.uniform(0, side / 2, (BOXES_TIMED, 2))
+    boxes = np.concatenate([corners, corners + side / 3], axis=1)
+    predictor = Predictor(model)
+    times: list[list[float]] = [[], []]
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        embedding = predictor.embed(image)
+        encoded = time.perf_counter()
+        predictor.predict(boxes=boxes, embedding=embedding)
+        times[0].append(encoded - started)
+        times[1].append(time.perf_counter() - encoded)
+    encode, decode = (1000 * statistics.median(found[1:]) for found in times)
+    return encode, decode
+
+
+def mask_agreement(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> float:
+    """Mean IoU of the masks of two models for the same boxes, both in the COCO results format."""
+    from pycocotools import mask as coco_mask
+
+    ious = []
+    for ours, theirs in zip(first, second, strict=True):
+        if ours["image_id"] != theirs["image_id"]:
+            raise ValueError("the masks are not those of the same boxes")
+        pair = [ours["segmentation"]], [theirs["segmentation"]]
+        both_empty = all(coco_mask.area(one[0]) == 0 for one in pair)
+        ious.append(1.0 if both_empty else float(coco_mask.iou(*pair, [0])[0, 0]))
+    return float(np.mean(ious))
+
+
+HEADER = [
+    "| scheme | backend | mean IoU | AP | AP - simulation | masks: IoU with simulation "
+    "| encode ms | 16 boxes ms | MB |",
+    "|---|---|---|---|---|---|---|---|---|",
+]
+
+
+def section(data: Data, arguments: argparse.Namespace) -> list[str]:
+    """One data set's table in Markdown."""
+    measurement = Measurement(data, arguments)
+    reference = measurement.row(None, FLOAT)
+    lines = [
+        f"## {data.name}",
+        "",
+        f"{reference['pictures']} pictures, {len(reference['masks'])} objects.",
+        "",
+        *HEADER,
+        cells("", FLOAT, reference, None),
+    ]
+    for scheme in SCHEMES:
+        simulation = measurement.row(scheme, SIMULATION)
+        for backend in BACKENDS:
+            lines.append(cells(scheme, backend, measurement.row(scheme, backend), simulation))
+    return [*lines, ""]
+
+
+def cells(scheme: str, backend: str, row: dict[str, Any], simulation: dict[str, Any] | None) -> str:
+    """A row of the table."""
+    metrics = row["metrics"]
+    compared = ["", ""]
+    if simulation is not None and backend != SIMULATION:
+        agreement = mask_agreement(row["masks"], simulation["masks"])
+        compared = [f"{metrics['AP'] - simulation['metrics']['AP']:+.2f}", f"{agreement:.4f}"]
+    columns = [
+        scheme,
+        backend,
+        f"{metrics['mean_iou']:.4f}",
+        f"{metrics['AP']:.2f}",
+        *compared,
+        f"{row['encode_ms']:.0f}",
+        f"{row['decode_ms']:.0f}",
+        f"{row['bytes'] / 1e6:.2f}",
+    ]
+    return "| " + " | ".join(columns) + " |"
+
+
+_INTRODUCTION = """\
+# Does the device do what the simulation says?
+
+Written by `python tools/write_agreement.py`; every number was measured by it. `vit_nano` (encoder
+and decoder quantized, {calibration} calibration pictures) with ground-truth boxes, scored by the
+same code on every backend. Bytes are those of the files that a backend reads: the simulation, the
+integer reference and torch-int8 read the packed file, ONNX Runtime and OpenVINO what `ptq4sam
+export` wrote, codes of 4 and 6 bits in bytes. Times are of a machine that may be shared, {threads}
+thread(s): ratios in docs/benchmarks.md are measured apart.
+
+A network amplifies roundings: a code in the middle of two takes the other one when a sum is added
+up in another order, and everything behind it changes a little. So masks of two correct backends are
+nearly, not exactly, the same.
+"""
+
+
+def data_sets(arguments: argparse.Namespace) -> list[Data]:
+    """The data sets that are at hand; the scenes are written first."""
+    scenes = arguments.work_dir / "scenes"
+    train, val = write_scenes(scenes, 32, 0, "train"), write_scenes(scenes, 100, 1, "val")
+    found = [Data("generated scenes", *val, *train)]
+    if arguments.coco_mini is not None:
+        images, notes = arguments.coco_mini / "images", arguments.coco_mini / "annotations"
+        found.append(
+            Data(
+                "coco_mini val",
+                images / "val2017",
+                notes / "instances_val.json",
+                images / "train2017",
+                notes / "instances_train.json",
+            )
+        )
+    return found
+
+
+def main() -> None:
+    """Measure everything and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--coco-mini", type=Path, help="folder of coco_mini")
+    parser.add_argument("--calibration", type=int, default=32, help="calibration pictures")
+    parser.add_argument("--limit", type=int, help="evaluate the first pictures only")
+    parser.add_argument("--work-dir", type=Path, default=_ROOT / "work_dirs" / "agreement")
+    parser.add_argument("--out", type=Path, default=_ROOT / "docs" / "agreement.md")
+    parser.add_argument("--machine", default=machine())
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    keep_freed_memory()
+    sections = [section(data, arguments) for data in data_sets(arguments)]
+    used = ", ".join(f"{name} {version}" for name, version in sorted(versions().items()))
+    introduction = _INTRODUCTION.format(
+        calibration=arguments.calibration, threads=torch.get_num_threads()
+    )
+    parts = [introduction, *("\n".join(lines) for lines in sections)]
+    parts.append(f"Measured on {arguments.machine}; {used}.\n")
+    with replacing(arguments.out) as temporary:
+        temporary.write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
