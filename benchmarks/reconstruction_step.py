@@ -6,11 +6,17 @@ Units of a SAM-B at 1024 px with random weights, W4A4 with adaptive granularity,
 activations of the real shapes; the same calibrated unit and the same activations for both. The
 plain loop (benchmarks/plain.py) runs with the C library's default allocator, ours with what the
 commands set. Each side runs in a process of its own, since a peak can never be taken back.
+
+A unit's inputs and targets have to be captured before its steps: by the plain loop from the image
+each time, through the float and the quantized model up to the unit; by ours from the cached output
+of the unit before, which takes one float and three quantized passes of the unit. The second table
+adds each step's share of the captures of 32 pictures, for as many steps as the presets make.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -20,18 +26,31 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ptq4sam.model.insertion import QuantizedSam
 
 SIDES = ("plain", "ours")
 SHAPES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
-    "attention": ("image_encoder.blocks.0.attn", [(25, 14, 14, 768)]),
-    "global attention": ("image_encoder.blocks.2.attn", [(1, 64, 64, 768)]),
-    "mlp": ("image_encoder.blocks.0.mlp", [(1, 64, 64, 768)]),
+    "attention": ("image_encoder.blocks.6.attn", [(25, 14, 14, 768)]),
+    "global attention": ("image_encoder.blocks.5.attn", [(1, 64, 64, 768)]),
+    "mlp": ("image_encoder.blocks.6.mlp", [(1, 64, 64, 768)]),
     "decoder": (
         "mask_decoder.transformer.layers.0.cross_attn_image_to_token",
         [(100, 4096, 256), (100, 7, 256), (100, 7, 256)],
     ),
 }
-"""Units by name: path, and shapes of the arguments (the decoder's with 100 boxes)."""
+"""Units by name: path, and shapes of the arguments (the decoder's with 100 boxes).
+
+Those of the encoder are in its middle, where a capture from the image takes what it takes on
+average.
+"""
+PRESETS = (500, 5_000, 20_000)
+"""Steps a unit of the presets quick, standard and paper."""
+PICTURES = 32
 
 
 class Clock:
@@ -81,7 +100,8 @@ def measure(side: str, name: str, steps: int, threads: int, precision: str) -> d
         }
     )
     settings = scheme.recon
-    unit = insert_quantizers(build_sam("vit_b"), scheme).get_submodule(path)
+    sam = insert_quantizers(build_sam("vit_b"), scheme)
+    unit = sam.get_submodule(path)
     exact = [tuple(torch.randn(shape) for shape in shapes)]
     inputs = [tuple(x + 0.05 * torch.randn_like(x) for x in exact[0])]
     with torch.no_grad():
@@ -102,16 +122,60 @@ def measure(side: str, name: str, steps: int, threads: int, precision: str) -> d
             clock,
         )
         after = losses.after
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        capture = seconds_of_passes(unit, inputs[0])
     else:
         from plain import make_plain, reconstruct_plainly
 
         make_plain(unit)
         after = reconstruct_plainly(unit, inputs, exact, targets, settings, clock(range(steps)))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        capture = seconds_from_image(sam, unit)
     return {
         "seconds": statistics.median(clock.seconds[1:]),
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak": peak / 2**20,
         "loss": after,
+        "capture": capture,
     }
+
+
+def seconds_of_passes(unit: nn.Module, arguments: tuple[Tensor, ...]) -> float:
+    """Our capture of a picture: one float pass of the unit, three quantized ones."""
+    import torch
+
+    from ptq4sam.quantization.modes import quantizer_mode
+    from ptq4sam.quantization.quantizers import Mode
+
+    started = time.perf_counter()
+    with torch.no_grad():
+        with quantizer_mode(unit, Mode.FLOAT):
+            unit(*arguments)
+        for _ in range(3):
+            unit(*arguments)
+    return time.perf_counter() - started
+
+
+def seconds_from_image(sam: QuantizedSam, unit: nn.Module) -> float:
+    """The plain capture of a picture: float and quantized model, from the image to the unit."""
+    import torch
+    from plain import calibrate_blindly, make_plain
+
+    from ptq4sam.model.calibration import CalibrationItem, run_item
+    from ptq4sam.model.capture import capture_call
+    from ptq4sam.sam.registry import build_sam
+
+    calibrate_blindly(sam)
+    make_plain(sam)
+    float_sam = build_sam("vit_b").eval()
+    boxes = torch.tensor([[100.0, 100, 400, 500]])
+    if unit in set(sam.mask_decoder.modules()):
+        boxes = boxes.expand(100, 4)
+    item = CalibrationItem(torch.randn(1, 3, 1024, 1024), boxes)
+    path = next(name for name, module in sam.named_modules() if module is unit)
+    started = time.perf_counter()
+    for model in (float_sam, sam):
+        capture_call(model.get_submodule(path), functools.partial(run_item, model, item))
+    return time.perf_counter() - started
 
 
 def measure_apart(
@@ -147,13 +211,30 @@ def main(write: Callable[[str], object] = sys.stdout.write) -> None:
     )
     write("| unit | plain s | ours s | faster | plain GiB | ours GiB | loss ours / plain |\n")
     write("|---|---|---|---|---|---|---|\n")
+    measured = {}
     for name in arguments.units:
         plain, ours = (measure_apart(side, name, steps, threads, precision) for side in SIDES)
+        measured[name] = plain, ours
         write(
             f"| {name} | {plain['seconds']:.2f} | {ours['seconds']:.2f} "
             f"| {plain['seconds'] / ours['seconds']:.1f} | {plain['peak']:.1f} "
             f"| {ours['peak']:.1f} | {ours['loss'] / plain['loss']:.3f} |\n"
         )
+    write(f"\nWith the captures of {PICTURES} pictures, seconds a step of so many\n")
+    write("| unit | plain capture s | ours | " + " | ".join(map(str, PRESETS)) + " |\n")
+    write("|---|---|---|---|---|---|\n")
+    for name, (plain, ours) in measured.items():
+        ratios = (with_capture(plain, count) / with_capture(ours, count) for count in PRESETS)
+        write(
+            f"| {name} | {plain['capture']:.2f} | {ours['capture']:.2f} | "
+            + " | ".join(f"{ratio:.1f} times faster" for ratio in ratios)
+            + " |\n"
+        )
+
+
+def with_capture(figures: dict[str, float], steps: int) -> float:
+    """Seconds a step, with its share of the captures before it."""
+    return figures["seconds"] + PICTURES * figures["capture"] / steps
 
 
 if __name__ == "__main__":

@@ -33,3 +33,13 @@ def keep_freed_memory() -> bool:
     if refused:
         _log.debug("the allocator refused settings %s: runs on a CPU will be slower", refused)
     return not refused
+
+
+def release_freed_memory() -> None:
+    """Give what is freed back to the system, where `keep_freed_memory` made the process keep it.
+
+    Between pictures, not between operations: large tensors of one picture leave gaps in memory that
+    those of the next may not fit into, and the process grows.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

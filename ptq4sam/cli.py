@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ptq4sam.errors import ConfigError, Ptq4samError
-
-_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
+from ptq4sam.errors import ConfigError, Ptq4samError, is_out_of_memory
+from ptq4sam.experiments.sweep.command import add_arguments as add_sweep_arguments
 
 _PLANNED = {
-    "sweep": "sweeps over schemes",
     "report": "the HTML report of a run",
 }
 
@@ -48,8 +45,7 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
         what = error.strerror or str(error) or type(error).__name__
         return _refuse(what if error.filename is None else f"{error.filename}: {what}")
     except (MemoryError, RuntimeError) as error:
-        # torch raises RuntimeErrors of all kinds; only these are the user's to mend.
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         logger.debug("where it happened", exc_info=True)
         what = str(error)[:120] or "in Python"
@@ -168,6 +164,19 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("model", type=Path, help="file written by ptq4sam quantize")
     audit.set_defaults(run=_audit)
 
+    verify = verbs.add_parser(
+        "verify", help="compare a quantized model with its integer form, operator by operator"
+    )
+    verify.add_argument("model", type=Path, help="file written by ptq4sam quantize")
+    verify.add_argument("--images", type=Path, help="folder of pictures; default: generated scenes")
+    verify.add_argument("--limit", type=int, default=4, metavar="N", help="pictures to use (4)")
+    verify.add_argument("--device", default="cpu", help="cpu or cuda:0; default: cpu")
+    verify.set_defaults(run=_verify)
+
+    size = verbs.add_parser("size", help="what takes the bytes of a quantized model, by part")
+    size.add_argument("model", type=Path, help="file written by ptq4sam quantize")
+    size.set_defaults(run=_size)
+
     scenes = verbs.add_parser("scenes", help="write generated scenes as a COCO-format data set")
     scenes.add_argument("folder", type=Path)
     scenes.add_argument("--train", type=int, default=32, metavar="N")
@@ -186,6 +195,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--root", type=Path, default=Path(), help="folder of ckpt/ and data/; default: here"
     )
     download.set_defaults(run=_download)
+
+    add_sweep_arguments(verbs.add_parser("sweep", help="a grid of trials from a file, resumable"))
 
     for name, what in _PLANNED.items():
         planned = verbs.add_parser(name, help=f"not in this version: {what}")
@@ -436,6 +447,31 @@ def _audit(parsed: argparse.Namespace) -> int:
     report = audit_model(load(parsed.model))
     sys.stdout.write("\n".join(report.lines()) + "\n")
     return 0 if report.passed else 1
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from ptq4sam.data.images import check_limit
+    from ptq4sam.deploy.storage import load
+    from ptq4sam.experiments.verifying import generated_subjects, pictured_subjects, verify_model
+    from ptq4sam.progress import bars
+
+    check_limit(parsed.limit)
+    model = load(parsed.model, parsed.device)
+    subjects = (
+        generated_subjects(parsed.limit)
+        if parsed.images is None
+        else pictured_subjects(parsed.images, parsed.limit)
+    )
+    verification = verify_model(model, subjects, bars)
+    sys.stdout.write("\n".join(verification.lines()) + "\n")
+    return 0 if verification.passed else 1
+
+
+def _size(parsed: argparse.Namespace) -> int:
+    from ptq4sam.deploy.size_report import size_report
+
+    sys.stdout.write("\n".join(size_report(parsed.model).lines()) + "\n")
+    return 0
 
 
 def _scenes(parsed: argparse.Namespace) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
+
 
 class Ptq4samError(Exception):
     """Base of every error that a user can cause and mend; the command line prints one line."""
@@ -35,5 +39,16 @@ class ResourceError(Ptq4samError):
     """Memory or disk is used up; the message names the knob to turn."""
 
 
+class StoreError(Ptq4samError):
+    """A file of results is locked, damaged or another program's."""
+
+
 class DownloadError(Ptq4samError):
     """A file cannot be had from its publisher, or another one came."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was used up: torch raises RuntimeErrors of all kinds."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    )

@@ -66,16 +66,17 @@ def write_json(value: object, path: Path, *, compact: bool | None = None) -> Non
     """
     if compact is None:
         compact = not isinstance(value, Mapping)
-    text = json.dumps(_finite(value), indent=None if compact else 2, allow_nan=False)
+    text = json.dumps(finite(value), indent=None if compact else 2, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def _finite(value: object) -> Any:
+def finite(value: object) -> Any:
+    """The same, with None for each number that JSON does not have (NaN, infinity)."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -12,7 +12,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -45,9 +45,9 @@ class FieldError(ConfigError):
 class Record:
     """Base of the records.
 
-    A field may be a bool, int, float, str, Path, Literal, tuple of fixed length, a dict with names
-    as keys or another record, or one of several of these or None. `_validate` says what else must
-    hold.
+    A field may be a bool, int, float, str, Path, Literal, tuple (of fixed length, or of any of one
+    kind), a dict with names as keys or another record, or one of several of these or None.
+    `_validate` says what else must hold.
 
     Raises:
         FieldError: a field has the wrong type or an impossible value.
@@ -111,6 +111,48 @@ class Record:
             except FieldError as error:
                 raise ConfigError(f"override {assignment!r}: {error}") from None
         return self.from_dict(mapping, f"override {' '.join(assignments)}")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key given twice is an error instead of overwriting silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys: set[object] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in keys:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key_node.value!r} is given twice",
+                    problem_mark=key_node.start_mark,
+                )
+            keys.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, what: str) -> object:
+    """Read a YAML file in which no key is given twice.
+
+    Args:
+        path: the file.
+        what: what it is, for messages, as "scheme file".
+
+    Raises:
+        ConfigError: the file is not there or is not YAML.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, siblings, n=1)
+        hint = f"; did you mean {path.with_name(close[0])}?" if close else ""
+        raise ConfigError(f"{path}: no such {what}{hint}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not YAML: {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).replace("\n", " ")
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
 
 
 def split_assignment(assignment: str) -> tuple[str, str]:
@@ -194,9 +236,7 @@ def _convert(value: object, kind: Any) -> object:
             raise FieldError("", f"{_shown(value)} given, {_named(kind)} is needed")
         return value
     if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
-            raise FieldError("", f"{_shown(value)} given, {_named(kind)} is needed")
-        return tuple(_convert(v, k) for v, k in zip(value, arguments, strict=True))
+        return _convert_tuple(value, kind)
     if origin is dict:
         return _convert_mapping(value, arguments[1])
     if isinstance(kind, type) and issubclass(kind, Record):
@@ -230,6 +270,16 @@ def _convert_mapping(value: object, kind: Any) -> dict[str, Any]:
     return converted
 
 
+def _convert_tuple(value: object, kind: Any) -> object:
+    kinds = typing.get_args(kind)
+    if isinstance(value, (list, tuple)):
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        if len(value) == len(kinds):
+            return tuple(_convert(v, k) for v, k in zip(value, kinds, strict=True))
+    raise FieldError("", f"{_shown(value)} given, {_named(kind)} is needed")
+
+
 def _convert_plain(value: object, kind: Any) -> object:
     if kind is float:
         return _convert_float(value)
@@ -260,7 +310,7 @@ def _named(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
-        return f"a list of {len(arguments)} items"
+        return "a list" if arguments[-1] is Ellipsis else f"a list of {len(arguments)} items"
     if origin in (Union, types.UnionType):
         return " or ".join(_named(argument) for argument in arguments)
     return "nothing" if kind is types.NoneType else _NAMES.get(kind, "a section")

@@ -11,7 +11,7 @@ import pytest
 
 _PROGRAM = """
 import ctypes, sys
-from ptq4sam.allocator import keep_freed_memory
+from ptq4sam.allocator import keep_freed_memory, release_freed_memory
 changed = keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -22,7 +22,9 @@ before = resident()
 block = libc.malloc(2**26)
 ctypes.memset(block, 1, 2**26)
 libc.free(block)
-print(int(changed), (resident() - before) * 4096 >= 2**25)
+kept = resident() - before
+release_freed_memory()
+print(int(changed), kept * 4096 >= 2**25, (resident() - before) * 4096 >= 2**25)
 """
 
 
@@ -36,10 +38,10 @@ def run(**environment: str) -> list[str]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
-def test_freed_memory_is_kept() -> None:
-    assert run() == ["1", "True"]
+def test_freed_memory_is_kept_until_it_is_released() -> None:
+    assert run() == ["1", "True", "False"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
 def test_settings_of_the_environment_stay() -> None:
-    assert run(MALLOC_MMAP_THRESHOLD_="65536") == ["0", "False"]
+    assert run(MALLOC_MMAP_THRESHOLD_="65536") == ["0", "False", "False"]

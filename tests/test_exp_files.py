@@ -50,7 +50,8 @@ def test_scheme_of_each_row(row: str, bits: int) -> None:
 
 def test_every_scheme_file_is_tested() -> None:
     names = {path.stem for path in (ROOT / "exp").glob("*.yaml")}
-    assert names == {f"{row}{bits}{bits}" for row in ["config", *ROWS] for bits in (4, 6)}
+    rows = {f"{row}{bits}{bits}" for row in ["config", *ROWS] for bits in (4, 6)}
+    assert names == rows | {"w8a8"}
 
 
 @pytest.mark.parametrize("bits", ["44", "66"])
@@ -176,3 +177,10 @@ def test_experiment_with_vit_nano(name: str, prompts: str) -> None:
     assert (read.sam.type, read.sam.checkpoint) == ("vit_nano", None)
     assert read.detector.prompts == prompts
     read.detector.require_available()
+
+
+def test_the_scheme_for_deployment_has_integer_products() -> None:
+    deployed = scheme("w8a8")
+    for tensors in (deployed.a_qconfig, deployed.w_qconfig):
+        assert (tensors.bit, tensors.symmetric) == (8, True)
+    assert not deployed.ptq4sam.AGQ

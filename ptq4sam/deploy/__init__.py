@@ -6,14 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptq4sam.deploy.export import export
     from ptq4sam.deploy.exported import ExportedSam, open_exported
+    from ptq4sam.deploy.integer import integer_model
 
-__all__ = ["ExportedSam", "export", "open_exported"]
+__all__ = ["ExportedSam", "integer_model", "open_exported"]
 
 _WHERE = {
     "ExportedSam": "ptq4sam.deploy.exported",
-    "export": "ptq4sam.deploy.export",
+    "integer_model": "ptq4sam.deploy.integer",
     "open_exported": "ptq4sam.deploy.exported",
 }
 

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from ptq4sam.errors import DeployError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
+from ptq4sam.model.layers import QuantizedLayer
 from ptq4sam.quantization.base import AffineQuantizer
 from ptq4sam.quantization.grid import Grid, along_channels
 from ptq4sam.quantization.quantizers import Quantizer
-
-QuantizedLayer = QuantizedLinear | QuantizedConv2d
 
 
 @dataclass(frozen=True)

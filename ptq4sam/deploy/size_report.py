@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ class SizeReport:
     def lines(self) -> list[str]:
         """The report as a table for people; shares are of the float32 weights as a whole."""
         head = (
-            f"{'part':<34}{'written as':<12}{'values':>12}{'MB':>9}{'float32 MB':>12}{'share':>8}"
+            f"{'part':<34}{'written as':<14}{'values':>12}{'MB':>9}{'float32 MB':>12}{'share':>8}"
         )
         total = PartSize(
             "total", "", sum(part.values for part in self.parts), self.size, self.float_size
@@ -83,7 +83,7 @@ class SizeReport:
         in_float = f"{part.float_size / 1e6:.2f}" if part.float_size else "-"
         share = part.size / self.float_size
         return (
-            f"{part.name:<34}{part.kind:<12}{part.values:>12,}{part.size / 1e6:>9.2f}"
+            f"{part.name:<34}{part.kind:<14}{part.values:>12,}{part.size / 1e6:>9.2f}"
             f"{in_float:>12}{share:>8.2%}"
         )
 
@@ -96,20 +96,26 @@ def size_report(path: str | Path) -> SizeReport:
     """
     path = Path(path)
     description = read_description(path)
-    values: Counter[tuple[str, str]] = Counter()
-    sizes: Counter[tuple[str, str]] = Counter()
+    values: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    kinds: defaultdict[str, set[str]] = defaultdict(set)
     for name, kind, count, size in _tensors(path, description):
-        part = (_part(name), kind)
+        part = _part(name)
         values[part] += count
         sizes[part] += size
+        kinds[part].add(kind)
     total = path.stat().st_size
     parts = [
         PartSize(
-            name, kind, count, sizes[name, kind], 0 if name == _SCALES else count * _FLOAT_BYTES
+            name,
+            ", ".join(sorted(kinds[name])),
+            count,
+            sizes[name],
+            0 if name == _SCALES else count * _FLOAT_BYTES,
         )
-        for (name, kind), count in values.items()
+        for name, count in values.items()
     ]
-    parts.append(PartSize("names, description, checksums", "JSON", 0, total - sizes.total(), 0))
+    parts.append(PartSize("names, description, checksums", "json", 0, total - sizes.total(), 0))
     parts.sort(key=lambda part: -part.size)
     return SizeReport(tuple(parts), total, sum(part.float_size for part in parts))
 

@@ -27,7 +27,7 @@ from ptq4sam.deploy.packing import pack, unpack
 from ptq4sam.errors import CheckpointError, ConfigError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, quantized_layers
+from ptq4sam.model.layers import QuantizedLayer, quantized_layers
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Scheme
@@ -147,9 +147,7 @@ def _expanded(sam: QuantizedSam, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     return state
 
 
-def _weight(
-    name: str, layer: QuantizedLinear | QuantizedConv2d, tensors: Mapping[str, Tensor]
-) -> Tensor:
+def _weight(name: str, layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> Tensor:
     grid, shape = layer.weight_quantizer.grid, layer.weight.shape
     codes = unpack(tensors[f"{name}.{CODES}"], grid.bits, shape.numel()).reshape(shape)
     scale = tensors[f"{name}.weight_quantizer.scale"].to(torch.float32)

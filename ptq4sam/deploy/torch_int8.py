@@ -18,7 +18,7 @@ _SIGN = 128
 """What is subtracted of a code of 0 to 255 to fit int8."""
 
 
-class IntegerLinear(nn.Module):
+class Int8Linear(nn.Module):
     """A quantized linear layer on integers.
 
     With codes a of the input, codes w of the weight, their zero points z and y, and the scales s
@@ -100,7 +100,7 @@ def with_integer_products(sam: QuantizedSam) -> QuantizedSam:
     integer: QuantizedSam = copy.deepcopy(sam, kept)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(integer.get_submodule(parent), child, IntegerLinear(layer, name))
+        setattr(integer.get_submodule(parent), child, Int8Linear(layer, name))
     return integer.eval().requires_grad_(False)
 
 

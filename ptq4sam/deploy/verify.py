@@ -11,17 +11,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4sam.deploy.codes import QuantizedLayer, UniformGrid
+from ptq4sam.deploy.codes import UniformGrid
 from ptq4sam.deploy.integer.attention import AttentionProducts
 from ptq4sam.deploy.integer.layers import IntegerLayer
 from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderAttention
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import QuantizedLinear, quantized_layers
+from ptq4sam.model.layers import QuantizedLayer, QuantizedLinear, quantized_layers
 from ptq4sam.quantization.grid import along_channels
 from ptq4sam.quantization.quantizers import Quantizer
 from ptq4sam.sam.model import Sam
@@ -31,6 +32,10 @@ EQUAL_SHARE = 0.999
 LARGEST_DIFFERENCE = 1.0
 """Most that an output differs, in steps of its grid."""
 
+# Logits of few bits are multiples of one number: on a grid that fits them many would lie exactly
+# between two codes.
+_UNEVEN = 0.618
+
 _Attention = QuantizedEncoderAttention | QuantizedDecoderAttention
 
 
@@ -39,7 +44,7 @@ class OperatorCheck:
     """What one operator gave over all calls.
 
     Attributes:
-        name: path in the model; products are named behind their attention.
+        name: path in the model.
         outputs: output values compared.
         equal: those whose code is the simulation's.
         largest: largest difference in steps of the output grid. An output that goes to a quantizer
@@ -76,7 +81,7 @@ class OperatorCheck:
     def add_floats(self, ours: Tensor, simulated: Tensor, levels: int) -> None:
         """Compare an output that stays float, on a grid of `levels` codes over its range."""
         low, high = torch.aminmax(simulated)
-        step = ((high - low) / (levels - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+        step = ((high - low) / (levels - _UNEVEN)).clamp(min=torch.finfo(torch.float32).tiny)
         equal = torch.round((ours - low) / step) == torch.round((simulated - low) / step)
         largest = float(((ours - simulated).abs() / step).max())
         self._add(int(equal.sum()), equal.numel(), largest)
@@ -123,18 +128,16 @@ def _watching(sam: QuantizedSam, integer: Sam, checks: list[OperatorCheck]) -> I
     hooks: list[tuple[nn.Module, Callable[..., None]]] = []
     for name, layer in quantized_layers(sam):
         checks.append(OperatorCheck(name))
-        counterpart = integer.get_submodule(name)
-        assert isinstance(counterpart, IntegerLayer)
+        counterpart = cast(IntegerLayer, integer.get_submodule(name))
         hooks.append((layer, _layer_hook(checks[-1], counterpart, outputs.get(name, []))))
     for name, attention in _attentions(sam):
-        products = integer.get_submodule(name).products
-        assert isinstance(products, AttentionProducts)
+        products = cast(AttentionProducts, integer.get_submodule(f"{name}.products"))
         for product, make in (
             (attention.query_key, _logits_hook),
             (attention.attention_value, _values_hook),
         ):
-            kind = "query x key" if make is _logits_hook else "attention x value"
-            checks.append(OperatorCheck(f"{name}: {kind}"))
+            path = "query_key" if make is _logits_hook else "attention_value"
+            checks.append(OperatorCheck(f"{name}.{path}"))
             hooks.append((product, make(checks[-1], products, attention)))
     handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
@@ -216,10 +219,9 @@ def _logits_hook(
 def _values_hook(
     check: OperatorCheck, products: AttentionProducts, attention: _Attention
 ) -> Callable[..., None]:
-    projection = attention.get_submodule(
-        "proj" if isinstance(attention, QuantizedEncoderAttention) else "out_proj"
-    )
-    following: Quantizer = projection.input_quantizer
+    encoder = isinstance(attention, QuantizedEncoderAttention)
+    projection = cast(QuantizedLinear, attention.proj if encoder else attention.out_proj)
+    following = projection.input_quantizer
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         weights, value = inputs

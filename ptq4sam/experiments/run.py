@@ -24,6 +24,7 @@ from ptq4sam.deploy.backends import open_backend
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.deploy.manifest import origin
+from ptq4sam.deploy.size_report import size_report
 from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import CalibrationError, CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
@@ -70,7 +71,7 @@ class Run:
         settings = self.settings
         self._make_folders()
         with _logging_to(settings.work_dir / "run.log"):
-            _fix_seeds(settings.seed)
+            fix_seeds(settings.seed)
             if settings.dry_run:
                 return self._plan()
             # First of all, for a mistake in it should not show after hours of quantization.
@@ -234,7 +235,7 @@ class Run:
                 save(sam, path)
             except SafetensorError as error:
                 raise CheckpointError(f"cannot write {path}: {error}") from error
-        _log.info("wrote %s", path)
+        _log.info("wrote %s: %s", path, size_report(path).summary())
 
     def _prepare(self, sam: Sam) -> Quantizing:
         settings, scheme = self.settings, self.settings.scheme
@@ -410,7 +411,8 @@ def _published(sam: PromptableModel) -> bool:
     return isinstance(sam, QuantizedSam) and sam.scheme.compat == "published"
 
 
-def _fix_seeds(seed: int) -> None:
+def fix_seeds(seed: int) -> None:
+    """Fix the global generators, for whatever draws from them."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

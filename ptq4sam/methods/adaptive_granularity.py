@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
 from ptq4sam.quantization.base import Statistics
+from ptq4sam.quantization.dropping import Choice, stays_float
 from ptq4sam.quantization.fused import fused
-from ptq4sam.quantization.grid import Grid
+from ptq4sam.quantization.grid import Grid, in_products, precise
 from ptq4sam.quantization.mse import POWER
 from ptq4sam.quantization.quantizers import EPS, Quantizer
+from ptq4sam.quantization.scheme import TAUS
 
-TAUS = (1, 2, 4)
-"""Granularities: points are spaced by factors of 2, 2^(1/2) and 2^(1/4)."""
 FLOOR = 1e-20
 """Smallest attention that a logarithm is taken of."""
 _SHARE = 8
@@ -30,7 +30,7 @@ _EXACT_TOLERANCE = 1e-5
 """Where an exact one stops: scipy's own."""
 # Attention elements quantized at once in the search: one of ViT-B's global attentions at 1024 px
 # has 201 million, of which no copy may be held.
-_PIECE = {"cpu": 2**20, "cuda": 2**25}
+_PIECE = {"cpu": 2**21, "cuda": 2**25}
 
 
 class AdaptiveGranularityQuantizer(Quantizer):
@@ -43,8 +43,9 @@ class AdaptiveGranularityQuantizer(Quantizer):
         grid: its bits give the number of points.
         exact: search as published, each granularity on all queries to scipy's own tolerance. Else
             granularities are compared on an eighth of the queries, and the scale of the chosen one
-            is searched on all of them to a thousandth of the largest attention: a third of the
-            work, for the same granularity and a scale within 2 %.
+            is searched on all of them to a thousandth of the largest attention: a third of
+            the work, for the same granularity and a scale within 2 %.
+        taus: granularities to choose from.
 
     Attributes:
         tau: [] one of TAUS.
@@ -53,14 +54,15 @@ class AdaptiveGranularityQuantizer(Quantizer):
 
     tau: Tensor
 
-    def __init__(self, grid: Grid, exact: bool = True) -> None:
+    def __init__(self, grid: Grid, exact: bool = True, taus: Sequence[int] = TAUS) -> None:
         super().__init__(grid)
         self._exact = exact
+        self._taus = tuple(taus)
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("tau", torch.ones(()))
         self._batches = 0
-        self._scale_sums = [0.0] * len(TAUS)
-        self._error_sums = [0.0] * len(TAUS)
+        self._scale_sums = [0.0] * len(self._taus)
+        self._error_sums = [0.0] * len(self._taus)
 
     @property
     def tau_scales(self) -> list[float]:
@@ -80,7 +82,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
             value: [..., m, channels] what it is multiplied with.
 
         Returns:
-            Best scales and their errors, [len(TAUS)] each, float64.
+            Best scales and their errors, one for each tau, float64.
 
         Raises:
             CalibrationError: no value was given, or an attention that is negative or all zero.
@@ -98,14 +100,15 @@ class AdaptiveGranularityQuantizer(Quantizer):
             )
         levels, largest = self.grid.levels, float(high)
         tolerance = _EXACT_TOLERANCE if self._exact else _TOLERANCE * largest
-        compared = x if self._exact else _some_queries(x)
+        # Where there is nothing to choose there is nothing to compare either.
+        compared = x if self._exact or len(self._taus) == 1 else _some_queries(x)
         search = _ScaleSearch(compared, value, levels, tolerance)
-        scales, errors = zip(*(search.best_scale(tau, largest) for tau in TAUS), strict=True)
+        scales, errors = zip(*(search.best_scale(tau, largest) for tau in self._taus), strict=True)
         if compared is x:
             return _doubles(scales), _doubles(errors)
         best = errors.index(min(errors))
         whole = _ScaleSearch(x, value, levels, tolerance)
-        scale, _ = whole.best_scale(TAUS[best], largest)
+        scale, _ = whole.best_scale(self._taus[best], largest)
         return _doubles((*scales[:best], scale, *scales[best + 1 :])), _doubles(errors)
 
     def merge(self, statistics: Statistics) -> None:
@@ -115,17 +118,25 @@ class AdaptiveGranularityQuantizer(Quantizer):
         self._error_sums = [a + b for a, b in zip(self._error_sums, errors, strict=True)]
         self._batches += 1
         best = self._error_sums.index(min(self._error_sums))
-        self.tau.fill_(TAUS[best])
+        self.tau.fill_(self._taus[best])
         self._set_parameters(self.scale.new_tensor(self.tau_scales[best]), self.zero_point)
         self.clamp_scale_()
 
     def quantize(self, x: Tensor) -> Tensor:
         """Move `x` to the nearest point in the logarithm; points below the last give zero."""
+        return self._quantize(x, None)
+
+    def quantize_some(self, x: Tensor, choice: Choice) -> Tensor:
+        """Move `x` to its points, but for the elements that stay float (QDrop)."""
+        return self._quantize(x, choice)
+
+    def _quantize(self, x: Tensor, choice: Choice | None) -> Tensor:
         scale = self.scale.abs().clamp(min=EPS)
-        if not torch.is_grad_enabled():
-            return _quantize(x, scale, self.tau, self.grid.levels)
+        end = _end(scale, self.tau, self.grid.levels)
+        if choice is None and not torch.is_grad_enabled():
+            return _quantize(x, scale, self.tau, end)
         result: Tensor = _AdaptiveGranularity.apply(  # type: ignore[no-untyped-call]
-            x, scale, self.tau, self.grid.levels
+            x, scale, self.tau, end, choice
         )
         return result
 
@@ -142,7 +153,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int32; code 2^bits, one beyond the grid, stands for zero."""
-        codes = _log_codes(x, self.scale_in_use(), self.tau)
+        codes = _log_codes(precise(x), self.scale_in_use(), self.tau)
         return codes.clamp_(0, self.grid.levels).to(torch.int32)
 
 
@@ -155,46 +166,113 @@ def _log_codes(x: Tensor, scale: Tensor, tau: Tensor) -> Tensor:
     return x.clamp(min=FLOOR).div_(scale).log2_().mul_(-tau).round_()
 
 
+def _end(scale: Tensor, tau: Tensor, levels: int) -> Tensor:
+    """Half a step below the last point.
+
+    Not within a kernel, which would compute it anew for every few elements.
+    """
+    return scale.detach() * torch.exp2((0.5 - levels) / tau)
+
+
 @fused
-def _quantize(x: Tensor, scale: Tensor, tau: Tensor, levels: int) -> Tensor:
+def _quantize(x: Tensor, scale: Tensor, tau: Tensor, end: Tensor) -> Tensor:
+    return _points(precise(x), scale, tau, end).to(x.dtype)
+
+
+def _points(x: Tensor, scale: Tensor, tau: Tensor, end: Tensor) -> Tensor:
     points = _log_codes(x, scale, tau).clamp_(min=0).div_(-tau).exp2_().mul_(scale)
-    # Half a step below the last point; further ones are recognised by their value, which takes
-    # half the time of keeping a mask.
-    end = scale * torch.exp2((0.5 - levels) / tau)
+    # Those beyond the last are recognised by their value, in half the time of keeping a mask.
     return points.mul_((points > end).to(points.dtype))
 
 
 @fused
-def _gradients(
-    x: Tensor, gradient: Tensor, quantized: Tensor, scale: Tensor, tau: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of attention and scale."""
+def _quantize_some(
+    x: Tensor,
+    drawn: Tensor,
+    shift: Tensor,
+    mask: int,
+    limit: int,
+    scale: Tensor,
+    tau: Tensor,
+    end: Tensor,
+    like: Tensor,
+) -> Tensor:
+    points = _points(precise(x), scale, tau, end)
+    return torch.lerp(points, precise(x), stays_float(drawn, shift, mask, limit)).to(like.dtype)
+
+
+def _slopes(x: Tensor, scale: Tensor, tau: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of the points by attention and scale.
+
+    Straight through the rounding of the code, cut where the code is clamped or vanishes. Within the
+    grid s * 2^(log2(a / s)) does not depend on s, so that only attentions above the largest point
+    move the scale.
+    """
     # As 0 and 1 in floating point: on a CPU a choice by booleans takes ten times as long.
     above = _log_codes(x, scale, tau).lt_(0)
-    for_x = (gradient * quantized).div_(x.clamp(min=FLOOR))
-    for_x.mul_((x > FLOOR).to(x.dtype).sub_(above).clamp_(min=0))
-    return for_x, above.mul_(gradient).sum()
+    slope = _points(x, scale, tau, end).div_(x.clamp(min=FLOOR))
+    return slope.mul_((x > FLOOR).to(x.dtype).sub_(above).clamp_(min=0)), above
+
+
+@fused
+def _gradients(
+    x: Tensor, gradient: Tensor, scale: Tensor, tau: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of attention and scale."""
+    slope, above = _slopes(precise(x), scale, tau, end)
+    return slope.mul_(gradient).to(x.dtype), above.mul_(gradient).sum()
+
+
+@fused
+def _gradients_of_some(
+    x: Tensor,
+    gradient: Tensor,
+    drawn: Tensor,
+    shift: Tensor,
+    mask: int,
+    limit: int,
+    scale: Tensor,
+    tau: Tensor,
+    end: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of attention and scale where some elements stay float."""
+    kept = stays_float(drawn, shift, mask, limit)
+    slope, above = _slopes(precise(x), scale, tau, end)
+    for_x = torch.lerp(slope, torch.ones_like(slope), kept).mul_(gradient)
+    return for_x.to(x.dtype), above.mul_(1 - kept).mul_(gradient).sum()
 
 
 class _AdaptiveGranularity(torch.autograd.Function):
-    """Straight through the rounding of the code, cut where the code is clamped or vanishes.
+    """Quantization of all or some elements; points are computed again for the gradients.
 
-    Within the grid s * 2^(log2(a / s)) does not depend on s, so that only attentions above the
-    largest point move the scale.
+    Keeping those of a decoder's attention under 100 boxes would take as much memory as the
+    attention itself.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, tau: Tensor, levels: int) -> Tensor:
-        quantized = _quantize(x, scale, tau, levels)
-        ctx.save_for_backward(x, scale, tau, quantized)
-        return quantized
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, tau: Tensor, end: Tensor, choice: Choice | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, tau, end)
+        ctx.choice = choice
+        if choice is None:
+            return _quantize(x, scale, tau, end)
+        parameters = (*choice.parts(), scale, tau, end, in_products(x))
+        some = _quantize_some(choice.rows(x), *parameters)
+        return some.reshape(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        x, scale, tau, quantized = ctx.saved_tensors
-        for_x, for_scale = _gradients(x, gradient, quantized, scale, tau)
-        return for_x, for_scale, None, None
+        x, scale, tau, end = ctx.saved_tensors
+        choice: Choice | None = ctx.choice
+        if choice is None:
+            for_x, for_scale = _gradients(x, gradient, scale, tau, end)
+        else:
+            rows, gradient = choice.rows(x), choice.rows(gradient)
+            parameters = (*choice.parts(), scale, tau, end)
+            for_x, for_scale = _gradients_of_some(rows, gradient, *parameters)
+        return for_x.reshape(x.shape), for_scale, None, None, None
 
 
 def _some_queries(attention: Tensor) -> Tensor:
@@ -244,9 +322,10 @@ class _ScaleSearch:
         """Mean |Q(A) V - A V|^2.4."""
         scale_tensor = self._attention.new_tensor(scale)
         tau_tensor = self._attention.new_tensor(tau)
+        end = _end(scale_tensor, tau_tensor, self._levels)
         total = torch.zeros((), dtype=torch.float64, device=self._attention.device)
         for part, piece, values in self._pieces():
-            quantized = _quantize(piece, scale_tensor, tau_tensor, self._levels)
+            quantized = _quantize(piece, scale_tensor, tau_tensor, end)
             difference = (quantized @ values).sub_(self._exact[part])
             total += difference.abs_().pow_(POWER).sum(dtype=torch.float64)
         return float(total) / self._exact.numel()

@@ -238,13 +238,15 @@ def _optimize(
             optimizer.param_groups[-1]["lr"] = schedule.scale_rate()
         optimizer.zero_grad(set_to_none=True)
         with product_precision(settings.precision, generator.device):
-            error, penalty = _step_loss(
-                unit, rounding, data, chosen[step], settings, schedule.temperature(), generator
-            )
-            (error + penalty).backward()  # type: ignore[no-untyped-call]
+            error = _step_error(unit, data, chosen[step], settings.drop_prob, generator)
+            error.backward()  # type: ignore[no-untyped-call]
+        temperature = schedule.temperature()
+        if temperature is not None:
+            for quantizer in rounding:
+                quantizer.add_regularizer_gradient_(settings.weight, temperature)
         optimizer.step()
-        for quantizer in scales:
-            quantizer.clamp_scale_()
+        for scale in scales:
+            scale.clamp_scale_()
         schedule.advance()
         recent.append(error.detach())
         if len(recent) == _LOOK_EVERY or schedule.ended:
@@ -289,29 +291,22 @@ def _learning(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.grad = None
 
 
-def _step_loss(
+def _step_error(
     unit: nn.Module,
-    rounding: Sequence[AdaRoundQuantizer],
     data: UnitData,
     chosen: Sequence[int],
-    settings: Reconstruction,
-    temperature: float | None,
+    drop: float,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Output error of the chosen batches together, and the rounding regulariser."""
+) -> Tensor:
+    """Output error of the chosen batches together."""
     inputs = tuple(
-        _mix(quantized, exact, settings.drop_prob, generator)
+        _mix(quantized, exact, drop, generator)
         for quantized, exact in zip(
             _joined(data.inputs, chosen), _joined(data.float_inputs, chosen), strict=True
         )
     )
     (target,) = _joined(data.targets, chosen)
-    error = output_error(unit(*inputs), target)
-    penalty = error.new_zeros(())
-    if temperature is not None:
-        for quantizer in rounding:
-            penalty = penalty + settings.weight * quantizer.rounding_regularizer(temperature)
-    return error, penalty
+    return output_error(unit(*inputs), target)
 
 
 def _joined(batches: Sequence[tuple[Tensor, ...]], chosen: Sequence[int]) -> tuple[Tensor, ...]:

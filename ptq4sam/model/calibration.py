@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam import parallel
+from ptq4sam.allocator import release_freed_memory
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.bimodal import channel_signs, fold_signs, is_bimodal
 from ptq4sam.model.attention import QuantizedDecoderAttention
@@ -130,6 +131,7 @@ def observe_pictures(
             with recording(sam) as record:
                 run_item(sam, item)
             records.append(record)
+            release_freed_memory()
     for record in parallel.gather(records):
         merge_recorded(sam, record)
 

@@ -63,10 +63,10 @@ class QuantizerFactory:
 
     def softmax(self) -> Quantizer:
         """Quantizer of a softmax output."""
-        if self.scheme.ptq4sam.AGQ:
-            return AdaptiveGranularityQuantizer(
-                Grid(self.scheme.a_qconfig.bit), self.scheme.ptq4sam.exact
-            )
+        methods = self.scheme.ptq4sam
+        if methods.AGQ:
+            grid = Grid(self.scheme.a_qconfig.bit)
+            return AdaptiveGranularityQuantizer(grid, methods.exact, methods.taus)
         return self.activation()
 
     def attention(self, decoder: bool) -> AttentionQuantizers:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ptq4sam import parallel
 from ptq4sam.model.cache import ActivationCache
+from ptq4sam.model.calibrated import CalibratedState
 from ptq4sam.model.calibration import CalibrationItem, calibrate
 from ptq4sam.model.engine import reconstruct
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
@@ -30,6 +31,7 @@ def quantize_sam(
     cache: ActivationCache | None = None,
     journal: Journal | None = None,
     plan: Plan | None = None,
+    calibrated: CalibratedState | None = None,
 ) -> QuantizedSam:
     """Calibrate, reconstruct where the scheme says so, and freeze; the float SAM is not touched.
 
@@ -46,13 +48,17 @@ def quantize_sam(
         journal: keeps what is finished, and gives back what was finished before; the first
             process's only.
         plan: tells which share of the work is done.
+        calibrated: of an earlier calibration of the same model, pictures and scheme (but for its
+            reconstruction), which is then not done again.
 
     Raises:
         CalibrationError: calibration data are empty or not finite, or a unit diverged.
         ResourceError: activations fit nowhere.
     """
     quantized = insert_quantizers(sam, scheme, quantize_encoder)
-    if not parallel.from_first(lambda: journal and journal.restore_calibration(quantized)):
+    if calibrated is not None:
+        calibrated.restore(quantized)
+    elif not parallel.from_first(lambda: journal and journal.restore_calibration(quantized)):
         calibrate(quantized, items, progress)
         if journal is not None:
             journal.record_calibration(quantized)

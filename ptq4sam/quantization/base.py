@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
-from ptq4sam.quantization.dropping import keep_some_float
+from ptq4sam.quantization.dropping import Choice, choose
 from ptq4sam.quantization.grid import Grid, affine_codes, fake_quantize
 from ptq4sam.quantization.observers import OBSERVERS, require_finite
 
@@ -92,10 +92,9 @@ class Quantizer(nn.Module):
             self._observe(x, value)
             return x
         self._require_calibration()
-        quantized = self.quantize(x)
         if self.drop_probability > 0:
-            return keep_some_float(quantized, x, self.drop_probability, self.generator)
-        return quantized
+            return self.quantize_some(x, choose(x, self.drop_probability, self.generator))
+        return self.quantize(x)
 
     def observe(self, x: Tensor, value: Tensor | None) -> None:
         """Take a finite batch into account and set the scale by all so far."""
@@ -112,6 +111,10 @@ class Quantizer(nn.Module):
     def quantize(self, x: Tensor) -> Tensor:
         """Move `x` to the grid."""
         raise NotImplementedError
+
+    def quantize_some(self, x: Tensor, choice: Choice) -> Tensor:
+        """Move `x` to the grid, but for the elements that stay float (QDrop)."""
+        return choice.mix(self.quantize(x), x)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int32.

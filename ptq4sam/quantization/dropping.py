@@ -2,57 +2,97 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ptq4sam.quantization.fused import fused
 
-_STEPS = 256
+_WORD = 32
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which elements of a tensor stay float: those where (drawn >> shift) & mask is below limit.
+
+    The tensor is looked at as [rows, n], as `rows` gives it, so that one random word can serve 32
+    elements.
+
+    Attributes:
+        drawn: [1, n] random words, int32.
+        shift: [rows, 1], int32, which bits of a word decide for a row.
+        mask: how many bits those are.
+        limit: 1 to mask.
+    """
+
+    drawn: Tensor
+    shift: Tensor
+    mask: int
+    limit: int
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`x` as [rows, n]."""
+        return x.reshape(self.shift.shape[0], -1)
+
+    def parts(self) -> tuple[Tensor, Tensor, int, int]:
+        """For functions marked `@fused`, which take tensors and integers."""
+        return self.drawn, self.shift, self.mask, self.limit
+
+    def mix(self, quantized: Tensor, x: Tensor) -> Tensor:
+        """Elements of `x` where they stay float, else those of `quantized`, in their shape."""
+        mixed = _mix(self.rows(quantized), self.rows(x), *self.parts())
+        return mixed.reshape(x.shape)
+
+
+def choose(x: Tensor, probability: float, generator: torch.Generator | None) -> Choice:
+    """Choose elements of `x` that stay float.
+
+    Eight random bits an element decide, or one where 32 elements can share a word: drawing a float
+    for each took longer on a CPU than quantizing it.
+
+    Args:
+        x: any shape.
+        probability: of an element staying float, to the next 1/256 (the published 1/2 is exact).
+        generator: source of the choice; None is torch's own.
+    """
+    count, device = x.numel(), x.device
+    bits = 1 if probability == 0.5 else 8
+    rows = _WORD // bits
+    if count % rows:
+        rows = 1
+    shift = torch.arange(0, bits * rows, bits, dtype=torch.int32, device=device)[:, None]
+    mask = (1 << bits) - 1
+    limit = max(1, min(mask, round(probability * (mask + 1))))
+    return Choice(_random_words(count // rows, device, generator)[None], shift, mask, limit)
 
 
 def keep_some_float(
     quantized: Tensor, x: Tensor, probability: float, generator: torch.Generator | None
 ) -> Tensor:
-    """Replace elements of `quantized` by those of `x`, chosen at random.
+    """Replace elements of `quantized` by those of `x`, chosen at random; see `choose`."""
+    return choose(x, probability, generator).mix(quantized, x)
 
-    A random byte an element decides, or one bit where all bits of a byte can serve: drawing a float
-    for each took longer on a CPU than quantizing it.
 
-    Args:
-        quantized: any shape.
-        x: of that shape.
-        probability: of an element of `x`, to the next 1/256 (the published 1/2 is exact).
-        generator: source of the choice; None is torch's own.
+def stays_float(drawn: Tensor, shift: Tensor, mask: int, limit: int) -> Tensor:
+    """1 where an element of a `Choice` stays float, else 0, float32 [rows, n].
 
-    Returns:
-        That shape.
+    Numbers, not booleans: on a CPU a choice by booleans takes several times as long.
     """
-    device = x.device
-    if probability == 0.5 and x.numel() % 8 == 0:
-        drawn = _random_bytes(x.numel() // 8, device, generator)
-        bit = (1 << torch.arange(8, device=device)).to(torch.uint8)[:, None]
-        by_bit = (8, x.numel() // 8)
-        chosen = _choose_by_bit(quantized.reshape(by_bit), x.reshape(by_bit), drawn[None], bit)
-        return chosen.reshape(x.shape)
-    drawn = _random_bytes(x.numel(), device, generator).view(x.shape)
-    limit = min(_STEPS - 1, round(probability * _STEPS))
-    return _choose(quantized, x, drawn, limit)
+    return (((drawn >> shift) & mask) < limit).float()
 
 
-def _random_bytes(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+@fused
+def _mix(
+    quantized: Tensor, x: Tensor, drawn: Tensor, shift: Tensor, mask: int, limit: int
+) -> Tensor:
+    # At weights 0 and 1 lerp is exact.
+    return torch.lerp(quantized, x, stays_float(drawn, shift, mask, limit).to(x.dtype))
+
+
+def _random_words(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
     source = device if generator is None else generator.device
     # Eight bytes a draw: a draw takes the same time for one.
-    words = torch.empty((count + 7) // 8, dtype=torch.int64, device=source)
+    words = torch.empty((count + 1) // 2, dtype=torch.int64, device=source)
     words.random_(-(2**63), None, generator=generator)
-    return words.view(torch.uint8)[:count].to(device)
-
-
-# At weights 0 and 1 lerp is exact, and on a CPU seven times as fast as a choice by booleans.
-@fused
-def _choose(quantized: Tensor, x: Tensor, drawn: Tensor, limit: int) -> Tensor:
-    return torch.lerp(quantized, x, (drawn < limit).to(x.dtype))
-
-
-@fused
-def _choose_by_bit(quantized: Tensor, x: Tensor, drawn: Tensor, bit: Tensor) -> Tensor:
-    return torch.lerp(quantized, x, ((drawn & bit) == 0).to(x.dtype))
+    return words.view(torch.int32)[:count].to(device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.quantization.dropping import Choice, stays_float
 from ptq4sam.quantization.fused import fused
 
 MIN_SCALE = 1e-8
@@ -120,14 +121,25 @@ def fake_quantize(
     return result
 
 
-def _precise(x: Tensor) -> Tensor:
+def in_products(x: Tensor) -> Tensor:
+    """A single number of the dtype that matrix products with `x` are computed in here.
+
+    Under autocast that is another one than the tensor's own. To write it at once spares a product
+    a pass over its operands.
+    """
+    kind = x.device.type
+    lower = torch.is_autocast_enabled(kind)
+    return x.new_empty((), dtype=torch.get_autocast_dtype(kind) if lower else x.dtype)
+
+
+def precise(x: Tensor) -> Tensor:
     """At least float32: codes of a bfloat16 tensor would be wrong near the middle of two."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @fused
 def _move_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    codes = _codes(_precise(x), scale, zero_point, qmin, qmax)
+    codes = _codes(precise(x), scale, zero_point, qmin, qmax)
     return codes.sub_(zero_point).mul_(scale).to(x.dtype)
 
 
@@ -136,7 +148,7 @@ def _gradient(
     x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
 ) -> Tensor:
     """Gradient of `x`: straight through where the code is not clamped."""
-    unclamped = (_precise(x) / scale).round_().add_(zero_point)
+    unclamped = (precise(x) / scale).round_().add_(zero_point)
     # As 0 and 1 in floating point: on a CPU a choice by booleans takes ten times as long.
     return unclamped.eq_(unclamped.clamp(qmin, qmax)).mul_(gradient).to(x.dtype)
 
@@ -146,7 +158,7 @@ def _gradients(
     x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `x` and of the scale."""
-    ratio = _precise(x) / scale
+    ratio = precise(x) / scale
     unclamped = ratio.round().add_(zero_point)
     codes = unclamped.clamp(qmin, qmax)
     inside = unclamped.eq_(codes)
@@ -178,3 +190,82 @@ class _FakeQuantize(torch.autograd.Function):
             outside = _gradient(x, torch.ones_like(x), *arguments[2:]).sub_(1)
             for_zero_point = outside.mul_(gradient).mul_(scale).sum_to_size(zero_point.shape)
         return for_x, for_scale, for_zero_point, None
+
+
+def fake_quantize_some(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, choice: Choice
+) -> Tensor:
+    """As `fake_quantize` with one scale, but for the elements that stay float (QDrop).
+
+    One pass over memory forward and one backward, where quantizing and choosing take two each.
+    The zero point gets no gradient.
+    """
+    result: Tensor = _FakeQuantizeSome.apply(  # type: ignore[no-untyped-call]
+        x, scale, zero_point, grid, choice
+    )
+    return result
+
+
+@fused
+def _move_some_to_grid(
+    x: Tensor,
+    drawn: Tensor,
+    shift: Tensor,
+    mask: int,
+    limit: int,
+    scale: Tensor,
+    zero_point: Tensor,
+    like: Tensor,
+    qmin: int,
+    qmax: int,
+) -> Tensor:
+    codes = _codes(precise(x), scale, zero_point, qmin, qmax)
+    quantized = codes.sub_(zero_point).mul_(scale)
+    return torch.lerp(quantized, precise(x), stays_float(drawn, shift, mask, limit)).to(like.dtype)
+
+
+@fused
+def _gradients_of_some(
+    x: Tensor,
+    gradient: Tensor,
+    drawn: Tensor,
+    shift: Tensor,
+    mask: int,
+    limit: int,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `x` and of the scale."""
+    kept = stays_float(drawn, shift, mask, limit)
+    ratio = precise(x) / scale
+    unclamped = ratio.round().add_(zero_point)
+    codes = unclamped.clamp(qmin, qmax)
+    inside = unclamped.eq_(codes)
+    multiple = codes.sub_(zero_point).addcmul_(ratio, inside, value=-1)
+    for_scale = (multiple * (1 - kept)).mul_(gradient).sum()
+    return torch.maximum(inside, kept).mul_(gradient).to(x.dtype), for_scale
+
+
+class _FakeQuantizeSome(torch.autograd.Function):
+    """Fake quantization of some elements; it keeps nothing but its input and random bytes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, choice: Choice
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.grid, ctx.choice = grid, choice
+        like = in_products(x)
+        parameters = (*choice.parts(), scale, zero_point, like, grid.qmin, grid.qmax)
+        return _move_some_to_grid(choice.rows(x), *parameters).reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        choice, grid = ctx.choice, ctx.grid
+        parameters = (*choice.parts(), scale, zero_point, grid.qmin, grid.qmax)
+        gradient = choice.rows(gradients[0])
+        for_x, for_scale = _gradients_of_some(choice.rows(x), gradient, *parameters)
+        return for_x.reshape(x.shape), for_scale.reshape(scale.shape), None, None, None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.quantization.base import EPS, AffineQuantizer, FixedQuantizer, Mode, Quantizer
-from ptq4sam.quantization.grid import Grid, fake_quantize
+from ptq4sam.quantization.dropping import Choice
+from ptq4sam.quantization.grid import Grid, fake_quantize, fake_quantize_some
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 
 __all__ = [
@@ -37,6 +38,13 @@ class LSQQuantizer(AffineQuantizer):
         """Move `x` to the grid; the scale's gradient is divided by sqrt(numel * qmax)."""
         scale = _scale_gradient(self._positive_scale(), self._gradient_factor(x))
         return fake_quantize(x, scale, self.zero_point, self.grid, self.channel_axis)
+
+    def quantize_some(self, x: Tensor, choice: Choice) -> Tensor:
+        """Move `x` to the grid, but for the elements that stay float (QDrop)."""
+        if self.scale.dim() > 0:
+            return super().quantize_some(x, choice)
+        scale = _scale_gradient(self._positive_scale(), self._gradient_factor(x))
+        return fake_quantize_some(x, scale, self.zero_point, self.grid, choice)
 
     @torch.no_grad()
     def parameters_in_use(self) -> tuple[Tensor, Tensor]:
@@ -76,6 +84,10 @@ class LSQPlusQuantizer(LSQQuantizer):
         scale = _scale_gradient(self._positive_scale(), factor)
         zero_point = _scale_gradient(self._code_of_zero(), factor)
         return fake_quantize(x, scale, zero_point, self.grid, self.channel_axis)
+
+    def quantize_some(self, x: Tensor, choice: Choice) -> Tensor:
+        """Move `x` to the grid, but for the elements that stay float (QDrop)."""
+        return choice.mix(self.quantize(x), x)
 
     def _set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         own = self.zero_point

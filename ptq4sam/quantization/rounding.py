@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ptq4sam.errors import CalibrationError
 from ptq4sam.quantization.base import FixedQuantizer
 from ptq4sam.quantization.fused import fused
-from ptq4sam.quantization.grid import Grid, along_channels
+from ptq4sam.quantization.grid import Grid, along_channels, in_products
 
 # The sigmoid is stretched to (-0.1, 1.1) and cut, so that 0 and 1 are reached (AdaRound, eq. 23).
 _STRETCH = 1.2
@@ -21,18 +21,68 @@ def _share(alpha: Tensor) -> Tensor:
     return (_STRETCH * torch.sigmoid(alpha) + _OFFSET).clamp(0, 1)
 
 
+def _share_slope(alpha: Tensor) -> Tensor:
+    """Derivative of `_share`: 0 where it is cut."""
+    sigmoid = torch.sigmoid(alpha)
+    share = _STRETCH * sigmoid + _OFFSET
+    return _STRETCH * sigmoid * (1 - sigmoid) * share.eq(share.clamp(0, 1)).to(alpha.dtype)
+
+
 @fused
-def _regularizer(alpha: Tensor, beta: Tensor) -> Tensor:
-    return (1 - (2 * _share(alpha) - 1).abs().pow(beta)).sum()
+def _with_regularizer_gradient(
+    gradient: Tensor, alpha: Tensor, beta: Tensor, weight: Tensor
+) -> Tensor:
+    distance = 2 * _share(alpha) - 1
+    # Three times as fast on a CPU as a power; that of 0 is 0 here too, by way of -inf.
+    power = torch.exp2((beta - 1) * distance.abs().log2())
+    return gradient - weight * 2 * beta * power * distance.sign() * _share_slope(alpha)
 
 
 @fused
 def _soften(
-    x: Tensor, alpha: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+    x: Tensor,
+    alpha: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    like: Tensor,
+    qmin: int,
+    qmax: int,
 ) -> Tensor:
-    """Move weights between the two neighbours on their grid."""
     codes = (x / scale).floor() + _share(alpha) + zero_point
-    return (codes.clamp(qmin, qmax) - zero_point) * scale
+    return ((codes.clamp(qmin, qmax) - zero_point) * scale).to(like.dtype)
+
+
+@fused
+def _soften_gradient(
+    x: Tensor,
+    alpha: Tensor,
+    gradient: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+) -> Tensor:
+    codes = (x / scale).floor() + _share(alpha) + zero_point
+    inside = codes.eq(codes.clamp(qmin, qmax)).to(alpha.dtype)
+    return inside * _share_slope(alpha) * scale * gradient
+
+
+class _Soften(torch.autograd.Function):
+    """Move weights between the two neighbours on their grid; only alpha gets a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, alpha: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
+    ) -> Tensor:
+        ctx.save_for_backward(x, alpha, scale, zero_point)
+        ctx.grid = grid
+        return _soften(x, alpha, scale, zero_point, in_products(x), grid.qmin, grid.qmax)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha, scale, zero_point = ctx.saved_tensors
+        parameters = (scale, zero_point, ctx.grid.qmin, ctx.grid.qmax)
+        return None, _soften_gradient(x, alpha, *gradients, *parameters), None, None, None
 
 
 class AdaRoundQuantizer(FixedQuantizer):
@@ -90,11 +140,19 @@ class AdaRoundQuantizer(FixedQuantizer):
         self._require_alpha()
         return _share(self.alpha)
 
-    def rounding_regularizer(self, beta: float) -> Tensor:
-        """sum(1 - |2h - 1|^beta), which draws h to 0 or 1 (AdaRound, eq. 24)."""
+    @torch.no_grad()
+    def add_regularizer_gradient_(self, weight: float, beta: float) -> None:
+        """Add the gradient of the regulariser to that of alpha.
+
+        It is weight * sum(1 - |2h - 1|^beta), which draws h to 0 or 1 (AdaRound, eq. 24). No step
+        needs its value.
+        """
         self._require_alpha()
-        # As a tensor made on its device, or each step would compile anew or wait for the host.
-        return _regularizer(self.alpha, self.alpha.new_full((), beta))
+        alpha = self.alpha.detach()
+        # As tensors made on its device, or each step would compile anew or wait for the host.
+        gradient = torch.zeros_like(alpha) if self.alpha.grad is None else self.alpha.grad
+        numbers = alpha.new_full((), beta), alpha.new_full((), weight)
+        self.alpha.grad = _with_regularizer_gradient(gradient, alpha, *numbers)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Move the weight `x` to the grid (while "soft": between its points)."""
@@ -104,7 +162,10 @@ class AdaRoundQuantizer(FixedQuantizer):
         zero_point = along_channels(self.zero_point, x.dim(), self.channel_axis)
         if self.rounding == "soft":
             self._require_alpha()
-            return _soften(x, self.alpha, scale, zero_point, self.grid.qmin, self.grid.qmax)
+            softened: Tensor = _Soften.apply(  # type: ignore[no-untyped-call]
+                x, self.alpha, scale, zero_point, self.grid
+            )
+            return softened
         return (self._learned_codes(x, self._up()) - zero_point) * scale
 
     @torch.no_grad()

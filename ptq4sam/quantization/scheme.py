@@ -10,12 +10,11 @@ import difflib
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
-from ptq4sam.errors import ConfigError
-from ptq4sam.records import FieldError, Record
+from ptq4sam.records import FieldError, Record, read_yaml
 
 OBSERVER_NAMES = (
     "MinMaxObserver",
@@ -40,6 +39,8 @@ QUANTIZER_NAMES = (
 )
 LEARNED_SCALE_QUANTIZER_NAMES = ("LSQFakeQuantize", "LSQPlusFakeQuantize")
 ADAROUND = "AdaRoundFakeQuantize"
+TAUS = (1, 2, 4)
+"""Granularities of softmax outputs: points spaced by factors of 2, 2^(1/2) and 2^(1/4)."""
 
 FLOAT: Literal["float"] = "float"
 """Instead of bits: a unit that stays as it is."""
@@ -159,6 +160,7 @@ class Methods(Record):
         peak_height: smallest height of a peak, as a share of the sum of the density.
         exact: ours; search granularities as published, on all queries: several times the
             work, for the same granularity and a scale that differs by less than 2 %.
+        taus: ours; the granularities that the search chooses from, of TAUS; one alone is fixed.
     """
 
     BIG: bool = False
@@ -167,8 +169,11 @@ class Methods(Record):
     peak_distance: int = 32
     peak_height: float = 0.01
     exact: bool = False
+    taus: tuple[int, ...] = TAUS
 
     def _validate(self) -> None:
+        some = 0 < len(self.taus) == len({*self.taus} & {*TAUS})
+        self._require(some, "taus", f"some of {', '.join(map(str, TAUS))}, each once")
         self._require(self.global_num >= 3, "global_num", "3 or more")
         self._require(
             1 <= self.peak_distance <= self.global_num,
@@ -287,44 +292,11 @@ class Scheme(Record):
         Raises:
             ConfigError: the file is not there, is not YAML, or describes no possible scheme.
         """
-        return cls.from_dict(_read_yaml(Path(path)), path)
+        return cls.from_dict(read_yaml(Path(path), "scheme file"), path)
 
     def to_yaml(self) -> str:
         """YAML text that `from_yaml` reads back to an equal scheme."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key given twice is an error instead of overwriting silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys: set[object] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue
-            if key_node.value in keys:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"key {key_node.value!r} is given twice",
-                    problem_mark=key_node.start_mark,
-                )
-            keys.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> object:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except FileNotFoundError:
-        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f"; did you mean {path.with_name(close[0])}?" if close else ""
-        raise ConfigError(f"{path}: no such scheme file{hint}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: not YAML: {error.problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).replace("\n", " ")
-        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
 
 
 def _require_name(name: str, key: str, known: tuple[str, ...]) -> None:

@@ -89,8 +89,9 @@ def test_attention_in_pieces_is_attention(
 def test_layers_and_products_run_on_integers(quantize: Quantize, tmp_path: Path) -> None:
     bits, content = SCHEMES["W8A8 symmetric"]
     model = quantize(bits, **content)
-    layers = len(quantized_layers(model.image_encoder)) - 2  # convolutions are looked at apart
     attentions = len(model.image_encoder.blocks)
+    # Without the two convolutions; query, key and value are products of their own.
+    layers = len(quantized_layers(model.image_encoder)) - 2 + 2 * attentions
     encoder_graph(model.image_encoder).write(tmp_path / "unsigned.onnx", {})
     operators = onnxruntime_operators(tmp_path / "unsigned.onnx", tmp_path)
     integer = operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"]
@@ -99,11 +100,15 @@ def test_layers_and_products_run_on_integers(quantize: Quantize, tmp_path: Path)
     assert operators["MatMul"] == 2 * attentions
     assert operators["Gemm"] == 0
 
-    encoder_graph(model.image_encoder, signed=True).write(tmp_path / "signed.onnx", {})
-    kinds = ("MatMul", "FullyConnected", "FullyConnectedQuantizedLegacy")
-    found = openvino_precisions(tmp_path / "signed.onnx", kinds)
-    assert found["i8"] + found["u8"] == layers + 2 * attentions
-    assert found["f32"] == 2 * attentions
+    # Positions are float in all, the product with the values is so under adaptive granularity.
+    for scheme, more in (("W8A8 symmetric", 2), ("W6A6 PTQ4SAM", 1), ("W4A4 PTQ4SAM", 1)):
+        bits, content = SCHEMES[scheme]
+        encoder = quantize(bits, **content).image_encoder
+        encoder_graph(encoder, signed=True).write(tmp_path / "signed.onnx", {})
+        kinds = ("MatMul", "FullyConnected", "FullyConnectedQuantizedLegacy")
+        found = openvino_precisions(tmp_path / "signed.onnx", kinds)
+        assert found["i8"] + found["u8"] == layers + more * attentions
+        assert found["f32"] == (4 - more) * attentions
 
 
 def decoder_inputs(model: Sam, features: torch.Tensor, **given: Any) -> dict[str, Any]:

@@ -23,7 +23,12 @@ from ptq4sam.quantization.quantizers import (
     Mode,
     Quantizer,
 )
-from tests.deploy.runtime_graphs import RUNTIMES, run_graph
+from tests.deploy.runtime_graphs import (
+    RUNTIMES,
+    onnxruntime_operators,
+    openvino_precisions,
+    run_graph,
+)
 
 pytestmark = pytest.mark.parametrize("runtime", RUNTIMES)
 
@@ -145,21 +150,48 @@ def test_a_convolution_is_that_of_the_simulation(bits: int, runtime: str, tmp_pa
     np.testing.assert_allclose(found, layer(x).numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_weights_are_bytes_of_codes(runtime: str, tmp_path: Path) -> None:
-    layer = quantized_linear(Grid(6), Grid(6), torch.randn(1, 5, 40))
+def constants(layer: QuantizedLinear, path: Path) -> dict[str, onnx.TensorProto]:
     graph = Graph("linear")
     name = graph.input("x", np.float32, [1, 5, 40])
     graph.output("y", linear(graph, layer, name, "layer"), np.float32, [1, 5, 24])
-    graph.write(tmp_path / "g.onnx", {})
-    constants = {c.name: c for c in onnx.load(tmp_path / "g.onnx").graph.initializer}
-    codes = onnx.numpy_helper.to_array(constants["layer.weight"])
-    scale = onnx.numpy_helper.to_array(constants["layer.weight.scale"])
-    zero_point = onnx.numpy_helper.to_array(constants["layer.weight.zero_point"])
+    graph.write(path, {})
+    return {constant.name: constant for constant in onnx.load(path).graph.initializer}
+
+
+def test_weights_of_6_bits_are_bytes(runtime: str, tmp_path: Path) -> None:
+    layer = quantized_linear(Grid(6), Grid(6), torch.randn(1, 5, 40))
+    found = constants(layer, tmp_path / "g.onnx")
+    codes = onnx.numpy_helper.to_array(found["layer.weight"])
+    scale = onnx.numpy_helper.to_array(found["layer.weight.scale"])
     assert codes.dtype == np.int8
-    assert not zero_point.any()
+    assert not onnx.numpy_helper.to_array(found["layer.weight.zero_point"]).any()
     assert np.array_equal(codes * scale, layer.weight.t().numpy())
-    input_scale = onnx.numpy_helper.to_array(constants["layer.input.scale"])
+    input_scale = onnx.numpy_helper.to_array(found["layer.input.scale"])
     assert input_scale == layer.input_quantizer.scale.numpy()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_weights_of_4_bits_are_half_bytes(symmetric: bool, runtime: str, tmp_path: Path) -> None:
+    layer = quantized_linear(Grid(4, symmetric), Grid(4), torch.randn(1, 5, 40))
+    found = constants(layer, tmp_path / "g.onnx")
+    assert found["layer.weight"].data_type == onnx.TensorProto.UINT4
+    assert len(found["layer.weight"].raw_data) == 40 * 24 // 2
+    codes = onnx.numpy_helper.to_array(found["layer.weight"]).astype(np.int32)
+    zero = onnx.numpy_helper.to_array(found["layer.weight.zero"])
+    scale = onnx.numpy_helper.to_array(found["layer.weight.scale"])
+    weight = (codes - zero).astype(np.float32) * scale
+    assert np.array_equal(weight, layer.weight.t().numpy())
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_a_linear_layer_runs_on_integers(bits: int, runtime: str, tmp_path: Path) -> None:
+    path = tmp_path / "g.onnx"
+    constants(quantized_linear(Grid(bits, bits == 8), Grid(bits), torch.randn(1, 5, 40)), path)
+    if runtime == "onnxruntime":
+        assert onnxruntime_operators(path, tmp_path)["MatMulIntegerToFloat"] == 1
+    else:
+        kinds = ("MatMul", "FullyConnected", "FullyConnectedQuantizedLegacy")
+        assert set(openvino_precisions(path, kinds)) <= {"i8", "u8"}
 
 
 def test_what_has_no_exact_form_is_named(runtime: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ptq4sam.deploy.torch_int8 import IntegerLinear, with_integer_products
+from ptq4sam.deploy.torch_int8 import Int8Linear, with_integer_products
 from ptq4sam.errors import DeployError
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.layers import QuantizedLinear, put_weights_on_grid
@@ -41,7 +41,7 @@ def test_a_layer_on_integers_is_that_of_the_simulation(
     bits: int, symmetric_weight: bool, symmetric_input: bool
 ) -> None:
     layer = frozen_linear(Grid(bits, symmetric_weight), Grid(bits, symmetric_input))
-    integer = IntegerLinear(layer, "layer")
+    integer = Int8Linear(layer, "layer")
     assert integer.weight.dtype == torch.int8
     x = 2 * torch.randn(3, 20, 48)
     exact = layer.double()(x.double())
@@ -51,7 +51,7 @@ def test_a_layer_on_integers_is_that_of_the_simulation(
 def test_a_layer_without_bias() -> None:
     layer = frozen_linear(Grid(8), Grid(8), bias=False)
     x = torch.randn(20, 48)
-    torch.testing.assert_close(IntegerLinear(layer, "layer")(x), layer(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(Int8Linear(layer, "layer")(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -60,7 +60,7 @@ def test_a_model_on_integers_is_that_of_the_simulation(
 ) -> None:
     model = quantize(bits)
     integer = with_integer_products(model)
-    layers = [module for module in integer.modules() if isinstance(module, IntegerLinear)]
+    layers = [module for module in integer.modules() if isinstance(module, Int8Linear)]
     expected = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     assert len(layers) == len(expected) > 20
     assert not any(isinstance(module, QuantizedLinear) for module in integer.modules())

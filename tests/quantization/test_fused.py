@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.quantization import fused
-from ptq4sam.quantization.dropping import keep_some_float
+from ptq4sam.quantization.dropping import choose, keep_some_float
 from ptq4sam.quantization.fused import FEWEST_ELEMENTS
-from ptq4sam.quantization.grid import Grid, fake_quantize
+from ptq4sam.quantization.grid import Grid, fake_quantize, fake_quantize_some
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 
 SIDE = 1024
@@ -31,7 +31,7 @@ def affine_in_bfloat16(x: Tensor) -> Result:
     return affine(x.detach().bfloat16().requires_grad_())
 
 
-def granular(x: Tensor) -> Result:
+def granularity() -> AdaptiveGranularityQuantizer:
     quantizer = AdaptiveGranularityQuantizer(Grid(4))
     quantizer.load_state_dict(
         {
@@ -41,8 +41,36 @@ def granular(x: Tensor) -> Result:
             "zero_point": torch.tensor(0.0),
         }
     )
+    return quantizer
+
+
+def granular(x: Tensor) -> Result:
+    quantizer = granularity()
     attention = x.detach().softmax(-1).requires_grad_()
     output = quantizer(attention)
+    gradients = torch.autograd.grad(output, (attention, quantizer.scale), torch.cos(output))
+    return output, *gradients
+
+
+def affine_with_some_float(x: Tensor) -> Result:
+    scale = torch.tensor(0.21, requires_grad=True)
+    choice = choose(x, 0.5, torch.Generator().manual_seed(3))
+    output = fake_quantize_some(x, scale, torch.tensor(7.0), Grid(4), choice)
+    return output, *torch.autograd.grad(output, (x, scale), torch.cos(output))
+
+
+def granular_with_some_float(x: Tensor) -> Result:
+    attention = x.detach().softmax(-1).requires_grad_()
+    quantizer = granularity()
+    output = quantizer.quantize_some(attention, choose(x, 0.3, torch.Generator().manual_seed(3)))
+    gradients = torch.autograd.grad(output, (attention, quantizer.scale), torch.cos(output))
+    return output, *gradients
+
+
+def granular_in_bfloat16(x: Tensor) -> Result:
+    attention = x.detach().softmax(-1).bfloat16().requires_grad_()
+    quantizer = granularity()
+    output = quantizer.quantize_some(attention, choose(x, 0.5, torch.Generator().manual_seed(3)))
     gradients = torch.autograd.grad(output, (attention, quantizer.scale), torch.cos(output))
     return output, *gradients
 
@@ -51,9 +79,12 @@ def rounding(x: Tensor) -> Result:
     quantizer = AdaRoundQuantizer(Grid(4), channel_axis=0)
     quantizer.observe(x.detach(), None)
     quantizer.begin_learning(x.detach())
+    quantizer.alpha.requires_grad_()
     output = quantizer.quantize(x.detach())
-    loss = (output * x.detach()).sum() + quantizer.rounding_regularizer(3.7)
-    return output, *torch.autograd.grad(loss, (quantizer.alpha,))
+    (output * x.detach()).sum().backward()
+    quantizer.add_regularizer_gradient_(0.1, 3.7)
+    assert quantizer.alpha.grad is not None
+    return output, quantizer.alpha.grad
 
 
 def dropped(x: Tensor) -> Result:
@@ -62,7 +93,19 @@ def dropped(x: Tensor) -> Result:
 
 
 @needs_compiler
-@pytest.mark.parametrize("work", [affine, affine_in_bfloat16, granular, rounding, dropped])
+@pytest.mark.parametrize(
+    "work",
+    [
+        affine,
+        affine_in_bfloat16,
+        affine_with_some_float,
+        granular,
+        granular_with_some_float,
+        granular_in_bfloat16,
+        rounding,
+        dropped,
+    ],
+)
 def test_compiled_agrees_with_one_by_one(
     work: Callable[[Tensor], Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

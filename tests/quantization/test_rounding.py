@@ -29,6 +29,11 @@ def on_grid(quantizer: AdaRoundQuantizer, values: Tensor) -> bool:
     return bool(((codes - codes.round()).abs() < 1e-4).all())
 
 
+def regularizer(quantizer: AdaRoundQuantizer, beta: float) -> Tensor:
+    """AdaRound, eq. 24."""
+    return (1 - (2 * quantizer.rounding_share() - 1).abs() ** beta).sum()
+
+
 def test_learning_starts_where_the_weight_is(quantizer: AdaRoundQuantizer, weight: Tensor) -> None:
     assert quantizer.rounding == "nearest"
     quantizer.begin_learning(weight)
@@ -64,15 +69,20 @@ def test_codes_are_hard_while_learning(quantizer: AdaRoundQuantizer, weight: Ten
     assert torch.equal(restored, quantizer(weight))
 
 
-def test_regularizer_is_least_at_the_ends(quantizer: AdaRoundQuantizer, weight: Tensor) -> None:
+@pytest.mark.parametrize("beta", [2.0, 3.5, 20.0])
+def test_regularizer_gradient_is_that_of_the_regularizer(
+    quantizer: AdaRoundQuantizer, weight: Tensor, beta: float
+) -> None:
     quantizer.begin_learning(weight)
     with torch.no_grad():
-        quantizer.alpha.fill_(0)
-    half = quantizer.rounding_regularizer(2.0)
-    assert float(half.detach()) == pytest.approx(weight.numel(), rel=1e-5)
-    with torch.no_grad():
-        quantizer.alpha.fill_(10)
-    assert quantizer.rounding_regularizer(20.0).item() == 0
+        quantizer.alpha.add_(2 * torch.randn(weight.shape))
+    (expected,) = torch.autograd.grad(
+        0.01 * regularizer(quantizer, beta), quantizer.alpha.requires_grad_()
+    )
+    quantizer.add_regularizer_gradient_(0.01, beta)
+    torch.testing.assert_close(quantizer.alpha.grad, expected, rtol=1e-5, atol=1e-7)
+    quantizer.add_regularizer_gradient_(0.01, beta)
+    torch.testing.assert_close(quantizer.alpha.grad, 2 * expected, rtol=1e-5, atol=1e-7)
 
 
 def test_regularizer_pushes_away_from_a_half(quantizer: AdaRoundQuantizer, weight: Tensor) -> None:
@@ -81,7 +91,7 @@ def test_regularizer_pushes_away_from_a_half(quantizer: AdaRoundQuantizer, weigh
     optimizer = torch.optim.Adam([quantizer.alpha], lr=0.1)
     for _ in range(200):
         optimizer.zero_grad()
-        quantizer.rounding_regularizer(2.0).backward()
+        quantizer.add_regularizer_gradient_(1.0, 2.0)
         optimizer.step()
     after = quantizer.rounding_share().detach()
     assert bool(((after < 0.05) | (after > 0.95)).all())
@@ -117,7 +127,7 @@ def test_learning_out_of_order(quantizer: AdaRoundQuantizer, weight: Tensor) -> 
     with pytest.raises(CalibrationError, match=r"lin1\.weight_quantizer .*begin_learning"):
         quantizer.finish_learning()
     with pytest.raises(CalibrationError, match="begin_learning"):
-        quantizer.rounding_regularizer(2.0)
+        quantizer.add_regularizer_gradient_(1.0, 2.0)
     with pytest.raises(CalibrationError, match="calibrate"):
         AdaRoundQuantizer(Grid(4)).begin_learning(weight)
 
@@ -132,6 +142,6 @@ def test_values_on_the_grid_survive_learning(bits: int) -> None:
     quantizer.mode = Mode.QUANTIZE
     quantizer.begin_learning(weight)
     assert bool(torch.isfinite(quantizer.alpha).all())
-    quantizer.rounding_regularizer(2.0).backward()
+    quantizer.add_regularizer_gradient_(1.0, 2.0)
     assert quantizer.alpha.grad is not None
     assert bool(torch.isfinite(quantizer.alpha.grad).all())

@@ -94,8 +94,8 @@ class Requantizer(nn.Module):
     of 31 bits differs from its factor by 2^-31 of it at most, one of 24 bits by 2^-24, as float32.
 
     Args:
-        factor: [channels] or [], accumulator unit / output scale, float64, positive.
-        bias: that shape, in accumulator units times factor, which is in output steps; None for 0.
+        factor: [channels] or [], what an accumulator of 1 is worth in output steps, float64.
+        offset: that shape, in output steps (bias / output scale); None for 0.
         grids: the output grids; several share the channels equally.
         accumulator_bits: bits of the largest accumulator, without sign.
         name: of the operator, for messages.
@@ -105,7 +105,7 @@ class Requantizer(nn.Module):
     """
 
     multiplier: Tensor
-    offset: Tensor
+    fixed_offset: Tensor
     shift: Tensor
     zero_point: Tensor
     lowest: Tensor
@@ -114,7 +114,7 @@ class Requantizer(nn.Module):
     def __init__(
         self,
         factor: Tensor,
-        bias: Tensor | None,
+        offset: Tensor | None,
         grids: Sequence[UniformGrid],
         accumulator_bits: int = 31,
         name: str = "",
@@ -122,7 +122,7 @@ class Requantizer(nn.Module):
         super().__init__()
         bits = min(31, 62 - accumulator_bits)
         shift = (bits - 1 - torch.floor(torch.log2(factor))).clamp(max=_MOST_SHIFT)
-        offset = torch.zeros_like(factor) if bias is None else bias
+        offset = torch.zeros_like(factor) if offset is None else offset
         room = _OFFSET_BITS - torch.ceil(torch.log2(offset.abs().clamp(min=1)))
         shift = torch.minimum(shift, room)
         if bool((shift < 1).any()):
@@ -131,7 +131,7 @@ class Requantizer(nn.Module):
                 "calibrate the model again"
             )
         self.register_buffer("multiplier", torch.round(factor * 2**shift).long())
-        self.register_buffer("offset", torch.round(offset * 2**shift).long())
+        self.register_buffer("fixed_offset", torch.round(offset * 2**shift).long())
         self.register_buffer("shift", shift.long())
         each = factor.numel() // len(grids)
 
@@ -145,7 +145,7 @@ class Requantizer(nn.Module):
 
     def forward(self, accumulator: Tensor) -> Tensor:
         """Codes, int32, of accumulators [..., channels]."""
-        wide = accumulator.long() * self.multiplier + self.offset
+        wide = accumulator.long() * self.multiplier + self.fixed_offset
         codes = shift_right(wide, self.shift) + self.zero_point
         return codes.clamp(self.lowest, self.highest).to(torch.int32)
 

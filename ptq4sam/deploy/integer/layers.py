@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4sam.deploy.codes import QuantizedLayer, UniformGrid, layer_codes, uniform_grid
+from ptq4sam.deploy.codes import UniformGrid, layer_codes, uniform_grid
 from ptq4sam.deploy.integer.arithmetic import Requantizer, affine_product, require_narrow
 from ptq4sam.errors import DeployError
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
+from ptq4sam.model.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 
 
 class IntegerLayer(nn.Module):

@@ -77,9 +77,14 @@ def _attention(
     size = window or side
     if window:
         codes = _partition(graph, codes, side, window, attention.qkv.in_features, path)
-    qkv = apply_linear(graph, attention.qkv, codes, f"{path}.qkv")
     dim = attention.proj.in_features
-    parts = graph.split(qkv, 3, -1, f"{path}.parts")
+    # Three products instead of one that would be cut in three.
+    parts = [
+        apply_linear(
+            graph, attention.qkv, codes, f"{path}.qkv.{role}", slice(n * dim, (n + 1) * dim)
+        )
+        for n, role in enumerate(("query", "key", "value"))
+    ]
     given = operands(graph, attention, parts, size * size, path)
     attended = attend_in_grid(graph, attention, given, size, path)
     merged = quantize_input(graph, attention.proj, attended, f"{path}.proj")

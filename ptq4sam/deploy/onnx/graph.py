@@ -58,8 +58,9 @@ class Graph:
 
     Args:
         name: of the graph.
-        signed: symmetric grids have codes of int8 around 0; else of uint8 around 128, which ONNX
-            Runtime takes (1.31 fails to load some graphs with signed ones).
+        signed: activations have codes of int8 around 0 where their grid fits (symmetric ones, and
+            up to 7 bits), which OpenVINO multiplies with each other; else all are of uint8, which
+            ONNX Runtime takes (1.31 fails to load some graphs with signed ones).
     """
 
     def __init__(self, name: str, signed: bool = False) -> None:
@@ -99,6 +100,11 @@ class Graph:
         if not np.array_equal(half.astype(np.float32), value):
             return self.constant(name, value)
         return self.cast(self.constant(name, half), np.float32, f"{name}.float32")
+
+    def nibbles(self, name: str, codes: NDArray[np.integer[Any]]) -> str:
+        """Add a constant of codes 0 to 15, two in a byte; returns the name of its int32 form."""
+        uint4 = self._onnx.helper.tensor_dtype_to_np_dtype(self._onnx.TensorProto.UINT4)
+        return self.cast(self.constant(name, codes.astype(uint4)), np.int32, f"{name}.int32")
 
     def number(self, value: float) -> str:
         """A float32 constant of no dimensions; equal ones are kept once."""

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.values import Affine, Value, dequantize, quantize, weight_format
+from ptq4sam.deploy.onnx.values import Value, dequantize, dequantized_weight, quantize
 from ptq4sam.errors import DeployError
 from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
 from ptq4sam.quantization.base import Quantizer
@@ -38,45 +38,34 @@ def quantize_input(graph: Graph, layer: nn.Module, x: str, path: str) -> Value:
     return quantize(graph, x, input_quantizer(layer), f"{path}.input")
 
 
-def apply_linear(graph: Graph, layer: nn.Linear, x: Value, path: str) -> str:
-    """A linear layer of an input that is quantized where the layer is."""
-    factors = [dequantize(graph, x, f"{path}.input"), _matrix(graph, layer, path)]
-    product = graph.node("MatMul", factors, f"{path}.product")
+def apply_linear(
+    graph: Graph, layer: nn.Linear, x: Value, path: str, outputs: slice = slice(None)
+) -> str:
+    """A linear layer, or some of its outputs, of an input that is quantized where the layer is."""
+    factors = [dequantize(graph, x, f"{path}.input"), _matrix(graph, layer, path, outputs)]
     if layer.bias is None:
-        return product
-    bias = array(layer.bias)
+        return graph.node("MatMul", factors, path)
+    product = graph.node("MatMul", factors, f"{path}.product")
+    bias = array(layer.bias)[outputs]
     if x.affine is not None:
         # With a bias of one dimension ONNX Runtime would make a float Gemm of the integer product.
         bias = bias[None, None]
     return graph.node("Add", [product, graph.constant(f"{path}.bias", bias)], path)
 
 
-def _matrix(graph: Graph, layer: nn.Linear, path: str) -> str:
+def _matrix(graph: Graph, layer: nn.Linear, path: str, outputs: slice) -> str:
     """The weight as [in, out]."""
     if type(layer) is nn.Linear:
-        return graph.parameter(f"{path}.weight", array(layer.weight.t()))
+        return graph.parameter(f"{path}.weight", array(layer.weight[outputs].t()))
     if not isinstance(layer, QuantizedLinear):
         raise _unknown(layer, path)
-    codes, affine = weight_format(layer, f"{path}.weight")
-    return _dequantize_weight(graph, codes.T, affine, 1, path)
-
-
-def _dequantize_weight(
-    graph: Graph, codes: NDArray[np.int8], affine: Affine, axis: int, path: str
-) -> str:
-    inputs = [
-        graph.constant(f"{path}.weight", codes),
-        graph.constant(f"{path}.weight.scale", affine.scale),
-        graph.constant(f"{path}.weight.zero_point", affine.zero_point),
-    ]
-    return graph.node("DequantizeLinear", inputs, f"{path}.weight.dequantized", axis=axis)
+    return dequantized_weight(graph, layer, path, outputs)
 
 
 def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
     """A convolution or transposed convolution, float or quantized, of [batch, channels, h, w]."""
     if isinstance(layer, QuantizedConv2d):
-        codes, affine = weight_format(layer, f"{path}.weight")
-        weight = _dequantize_weight(graph, codes, affine, 0, path)
+        weight = dequantized_weight(graph, layer, path)
     elif type(layer) in (nn.Conv2d, nn.ConvTranspose2d):
         weight = graph.parameter(f"{path}.weight", array(layer.weight))  # type: ignore[arg-type]
     else:

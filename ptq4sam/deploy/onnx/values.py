@@ -25,6 +25,7 @@ from ptq4sam.quantization.base import Mode, Quantizer
 from ptq4sam.quantization.grid import Grid, along_channels
 
 _CONTAINER_BITS = 8
+_NIBBLE_BITS = 4
 _UNSIGNED = 128
 """The code of 0 where signed codes are held unsigned."""
 
@@ -99,30 +100,59 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Va
     return Value(graph.node("QuantizeLinear", inputs, f"{path}.codes"), affine)
 
 
-def weight_format(layer: QuantizedLayer, path: str) -> tuple[NDArray[np.int8], Affine]:
-    """Codes of a weight [out, ...] as int8, and what they mean.
+def dequantized_weight(
+    graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = slice(None)
+) -> str:
+    """The float weight of a layer, from integers: [in, out] of a linear one, else as it is.
 
-    Distances from the zero point are kept where they fit, so that the codes need none: runtimes
-    have faster integer products for them. That is so up to 7 bits, and for symmetric grids.
+    `outputs` are those of its output channels that are wanted.
+
+    Codes of up to 4 bits are held two in a byte, others in one each. What is multiplied are their
+    distances from the zero point where these fit into int8, up to 7 bits and for symmetric grids:
+    runtimes have faster integer products for codes without zero point.
 
     Raises:
         DeployError: the weight is not on a grid of at most 8 bits.
     """
-    _require_quantizing(layer.weight_quantizer, path)
+    name = f"{path}.weight"
+    _require_quantizing(layer.weight_quantizer, name)
     weight = layer_codes(layer)
-    _check_bits(weight.grid, path)
-    zeros = weight.zero_point
-    distance = weight.codes - along_channels(zeros, weight.codes.dim(), 0)
-    if int(distance.min()) >= -128 and int(distance.max()) <= 127:
-        return _int8(distance), Affine(_float32(weight.scale), _int8(torch.zeros_like(zeros)))
-    return _int8(weight.codes - 128), Affine(_float32(weight.scale), _int8(zeros - 128))
+    _check_bits(weight.grid, name)
+    codes, scale, zeros = weight.codes[outputs], weight.scale, weight.zero_point
+    if scale.dim():
+        scale, zeros = scale[outputs], zeros[outputs]
+    zeros = along_channels(zeros, codes.dim(), 0)
+    axis = 0
+    if codes.dim() == 2:
+        codes, axis = codes.t(), 1
+        zeros = zeros.reshape(1, -1) if zeros.dim() else zeros
+    if weight.grid.bits <= _NIBBLE_BITS:
+        held = graph.nibbles(name, (codes - weight.grid.qmin).numpy())
+        below = graph.constant(f"{name}.zero", (zeros - weight.grid.qmin).numpy())
+        distance = graph.node("Sub", [held, below], f"{name}.distance")
+        held, zero_point = graph.cast(distance, np.int8, f"{name}.int8"), torch.zeros_like(zeros)
+    else:
+        distance, zero_point = codes - zeros, torch.zeros_like(zeros)
+        if int(distance.min()) < -128 or int(distance.max()) > 127:
+            distance, zero_point = codes - 128, zeros - 128
+        held = graph.constant(name, _int8(distance))
+    inputs = [
+        held,
+        graph.constant(f"{name}.scale", _float32(scale)),
+        graph.constant(f"{name}.zero_point", _int8(zero_point.reshape(scale.shape))),
+    ]
+    return graph.node("DequantizeLinear", inputs, f"{name}.dequantized", axis=axis)
 
 
 def _activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
+    """What codes are in the graph: signed ones are distances from the zero point where these fit.
+
+    Rounding x / scale and adding the zero point, as the simulation does, gives the same points.
+    """
     _check_bits(grid.grid, path)
     scale = np.array(grid.scale, np.float32)
-    if grid.grid.symmetric and signed:
-        return Affine(scale, np.array(grid.zero_point, np.int8))
+    if signed and (grid.grid.symmetric or grid.grid.bits < _CONTAINER_BITS):
+        return Affine(scale, np.array(0, np.int8))
     shift = _UNSIGNED if grid.grid.symmetric else 0
     return Affine(scale, np.array(grid.zero_point + shift, np.uint8))
 

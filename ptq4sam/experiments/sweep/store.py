@@ -1,0 +1,213 @@
+"""Records of trials in an SQLite file: appended one by one, never changed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ptq4sam.errors import StoreError
+from ptq4sam.files import finite
+
+_APPLICATION = 0x50345341
+"""Marks the file as ours (SQLite's application_id)."""
+_VERSION = 1
+_PATIENCE = 10.0
+"""Seconds that a writer waits for another program that reads or writes the file."""
+
+_SCHEMA = """
+CREATE TABLE trials (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    key TEXT NOT NULL,
+    name TEXT NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('done', 'failed')),
+    seed INTEGER NOT NULL,
+    settings TEXT NOT NULL,
+    scheme TEXT NOT NULL,
+    metrics TEXT NOT NULL,
+    stages TEXT NOT NULL,
+    versions TEXT NOT NULL,
+    seconds REAL NOT NULL,
+    started TEXT NOT NULL,
+    worker TEXT NOT NULL,
+    error TEXT NOT NULL,
+    log TEXT NOT NULL
+);
+CREATE INDEX trials_by_key ON trials (key);
+"""
+_JSON = ("settings", "metrics", "stages", "versions")
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """What is known of a trial that has ended.
+
+    Attributes:
+        key: identifies its settings.
+        name: its values in one line.
+        status: "done" or "failed".
+        seed: its seed.
+        settings: all its settings.
+        scheme: the scheme as YAML, to run it again.
+        metrics: AP, mean IoU, agreement and the like; empty where it failed.
+        stages: seconds and peak memory of each stage.
+        versions: of packages, and the machine.
+        seconds: from its start to its record.
+        started: when, ISO 8601 in UTC.
+        worker: who did it.
+        error: why it failed, in one line.
+        log: what it logged.
+    """
+
+    key: str
+    name: str
+    status: str
+    seed: int
+    settings: dict[str, Any]
+    scheme: str
+    metrics: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    started: str = ""
+    worker: str = ""
+    error: str = ""
+    log: str = ""
+
+
+class Store:
+    """The file; use it in a `with` block.
+
+    It is in WAL mode: others may read it while a sweep writes. One sweep at a time has it, for
+    which a lock file lies beside it.
+
+    Args:
+        path: made where it is missing.
+
+    Raises:
+        StoreError: another sweep has it, or it is damaged, of another program or newer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = path.with_name(f"{path.name}.lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise StoreError(
+                f"{path} belongs to a sweep that is running: wait for its end, or name another "
+                "--work-dir"
+            ) from None
+        try:
+            with self._named_errors():
+                self._connection = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
+                self._open()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._connection.close()
+        self._lock.close()
+
+    def append(self, record: TrialRecord) -> None:
+        """Add a record; it is there for good when this returns.
+
+        Raises:
+            StoreError: the file is locked or damaged, or the disk is full.
+        """
+        row = asdict(record)
+        row.update({name: json.dumps(finite(row[name]), allow_nan=False) for name in _JSON})
+        names = ", ".join(row)
+        marks = ", ".join(f":{name}" for name in row)
+        with self._transaction():
+            self._connection.execute(f"INSERT INTO trials ({names}) VALUES ({marks})", row)
+
+    def latest(self) -> dict[str, TrialRecord]:
+        """The last record of each trial, by key.
+
+        Raises:
+            StoreError: the file is locked or damaged.
+        """
+        names = [one.name for one in fields(TrialRecord)]
+        query = f"SELECT {', '.join(names)} FROM trials ORDER BY number"
+        with self._named_errors():
+            rows = self._connection.execute(query).fetchall()
+            found = (dict(zip(names, row, strict=True)) for row in rows)
+            records = [
+                TrialRecord(**{**row, **{name: json.loads(row[name]) for name in _JSON}})
+                for row in found
+            ]
+        return {record.key: record for record in records}
+
+    def _open(self) -> None:
+        run = self._connection.execute
+        (tables,) = run("SELECT count(*) FROM sqlite_master").fetchone()
+        (application,) = run("PRAGMA application_id").fetchone()
+        (version,) = run("PRAGMA user_version").fetchone()
+        if tables and application != _APPLICATION:
+            raise StoreError(f"{self.path} is another program's file: name another --work-dir")
+        if version > _VERSION:
+            raise StoreError(f"{self.path} was written by a newer ptq4sam: use that one")
+        (problem,) = run("PRAGMA quick_check(1)").fetchone()
+        if problem != "ok":
+            raise self._damaged(problem)
+        run("PRAGMA journal_mode=WAL")
+        # Also after a power failure what was recorded is there.
+        run("PRAGMA synchronous=FULL")
+        if not tables:
+            with self._transaction():
+                for statement in filter(str.strip, _SCHEMA.split(";")):
+                    run(statement)
+                run(f"PRAGMA application_id={_APPLICATION}")
+                run(f"PRAGMA user_version={_VERSION}")
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._named_errors():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error) or "busy" in str(error):
+                raise StoreError(
+                    f"{self.path} has been locked by another program for {_PATIENCE:.0f} s: close "
+                    "that, then start the sweep again, which goes on where it was"
+                ) from error
+            raise StoreError(
+                f"{self.path} cannot be used ({error}): make room or get permission, then start "
+                "the sweep again, which goes on where it was"
+            ) from error
+        except (sqlite3.DatabaseError, ValueError) as error:
+            raise self._damaged(str(error)) from error
+
+    def _damaged(self, problem: str) -> StoreError:
+        return StoreError(
+            f"{self.path} is damaged ({' '.join(problem.split())[:100]}): move it aside to start "
+            f"again, or rescue its records by sqlite3 {self.path.name} .recover"
+        )

@@ -1,0 +1,81 @@
+"""From a quantized file to scores on the runtimes, by the commands."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from ptq4sam.cli import main
+from tests.tiny_runs import SCHEMES, Tiny, read_metrics, run
+
+pytest_plugins = ("tests.tiny_fixtures",)
+
+
+@pytest.fixture(scope="module")
+def deployed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model at 8 bits and its exports in the folder beside it."""
+    folder = tmp_path_factory.mktemp("deployed")
+    path = folder / "w8a8.safetensors"
+    run(
+        *("quantize", "--scheme", SCHEMES / "w8a8.yaml", "--output", path),
+        *("--scheme-options", "w_qconfig.observer=MinMaxObserver", *tiny.calibration()),
+        *("--work-dir", folder / "work"),
+    )
+    for name in ("onnx", "openvino"):
+        run("export", path, "--format", name, "--output", folder / "w8a8")
+    return path
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch-int8", "auto"])
+def test_deployed_models_score_as_the_simulation(
+    backend: str, deployed: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("evaluate", "--checkpoint", deployed, *tiny.data(), "--work-dir", tmp_path / "simulated")
+    checkpoint = deployed if backend == "torch-int8" else deployed.with_suffix("")
+    command = ["evaluate", "--checkpoint", checkpoint, "--backend", backend, *tiny.data()]
+    run(*command, "--work-dir", tmp_path / "deployed")
+    simulated, found = (read_metrics(tmp_path / name) for name in ("simulated", "deployed"))
+    assert found["quantized"]
+    assert found["backend"] in ("onnxruntime", "openvino", "torch-int8")
+    assert found["masks"] == simulated["masks"]
+    assert math.isclose(found["mean_iou"], simulated["mean_iou"], abs_tol=0.02)
+    # With the float model, which both know that they were made of.
+    assert math.isclose(found["agreement"], simulated["agreement"], abs_tol=0.02)
+
+
+def test_files_are_small(deployed: Path, tmp_path: Path) -> None:
+    run("export", "vit_nano", "--format", "openvino", "--output", tmp_path)
+    folder = deployed.with_suffix("")
+    for part in ("encoder", "decoder"):
+        ratio = (folder / f"{part}.bin").stat().st_size / (tmp_path / f"{part}.bin").stat().st_size
+        # More of vit_nano stays float than of a large model: 26 % of a ViT-B encoder are left.
+        assert ratio < (0.4 if part == "encoder" else 0.65)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["export", "nowhere.safetensors", "--format", "onnx"], "no quantized model"),
+        (["export", "vit_b", "--format", "onnx"], "vit_b"),
+        (["export", "vit_nano", "--format", "tflite"], "use onnx or openvino"),
+        (["evaluate", "--backend", "openvino"], "give it by --checkpoint"),
+        (["evaluate", "--backend", "tpu", "--checkpoint", "x"], "use torch, integer, torch-int8"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str],
+    problem: str,
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = ["--output", "exported"] if arguments[0] == "export" else list(map(str, tiny.data()))
+    assert main([*arguments, *more]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert problem in lines[-1]
+    assert not (tmp_path / "exported" / "onnx.json").exists()
