@@ -7,7 +7,7 @@ A scheme is read from YAML with the keys and values of the published PTQ4SAM con
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
