@@ -149,7 +149,7 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
         return inner(*arguments, seed=seed, **named)
 
     monkeypatch.setattr(workers, "quantize_sam", quantize)
-    sweep = sweep_of(tiny, tmp_path, "{seed: [0, 1, 2]}", "limit: 1", "steps: 1")
+    sweep = sweep_of(tiny, tmp_path, "{seed: [0, 1, 2]}", "limit: 1")
     state = do(sweep, tmp_path / "w")
     records = [state.records[trial.key] for trial in sweep.trials]
     assert [record.status for record in records] == ["done", "failed", "done"]
