@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ptq4sam.errors import ConfigError, Ptq4samError, is_out_of_memory
+from ptq4sam.experiments.cost import add_arguments as add_cost_arguments
 from ptq4sam.experiments.sweep.command import add_arguments as add_sweep_arguments
 
 _PLANNED = {
@@ -196,6 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     download.set_defaults(run=_download)
 
+    add_cost_arguments(verbs.add_parser("cost", help="operations and bytes of a SAM, by part"))
     add_sweep_arguments(verbs.add_parser("sweep", help="a grid of trials from a file, resumable"))
 
     for name, what in _PLANNED.items():

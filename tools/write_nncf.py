@@ -47,7 +47,7 @@ SCHEMES = {"PTQ4SAM W8A8": "w8a8", "PTQ4SAM W6A6": "ptq4sam-s66", "PTQ4SAM W4A4"
 MODELS = (FLOAT, NNCF, CONTROLLED, *SCHEMES)
 
 # Of single points vit_nano is less sure than a SAM.
-EVERYTHING = EverythingSettings(points_per_side=12, pred_iou_thresh=0.3, stability_score_thresh=0.1)
+EVERYTHING = EverythingSettings(points_per_side=8, pred_iou_thresh=0.3, stability_score_thresh=0.1)
 
 
 class Comparison:
@@ -217,10 +217,11 @@ def main() -> None:
     """Measure everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--coco-mini", type=Path, help="folder of coco_mini")
+    parser.add_argument("--without-scenes", action="store_true", help="coco_mini alone")
     parser.add_argument("--calibration", type=int, default=32, help="calibration pictures")
     parser.add_argument("--max-drop", type=float, default=0.5, help="of the controlled variant")
     parser.add_argument("--limit", type=int, help="evaluate the first pictures only")
-    parser.add_argument("--everything", type=int, default=20, help="pictures without prompts")
+    parser.add_argument("--everything", type=int, default=10, help="pictures without prompts")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--work-dir", type=Path, default=_ROOT / "work_dirs" / "nncf")
     parser.add_argument("--out", type=Path, default=_ROOT / "docs" / "nncf.md")
@@ -228,7 +229,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     keep_freed_memory()
-    sections = [section(data, arguments) for data in data_sets(arguments)]
+    chosen = data_sets(arguments)[1 if arguments.without_scenes else 0 :]
+    sections = [section(data, arguments) for data in chosen]
     used = ", ".join(f"{name} {version}" for name, version in sorted(versions().items()))
     introduction = _INTRODUCTION.format(
         calibration=arguments.calibration,

@@ -125,7 +125,7 @@ def read_container(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _digest(tensor: Tensor) -> str:
     """SHA-256 over type, shape and bytes."""
     found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

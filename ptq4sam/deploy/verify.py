@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4sam.deploy.codes import UniformGrid
+from ptq4sam.deploy.codes import UniformGrid, layer_codes
 from ptq4sam.deploy.integer.attention import AttentionProducts
 from ptq4sam.deploy.integer.layers import IntegerLayer
 from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderAttention
@@ -185,8 +185,8 @@ def _layer_hook(
 
 def _layer_sums(layer: QuantizedLayer, x: Tensor, grid: UniformGrid) -> Tensor:
     """Exact sums of the simulation's quantized operands, in units of both scales."""
-    scale, _ = layer.weight_quantizer.parameters_in_use()
-    weight = _steps(layer.weight, along_channels(scale, layer.weight.dim(), 0))
+    scale = along_channels(layer_codes(layer).scale, layer.weight.dim(), 0)
+    weight = _steps(layer.weight, scale)
     steps = _steps(layer.input_quantizer(x), grid.scale)
     if isinstance(layer, QuantizedLinear):
         return F.linear(steps, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -103,8 +104,8 @@ class Validation:
                 break
             changes = measurements.value(
                 f"{name}: picture {record.id}",
-                lambda record=record: parallel.from_first(
-                    lambda: self._changes(sam, units, record)
+                functools.partial(
+                    parallel.from_first, functools.partial(self._changes, sam, units, record)
                 ),
             )
             if changes:

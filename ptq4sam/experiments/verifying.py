@@ -75,7 +75,7 @@ class Verification:
         equal = sum(check.equal for check in self.checks) / max(1, outputs)
         exact = sum(check.exact for check in self.checks)
         verdict = "passed" if self.passed else f"FAILED in {broken} operators"
-        width = max(len(check.name) for check in self.checks)
+        width = max((len(check.name) for check in self.checks), default=0)
         return [
             f"verify {verdict}: {len(self.checks)} operators on {self.pictures} pictures, sums of "
             f"{exact} equal, {equal:.4%} of {outputs:,} output codes equal",

@@ -81,8 +81,9 @@ class _Soften(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, scale, zero_point = ctx.saved_tensors
+        (gradient,) = gradients
         parameters = (scale, zero_point, ctx.grid.qmin, ctx.grid.qmax)
-        return None, _soften_gradient(x, alpha, *gradients, *parameters), None, None, None
+        return None, _soften_gradient(x, alpha, gradient, *parameters), None, None, None
 
 
 class AdaRoundQuantizer(FixedQuantizer):

@@ -101,9 +101,10 @@ def test_accuracy_control_stops_where_the_drop_is_met(
     data = ["--validation-images", str(tiny.images())]
     data += ["--validation-annotations", str(tiny.annotations())]
     run(*command, *data, "--max-drop", "30")
-    # The float encoder and the quantized one, on three pictures.
-    assert [len(scores) for scores in seen[:2]] == [3, 3]
-    assert np.mean(seen[0]) - np.mean(seen[-1]) <= 0.3
+    # After a try on one: the float encoder and the quantized one, on three pictures.
+    whole = [scores for scores in seen if len(scores) == 3]
+    assert len(whole) >= 2
+    assert np.mean(whole[0]) - np.mean(whole[-1]) <= 0.3
     manifest = read_manifest(tmp_path / "int8", "openvino")
     assert manifest.nncf is not None
     assert manifest.nncf["max_drop"] == 30

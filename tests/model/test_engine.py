@@ -104,13 +104,12 @@ def test_a_unit_that_became_worse_falls_back(
 def test_a_diverging_unit_is_named(
     sam: Sam, items: Items, make_scheme: MakeScheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = reconstruction._step_loss
+    original = reconstruction._step_error
 
-    def spoil(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, penalty = original(*arguments)
-        return loss * torch.nan, penalty
+    def spoil(*arguments: Any) -> torch.Tensor:
+        return original(*arguments) * torch.nan
 
-    monkeypatch.setattr(reconstruction, "_step_loss", spoil)
+    monkeypatch.setattr(reconstruction, "_step_error", spoil)
     with pytest.raises(
         CalibrationError, match=r"image_encoder\.blocks\.0\.attn diverged at step 0"
     ):

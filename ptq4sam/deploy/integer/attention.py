@@ -9,6 +9,7 @@ a sum of integers, which becomes the codes of the output projection's input with
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,14 @@ from ptq4sam.deploy.integer.arithmetic import (
     require_narrow,
     round_sum,
 )
-from ptq4sam.deploy.integer.layers import IntegerLayer, IntegerLinear
+from ptq4sam.deploy.integer.layers import IntegerLinear
 from ptq4sam.model.attention import (
     Bias,
     QuantizedDecoderAttention,
     QuantizedEncoderAttention,
     softmax_pieces,
 )
+from ptq4sam.model.layers import QuantizedLinear
 from ptq4sam.sam import image_encoder, transformer
 
 
@@ -85,7 +87,8 @@ class AttentionProducts(nn.Module):
 
     def logits(self, accumulator: Tensor) -> Tensor:
         """Logits in float32, without relative positions."""
-        return accumulator.float() * self.logits_factor
+        logits: Tensor = accumulator.float() * self.logits_factor
+        return logits
 
     def softmax_codes(self, logits: Tensor) -> Tensor:
         """Codes of the softmax of logits."""
@@ -151,25 +154,26 @@ class IntegerEncoderAttention(image_encoder.Attention):
         if source.use_rel_pos:
             self.rel_pos_h = copy.deepcopy(source.rel_pos_h)
             self.rel_pos_w = copy.deepcopy(source.rel_pos_w)
-        self.qkv = IntegerLinear(source.qkv, f"{name}.qkv")
-        self.proj = IntegerLinear(source.proj, f"{name}.proj")
-        self.products = AttentionProducts(source, self.proj.input_grid, name)
-        self.qkv.set_output_grids(
-            [self.products.query_grid, self.products.key_grid, self.products.value_grid]
-        )
+        qkv, proj = (_integer_linear(source, part, name) for part in ("qkv", "proj"))
+        self.products = AttentionProducts(source, proj.input_grid, name)
+        grids = (self.products.query_grid, self.products.key_grid, self.products.value_grid)
+        qkv.set_output_grids(grids)
+        self.add_module("qkv", qkv)
+        self.add_module("proj", proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the float block: [batch, rows, columns, dim] to the same shape."""
         grid = (x.shape[1], x.shape[2])
-        codes = _projected(self.qkv, x)
 
         def bias(part: Tensor, first: int, last: int) -> Tensor:
             return self.position_bias(part, grid, first, last)
 
         attended = self.products(
-            *self.split_heads(codes), bias if self.use_rel_pos else None, columns=grid[1]
+            *self.split_heads(_codes(self.qkv, x)),
+            bias if self.use_rel_pos else None,
+            columns=grid[1],
         )
-        return self.proj.dequantize(self.proj.accumulate(self.merge_heads(attended, grid)))
+        return _output(self.proj, self.merge_heads(attended, grid))
 
 
 class IntegerDecoderAttention(transformer.Attention):
@@ -178,24 +182,38 @@ class IntegerDecoderAttention(transformer.Attention):
     def __init__(self, source: QuantizedDecoderAttention, name: str) -> None:
         nn.Module.__init__(self)
         self.num_heads, self.scale = source.num_heads, source.scale
-        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            layer = IntegerLinear(getattr(source, projection), f"{name}.{projection}")
-            setattr(self, projection, layer)
-        self.products = AttentionProducts(source, self.out_proj.input_grid, name)
-        self.q_proj.set_output_grids([self.products.query_grid])
-        self.k_proj.set_output_grids([self.products.key_grid])
-        self.v_proj.set_output_grids([self.products.value_grid])
+        output = _integer_linear(source, "out_proj", name)
+        self.products = AttentionProducts(source, output.input_grid, name)
+        grids = (self.products.query_grid, self.products.key_grid, self.products.value_grid)
+        for part, grid in zip(("q_proj", "k_proj", "v_proj"), grids, strict=True):
+            projection = _integer_linear(source, part, name)
+            projection.set_output_grids([grid])
+            self.add_module(part, projection)
+        self.add_module("out_proj", output)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As the float block: q [batch, n, dim], k and v [batch, m, dim] to [batch, n, dim]."""
         attended = self.products(
-            self.split_heads(_projected(self.q_proj, q)),
-            self.split_heads(_projected(self.k_proj, k)),
-            self.split_heads(_projected(self.v_proj, v)),
+            self.split_heads(_codes(self.q_proj, q)),
+            self.split_heads(_codes(self.k_proj, k)),
+            self.split_heads(_codes(self.v_proj, v)),
         )
-        return self.out_proj.dequantize(self.out_proj.accumulate(self.merge_heads(attended)))
+        return _output(self.out_proj, self.merge_heads(attended))
 
 
-def _projected(layer: IntegerLayer, x: Tensor) -> Tensor:
+def _integer_linear(attention: nn.Module, part: str, name: str) -> IntegerLinear:
+    layer = cast(QuantizedLinear, attention.get_submodule(part))
+    return IntegerLinear(layer, f"{name}.{part}")
+
+
+# The float classes call their projections nn.Linear: of these here, they are integer ones.
+def _codes(projection: nn.Module, x: Tensor) -> Tensor:
     """Codes of a projection of a float input."""
+    layer = cast(IntegerLinear, projection)
     return layer.requantize(layer.accumulate(layer.quantize(x)))
+
+
+def _output(projection: nn.Module, codes: Tensor) -> Tensor:
+    """Float output of the projection of codes."""
+    layer = cast(IntegerLinear, projection)
+    return layer.dequantize(layer.accumulate(codes))

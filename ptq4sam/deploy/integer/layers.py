@@ -135,8 +135,7 @@ class IntegerConv2d(IntegerLayer):
             zero_point,
             torch.int32,
         )
-        size = self._output_size(padded.shape[-2:])
-        return accumulator.unflatten(-1, size)
+        return accumulator.reshape(*accumulator.shape[:2], *self._output_size(padded.shape[-2:]))
 
     def _output_size(self, padded: Sequence[int]) -> tuple[int, int]:
         reach = zip(*self._window.values(), padded, strict=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-
-from torch import nn
+from typing import Any
 
 from ptq4sam.deploy.integer.attention import IntegerDecoderAttention, IntegerEncoderAttention
 from ptq4sam.deploy.integer.layers import integer_layer
@@ -26,7 +25,7 @@ def integer_model(sam: QuantizedSam) -> Sam:
         CalibrationError: the model was not calibrated.
     """
     # A copy of each quantized module is already known to deepcopy: its integer form.
-    known: dict[int, nn.Module] = {}
+    known: dict[int, Any] = {}
     for name, module in sam.named_modules():
         if isinstance(module, QuantizedEncoderAttention):
             known[id(module)] = IntegerEncoderAttention(module, name)
@@ -34,11 +33,13 @@ def integer_model(sam: QuantizedSam) -> Sam:
             known[id(module)] = IntegerDecoderAttention(module, name)
         elif isinstance(module, QuantizedLinear | QuantizedConv2d) and not _within(name, sam):
             known[id(module)] = integer_layer(module, name)
-    encoder, prompts, decoder = (
-        copy.deepcopy(part, dict(known))
-        for part in (sam.image_encoder, sam.prompt_encoder, sam.mask_decoder)
+    copied = Sam(
+        sam.name,
+        copy.deepcopy(sam.image_encoder, dict(known)),
+        copy.deepcopy(sam.prompt_encoder),
+        copy.deepcopy(sam.mask_decoder, dict(known)),
     )
-    return Sam(sam.name, encoder, prompts, decoder).eval().requires_grad_(False).to(sam.device)
+    return copied.eval().requires_grad_(False).to(sam.device)
 
 
 def _within(name: str, sam: QuantizedSam) -> bool:

@@ -11,16 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ptq4sam.deploy.codes import (
-    LogGrid,
-    QuantizedLayer,
-    UniformGrid,
-    layer_codes,
-    softmax_grid,
-)
+from ptq4sam.deploy.codes import LogGrid, UniformGrid, layer_codes, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.errors import DeployError
 from ptq4sam.methods.adaptive_granularity import FLOOR
+from ptq4sam.model.layers import QuantizedLayer
 from ptq4sam.quantization.base import Mode, Quantizer
 from ptq4sam.quantization.grid import Grid, along_channels
 
@@ -127,8 +122,8 @@ def dequantized_weight(
     if weight.grid.bits <= _NIBBLE_BITS:
         held = graph.nibbles(name, (codes - weight.grid.qmin).numpy())
         below = graph.constant(f"{name}.zero", (zeros - weight.grid.qmin).numpy())
-        distance = graph.node("Sub", [held, below], f"{name}.distance")
-        held, zero_point = graph.cast(distance, np.int8, f"{name}.int8"), torch.zeros_like(zeros)
+        difference = graph.node("Sub", [held, below], f"{name}.distance")
+        held, zero_point = graph.cast(difference, np.int8, f"{name}.int8"), torch.zeros_like(zeros)
     else:
         distance, zero_point = codes - zeros, torch.zeros_like(zeros)
         if int(distance.min()) < -128 or int(distance.max()) > 127:

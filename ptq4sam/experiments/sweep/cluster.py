@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -50,7 +51,7 @@ class Cluster:
         # Ray gives each actor as many threads as cores, and shows it its own GPU alone.
         actor = ray.remote(num_cpus=max(1, cpus // count), num_gpus=min(1.0, gpus / count))(_Actor)
         neighbours = -(-count // len(ray.nodes()))
-        self._start = lambda number: actor.remote(make, number, neighbours)
+        self._start: Callable[[int], Any] = lambda number: actor.remote(make, number, neighbours)
         self._idle = {number: self._start(number) for number in range(count)}
         self._busy: dict[Any, tuple[int, Any, Task]] = {}
 

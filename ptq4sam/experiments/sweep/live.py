@@ -55,7 +55,7 @@ def picture(
     if ended:
         if len(ended) > room:
             parts.append(Text(f"... {len(ended) - room} trials before", style="dim"))
-        parts.append(_rich_table(table(sweep, ended[-room:])))
+        parts.append(_rich_table(table(sweep, ended[-room:], brief=True)))
     now = time.monotonic()
     parts += [
         Text(f"{'running':<9}{task.label} ({format_seconds(now - started)})", style="cyan")
@@ -75,8 +75,8 @@ def tell(sweep: Sweep, found: Sequence[Row], console: Console) -> None:
     """The tables of a sweep that has ended."""
     for line in float_lines(found):
         console.print(line)
-    averaged = table_over_seeds(sweep, found)
-    console.print(_rich_table(table(sweep, found)))
+    averaged = table_over_seeds(sweep, found, brief=True)
+    console.print(_rich_table(table(sweep, found, brief=True)))
     if averaged:
         console.print("over seeds, mean ± standard deviation:")
         console.print(_rich_table(averaged))

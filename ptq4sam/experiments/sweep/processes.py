@@ -18,8 +18,8 @@ from typing import Protocol
 from ptq4sam.experiments.sweep.tasks import Outcome, Task
 
 _SPAWN = multiprocessing.get_context("spawn")
-_FAREWELL = 5.0
-"""Seconds that a worker has to end by itself."""
+_FAREWELL = 3.0
+"""Seconds that a worker has to end when it was told to."""
 
 
 class Doer(Protocol):
@@ -89,12 +89,9 @@ class Processes:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # What they have finished is in files that are complete or not there.
         for place in self._places:
-            if place.task is None:
-                # It stands waiting for a task, and ends when there can be none.
-                place.connection.close()
-            else:
-                place.process.terminate()
+            place.process.terminate()
         for place in self._places:
             place.process.join(_FAREWELL)
             if place.process.is_alive():

@@ -81,10 +81,10 @@ def schedule(
             state.waiting.remove(task)
             why = next(failed[key] for key in task.needs if key in failed)
             _end(state, store, task, Outcome(why), 0.0, failed)
-        while pool.free and (task := _next(state.waiting, there)) is not None:
-            state.waiting.remove(task)
-            state.running[task.key] = (task, time.monotonic())
-            pool.give(task)
+        while pool.free and (ready := _next(state.waiting, there)) is not None:
+            state.waiting.remove(ready)
+            state.running[ready.key] = (ready, time.monotonic())
+            pool.give(ready)
         show(state)
         for task, outcome in pool.wait(_REFRESH) if state.running else ():
             _, begun = state.running.pop(task.key)

@@ -8,7 +8,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,10 @@ class TrialSettings(Record):
             )
         scheme = self.scheme
         if self.bits is not None:
-            scheme = scheme.with_overrides(
-                f"w_qconfig.bit={self.bits}", f"a_qconfig.bit={self.bits}"
+            scheme = replace(
+                scheme,
+                w_qconfig=replace(scheme.w_qconfig, bit=self.bits),
+                a_qconfig=replace(scheme.a_qconfig, bit=self.bits),
             )
         if self.steps is not None:
             scheme = scheme.with_steps(self.steps)

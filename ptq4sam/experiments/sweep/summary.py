@@ -19,6 +19,8 @@ _SEED = "seed"
 _CHANGE = "change"
 """Of the score that counts, against the float model's: mean IoU in points, else AP."""
 
+_PARTS_OF_AP = ("AP50", "AP75", "APs", "APm", "APl", "AR")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,10 +54,16 @@ def rows(sweep: Sweep, records: Mapping[str, TrialRecord]) -> list[Row]:
     return [Row(trial, records.get(trial.key)) for trial in sweep.trials]
 
 
-def metrics_of(found: Iterable[Row]) -> list[tuple[str, str]]:
-    """Names and titles of the scores that some trial has, and the change against float."""
+def metrics_of(found: Iterable[Row], brief: bool = False) -> list[tuple[str, str]]:
+    """Names and titles of the scores that some trial has, and the change against float.
+
+    Args:
+        found: the trials.
+        brief: without the parts of AP, for which a terminal has no room.
+    """
     found = list(found)
-    columns = [*COLUMNS, (_CHANGE, "change")]
+    scores = [column for column in COLUMNS if not (brief and column[0] in _PARTS_OF_AP)]
+    columns = [*scores, (_CHANGE, "change")]
     return [
         (key, title) for key, title in columns if any(row.metric(key) is not None for row in found)
     ]
@@ -73,9 +81,9 @@ def float_lines(found: Iterable[Row]) -> list[str]:
     return list(lines)
 
 
-def table(sweep: Sweep, found: Sequence[Row]) -> list[list[str]]:
-    """Title and cells of every trial."""
-    scores = metrics_of(found)
+def table(sweep: Sweep, found: Sequence[Row], brief: bool = False) -> list[list[str]]:
+    """Titles, and the cells of every trial."""
+    scores = metrics_of(found, brief)
     titles = [*map(short, sweep.axes), *(title for _, title in scores), "seconds", "status"]
     lines = [titles]
     for row in found:
@@ -87,7 +95,7 @@ def table(sweep: Sweep, found: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def table_over_seeds(sweep: Sweep, found: Sequence[Row]) -> list[list[str]]:
+def table_over_seeds(sweep: Sweep, found: Sequence[Row], brief: bool = False) -> list[list[str]]:
     """Means and standard deviations over seeds; empty where there is only one."""
     axes = [axis for axis in sweep.axes if axis != _SEED]
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -99,7 +107,7 @@ def table_over_seeds(sweep: Sweep, found: Sequence[Row]) -> list[list[str]]:
             groups.setdefault(values, []).append(row)
     if _SEED not in sweep.axes or all(len(group) < 2 for group in groups.values()):
         return []
-    scores = metrics_of(found)
+    scores = metrics_of(found, brief)
     lines = [[*map(short, axes), "seeds", *(title for _, title in scores)]]
     for values, group in groups.items():
         cells = [_spread([row.metric(key) for row in group], key == _CHANGE) for key, _ in scores]

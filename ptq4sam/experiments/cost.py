@@ -1,0 +1,92 @@
+"""`ptq4sam cost`: what a SAM computes and holds, as a table or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ptq4sam.deploy.cost import Cost, PartCost
+
+_NOTE = (
+    "one picture, {boxes} box{es}; multiply-accumulates, windows with their padding; not counted: "
+    "norms, softmax, activation functions, sums. What is not quantized counts at 32 bits. float "
+    "operations: each weighted by max(bits)/32; bit operations: by the product of both operands' "
+    "bits. Activations: what the operations read."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ptq4sam cost`."""
+    parser.add_argument("--model", default="vit_nano", help="vit_nano, vit_b, vit_l or vit_h")
+    parser.add_argument("--scheme", type=Path, help="quantize by this file; default: float")
+    parser.add_argument("--decoder-only", action="store_true", help="leave the image encoder float")
+    parser.add_argument("--boxes", type=int, default=1, metavar="N", help="prompts on the picture")
+    parser.add_argument("--file", type=Path, help="also show the sizes in this quantized file")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Count and print."""
+    from ptq4sam.deploy.cost import count
+    from ptq4sam.deploy.size_report import size_report
+    from ptq4sam.errors import ConfigError
+    from ptq4sam.quantization.scheme import Scheme
+
+    if parsed.boxes < 1:
+        raise ConfigError(f"asked for --boxes {parsed.boxes}: use 1 or more")
+    scheme = None if parsed.scheme is None else Scheme.from_yaml(parsed.scheme)
+    sizes = None if parsed.file is None else size_report(parsed.file)
+    cost = count(parsed.model, scheme, quantize_encoder=not parsed.decoder_only, boxes=parsed.boxes)
+    if parsed.json:
+        content = to_dict(cost)
+        if sizes is not None:
+            content["file"] = dataclasses.asdict(sizes)
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        return 0
+    lines_of_file = [] if sizes is None else ["", f"{parsed.file}:", *sizes.lines()]
+    sys.stdout.write("\n".join([*lines(cost), *lines_of_file]) + "\n")
+    return 0
+
+
+def to_dict(cost: Cost) -> dict[str, Any]:
+    """Plain values, with the ratios to the float model."""
+    return {
+        "model": cost.model,
+        "boxes": cost.boxes,
+        "parts": [dataclasses.asdict(part) for part in cost.parts],
+        "total": dataclasses.asdict(cost.total),
+        "storage_ratio": cost.storage_ratio,
+        "operations_ratio": cost.operations_ratio,
+        "bit_operations_ratio": cost.bit_operations_ratio,
+    }
+
+
+def lines(cost: Cost) -> list[str]:
+    """The table for people."""
+    head = (
+        f"{cost.model:<31}{'values M':>10}{'MB':>9}{'float MB':>10}{'GMAC':>10}"
+        f"{'float ops G':>13}{'bit ops T':>11}{'act. MB':>10}{'float MB':>10}"
+    )
+    note = _NOTE.format(boxes=cost.boxes, es="" if cost.boxes == 1 else "es")
+    return [
+        head,
+        *map(_line, (*cost.parts, cost.total)),
+        f"against float32: {cost.storage_ratio:.2f}x less storage, {cost.operations_ratio:.2f}x "
+        f"fewer float operations, {cost.bit_operations_ratio:.2f}x fewer bit operations",
+        note,
+    ]
+
+
+def _line(part: PartCost) -> str:
+    return (
+        f"{part.name:<31}{part.parameters / 1e6:>10.3f}{part.weight_bytes / 1e6:>9.2f}"
+        f"{part.float_weight_bytes / 1e6:>10.2f}{part.macs / 1e9:>10.3f}"
+        f"{part.float_operations / 1e9:>13.3f}{part.bit_operations / 1e12:>11.3f}"
+        f"{part.activation_bytes / 1e6:>10.2f}{part.float_activation_bytes / 1e6:>10.2f}"
+    )
