@@ -43,7 +43,20 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 MODEL = "vit_nano"
 FLOAT, NNCF, CONTROLLED = "float32", "NNCF INT8", "NNCF INT8, controlled"
-SCHEMES = {"PTQ4SAM W8A8": "w8a8", "PTQ4SAM W6A6": "ptq4sam-s66", "PTQ4SAM W4A4": "ptq4sam-s44"}
+# What NNCF does not quantize: the decoder's units, as in ptq4sam/model/insertion.py.
+_LAYER_UNITS = ("self_attn", "cross_attn_token_to_image", "mlp", "cross_attn_image_to_token")
+_DECODER_UNITS = [
+    *(f"layers.{layer}.{unit}" for layer in range(2) for unit in _LAYER_UNITS),
+    "final_attn_token_to_image",
+]
+_FLOAT_DECODER = ", ".join(f"mask_decoder.transformer.{unit}: float" for unit in _DECODER_UNITS)
+ENCODER_ONLY = "PTQ4SAM W8A8, float decoder"
+SCHEMES = {
+    ENCODER_ONLY: "w8a8",
+    "PTQ4SAM W8A8": "w8a8",
+    "PTQ4SAM W6A6": "ptq4sam-s66",
+    "PTQ4SAM W4A4": "ptq4sam-s44",
+}
 MODELS = (FLOAT, NNCF, CONTROLLED, *SCHEMES)
 
 # Of single points vit_nano is less sure than a SAM.
@@ -70,6 +83,8 @@ class Comparison:
             if not packed.exists():
                 scheme = _ROOT / "exp" / f"{SCHEMES[name]}.yaml"
                 more = ["--scheme", scheme, "--work-dir", self.folder / "run"]
+                if name == ENCODER_ONLY:
+                    more += ["--scheme-options", f"units={{{_FLOAT_DECODER}}}"]
                 _run("quantize", *self._calibration(), *more, "--output", packed)
             _run("export", packed, "--format", "openvino", "--output", folder)
         else:
@@ -127,10 +142,11 @@ class Comparison:
 
     def milliseconds(self) -> dict[str, float]:
         """Median time of encoding a picture, the models in turns, after one that does not count."""
-        models = {name: open_exported(self.export_of(name), "openvino") for name in MODELS}
+        names = self._arguments.models
+        models = {name: open_exported(self.export_of(name), "openvino") for name in names}
         side = models[FLOAT].image_size
         pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-        times: dict[str, list[float]] = {name: [] for name in MODELS}
+        times: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(self._arguments.rounds + 1):
             for name, model in models.items():
                 started = time.perf_counter()
@@ -170,7 +186,7 @@ HEADER = [
 def section(data: Data, arguments: argparse.Namespace) -> list[str]:
     """One data set's table in Markdown."""
     comparison = Comparison(data, arguments)
-    rows = {name: comparison.row(name) for name in MODELS}
+    rows = {name: comparison.row(name) for name in arguments.models}
     times = comparison.milliseconds()
     reference = rows[FLOAT]
     lines = [
@@ -206,10 +222,10 @@ CPU runtime, float32 for what is not integer, {threads} thread(s); {calibration}
 pictures for each way. NNCF quantizes the image encoder (model type transformer, mixed preset) and
 leaves the decoder float, as OpenVINO's notebooks do; "controlled" is its accuracy-controlled
 variant, which may lose {max_drop} points of mean IoU on the calibration pictures. PTQ4SAM
-quantizes encoder and decoder by statistics (PTQ4SAM-S); codes of 4 and 6 bits run as bytes, the
-packed file is what `ptq4sam quantize` writes. "Everything" is automatic mask generation on
-{everything} pictures: the mean IoU of each annotated object with the mask that fits it best, and
-masks a picture. Times are medians of {rounds}, the models in turns.
+quantizes encoder and decoder by statistics (PTQ4SAM-S), in one row the encoder alone, as NNCF does.
+Codes of 4 and 6 bits run as bytes; the packed file is what `ptq4sam quantize` writes. "Everything"
+is automatic mask generation on {everything} pictures: the mean IoU of each annotated object with
+the mask that fits it best, and masks a picture. Times are medians of {rounds}, the models in turns.
 """
 
 
@@ -217,6 +233,7 @@ def main() -> None:
     """Measure everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--coco-mini", type=Path, help="folder of coco_mini")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, metavar="MODEL")
     parser.add_argument("--without-scenes", action="store_true", help="coco_mini alone")
     parser.add_argument("--calibration", type=int, default=32, help="calibration pictures")
     parser.add_argument("--max-drop", type=float, default=0.5, help="of the controlled variant")
@@ -227,6 +244,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_ROOT / "docs" / "nncf.md")
     parser.add_argument("--machine", default=machine())
     arguments = parser.parse_args()
+    if FLOAT not in arguments.models:
+        parser.error(f"--models needs {FLOAT}, which the others are compared with")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     keep_freed_memory()
     chosen = data_sets(arguments)[1 if arguments.without_scenes else 0 :]
