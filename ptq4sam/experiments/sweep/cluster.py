@@ -44,6 +44,7 @@ class Cluster:
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
         count = count or gpus or cpus
         if not 1 <= count <= max(gpus, cpus):
+            ray.shutdown()
             raise ConfigError(
                 f"asked for {count} workers, but the Ray cluster has {cpus} cores and {gpus} GPUs: "
                 "ask for fewer --jobs"

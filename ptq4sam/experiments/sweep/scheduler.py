@@ -131,7 +131,9 @@ def _end(
         stages=outcome.stages or {},
         versions=outcome.versions or {},
         seconds=seconds,
-        started=datetime.fromtimestamp(now - seconds, timezone.utc).isoformat(timespec="seconds"),
+        started=datetime.fromtimestamp(now - seconds, timezone.utc).isoformat(
+            timespec="milliseconds"
+        ),
         worker=outcome.worker,
         error=outcome.error or "",
         log=outcome.log,
