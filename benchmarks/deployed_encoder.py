@@ -65,7 +65,8 @@ def make(arguments: argparse.Namespace) -> None:
     def write(encoder: torch.nn.Module, name: str) -> None:
         for signed, path in ((False, folder / f"{name}.onnx"), (True, folder / "signed.onnx")):
             encoder_graph(encoder, signed).write(path, {})
-        write_openvino(folder / "signed.onnx", folder / f"{name}.xml")
+        quantized = encoder is not sam.image_encoder
+        write_openvino(folder / "signed.onnx", folder / f"{name}.xml", quantized=quantized)
         (folder / "signed.onnx").unlink()
 
     if not (folder / "float.xml").exists():

@@ -96,12 +96,18 @@ class Measurement:
         self._folder: Path = arguments.work_dir / data.name.replace(" ", "_")
         self._limit: int | None = arguments.limit
         self._calibration: int = arguments.calibration
+        self._only_measured: bool = arguments.only_measured
 
-    def row(self, scheme: str | None, backend: str) -> dict[str, Any]:
-        """Scores, masks, milliseconds and bytes of a model on a backend; `scheme` None is float."""
+    def row(self, scheme: str | None, backend: str) -> dict[str, Any] | None:
+        """Scores, masks, milliseconds and bytes of a model on a backend; `scheme` None is float.
+
+        None where it was not measured and is not to be.
+        """
         kind = BACKENDS.get(backend)
         name = FLOAT if scheme is None else f"{SCHEMES[scheme]}-{kind}"
         path = self._folder / f"{name}.json"
+        if not path.exists() and self._only_measured:
+            return None
         if not path.exists():
             _log.info("%s: %s %s", self._data.name, scheme or FLOAT, backend)
             write_json(self._measure(scheme, backend), path)
@@ -204,6 +210,8 @@ def section(data: Data, arguments: argparse.Namespace) -> list[str]:
     """One data set's table in Markdown."""
     measurement = Measurement(data, arguments)
     reference = measurement.row(None, FLOAT)
+    if reference is None:
+        return []
     lines = [
         f"## {data.name}",
         "",
@@ -215,7 +223,9 @@ def section(data: Data, arguments: argparse.Namespace) -> list[str]:
     for scheme in SCHEMES:
         simulation = measurement.row(scheme, SIMULATION)
         for backend in BACKENDS:
-            lines.append(cells(scheme, backend, measurement.row(scheme, backend), simulation))
+            row = measurement.row(scheme, backend)
+            if row is not None:
+                lines.append(cells(scheme, backend, row, simulation))
     return [*lines, ""]
 
 
@@ -282,6 +292,9 @@ def main() -> None:
     parser.add_argument("--coco-mini", type=Path, help="folder of coco_mini")
     parser.add_argument("--calibration", type=int, default=32, help="calibration pictures")
     parser.add_argument("--limit", type=int, help="evaluate the first pictures only")
+    parser.add_argument(
+        "--only-measured", action="store_true", help="measure nothing more, write what there is"
+    )
     parser.add_argument("--work-dir", type=Path, default=_ROOT / "work_dirs" / "agreement")
     parser.add_argument("--out", type=Path, default=_ROOT / "docs" / "agreement.md")
     parser.add_argument("--machine", default=machine())

@@ -47,6 +47,7 @@ def export(sam: Sam, folder: str | Path, runtime_format: Format) -> Manifest:
     """
     if runtime_format not in SUFFIXES:
         raise ConfigError(f"format {runtime_format!r} was asked for: use {' or '.join(SUFFIXES)}")
+    quantized = isinstance(sam, QuantizedSam)
     if isinstance(sam, QuantizedSam) and sam.scheme.compat == "published":
         raise DeployError(
             "asked to export a model with compat: published, which is not on its grid: quantize "
@@ -66,7 +67,7 @@ def export(sam: Sam, folder: str | Path, runtime_format: Format) -> Manifest:
             path = Path(temporary) / f"{name}.onnx"
             graph.write(path, {"ptq4sam": ptq4sam.__version__, "model": sam.name})
             if runtime_format == "openvino":
-                write_openvino(path, path.with_suffix(".xml"))
+                write_openvino(path, path.with_suffix(".xml"), quantized=quantized)
         names = [name + suffix for name in graphs for suffix in SUFFIXES[runtime_format]]
         files = {name: checksum(Path(temporary) / name) for name in names}
         for name in names:

@@ -10,19 +10,25 @@ from ptq4sam.deploy.runtimes import require
 _BETWEEN_TAGS = re.compile(r">\s+<")
 
 
-def write_openvino(source: Path, target: Path) -> None:
+def write_openvino(source: Path, target: Path, *, quantized: bool) -> None:
     """Write an ONNX graph as OpenVINO's .xml and, beside it, .bin.
 
     Quantize and dequantize nodes become fake-quantize operations of 256 levels on our scales and
-    zero points, which OpenVINO's low-precision passes turn into integer kernels; constants stay
-    what they are, integers or float32.
+    zero points, which OpenVINO's low-precision passes turn into integer kernels.
+
+    Args:
+        source: the ONNX file.
+        target: the .xml file.
+        quantized: keep constants as small as they are in the graph, half-precision tensors and
+            tables of positions too. Those of a float model are folded, which NNCF needs.
 
     Raises:
         DependencyError: OpenVINO is not installed.
     """
     openvino = require("openvino")
-    # Not by convert_model, which would fold what the file holds small: half-precision tensors and
-    # tables of positions.
+    if not quantized:
+        openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=False)
+        return
     openvino.serialize(openvino.Core().read_model(source), target)
     # A quarter of the description is indentation.
     target.write_text(_BETWEEN_TAGS.sub("><", target.read_text(encoding="utf-8")), encoding="utf-8")
