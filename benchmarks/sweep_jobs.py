@@ -3,9 +3,9 @@
     python benchmarks/sweep_jobs.py [--jobs 2] [--trials 4] [--steps 60]
 
 Trials are seeds of PTQ4SAM-L at 4 bits on vit_nano and generated scenes. What they share and the
-kernels of both numbers of threads are made by a round before that is not measured. A round's time
-is from the start of its first trial to the end of its last one; overhead is what a trial took
-beside its stages: quantization, audit, evaluation.
+kernels of both numbers of threads are made by a round that is not measured. The time is from the
+start of the first trial to the end of the last one; overhead is what a trial took beside its
+stages (quantization, audit, evaluation).
 """
 
 from __future__ import annotations

@@ -63,6 +63,7 @@ def to_dict(cost: Cost) -> dict[str, Any]:
         "total": dataclasses.asdict(cost.total),
         "storage_ratio": cost.storage_ratio,
         "operations_ratio": cost.operations_ratio,
+        "layers_ratio": cost.layers_ratio,
         "bit_operations_ratio": cost.bit_operations_ratio,
     }
 
@@ -78,7 +79,8 @@ def lines(cost: Cost) -> list[str]:
         head,
         *map(_line, (*cost.parts, cost.total)),
         f"against float32: {cost.storage_ratio:.2f}x less storage, {cost.operations_ratio:.2f}x "
-        f"fewer float operations, {cost.bit_operations_ratio:.2f}x fewer bit operations",
+        f"fewer float operations ({cost.layers_ratio:.2f}x with attention products at 32 bits), "
+        f"{cost.bit_operations_ratio:.2f}x fewer bit operations",
         note,
     ]
 
