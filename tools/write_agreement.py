@@ -256,7 +256,7 @@ Written by `python tools/write_agreement.py`; every number was measured by it. `
 and decoder quantized, {calibration} calibration pictures) with ground-truth boxes, scored by the
 same code on every backend. Bytes are those of the files that a backend reads: the simulation, the
 integer reference and torch-int8 read the packed file, ONNX Runtime and OpenVINO what `ptq4sam
-export` wrote, codes of 4 and 6 bits in bytes. Times are of a machine that may be shared, {threads}
+export` wrote (codes of 6 bits in bytes). Times are of a machine that may be shared, {threads}
 thread(s): ratios in docs/benchmarks.md are measured apart.
 
 A network amplifies roundings: a code in the middle of two takes the other one when a sum is added
