@@ -26,6 +26,9 @@ def random_detector(config: Path, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     model = build_detector(config)
     with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("level_embed"):  # mmdet leaves its memory as it was found
+                parameter.normal_()
         if config == YOLOX_L:  # features of an untrained one are some millions
             for branch in ("cls", "reg", "obj"):
                 for convolution in getattr(model.bbox_head, f"multi_level_conv_{branch}"):

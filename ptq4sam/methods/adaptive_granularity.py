@@ -43,8 +43,8 @@ class AdaptiveGranularityQuantizer(Quantizer):
         grid: its bits give the number of points.
         exact: search as published, each granularity on all queries to scipy's own tolerance. Else
             granularities are compared on an eighth of the queries, and the scale of the chosen one
-            is searched on all of them to a thousandth of the largest attention: a third of
-            the work, for the same granularity and a scale within 2 %.
+            is searched on all of them to a thousandth of the largest attention: a third of the
+            work, for the same granularity and a scale within 2 %.
         taus: granularities to choose from.
 
     Attributes:
@@ -131,7 +131,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
         return self._quantize(x, choice)
 
     def _quantize(self, x: Tensor, choice: Choice | None) -> Tensor:
-        scale = self.scale.abs().clamp(min=EPS)
+        scale = self._positive_scale()
         end = _end(scale, self.tau, self.grid.levels)
         if choice is None and not torch.is_grad_enabled():
             return _quantize(x, scale, self.tau, end)
@@ -148,6 +148,10 @@ class AdaptiveGranularityQuantizer(Quantizer):
             CalibrationError: the quantizer was not calibrated.
         """
         self._require_calibration()
+        return self._positive_scale()
+
+    def _positive_scale(self) -> Tensor:
+        # Whoever optimises calls clamp_scale_(); this keeps a step in between from harm.
         return self.scale.abs().clamp(min=EPS)
 
     @torch.no_grad()

@@ -22,8 +22,8 @@ class Choice:
     Attributes:
         drawn: [1, n] random words, int32.
         shift: [rows, 1], int32, which bits of a word decide for a row.
-        mask: how many bits those are.
-        limit: 1 to mask.
+        mask: 2^b - 1 where b bits decide.
+        limit: 1 to mask; an element stays float with probability limit / (mask + 1).
     """
 
     drawn: Tensor
