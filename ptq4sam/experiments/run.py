@@ -31,6 +31,7 @@ from ptq4sam.evaluation import write_json
 from ptq4sam.experiments.accuracy import AccuracyReport
 from ptq4sam.experiments.calibration import calibration_pictures
 from ptq4sam.experiments.evaluate import Evaluation, evaluate_sam, has_truth
+from ptq4sam.experiments.needed import require_inputs
 from ptq4sam.experiments.pictures import PictureWriter
 from ptq4sam.experiments.quantizing import JOURNAL, Quantizing
 from ptq4sam.experiments.settings import DataSettings, RunSettings
@@ -69,6 +70,7 @@ class Run:
             Ptq4samError: something that was asked for cannot be had; one line says what.
         """
         settings = self.settings
+        require_inputs(settings)
         self._make_folders()
         with _logging_to(settings.work_dir / "run.log"):
             fix_seeds(settings.seed)
