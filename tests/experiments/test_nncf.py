@@ -120,7 +120,7 @@ def test_accuracy_control_stops_where_the_drop_is_met(
         (["--calibration-size", "0"], "1 or more"),
         (["--max-drop", "1"], "measured on annotated pictures"),
         (["--drop-metric", "AP", "--max-drop", "1"], "controls the mean IoU"),
-        (["--calibration-images", "nowhere"], "no image folder nowhere"),
+        (["--calibration-images", "nowhere"], "not there: calibration pictures nowhere"),
     ],
 )
 def test_what_nncf_cannot_be_asked_for(

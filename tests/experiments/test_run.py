@@ -51,8 +51,9 @@ def test_a_bad_data_set_is_found_before_the_model_is_loaded(settings: RunSetting
     broken = replace(
         settings, data=DataSettings(settings.data.images / "no"), checkpoint=Path("no.pth")
     )
-    with pytest.raises(DataError, match="no image folder"):
+    with pytest.raises(DataError, match=r"not there: SAM no\.pth .*, pictures .*val/no: name"):
         Run(broken).execute()
+    assert not settings.work_dir.exists()
 
 
 def test_a_seed_fixes_the_global_generators(settings: RunSettings) -> None:
