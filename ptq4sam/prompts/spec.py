@@ -104,7 +104,7 @@ def _plain(name: str) -> str:
 
 def _hint(text: str) -> str:
     kind = text.partition(":")[0]
-    if Path(text).suffix == ".onnx":
+    if kind == text and Path(text).suffix == ".onnx":
         return f"did you mean onnx:{text}? "
     near = difflib.get_close_matches(kind, [name for name in FORMS if name != BOXES], n=1)
     return f"did you mean {FORMS[near[0]]}? " if near else ""

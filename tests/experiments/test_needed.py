@@ -10,7 +10,7 @@ import pytest
 from ptq4sam.cli import main
 from ptq4sam.downloads import ASSETS, asset_at
 from ptq4sam.solver.experiment import ExperimentConfig
-from ptq4sam.solver.test_quant import main as test_quant
+from ptq4sam.solver.test_quant import main as published
 from tests.tiny_runs import REPOSITORY, Tiny
 
 pytest_plugins = ("tests.tiny_fixtures",)
@@ -39,7 +39,7 @@ def test_a_configuration_without_anything_here(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["--config", str(path), "--q_config", str(SCHEME), "--quant-encoder"]
-    assert test_quant(asked) == 2
+    assert published(asked) == 2
     told = refusal(capsys)
     read = ExperimentConfig.from_file(path)
     assert read.calibration is not None
@@ -54,7 +54,7 @@ def test_a_configuration_without_anything_here(
             assert asset.facts in told
     assert f": run ptq4sam download {' '.join(downloads)};" in told
     assert told.endswith("--prompts boxes.json")
-    # Only "coco_mini" is nobody's to publish.
+    # coco_mini alone is nowhere to be had.
     assert ("name others for the rest" in told) == ("nano" in path.stem)
     assert not Path("work_dirs").exists()
 
@@ -63,7 +63,7 @@ def test_a_configuration_without_anything_here(
 def test_only_what_is_asked_for_is_needed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = REPOSITORY / "projects" / "configs" / f"{name}.py"
     Path("boxes.json").write_text("[]")
-    assert test_quant(["--config", str(config), "--fp", "--prompts", "boxes.json"]) == 2
+    assert published(["--config", str(config), "--fp", "--prompts", "boxes.json"]) == 2
     told = refusal(capsys)
     assert "train2017" not in told
     assert "detector" not in told
@@ -75,7 +75,7 @@ def test_a_detector_that_is_not_installed_is_told_with_the_files(
 ) -> None:
     monkeypatch.setattr("ptq4sam.downloads.missing.find_spec", lambda name: None)
     config = REPOSITORY / "projects/configs/faster_rcnn/faster-rcnn-r50_sam-vit-b.py"
-    assert test_quant(["--config", str(config), "--fp"]) == 2
+    assert published(["--config", str(config), "--fp"]) == 2
     told = refusal(capsys)
     assert "mmengine, mmcv, mmdet (packages that detector mmdet needs)" in told
     assert "coco-annotations and ./environment.sh mmdet; boxes of any detector" in told
