@@ -297,7 +297,7 @@ def _refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--scheme", "SCHEME", "CALIBRATION", "--calibration-size", "0"], "1 or more"),
         (["--scheme", "SCHEME", "--calibration-annotations", "a.json"], "--calibration-images"),
         (["--scheme", "SCHEME", "--calibration-images", "IMAGES"], "ground-truth"),
-        (["--float-checkpoint", "a.pth"], "not quantized"),
+        (["--float-checkpoint", "broken.json"], "not quantized"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,26 @@ def test_packages_that_are_not_installed(
     look_for_prompts(found, spec)
     with pytest.raises(MissingError, match=f"packages that detector .*: run {install}$"):
         found.report()
+
+
+def test_the_documentation_has_every_source_and_tests_that_are_there() -> None:
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "docs" / "prompts.md").read_text(encoding="utf-8")
+    for form in FORMS.values():
+        assert f"| `{form}` |" in text
+    named = set(re.findall(r"(?:tests/\w+/)?test_\w+\.py", text))
+    assert len(named) > 5
+    for name in named:
+        places = (root / name, root / "tests" / "prompts" / name)
+        assert any(place.is_file() for place in places), name
+    for name in re.findall(r"`((?:yolox|hdetr|focalnet|faster|dino|torchvision)-[\w-]+)`", text):
+        assert name in ASSETS or name in FORMS, name
+
+
+def test_every_weight_of_the_catalogue_has_its_address_in_the_readme() -> None:
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "ckpt" / "README.md").read_text(encoding="utf-8")
+    for asset in ASSETS.values():
+        if asset.unpacked is None and not asset.name.startswith("torchvision-"):
+            assert asset.url in text
+    assert "coco-train" in (root / "data" / "README.md").read_text(encoding="utf-8")
