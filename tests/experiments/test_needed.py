@@ -112,6 +112,22 @@ def test_boxes_of_a_named_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert told.endswith(": run ptq4sam download yolox-nano-onnx coco-val coco-annotations")
 
 
+def test_masks_of_everything_and_exports(capsys: pytest.CaptureFixture[str]) -> None:
+    weights = ["--checkpoint", "ckpt/sam_vit_b_01ec64.pth"]
+    assert main(["everything", "--images", "none", *weights, "--out", "masks"]) == 2
+    told = refusal(capsys)
+    assert "pictures none" in told
+    assert "run ptq4sam download sam-vit-b" in told
+    assert main(["export", "vit_b", *weights, "--format", "onnx", "--output", "exported"]) == 2
+    assert ASSETS["sam-vit-b"].facts in refusal(capsys)
+
+
+def test_a_data_set_by_its_annotations(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["prompts", "--detector", "scene-detector", "--out", "boxes.json", "--dataset"]
+    assert main([*asked, "data/coco/annotations/instances_val2017.json"]) == 2
+    assert "ptq4sam download coco-annotations (253 MB)" in capsys.readouterr().err
+
+
 def test_everything_of_a_quantization(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     calibration = ["--calibration-images", "ci", "--calibration-annotations", "ca.json"]
     validation = ["--validation-images", "vi", "--validation-annotations", "va.json"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ptq4sam.commands.flags import SOURCES
 from ptq4sam.downloads import ASSETS, Missing
 from ptq4sam.errors import ConfigError, MissingError
 from ptq4sam.prompts.spec import FORMS, Spec, look_for_prompts, parse_spec
@@ -185,6 +186,7 @@ def test_the_documentation_has_every_source_and_tests_that_are_there() -> None:
     text = (root / "docs" / "prompts.md").read_text(encoding="utf-8")
     for form in FORMS.values():
         assert f"| `{form}` |" in text
+    assert all(form.lower() in SOURCES.lower() for form in FORMS.values())
     named = set(re.findall(r"(?:tests/\w+/)?test_\w+\.py", text))
     assert len(named) > 5
     for name in named:
