@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-
 SOURCES = (
     "boxes.json, ground-truth, scene-detector, onnx:FILE, yolox:FILE.pth, hdetr:FILE, "
     "focalnet-dino:FILE, torchvision:NAME[:FILE], transformers:FOLDER or mmdet:CONFIG:FILE "
