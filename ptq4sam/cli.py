@@ -419,6 +419,7 @@ def _prompts(parsed: argparse.Namespace) -> int:
 
 def _everything(parsed: argparse.Namespace) -> int:
     from ptq4sam import parallel
+    from ptq4sam.deploy.backends import check_backend
     from ptq4sam.everything import EverythingSettings
     from ptq4sam.experiments.everything import open_model, open_pictures, segment_everything
     from ptq4sam.experiments.settings import find_device
@@ -426,6 +427,7 @@ def _everything(parsed: argparse.Namespace) -> int:
     from ptq4sam.sizes import parse_bytes
 
     settings = EverythingSettings().with_overrides(*parsed.options)
+    check_backend(parsed.backend, parsed.precision)
     budget = None if parsed.memory_budget is None else parse_bytes(parsed.memory_budget)
     with parallel.joined():
         dataset = open_pictures(parsed.images, skip_bad=parsed.skip_bad, limit=parsed.limit)
@@ -439,6 +441,7 @@ def _everything(parsed: argparse.Namespace) -> int:
                 f"{found.masks} masks on {found.pictures} pictures, {found.seconds:.2f} s a "
                 f"picture; written to {parsed.out}\n"
             )
+            sys.stdout.write("\n".join(found.tally.lines(settings)) + "\n")
     return 0
 
 
@@ -480,7 +483,8 @@ def _scenes(parsed: argparse.Namespace) -> int:
     from ptq4sam.data.scenes import write_scenes
 
     for offset, (name, count) in enumerate((("train", parsed.train), ("val", parsed.val))):
-        write_scenes(parsed.folder, count, 2 * parsed.seed + offset, name)
+        images, annotations = write_scenes(parsed.folder, count, 2 * parsed.seed + offset, name)
+        sys.stdout.write(f"{count} scenes in {images}, annotations {annotations}\n")
     return 0
 
 
