@@ -337,11 +337,9 @@ class Run:
     ) -> dict[str, Any]:
         settings = self.settings
         method = self._method(sam)
-        metrics: dict[str, Any] = {
-            "model": sam.name,
-            "quantized": method is not None,
-            "method": method,
-        }
+        metrics: dict[str, Any] = {"model": sam.name, "quantized": method is not None}
+        if method is not None:
+            metrics["method"] = method
         if evaluation is not None:
             metrics.update(evaluation.metrics)
             if evaluation.reference_metrics:

@@ -29,7 +29,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
     rows: list[tuple[str, dict[str, Any]]] = []
     if "float" in metrics:
         rows.append(("float", metrics["float"]))
-    rows.append((_ROWS[metrics["method"]], metrics))
+    rows.append((_ROWS[metrics.get("method")], metrics))
     shown = [(key, title) for key, title in COLUMNS if any(key in row for _, row in rows)]
     lines: list[str] = []
     if shown:

@@ -117,5 +117,5 @@ def test_summary_of_two_models_and_of_none() -> None:
     assert first.split() == ["float", "20.000"]
     assert second.split() == ["quantized", "12.346", "0.500"]
     assert audit == "audit passed"
-    unscored = {"model": "vit_b", "method": None, "masks": 7, "pictures": 2}
+    unscored = {"model": "vit_b", "masks": 7, "pictures": 2}
     assert summary_table(unscored) == "vit_b: 7 masks on 2 pictures"
