@@ -36,6 +36,7 @@ from ptq4sam.experiments.pictures import PictureWriter
 from ptq4sam.experiments.quantizing import JOURNAL, Quantizing
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.stages import Stages
+from ptq4sam.experiments.summary import NNCF, PTQ4SAM
 from ptq4sam.experiments.validation import Validation
 from ptq4sam.files import replacing
 from ptq4sam.model.audit import AuditReport, audit
@@ -337,12 +338,10 @@ class Run:
         self, sam: PromptableModel, report: AuditReport | None, evaluation: Evaluation | None
     ) -> dict[str, Any]:
         settings = self.settings
-        quantized = (
-            sam.manifest.scheme is not None
-            if isinstance(sam, ExportedSam)
-            else isinstance(sam, QuantizedSam) or settings.backend != "torch"
-        )
-        metrics: dict[str, Any] = {"model": sam.name, "quantized": quantized}
+        method = self._method(sam)
+        metrics: dict[str, Any] = {"model": sam.name, "quantized": method is not None}
+        if method is not None:
+            metrics["method"] = method
         if evaluation is not None:
             metrics.update(evaluation.metrics)
             if evaluation.reference_metrics:
@@ -364,6 +363,15 @@ class Run:
         metrics["versions"] = versions()
         metrics["stages"] = self.stages.to_dict()
         return metrics
+
+    def _method(self, sam: PromptableModel) -> str | None:
+        """What quantized a model; None for a float one."""
+        if isinstance(sam, ExportedSam):
+            if sam.manifest.nncf is not None:
+                return NNCF
+            return None if sam.manifest.scheme is None else PTQ4SAM
+        deployed = self.settings.backend != "torch"
+        return PTQ4SAM if deployed or isinstance(sam, QuantizedSam) else None
 
     def _asked(self) -> dict[str, Any]:
         """What the numbers are of, for whoever finds them later."""

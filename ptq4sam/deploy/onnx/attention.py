@@ -66,17 +66,22 @@ def operands(
 
 def attend(
     graph: Graph,
-    attention: nn.Module,
+    attention: EncoderAttention | DecoderAttention,
     given: Operands,
     path: str,
     bias: Bias | None = None,
+    parts: int | None = None,
 ) -> str:
-    """softmax(query key scale + bias) value: [batch, heads, n, d]."""
+    """softmax(query key scale + bias) value: [batch, heads, n, d].
+
+    `parts` is a divisor of batch * heads * n, see `quantize`; by default the number of heads.
+    """
     logits = graph.node("MatMul", [given.query, given.key], f"{path}.logits")
     if bias is not None:
         logits = bias(logits)
     softmax = graph.node("Softmax", [logits], f"{path}.softmax", axis=-1)
     quantizer = attention_quantizer(attention, "softmax")
-    weights = quantize(graph, softmax, quantizer, f"{path}.softmax_quantizer")
+    parts = attention.num_heads if parts is None else parts
+    weights = quantize(graph, softmax, quantizer, f"{path}.softmax_quantizer", parts)
     factors = [dequantize(graph, weights, f"{path}.softmax"), given.value]
     return graph.node("MatMul", factors, f"{path}.attended")
