@@ -11,6 +11,8 @@ from ptq4sam.commands.flags import add_run_arguments
 if TYPE_CHECKING:
     from ptq4sam.experiments.sensitivity.report import Sensitivities
 
+_WIDTH = 160
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam sensitivity`."""
@@ -99,11 +101,12 @@ def _show(found: Sensitivities) -> None:
     titles, *lines = found.lines()
     table = Table(title=f"{found.about['model']}: by {found.about['metric']}, worst first")
     for title in titles:
-        table.add_column(title, justify="left" if title == "target" else "right")
+        table.add_column(title, justify="left" if title == "target" else "right", no_wrap=True)
     for line in lines:
         table.add_row(*line)
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    # Where no terminal has a width, whoever reads a file wants whole names.
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     console.print(table)
     if found.hidden:
         console.print(f"{found.hidden} more targets are in the files")
-    console.print("* errors on few pictures only", highlight=False)
+    console.print("dB: of the mask logits; * on the few pictures of the proxy only", highlight=False)

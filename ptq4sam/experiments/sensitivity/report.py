@@ -30,13 +30,12 @@ from ptq4sam.experiments.sensitivity.targets import Target
 from ptq4sam.files import replacing, write_json
 
 COLUMNS = (
-    ("logits_sqnr_db", "logits dB", 1),
-    ("embedding_sqnr_db", "embedding dB", 1),
-    ("agreement", "agreement", 3),
-    ("mean_iou", "mean IoU", 3),
-    ("AP", "AP", 2),
+    ("logits_sqnr_db", "dB", 1),
+    ("agreement", "agree", 3),
+    ("mean_iou", "IoU", 3),
+    ("AP", "AP", 1),
 )
-_SHOWN = 40
+_SHOWN = 25
 """Targets on the terminal."""
 
 

@@ -128,7 +128,7 @@ def test_a_budget_below_the_least_says_what_is_possible(scheme: Scheme) -> None:
     least = prices.total(dict.fromkeys(prices.units, (3, 3)))
     require_possible(Budget(*least), prices, (3, 3))
     for budget in (Budget(least[0] - 1), Budget(None, least[1] - 1)):
-        with pytest.raises(ConfigError, match="least possible is .* with all units at W3A3"):
+        with pytest.raises(ConfigError, match=r"least possible is .* with all units at W3A3"):
             require_possible(budget, prices, (3, 3))
 
 
