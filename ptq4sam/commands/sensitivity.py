@@ -109,4 +109,6 @@ def _show(found: Sensitivities) -> None:
     console.print(table)
     if found.hidden:
         console.print(f"{found.hidden} more targets are in the files")
-    console.print("dB: of the mask logits; * on the few pictures of the proxy only", highlight=False)
+    console.print(
+        "dB: of the mask logits; * on the few pictures of the proxy only", highlight=False
+    )
