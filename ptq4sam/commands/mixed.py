@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Measure, choose, write, and show what was chosen."""
     from ptq4sam import parallel
-    from ptq4sam.experiments.mixed.run import MixedSettings, mix
+    from ptq4sam.experiments.mixed.run import MixedSettings, mix, plan_lines
     from ptq4sam.experiments.requests import settings_from_arguments
     from ptq4sam.progress import bars
 
@@ -57,6 +57,9 @@ def run(parsed: argparse.Namespace) -> int:
         resume=parsed.resume,
     )
     settings = settings_from_arguments(parsed)
+    if settings.dry_run:
+        sys.stdout.write("\n".join(plan_lines(settings, asked)) + "\n")
+        return 0
     with parallel.joined():
         found = mix(settings, asked, bars)
         if parallel.is_first():

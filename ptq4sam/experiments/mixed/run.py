@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,19 +106,10 @@ def mix(settings: RunSettings, asked: MixedSettings, progress: Progress = silent
     Raises:
         ConfigError: the budget is below the least possible, or settings do not go together.
     """
-    scheme = settings.scheme
-    if scheme is None:
-        raise ConfigError("ptq4sam mixed needs a scheme: give --scheme exp/ptq4sam-s44.yaml")
-    if scheme.units:
-        raise ConfigError("the scheme has units of other bits already: give one without `units`")
     settings.work_dir.mkdir(parents=True, exist_ok=True)
     with logging_to(settings.work_dir / "run.log"):
-        model, encoder = settings.float_model, settings.quantize_encoder
-        bits = tuple(sorted({*asked.bits}))
-        budget = read_budget(asked.budget, model, scheme, encoder)
-        prices = prices_of(model, scheme, encoder, list(itertools.product(bits, bits)))
-        require_possible(budget, prices, (bits[0], bits[0]))
-        errors = _errors(settings, asked, bits, progress)
+        scheme, budget, prices = _frame(settings, asked)
+        errors = _errors(settings, asked, scheme, progress)
         found = choose(scheme, prices, errors, budget)
         for line in found.lines():
             _log.info("%s", line)
@@ -128,6 +119,35 @@ def mix(settings: RunSettings, asked: MixedSettings, progress: Progress = silent
             write_json(_content(settings, asked, found, errors), settings.work_dir / "mixed.json")
         Preparation(settings).forget_journal()
     return found
+
+
+def plan_lines(settings: RunSettings, asked: MixedSettings) -> list[str]:
+    """The budget beside what is possible, before anything is measured; errors as of `mix`."""
+    _, budget, prices = _frame(settings, asked)
+    ends = [prices.total(dict.fromkeys(prices.units, (b, b))) for b in _ends(asked)]
+    return [
+        f"{name}: at most {limit:,}; possible are {ends[0][place]:,} to {ends[1][place]:,}"
+        for name, place, limit in budget.limits
+    ] + [f"{len(prices.units)} units, measured at {', '.join(map(str, asked.bits))} bits"]
+
+
+def _ends(asked: MixedSettings) -> tuple[int, int]:
+    return min(asked.bits), max(asked.bits)
+
+
+def _frame(settings: RunSettings, asked: MixedSettings) -> tuple[Scheme, Budget, Prices]:
+    """The scheme, what it may take, and what its units take."""
+    scheme = settings.scheme
+    if scheme is None:
+        raise ConfigError("ptq4sam mixed needs a scheme: give --scheme exp/ptq4sam-s44.yaml")
+    if scheme.units:
+        raise ConfigError("the scheme has units of other bits already: give one without `units`")
+    model, encoder = settings.float_model, settings.quantize_encoder
+    budget = read_budget(asked.budget, model, scheme, encoder)
+    bits = sorted({*asked.bits})
+    prices = prices_of(model, scheme, encoder, list(itertools.product(bits, bits)))
+    require_possible(budget, prices, (bits[0], bits[0]))
+    return scheme, budget, prices
 
 
 def require_possible(budget: Budget, prices: Prices, least: Bits) -> None:
@@ -189,13 +209,11 @@ def falling(errors: Mapping[int, float]) -> dict[int, float]:
 
 
 def _errors(
-    settings: RunSettings, asked: MixedSettings, bits: Sequence[int], progress: Progress
+    settings: RunSettings, asked: MixedSettings, scheme: Scheme, progress: Progress
 ) -> Errors:
     """Each unit's error with its weights alone, and its activations alone, at each bits."""
     preparation = Preparation(settings, progress)
     dataset, source = preparation.pictures()
-    scheme = settings.scheme
-    assert scheme is not None
     calibration = settings.calibration
     fingerprint = {
         "weights": origin(load_sam(settings.float_model, settings.checkpoint)),
@@ -212,29 +230,27 @@ def _errors(
         settings.work_dir / "measurements.json", fingerprint, resume=asked.resume
     )
     errors: Errors = {}
-    for each in bits:
-        measure = functools.partial(_effects_at, settings, asked, each, measurements, progress)
+    # Without reconstruction, as accuracy control compares units: it would be hours a width.
+    statistic = dataclasses.replace(scheme, recon=None)
+    for each in sorted({*asked.bits}):
+        own = dataclasses.replace(
+            settings,
+            scheme=statistic.with_bits(each, each),
+            work_dir=settings.work_dir / JOURNAL / f"{each}_bits",
+        )
+        name = f"units at {each} bits"
+        measure = functools.partial(_effects, own, asked.pictures, name, measurements, progress)
         for unit, role, effect in measurements.value(f"{each} bits", measure):
             error = _error(Effect(**effect), asked.metric)
             errors.setdefault(unit, {}).setdefault(role, {})[each] = error
     return errors
 
 
-def _effects_at(
-    settings: RunSettings,
-    asked: MixedSettings,
-    bits: int,
-    measurements: Measurements,
-    progress: Progress,
+def _effects(
+    settings: RunSettings, pictures: int, name: str, measurements: Measurements, progress: Progress
 ) -> list[tuple[str, str, dict[str, Any]]]:
     """Effects of every unit's weights and of its activations, the rest float."""
-    assert settings.scheme is not None
-    # Without reconstruction, as accuracy control compares units: it would be hours a width.
-    scheme = dataclasses.replace(settings.scheme, recon=None).with_bits(bits, bits)
-    own = dataclasses.replace(
-        settings, scheme=scheme, work_dir=settings.work_dir / JOURNAL / f"{bits}_bits"
-    )
-    prepared = Preparation(own, progress).prepare()
+    prepared = Preparation(settings, progress).prepare()
     targets = [target for target in targets_of(prepared.sam, ("unit",), _ROLES) if target.role]
     study = Study(
         prepared.sam,
@@ -245,7 +261,7 @@ def _effects_at(
         measurements,
         progress,
     )
-    found = study.effects(targets, asked.pictures, f"units at {bits} bits", kinds=(ONLY,))
+    found = study.effects(targets, pictures, name, kinds=(ONLY,))
     return [
         (target.path, target.role, dataclasses.asdict(found[ONLY, target.name]))
         for target in targets
