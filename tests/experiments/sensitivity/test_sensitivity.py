@@ -29,6 +29,7 @@ from ptq4sam.prompts import GroundTruth
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.checkpoint import load_sam
+from ptq4sam.sam.predictor import Predictor
 from tests.tiny_runs import SCHEMES, run
 from tests.tiny_sams import TinySam
 
@@ -134,7 +135,7 @@ def test_errors_of_the_embedding_by_hand(tiny_sam: TinySam, fragile: Path, tmp_p
     effect = study.effects([target], 2, "test")[ONLY, FRAGILE]
     signal = noise = 0.0
     for record in dataset.images:
-        pixels = study._predictor.pixels(dataset.load(record))
+        pixels = Predictor(float_sam).pixels(dataset.load(record))
         with torch.no_grad():
             exact = float_sam.image_encoder(pixels)
             with Switches(sam, float_sam).only(target.quantizers):
