@@ -20,7 +20,7 @@ from ptq4sam.quantization.scheme import Scheme
 from tests.tiny_runs import SCHEMES, run
 from tests.tiny_sams import TinySam
 
-pytest_plugins = ("tests.tiny_sams",)
+pytest_plugins = ("tests.tiny_sam_fixtures",)
 
 BITS = (3, 4, 6)
 PAIRS = list(itertools.product(BITS, BITS))

@@ -33,7 +33,7 @@ from ptq4sam.sam.predictor import Predictor
 from tests.tiny_runs import SCHEMES, run
 from tests.tiny_sams import TinySam
 
-pytest_plugins = ("tests.tiny_sams",)
+pytest_plugins = ("tests.tiny_sam_fixtures",)
 
 FRAGILE = "image_encoder.blocks.0.attn"
 DECODER = "mask_decoder.transformer"
