@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def allocate(units: Mapping[str, Sequence[Option]], limits: Sequence[int]) -> di
         # Scaled, since the solver's tolerances are absolute.
         found = milp(
             errors / max(errors.max(), 1e-300),
-            integrality=np.ones(len(options)),
-            bounds=(0, 1),
+            integrality=np.ones(len(options), np.int64),
+            bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint(prices / np.array(limits)[:, None], ub=allowed / limits),
