@@ -163,6 +163,20 @@ def test_the_command_writes_a_scheme_that_runs(
     assert total.bit_operations == content["taken"]["bit operations"]
 
 
+def test_a_dry_run_shows_what_is_possible(
+    tiny_sam: TinySam, scheme: Scheme, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "mixed.yaml"
+    options = ["--dry-run", "--bits", 3, 6, "--output", output, "--work-dir", tmp_path / "m"]
+    run("mixed", *tiny_sam.arguments(), "--budget", "w4a4", *options)
+    least, limit, most = (
+        count("tiny", scheme.with_bits(bits, bits)).total.weight_bytes for bits in (3, 4, 6)
+    )
+    told = capsys.readouterr().out
+    assert f"bytes of weights: at most {limit:,}; possible are {least:,} to {most:,}" in told
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

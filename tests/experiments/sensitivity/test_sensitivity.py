@@ -246,6 +246,15 @@ def test_bad_input(
     assert told in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_dry_run_lists_the_targets(
+    tiny_sam: TinySam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--dry-run", "--targets", "*.blocks.1.attn:softmax", "--work-dir", tmp_path / "s"]
+    run("sensitivity", *tiny_sam.arguments(), *options)
+    assert capsys.readouterr().out == "image_encoder.blocks.1.attn:softmax\n"
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_float_model_has_no_sensitivities(
     tiny_sam: TinySam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
