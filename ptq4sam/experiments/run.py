@@ -73,7 +73,7 @@ class Run:
         settings = self.settings
         require_inputs(settings)
         self._make_folders()
-        with _logging_to(settings.work_dir / "run.log"):
+        with logging_to(settings.work_dir / "run.log"):
             fix_seeds(settings.seed)
             if settings.dry_run:
                 return self._plan()
@@ -429,7 +429,7 @@ def fix_seeds(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
+def logging_to(path: Path) -> Iterator[None]:
     """Also write the package's log into a file, the first process's."""
     if not parallel.is_first():
         yield

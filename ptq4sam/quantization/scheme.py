@@ -7,6 +7,7 @@ A scheme is read from YAML with the keys and values of the published PTQ4SAM con
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +45,8 @@ TAUS = (1, 2, 4)
 
 FLOAT: Literal["float"] = "float"
 """Instead of bits: a unit that stays as it is."""
+
+_BOTH_BITS = re.compile(r"w(\d+)a(\d+)")
 
 _HIGHEST_RAISE = 100.0
 """Of learning rates, when a scheme is run with fewer steps."""
@@ -185,6 +188,35 @@ class Methods(Record):
         self._require(0 < self.peak_height < 1, "peak_height", "between 0 and 1")
 
 
+_LEVELS = "2 to 16, both apart as w4a8, or float"
+
+
+def bits_of_level(level: int | str) -> tuple[int, int] | None:
+    """Bits of the weights and of the activations of a unit; None for one that stays float.
+
+    Args:
+        level: what a scheme's `units` says of it.
+
+    Raises:
+        FieldError: it is no level.
+    """
+    if isinstance(level, int):
+        return level, level
+    both = _BOTH_BITS.fullmatch(level)
+    if both is not None:
+        return int(both[1]), int(both[2])
+    if level != FLOAT:
+        raise FieldError("", f"{level!r} given, allowed: {_LEVELS}")
+    return None
+
+
+def described_level(level: int | str) -> str:
+    """What a scheme's `units` says of a unit, for people."""
+    if isinstance(level, int):
+        return f"at {level} bits"
+    return level if level == FLOAT else f"at {level.upper()}"
+
+
 PRESETS = {"quick": 500, "standard": 5_000, "paper": 20_000}
 """Numbers of reconstruction steps a unit, by name."""
 
@@ -204,7 +236,8 @@ class Scheme(Record):
             calibration, so that what is evaluated is what the file holds; this takes 2.5 % of the
             float32 file's size off that of a quantized ViT-B. "float32" leaves them exact.
         units: ours; units that are not quantized as the rest, by their path in the model: bits of
-            their weights and activations, or "float". Accuracy control (`--max-drop`) writes them.
+            their weights and activations (4), both apart ("w4a8"), or "float". Accuracy control
+            (`--max-drop`) and `ptq4sam mixed` write them.
         compat: ours; "published" leaves activations dropped and roundings soft after
             reconstruction, as the published implementation does, to reproduce its numbers; they
             are not those of a quantized model.
@@ -216,14 +249,18 @@ class Scheme(Record):
     recon: Reconstruction | None = None
     ptq4sam: Methods = Methods()
     float_weights: Literal["float16", "float32"] = "float16"
-    units: dict[str, int | Literal["float"]] = field(default_factory=dict)
+    units: dict[str, int | str] = field(default_factory=dict)
     compat: Literal["faithful", "published"] = "faithful"
 
     def _validate(self) -> None:
         self._require(self.calibrate >= 1, "calibrate", "1 or more")
         for name, level in self.units.items():
-            if level != FLOAT and not 2 <= level <= 16:
-                raise FieldError(f"units.{name}", f"{level} given, allowed: 2 to 16, or float")
+            try:
+                bits = bits_of_level(level) or ()
+            except FieldError as error:
+                raise error.within(f"units.{name}") from None
+            if not all(2 <= each <= 16 for each in bits):
+                raise FieldError(f"units.{name}", f"{level} given, allowed: {_LEVELS}")
         if self.a_qconfig.ch_axis != -1:
             raise FieldError("a_qconfig.ch_axis", "activations are quantized per tensor: -1")
         if self.a_qconfig.quantizer == ADAROUND:
@@ -249,16 +286,17 @@ class Scheme(Record):
 
     def of_unit(self, name: str) -> Scheme | None:
         """The scheme of one unit, without exceptions; None for a unit that stays float."""
-        level = self.units.get(name)
-        if level is None:
+        if name not in self.units:
             return replace(self, units={}) if self.units else self
-        if level == FLOAT:
-            return None
+        bits = bits_of_level(self.units[name])
+        return None if bits is None else replace(self, units={}).with_bits(*bits)
+
+    def with_bits(self, weights: int, activations: int) -> Scheme:
+        """The same scheme at other bits; exceptions stay."""
         return replace(
             self,
-            units={},
-            a_qconfig=replace(self.a_qconfig, bit=level),
-            w_qconfig=replace(self.w_qconfig, bit=level),
+            a_qconfig=replace(self.a_qconfig, bit=activations),
+            w_qconfig=replace(self.w_qconfig, bit=weights),
         )
 
     def with_units(self, units: Mapping[str, int | str]) -> Scheme:
