@@ -11,6 +11,7 @@ from pathlib import Path
 from ptq4sam.errors import ConfigError, Ptq4samError, is_out_of_memory
 from ptq4sam.experiments.cost import add_arguments as add_cost_arguments
 from ptq4sam.experiments.sweep.command import add_arguments as add_sweep_arguments
+from ptq4sam.solver.table_command import add_arguments as add_table_arguments
 
 _PLANNED = {
     "report": "the HTML report of a run",
@@ -199,6 +200,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_cost_arguments(verbs.add_parser("cost", help="operations and bytes of a SAM, by part"))
     add_sweep_arguments(verbs.add_parser("sweep", help="a grid of trials from a file, resumable"))
+    add_table_arguments(verbs.add_parser("table", help="the published table beside your figures"))
 
     for name, what in _PLANNED.items():
         planned = verbs.add_parser(name, help=f"not in this version: {what}")

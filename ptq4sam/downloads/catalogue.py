@@ -176,16 +176,35 @@ def find_asset(name: str) -> Asset:
     raise ConfigError(f"asked to download {name!r}, which is not known: {hint}")
 
 
+def asset_of(path: Path) -> Asset | None:
+    """What is to be downloaded for a file or folder; None where it is nothing of ours.
+
+    Args:
+        path: weights by their name; pictures and annotations by their place, data/coco/val2017.
+    """
+    for asset in ASSETS.values():
+        if asset.path.name == path.name:
+            return asset
+        if asset.unpacked is None or asset.makes is None:
+            continue
+        made = asset.unpacked / asset.makes
+        # One archive holds the annotations of all splits.
+        beside = made.suffix == path.suffix == ".json" and path.parent == made.parent
+        if path == made or beside:
+            return asset
+    return None
+
+
 def where_from(path: Path) -> str:
     """Where a file comes from, for the message that it is not there.
 
     Args:
         path: where it was looked for; its name tells which it is.
     """
-    for asset in ASSETS.values():
-        if asset.path.name == path.name:
-            known = "the publisher gives no checksum"
-            if asset.digest is not None:
-                known = f"its {asset.digest.algorithm} begins with {asset.digest.beginning}"
-            return f"ptq4sam download {asset.name}, or fetch {asset.url} ({known})"
-    return "name another file, or see what ptq4sam download --list has"
+    asset = asset_of(path)
+    if asset is None:
+        return "name another file, or see what ptq4sam download --list has"
+    known = "the publisher gives no checksum"
+    if asset.digest is not None:
+        known = f"its {asset.digest.algorithm} begins with {asset.digest.beginning}"
+    return f"ptq4sam download {asset.name}, or fetch {asset.url} ({known})"
