@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings of every trial that the grid does not set, e.g. steps=50",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the trials and stop")
-    parser.set_defaults(run=run)
 
 
 def add_crew_arguments(parser: argparse.ArgumentParser) -> None:

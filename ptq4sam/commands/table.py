@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.experiments.sweep.command import (
+from ptq4sam.commands.sweep import (
     add_crew_arguments,
     add_picture_arguments,
     pictures,
@@ -70,7 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="list the cells and what is missing, and stop"
     )
-    parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:
