@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptq4sam.errors import ConfigError
 from ptq4sam.commands.sweep import (
     add_crew_arguments,
     add_picture_arguments,
     pictures,
     require_jobs,
 )
+from ptq4sam.errors import ConfigError
 
 if TYPE_CHECKING:
     from ptq4sam.experiments.table.rows import Cell, Row
