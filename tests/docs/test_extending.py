@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from tests.tiny_runs import REPOSITORY, SCHEMES
 
 
 @pytest.fixture
-def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def examples(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the page's files define; forgotten afterwards."""
     for registry in (OBSERVERS, QUANTIZERS, METHODS):
         monkeypatch.setattr(registry, "_items", dict(registry._items))
@@ -30,7 +29,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         if block.file is not None:
             assert len(block.text.splitlines()) <= 32
             exec(block.text, names)
-    yield names
+    return names
 
 
 def test_observer(examples: dict[str, Any]) -> None:
