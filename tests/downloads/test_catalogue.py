@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptq4sam.cli import main
-from ptq4sam.downloads import ASSETS, find_asset
+from ptq4sam.downloads import ASSETS, asset_of, find_asset
 from ptq4sam.errors import ConfigError
 from ptq4sam.solver.config import load_config
 
@@ -40,6 +40,23 @@ def test_an_unknown_name_names_the_nearest() -> None:
         find_asset("sam_vit_b")
     with pytest.raises(ConfigError, match="--list"):
         find_asset("?")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("elsewhere/sam_vit_l_0b3195.pth", "sam-vit-l"),
+        ("data/coco/val2017", "coco-val"),
+        ("data/coco/train2017", "coco-train"),
+        ("data/coco/annotations/instances_train2017.json", "coco-annotations"),
+        ("data/coco_mini/annotations/instances_val.json", None),
+        ("data/coco_mini/images/val2017", None),
+        ("own.pth", None),
+    ],
+)
+def test_which_download_a_file_comes_from(path: str, name: str | None) -> None:
+    asset = asset_of(Path(path))
+    assert (None if asset is None else asset.name) == name
 
 
 def test_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
