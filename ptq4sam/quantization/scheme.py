@@ -6,7 +6,6 @@ A scheme is read from YAML with the keys and values of the published PTQ4SAM con
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,28 +14,14 @@ from typing import Literal
 
 import yaml
 
+from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
 from ptq4sam.records import FieldError, Record, read_yaml
 
-OBSERVER_NAMES = (
-    "MinMaxObserver",
-    "AvgMinMaxObserver",
-    "MSEObserver",
-    "AvgMSEObserver",
-    "MSEFastObserver",
-    "AvgMSEFastObserver",
-    "PCTObserver",
-)
 PER_TENSOR_OBSERVER_NAMES = (
     "AvgMinMaxObserver",
     "AvgMSEObserver",
     "AvgMSEFastObserver",
     "PCTObserver",
-)
-QUANTIZER_NAMES = (
-    "FixedFakeQuantize",
-    "LSQFakeQuantize",
-    "LSQPlusFakeQuantize",
-    "AdaRoundFakeQuantize",
 )
 LEARNED_SCALE_QUANTIZER_NAMES = ("LSQFakeQuantize", "LSQPlusFakeQuantize")
 ADAROUND = "AdaRoundFakeQuantize"
@@ -57,8 +42,8 @@ class TensorFormat(Record):
     """Number format of the weights or of the activations.
 
     Attributes:
-        quantizer: one of QUANTIZER_NAMES.
-        observer: one of OBSERVER_NAMES.
+        quantizer: a name in QUANTIZERS.
+        observer: a name in OBSERVERS.
         bit: bits, 2 to 16.
         symmetric: zero point 0 on a signed grid, else an unsigned grid with a zero point.
         ch_axis: 0 for a scale per output channel, -1 for one per tensor.
@@ -71,12 +56,12 @@ class TensorFormat(Record):
     ch_axis: int = -1
 
     def _validate(self) -> None:
-        _require_name(self.quantizer, "quantizer", QUANTIZER_NAMES)
-        _require_name(self.observer, "observer", OBSERVER_NAMES)
+        QUANTIZERS.require(self.quantizer, "quantizer")
+        OBSERVERS.require(self.observer, "observer")
         self._require(2 <= self.bit <= 16, "bit", "2 to 16")
         self._require(self.ch_axis in (-1, 0), "ch_axis", "-1 (per tensor), 0 (per channel)")
-        if self.ch_axis == 0 and self.observer in PER_TENSOR_OBSERVER_NAMES:
-            channelwise = [n for n in OBSERVER_NAMES if n not in PER_TENSOR_OBSERVER_NAMES]
+        if self.ch_axis == 0 and _is_per_tensor_only(self.observer):
+            channelwise = [name for name in OBSERVERS.names if not _is_per_tensor_only(name)]
             raise FieldError(
                 "observer",
                 f"{self.observer} works per tensor only: set ch_axis to -1, "
@@ -238,6 +223,7 @@ class Scheme(Record):
         units: ours; units that are not quantized as the rest, by their path in the model: bits of
             their weights and activations (4), both apart ("w4a8"), or "float". Accuracy control
             (`--max-drop`) and `ptq4sam mixed` write them.
+        methods: ours; names in METHODS, called in this order before ranges are observed.
         compat: ours; "published" leaves activations dropped and roundings soft after
             reconstruction, as the published implementation does, to reproduce its numbers; they
             are not those of a quantized model.
@@ -250,10 +236,13 @@ class Scheme(Record):
     ptq4sam: Methods = Methods()
     float_weights: Literal["float16", "float32"] = "float16"
     units: dict[str, int | str] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
     compat: Literal["faithful", "published"] = "faithful"
 
     def _validate(self) -> None:
         self._require(self.calibrate >= 1, "calibrate", "1 or more")
+        for name in self.methods:
+            METHODS.require(name, "methods")
         for name, level in self.units.items():
             try:
                 bits = bits_of_level(level) or ()
@@ -264,7 +253,7 @@ class Scheme(Record):
         if self.a_qconfig.ch_axis != -1:
             raise FieldError("a_qconfig.ch_axis", "activations are quantized per tensor: -1")
         if self.a_qconfig.quantizer == ADAROUND:
-            allowed = ", ".join(name for name in QUANTIZER_NAMES if name != ADAROUND)
+            allowed = ", ".join(name for name in QUANTIZERS.names if name != ADAROUND)
             raise FieldError(
                 "a_qconfig.quantizer", f"{ADAROUND} is for weights; allowed: {allowed}"
             )
@@ -340,8 +329,8 @@ class Scheme(Record):
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def _require_name(name: str, key: str, known: tuple[str, ...]) -> None:
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
-        raise FieldError(key, f"{name!r} given; {hint}")
+def _is_per_tensor_only(observer: str) -> bool:
+    if observer in PER_TENSOR_OBSERVER_NAMES:
+        return True
+    kind = OBSERVERS.get(observer)
+    return kind is not None and (kind.per_tensor_only or kind.averages)
