@@ -10,12 +10,8 @@ from pathlib import Path
 
 from ptq4sam.errors import ConfigError, Ptq4samError, is_out_of_memory
 from ptq4sam.experiments.cost import add_arguments as add_cost_arguments
+from ptq4sam.experiments.report.command import add_arguments as add_report_arguments
 from ptq4sam.experiments.sweep.command import add_arguments as add_sweep_arguments
-
-_PLANNED = {
-    "report": "the HTML report of a run",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for an error the user can mend)."""
@@ -199,11 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_cost_arguments(verbs.add_parser("cost", help="operations and bytes of a SAM, by part"))
     add_sweep_arguments(verbs.add_parser("sweep", help="a grid of trials from a file, resumable"))
-
-    for name, what in _PLANNED.items():
-        planned = verbs.add_parser(name, help=f"not in this version: {what}")
-        planned.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-        planned.set_defaults(run=_planned, verb=name)
+    add_report_arguments(verbs.add_parser("report", help="a run or a sweep as one HTML file"))
     return parser
 
 
@@ -500,10 +492,3 @@ def _download(parsed: argparse.Namespace) -> int:
         raise ConfigError("ptq4sam download needs names: ptq4sam download --list shows them")
     download(parsed.names, parsed.root)
     return 0
-
-
-def _planned(parsed: argparse.Namespace) -> int:
-    raise ConfigError(
-        f"ptq4sam {parsed.verb} is not in this version ({_PLANNED[parsed.verb]}): "
-        "see ptq4sam --help for what is"
-    )

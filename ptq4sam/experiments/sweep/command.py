@@ -107,11 +107,13 @@ def overrides(parsed: argparse.Namespace) -> dict[str, Any]:
 def _go_on(parsed: argparse.Namespace, sweep: Sweep, folder: Folder, store: Store) -> int:
     from rich.console import Console
 
+    from ptq4sam.experiments.sweep.description import write_description
     from ptq4sam.experiments.sweep.live import showing, tell
     from ptq4sam.experiments.sweep.scheduler import schedule
     from ptq4sam.experiments.sweep.summary import rows, write
     from ptq4sam.experiments.sweep.tasks import plan
 
+    write_description(sweep, folder.description)
     records: dict[str, TrialRecord] = store.latest()
     ended = {"done"} if parsed.retry_failed else {"done", "failed"}
     left = [
