@@ -409,11 +409,6 @@ def test_log_is_left_as_it_was(tiny: Tiny) -> None:
     assert logger.handlers == before
 
 
-@pytest.mark.parametrize("verb", ["report"])
-def test_planned_verbs_say_so(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "not in this version" in _refusal(capsys, verb)
-
-
 def test_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("scenes", "a", "--train", 1, "--val", 2)
     train = CocoDataset(tmp_path / "a/images/train", tmp_path / "a/annotations/train.json")

@@ -80,12 +80,11 @@ def svg(figure: Figure, label: str) -> str:
         label: what it shows, for who cannot see it.
     """
     import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     written = io.StringIO()
     settings = {"svg.fonttype": "none", "svg.hashsalt": str(next(_numbers))}
     with mpl.rc_context(settings):
-        FigureCanvasSVG(figure).print_svg(written, facecolor="none", metadata={"Date": None})
+        figure.savefig(written, format="svg", facecolor="none", metadata={"Date": None})
     text = written.getvalue()
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # type: ignore[union-attr]
     inner = text[text.index("</metadata>") + len("</metadata>") : text.rindex("</svg>")]
