@@ -13,6 +13,7 @@ from ptq4sam.experiments.cost import add_arguments as add_cost_arguments
 from ptq4sam.experiments.report.command import add_arguments as add_report_arguments
 from ptq4sam.experiments.sweep.command import add_arguments as add_sweep_arguments
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for an error the user can mend)."""
     parsed = build_parser().parse_args(arguments)

@@ -11,7 +11,9 @@ REPORT = "report.html"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam report`."""
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="work directory of a run or a sweep")
+    parser.add_argument(
+        "run_folder", type=Path, metavar="RUN", help="work directory of a run or a sweep"
+    )
     parser.add_argument(
         "--output", type=Path, metavar="F.html", help=f"default: {REPORT} in the work directory"
     )

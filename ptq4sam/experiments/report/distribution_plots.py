@@ -14,6 +14,7 @@ from ptq4sam.experiments.report.figures import (
     legend,
     span,
     svg,
+    title,
 )
 from ptq4sam.experiments.report.page import Plot
 from ptq4sam.model.distributions import (
@@ -39,7 +40,7 @@ def key_plot(attention: AttentionRecord) -> Plot:
     figure, rows = axes(
         "post-key activation", "density", len(parts), height=1.35 + 0.95 * len(parts)
     )
-    for one, (keys, colour, title) in zip(rows, parts, strict=True):
+    for one, (keys, colour, name) in zip(rows, parts, strict=True):
         seen = keys.histogram
         histogram(one, seen.low, seen.high, _densities(seen), colour)
         if keys.density is not None:
@@ -49,14 +50,13 @@ def key_plot(attention: AttentionRecord) -> Plot:
             one.plot(points, values, color=INK, linewidth=1)
             heights = [values[round((peak - points[0]) / step)] for peak in keys.density.peaks]
             one.plot(keys.density.peaks, heights, "v", color=INK, markersize=6, clip_on=False)
-        one.set_ylim(0, 1.18 * max(one.get_ylim()[1], 1e-12))
-        one.text(
-            0.99, 0.97, title, transform=one.transAxes, ha="right", va="top", color=INK, fontsize=8.5
-        )
+        one.set_ylim(0, 1.12 * max(one.get_ylim()[1], 1e-12))
         one.set_yticks([])
+        title(one, name)
     span(rows[-1], attention.key_range.low, attention.key_range.high)
-    caption = f"{attention.name}: {_peaks(attention)}; dashed: the {_range_text(attention.key_range)}."
-    return Plot(svg(figure, f"Histogram of post-key activations of {caption}"), caption)
+    caption = f"{_peaks(attention)}; dashed: the {_range_text(attention.key_range)}."
+    drawn = svg(figure, f"Histogram of post-key activations of {attention.name}: {caption}")
+    return Plot(drawn, caption, attention.name)
 
 
 def _peaks(attention: AttentionRecord) -> str:
@@ -103,10 +103,13 @@ def softmax_plot(attention: AttentionRecord) -> Plot:
         chosen = f"chosen τ = {softmax.tau}, levels a factor of {spacing} apart"
     else:
         chosen = f"evenly spaced levels, step {softmax.scale:.3g}"
-    top = f"{2**softmax.bits} levels up to {2 ** levels[0]:.3g}" if levels else f"{softmax.bits} bits"
+    top = (
+        f"{2**softmax.bits} levels up to {2 ** levels[0]:.3g}" if levels else f"{softmax.bits} bits"
+    )
     below = sum(shares[: max(0, round((lowest - seen.low) * len(shares) / -seen.low))])
-    caption = f"{attention.name}: {chosen}, {top}; {below:.1f} % of the values lie below the last."
-    return Plot(svg(figure, f"Histogram of softmax outputs of {caption}"), caption)
+    caption = f"{chosen}, {top}; {below:.1f} % of the values lie below the last."
+    drawn = svg(figure, f"Histogram of softmax outputs of {attention.name}: {caption}")
+    return Plot(drawn, caption, attention.name)
 
 
 def key_channels_plot(attention: AttentionRecord) -> Plot:
@@ -114,32 +117,29 @@ def key_channels_plot(attention: AttentionRecord) -> Plot:
     parts = [("quantized model", attention.keys.channels, QUANTIZED)]
     if attention.float_keys is not None:
         parts.insert(0, ("float model", attention.float_keys.channels, FLOAT))
-    caption = f"Keys of {attention.name}"
-    return _channels_plot(parts, attention.key_range, caption)
+    return _channels_plot(parts, attention.key_range, attention.name)
 
 
 def layer_plot(layer: LayerRecord) -> Plot:
     """Ranges of the channels that go into a layer."""
     parts = [("input", layer.channels, QUANTIZED)]
-    return _channels_plot(parts, layer.range, f"Input of {layer.name}")
+    return _channels_plot(parts, layer.range, layer.name)
 
 
 def _channels_plot(
-    parts: Sequence[tuple[str, ChannelRanges, str]], limits: Range, caption: str
+    parts: Sequence[tuple[str, ChannelRanges, str]], limits: Range, name: str
 ) -> Plot:
     figure, (one,) = axes("channel", "smallest to largest value")
-    for title, found, colour in parts:
-        places = [index * found.together for index in range(len(found.low) + 1)]
-        one.stairs(
-            found.high,
-            places,
-            baseline=found.low,
-            fill=True,
-            color=colour,
-            alpha=0.55,
-            linewidth=0,
-            label=title,
-        )
+    for index, (label, found, colour) in enumerate(parts):
+        places = [place * found.together for place in range(len(found.low) + 1)]
+        if index == 0:
+            style = {"fill": True, "color": colour, "alpha": 0.5, "linewidth": 0}
+            one.stairs(found.high, places, baseline=found.low, label=label, **style)
+            continue
+        # Over another one only its ends, or neither would be seen.
+        for ends in (found.low, found.high):
+            one.stairs(ends, places, baseline=None, color=colour, linewidth=1.1, label=label)
+            label = ""
     span(one, limits.low, limits.high, horizontal=True)
     one.set_xlim(0, parts[0][1].channels)
     if len(parts) > 1:
@@ -148,5 +148,5 @@ def _channels_plot(
         one.set_ylim(low, high + 0.22 * (high - low))
     last = parts[-1][1]
     joined = f", {last.together} neighbours joined" if last.together > 1 else ""
-    text = f"{caption}: {last.channels} channels{joined}; dashed: the {_range_text(limits)}."
-    return Plot(svg(figure, f"Ranges of channels. {text}"), text)
+    caption = f"{last.channels} channels{joined}; dashed: the {_range_text(limits)}."
+    return Plot(svg(figure, f"Ranges of the channels of {name}: {caption}"), caption, name)

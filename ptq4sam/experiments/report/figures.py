@@ -54,9 +54,9 @@ def axes(
     figure.subplots_adjust(
         left=left / width,
         right=1 - 0.12 / width,
-        top=1 - 0.12 / height,
+        top=1 - (0.12 if rows == 1 else 0.24) / height,
         bottom=0.5 / height,
-        hspace=0.14,
+        hspace=0.3,
     )
     for one in all_axes:
         one.set_facecolor("none")
@@ -91,12 +91,18 @@ def svg(figure: Figure, label: str) -> str:
     inner = re.sub(r'<style type="text/css">.*?</style>', "", inner, flags=re.DOTALL)
     inner = re.sub(r"<!--.*?-->", "", inner, flags=re.DOTALL)
     inner = re.sub(r'<g id="[^"]*"', "<g", inner)
-    inner = re.sub(r"(\.\d)\d+", r"\1", inner)
+    # A hundredth of a point is less than is seen; texts between the tags stay.
+    inner = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), inner)
     inner = re.sub(r"\s*\n\s*", " ", inner).replace(INK, "currentColor")
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
         f"{inner}</svg>"
     )
+
+
+def title(one: Axes, text: str) -> None:
+    """What one of several rows shows, above it."""
+    one.set_title(text, loc="right", fontsize=8.5, color=INK, pad=2)
 
 
 def legend(one: Axes, place: str = "upper right") -> None:

@@ -51,9 +51,10 @@ class RunFolder:
             DataError: there is no run in the folder, or one of its files is damaged.
         """
         if not path.is_dir():
+            found = "a file" if path.exists() else "not there"
             raise DataError(
-                f"asked for a report of {path}, which is {'a file' if path.exists() else 'not there'}"
-                ": name the work directory of a run or of a sweep"
+                f"asked for a report of {path}, which is {found}: name the work directory of a run "
+                "or of a sweep"
             )
         index = path / JOURNAL / INDEX
         log = _lines(path / LOG)

@@ -48,10 +48,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """An SVG drawing and what it shows."""
+    """An SVG drawing, what it says, and what it is of."""
 
     svg: str
     caption: str
+    title: str = ""
     wide: bool = False
 
 

@@ -8,7 +8,17 @@ from typing import Any
 
 import yaml
 
-from ptq4sam.experiments.report.figures import FLOAT, INK, QUANTIZED, THIRD, axes, bars, histogram, svg
+from ptq4sam.experiments.record import RunRecord
+from ptq4sam.experiments.report.figures import (
+    FLOAT,
+    INK,
+    QUANTIZED,
+    THIRD,
+    axes,
+    bars,
+    histogram,
+    svg,
+)
 from ptq4sam.experiments.report.folder import SCHEME, RunFolder
 from ptq4sam.experiments.report.page import (
     Banner,
@@ -31,7 +41,6 @@ from ptq4sam.experiments.report.run_sections import (
     sensitivity_section,
     softmax_section,
 )
-from ptq4sam.experiments.record import RunRecord
 from ptq4sam.experiments.summary import COLUMNS
 
 _LOG_LINES = 400
@@ -98,7 +107,7 @@ def _banners(run: RunFolder) -> list[Banner]:
     audit = metrics.get("audit")
     if audit is not None:
         passed = audit["passed"]
-        found.append(Banner(f"Audit: {audit['report'][0]}", "note" if passed else "warning"))
+        found.append(Banner(f"The {audit['report'][0]}.", "note" if passed else "warning"))
     if run.ended and run.record is None:
         found.append(
             Banner(
@@ -223,6 +232,7 @@ def _spread(
         counts[min(_BINS - 1, int((value - low) / (high - low) * _BINS))] += 1
     figure, (one,) = axes(label, "pictures")
     histogram(one, low, high, counts, colour)
+    one.yaxis.get_major_locator().set_params(integer=True)
     if low < 0:
         one.axvline(0, color=INK, linewidth=0.8)
     return Plot(svg(figure, caption), caption)
@@ -233,9 +243,11 @@ def _record_sections(record: RunRecord) -> list[Section]:
     if record.worst:
         compared = record.worst[0].reference is not None
         by = "agreement with the float masks" if compared else "IoU with the truth"
-        limit = f" Masks with a score below {record.threshold:g} are left out." if (
-            record.threshold > 0
-        ) else ""
+        limit = (
+            f" Masks with a score below {record.threshold:g} are left out."
+            if (record.threshold > 0)
+            else ""
+        )
         tells = (
             " The slider divides float (left) from quantized (right) masks; in the difference, red "
             "is in the float mask only, blue in the quantized one only, grey in both."
@@ -243,8 +255,8 @@ def _record_sections(record: RunRecord) -> list[Section]:
             else ""
         )
         intro = (
-            f"The {len(record.worst)} of {len(record.scores):,} pictures with the lowest {by}, the "
-            f"worst first; boxes are the prompts.{limit}{tells}"
+            f"{len(record.worst)} of {len(record.scores):,} pictures, those with the lowest {by}, "
+            f"the worst first; boxes are the prompts.{limit}{tells}"
         )
         sections.append(Section("pictures", "Pictures", [Pictures(record.worst)], intro))
     if record.distributions is not None:

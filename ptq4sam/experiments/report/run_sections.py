@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ptq4sam.experiments.record import PartRecord, UnitRecord
 from ptq4sam.experiments.report.distribution_plots import (
     key_channels_plot,
     key_plot,
@@ -13,8 +14,7 @@ from ptq4sam.experiments.report.distribution_plots import (
 )
 from ptq4sam.experiments.report.figures import FLOAT, INK, QUANTIZED, THIRD, axes, bars, svg
 from ptq4sam.experiments.report.page import Block, Plot, Plots, Section, Table, Text
-from ptq4sam.experiments.record import PartRecord, UnitRecord
-from ptq4sam.model.distributions import AttentionRecord, Distributions
+from ptq4sam.model.distributions import Distributions
 from ptq4sam.model.insertion import ENCODER
 
 _SHOWN_TARGETS = 15
@@ -125,10 +125,10 @@ def loss_plot(unit: UnitRecord) -> Plot:
     values = [value for value in (*unit.curve, unit.before, unit.after) if value > 0]
     if values and max(values) / min(values) > 20:
         one.set_yscale("log")
-    caption = f"{unit.name}: {unit.before:.4g} before, {unit.after:.4g} after {unit.steps} steps"
+    caption = f"{unit.before:.4g} before, {unit.after:.4g} after {unit.steps} steps"
     if unit.fell_back:
         caption += "; worse by learning, so left rounded to nearest"
-    return Plot(svg(figure, f"Loss curve of {caption}"), f"{caption}.")
+    return Plot(svg(figure, f"Loss curve of {unit.name}: {caption}"), f"{caption}.", unit.name)
 
 
 def sensitivity_section(content: Mapping[str, Any] | None) -> Section:
@@ -197,7 +197,9 @@ def cost_section(model: str, scheme: str, quantize_encoder: bool) -> Section:
     from ptq4sam.deploy.cost import FLOAT_BITS, count
     from ptq4sam.quantization.scheme import Scheme
 
-    found = count(model, Scheme.from_dict(yaml.safe_load(scheme)), quantize_encoder=quantize_encoder)
+    found = count(
+        model, Scheme.from_dict(yaml.safe_load(scheme)), quantize_encoder=quantize_encoder
+    )
     total = found.total
     parts = [part for part in found.parts if part.float_weight_bytes or part.macs]
     rows = [
@@ -215,9 +217,9 @@ def cost_section(model: str, scheme: str, quantize_encoder: bool) -> Section:
         "part",
         "float32 MB",
         "quantized MB",
-        "multiply-accumulates, 10⁹",
-        "float32 bit operations, 10¹²",
-        "quantized bit operations, 10¹²",
+        "multiply- accumulates, 10⁹",
+        "bit operations in float32, 10¹²",
+        "quantized, 10¹²",
     ]
     names = [part.name for part in parts]
     size = bars(
@@ -261,12 +263,7 @@ def file_table(parts: Sequence[PartRecord]) -> Table:
         for part in parts
     ]
     size, exact = sum(part.size for part in parts), sum(part.float_size for part in parts)
-    caption = f"The file that was written: {size / 1e6:.2f} MB, {size / max(exact, 1):.1%} of float32"
+    caption = (
+        f"The file that was written: {size / 1e6:.2f} MB, {size / max(exact, 1):.1%} of float32"
+    )
     return Table(caption, ["part", "written as", "values", "MB", "float32 MB"], rows, texts=2)
-
-
-def tau_counts(attentions: Sequence[AttentionRecord]) -> str:
-    """How often each granularity was chosen."""
-    chosen = [a.softmax.tau for a in attentions if a.softmax.tau is not None]
-    counts = {tau: chosen.count(tau) for tau in sorted(set(chosen))}
-    return ", ".join(f"τ = {tau}: {count}" for tau, count in counts.items())

@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ptq4sam.experiments.report.figures import FLOAT, INK, QUANTIZED, THIRD, axes, bars, legend, svg
-from ptq4sam.experiments.report.page import Banner, Block, Page, Plot, Plots, Section, Table, Text, Tile
+from ptq4sam.experiments.report.page import (
+    Banner,
+    Block,
+    Page,
+    Plot,
+    Plots,
+    Section,
+    Table,
+    Text,
+    Tile,
+)
 from ptq4sam.experiments.sweep.description import read_description
 from ptq4sam.experiments.sweep.grid import Sweep, short, shown
 from ptq4sam.experiments.sweep.store import read_records
@@ -253,8 +263,12 @@ def _trials_section(sweep: Sweep, found: Sequence[Row]) -> Section:
     head, *lines = table(sweep, found)
     blocks: list[Block] = [Text(line) for line in float_lines(found)]
     blocks.append(
-        Table("AP and its parts in percent, mean IoU and agreement from 0 to 1", head, lines,
-              texts=max(1, len(sweep.axes)))
+        Table(
+            "AP and its parts in percent, mean IoU and agreement from 0 to 1",
+            head,
+            lines,
+            texts=max(1, len(sweep.axes)),
+        )
     )
     for row in found:
         if row.record is not None and row.status == "failed":

@@ -183,7 +183,9 @@ def read_records(path: Path) -> dict[str, TrialRecord]:
         StoreError: it is missing, locked, damaged, of another program or newer.
     """
     with _named_errors(path):
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", timeout=_PATIENCE, uri=True)
+        connection = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode=ro", timeout=_PATIENCE, uri=True
+        )
         with contextlib.closing(connection):
             return _latest(connection) if _check(connection, path) else {}
 
