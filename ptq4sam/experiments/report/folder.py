@@ -58,7 +58,7 @@ class RunFolder:
             )
         index = path / JOURNAL / INDEX
         log = _lines(path / LOG)
-        sensitivity = _mapping(path / SENSITIVITY, "sensitivity")
+        sensitivity = _sensitivity(path / SENSITIVITY)
         if not (path / METRICS).exists() and not index.exists() and not log and not sensitivity:
             raise DataError(
                 f"{path} is no work directory of a run or a sweep: it has neither {METRICS} nor "
@@ -66,6 +66,8 @@ class RunFolder:
             )
         ended = (path / METRICS).exists() and not index.exists() and _has_ended(log)
         metrics = (_mapping(path / METRICS, "metrics of a run") or {}) if ended else {}
+        if ended:
+            _require(metrics, path / METRICS, "model", "quantized")
         record = RunRecord.read(path) if ended and (path / RECORD).exists() else None
         units = () if record is None else record.units
         if not ended and index.exists():
@@ -104,3 +106,28 @@ def _mapping(path: Path, what: str) -> Mapping[str, Any] | None:
     if not isinstance(content, Mapping):
         raise DataError(f"{path} is damaged: keys and values are needed")
     return content
+
+
+def _sensitivity(path: Path) -> Mapping[str, Any] | None:
+    """What `ptq4sam sensitivity` wrote, looked at as far as it is drawn."""
+    content = _mapping(path, "sensitivity")
+    if content is None:
+        return None
+    _require(content, path, "targets", "pictures")
+    for target in _list(content["targets"], path):
+        _require(target, path, "name", "grain", "rank", "only", "all_but")
+        for name in ("only", "all_but"):
+            _require(target[name], path, "agreement")
+    return content
+
+
+def _list(value: object, path: Path) -> list[Any]:
+    if not isinstance(value, list):
+        raise DataError(f"{path} is damaged: a list is needed where {str(value)[:40]!r} is")
+    return value
+
+
+def _require(content: object, path: Path, *keys: str) -> None:
+    missing = [key for key in keys if not isinstance(content, Mapping) or key not in content]
+    if missing:
+        raise DataError(f"{path} is damaged: it lacks {', '.join(missing)}; run again to renew it")
