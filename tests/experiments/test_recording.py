@@ -30,7 +30,7 @@ def picture(
     return Picture(
         record,
         image,
-        Prompts(boxes, scored, np.ones(count, np.int64)),
+        Prompts(number, boxes, scored, np.ones(count, np.int64)),
         Segmented(found, scored, scored),
         Segmented(exact, scored, scored),
         agreement,

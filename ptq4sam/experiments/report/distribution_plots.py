@@ -92,8 +92,8 @@ def softmax_plot(attention: AttentionRecord) -> Plot:
     levels = [] if softmax.bits > 8 else softmax.levels()
     lowest = levels[-1] if levels else seen.low
     if levels:
-        drawn = [levels[0], levels[-1]] if many else levels
-        one.vlines(drawn, 0, max(shares) * 1.08, color=INK, linewidth=0.7, alpha=0.75)
+        lines = [levels[0], levels[-1]] if many else levels
+        one.vlines(lines, 0, max(shares) * 1.08, color=INK, linewidth=0.7, alpha=0.75)
         one.axvspan(seen.low, max(seen.low, lowest), color=INK, alpha=0.08, linewidth=0)
     one.set_xlim(seen.low, seen.high + 0.6)
     one.set_ylim(0, max(shares) * 1.08)
@@ -133,8 +133,16 @@ def _channels_plot(
     for index, (label, found, colour) in enumerate(parts):
         places = [place * found.together for place in range(len(found.low) + 1)]
         if index == 0:
-            style = {"fill": True, "color": colour, "alpha": 0.5, "linewidth": 0}
-            one.stairs(found.high, places, baseline=found.low, label=label, **style)
+            one.stairs(
+                found.high,
+                places,
+                baseline=found.low,
+                fill=True,
+                color=colour,
+                alpha=0.5,
+                linewidth=0,
+                label=label,
+            )
             continue
         # Over another one only its ends, or neither would be seen.
         for ends in (found.low, found.high):

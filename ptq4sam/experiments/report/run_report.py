@@ -171,7 +171,7 @@ def _scores_section(metrics: Mapping[str, Any], record: RunRecord | None) -> Sec
             for key, _ in keys
         ]
         blocks = [Table("Scores", ["score", "float", name, "change"], rows)]
-        blocks.append(Plots("Drawn", [_scores_plot(metrics, keys), *_picture_plots(record)]))
+        blocks.append(Plots("Drawings", [_scores_plot(metrics, keys), *_picture_plots(record)]))
     intro = (
         "Mask AP and AR as COCO defines them, in percent; mean IoU and agreement from 0 to 1. "
         "Agreement is the mean IoU of the masks with the float model's for the same boxes."

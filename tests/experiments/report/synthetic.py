@@ -114,7 +114,7 @@ def _picture(rng: np.random.Generator, number: int, side: tuple[int, int], noise
     return Picture(
         ImageRecord(number, Path(f"{number:012}.jpg"), width, height),
         image,
-        Prompts(boxes, scored, np.ones(3, np.int64)),
+        Prompts(number, boxes, scored, np.ones(3, np.int64)),
         Segmented(found, scored, scored),
         Segmented(exact, scored, scored),
         agreement,
