@@ -1,7 +1,7 @@
 """Drawings as SVG: matplotlib's, made to fit into a page and its colours, light or dark.
 
-SVG of matplotlib needs no script and 4 to 10 kB each; plotly's script alone is 4.8 MB in every file,
-for zooming that these drawings do not need.
+SVG of matplotlib needs no script and 4 to 10 kB each; plotly's script alone is 4.8 MB in every
+file, for zooming that these drawings do not need.
 """
 
 from __future__ import annotations
