@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ptq4sam.cli import guarded, main
+from ptq4sam.cli import main
 from ptq4sam.data import CocoDataset
 from ptq4sam.prompts import GroundTruth, write_results
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.terminal import guarded
 from tests.tiny_runs import (
     QUICK,
     SCHEMES,

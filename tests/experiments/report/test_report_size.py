@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptq4sam.experiments.recording import LONGEST_SIDE, MOST_PICTURES
-from ptq4sam.experiments.report.command import write_report
+from ptq4sam.experiments.report.writing import write_report
 from tests.experiments.report.synthetic import write_run
 
 

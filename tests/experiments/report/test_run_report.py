@@ -9,7 +9,7 @@ import pytest
 from ptq4sam.cli import main
 from ptq4sam.experiments.quantizing import JOURNAL
 from ptq4sam.experiments.record import RECORD, RunRecord
-from ptq4sam.experiments.report.command import write_report
+from ptq4sam.experiments.report.writing import write_report
 from ptq4sam.files import write_json
 from tests.experiments.report.synthetic import write_run
 from tests.tiny_runs import Quantized

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptq4sam.cli import main
-from ptq4sam.experiments.report.command import write_report
+from ptq4sam.experiments.report.writing import write_report
 from ptq4sam.experiments.sweep.description import read_description, write_description
 from ptq4sam.experiments.sweep.grid import Sweep, read_sweep
 from ptq4sam.experiments.sweep.store import Store, TrialRecord
