@@ -23,7 +23,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        metrics: of a run that has ended; empty otherwise.
+        metrics: of a run that has ended; empty otherwise, and of a study of sensitivity alone.
         record: what it kept of itself; None where it kept nothing.
         scheme: as used, in YAML; empty for a float model or where it is not known.
         log: its lines.
@@ -64,6 +64,7 @@ class RunFolder:
                 f"{path} is no work directory of a run or a sweep: it has neither {METRICS} nor "
                 f"{LOG} nor sweep.sqlite; name the --work-dir of one"
             )
+        study = sensitivity is not None and not (path / METRICS).exists() and not index.exists()
         ended = (path / METRICS).exists() and not index.exists() and _has_ended(log)
         metrics = (_mapping(path / METRICS, "metrics of a run") or {}) if ended else {}
         if ended:
@@ -80,7 +81,7 @@ class RunFolder:
             record,
             "\n".join(_lines(scheme)) if ended else "",
             log,
-            ended,
+            ended or study,
             units,
             sensitivity,
         )

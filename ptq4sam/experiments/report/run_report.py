@@ -71,7 +71,7 @@ def run_page(run: RunFolder) -> Page:
         sections.append(cost)
     sections.append(_run_section(run))
     return Page(
-        f"{metrics.get('model', run.path.resolve().name)}: {_described(run)}",
+        f"{_model(run)}: {_described(run)}",
         f"Report of {run.path}",
         sections,
         _tiles(metrics, run),
@@ -79,9 +79,19 @@ def run_page(run: RunFolder) -> Page:
     )
 
 
+def _model(run: RunFolder) -> str:
+    """Name of the SAM, or of the folder where it is not known."""
+    for content in (run.metrics, run.sensitivity or {}):
+        if "model" in content:
+            return str(content["model"])
+    return run.path.resolve().name
+
+
 def _described(run: RunFolder) -> str:
     if not run.ended:
         return "unfinished run"
+    if not run.metrics:
+        return "sensitivity"
     if not run.scheme:
         return "quantized model" if run.metrics.get("quantized") else "float model"
     scheme = yaml.safe_load(run.scheme)
@@ -108,7 +118,7 @@ def _banners(run: RunFolder) -> list[Banner]:
     if audit is not None:
         passed = audit["passed"]
         found.append(Banner(f"The {audit['report'][0]}.", "note" if passed else "warning"))
-    if run.ended and run.record is None:
+    if metrics and run.record is None:
         found.append(
             Banner(
                 "This run has no record.json (an older version wrote it, or it was deleted): "

@@ -111,6 +111,13 @@ def test_sensitivity_is_shown_where_it_was_measured(folder: Path) -> None:
     assert "The 15 most sensitive of 20 parts by unit" in page
     assert "17.2" in page
     assert "Measured on 4 pictures, the worst on 32" in page
+    # A folder with nothing but a study.
+    for name in ("metrics.json", "scheme.yaml", RECORD):
+        (folder / name).unlink()
+    (folder / "run.log").write_text("measuring ...\n")
+    page = write_report(folder).read_text()
+    assert headings(page) == ["Sensitivity", "Run"]
+    assert "has not ended" not in page
 
 
 @pytest.mark.parametrize(
