@@ -22,6 +22,7 @@ from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderA
 from ptq4sam.model.calibration import CalibrationItem, run_item
 from ptq4sam.model.insertion import TRANSFORMER, QuantizedSam
 from ptq4sam.model.layers import quantized_layers
+from ptq4sam.quantization.modes import dropping
 from ptq4sam.quantization.quantizers import AffineQuantizer, Quantizer
 from ptq4sam.quantization.scheme import Methods
 from ptq4sam.records import Record
@@ -198,7 +199,9 @@ def observe_distributions(
                 hooks.callback(projection.register_forward_hook(keep).remove)
         run_item(float_sam, item)
     seen = _Seen()
-    with contextlib.ExitStack() as hooks:
+    # Under compat: published elements stay float at random, and what is drawn here would change what
+    # is evaluated later.
+    with dropping(quantized, 0.0, None), contextlib.ExitStack() as hooks:
         for name, module in attentions.items():
             see_keys = partial(
                 seen.keys, name, methods, isinstance(module, QuantizedDecoderAttention)

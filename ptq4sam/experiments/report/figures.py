@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import io
-import itertools
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -25,7 +24,6 @@ INK = "#010203"
 """Becomes the page's own colour of text."""
 _SOFT = 0.35
 _WIDTH, _HEIGHT = 4.2, 2.35
-_numbers = itertools.count()
 
 
 def axes(
@@ -77,12 +75,13 @@ def svg(figure: Figure, label: str) -> str:
 
     Args:
         figure: drawn with INK where the page's colour of text belongs.
-        label: what it shows, for who cannot see it.
+        label: what it shows, for who cannot see it; another one for each drawing of a page.
     """
     import matplotlib as mpl
 
     written = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": str(next(_numbers))}
+    # Ids in the page differ as labels do.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": label}
     with mpl.rc_context(settings):
         figure.savefig(written, format="svg", facecolor="none", metadata={"Date": None})
     text = written.getvalue()
