@@ -199,8 +199,8 @@ def observe_distributions(
                 hooks.callback(projection.register_forward_hook(keep).remove)
         run_item(float_sam, item)
     seen = _Seen()
-    # Under compat: published elements stay float at random, and what is drawn here would change what
-    # is evaluated later.
+    # Under compat: published elements stay float at random, and drawing here would change what is
+    # evaluated later.
     with dropping(quantized, 0.0, None), contextlib.ExitStack() as hooks:
         for name, module in attentions.items():
             see_keys = partial(
