@@ -116,6 +116,13 @@ def histogram(one: Axes, low: float, high: float, heights: Sequence[float], colo
     one.stairs(heights, edges, fill=True, color=colour, alpha=_SOFT + 0.2, linewidth=0)
 
 
+def whole_numbers(one: Axes) -> None:
+    """No fractions along y, where things are counted."""
+    from matplotlib.ticker import MaxNLocator
+
+    one.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
 def span(one: Axes, low: float, high: float, horizontal: bool = False) -> None:
     """Dashed lines at the ends of a range."""
     line = one.axhline if horizontal else one.axvline

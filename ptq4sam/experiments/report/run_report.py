@@ -18,6 +18,7 @@ from ptq4sam.experiments.report.figures import (
     bars,
     histogram,
     svg,
+    whole_numbers,
 )
 from ptq4sam.experiments.report.folder import SCHEME, RunFolder
 from ptq4sam.experiments.report.page import (
@@ -242,7 +243,7 @@ def _spread(
         counts[min(_BINS - 1, int((value - low) / (high - low) * _BINS))] += 1
     figure, (one,) = axes(label, "pictures")
     histogram(one, low, high, counts, colour)
-    one.yaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(one)
     if low < 0:
         one.axvline(0, color=INK, linewidth=0.8)
     return Plot(svg(figure, caption), caption)
