@@ -127,10 +127,12 @@ def pictures(parsed: argparse.Namespace) -> dict[str, dict[str, str]]:
 def _go_on(parsed: argparse.Namespace, sweep: Sweep, folder: Folder, store: Store) -> int:
     from rich.console import Console
 
+    from ptq4sam.experiments.sweep.description import write_description
     from ptq4sam.experiments.sweep.live import tell
     from ptq4sam.experiments.sweep.running import Crew, finish
     from ptq4sam.experiments.sweep.summary import rows, write
 
+    write_description(sweep, folder.description)
     state = finish(sweep, folder, store, Crew(parsed.jobs, parsed.ray), parsed.retry_failed)
     found = rows(sweep, state.records)
     tell(sweep, found, Console(soft_wrap=not sys.stdout.isatty()))

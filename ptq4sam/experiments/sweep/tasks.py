@@ -74,6 +74,11 @@ class Folder:
         return self.path / "sweep.sqlite"
 
     @property
+    def description(self) -> Path:
+        """What the trials are."""
+        return self.path / "sweep.json"
+
+    @property
     def scenes(self) -> Path:
         """Generated scenes."""
         return self.path / "scenes"
