@@ -186,10 +186,14 @@ class _Watch:
         self.calls = 0
         self.off_grid = 0
 
-    def saw(self, output: Tensor) -> None:
+    def saw(self, output: Tensor, steps: bool) -> None:
         self.calls += 1
         flat = output.flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
+        if steps:
+            worth = sample * self.quantizer.step.to(sample.dtype)
+            self.off_grid += int((self.quantizer.steps(worth) != sample).sum())
+            return
         with _without_dropping(self.quantizer):
             self.off_grid += int((self.quantizer(sample.clone()) != sample).sum())
 
@@ -218,12 +222,12 @@ def _watching(sam: QuantizedSam, watched: dict[str, _Watch]) -> Iterator[None]:
     handles = []
     checking: list[bool] = []
 
-    def hook_for(watch: _Watch) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+    def hook_for(watch: _Watch) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, more: dict[str, object], out: Tensor) -> None:
             # The check calls the quantizer again: that call is not one of the model's.
             if not checking:
                 checking.append(True)
-                watch.saw(output)
+                watch.saw(out, steps=bool(more.get("steps")))
                 checking.pop()
 
         return hook
@@ -236,7 +240,8 @@ def _watching(sam: QuantizedSam, watched: dict[str, _Watch]) -> Iterator[None]:
     for name, quantizer in quantizers(sam):
         if id(quantizer) not in weights:
             watched[name] = _Watch(quantizer)
-            handles.append(quantizer.register_forward_hook(hook_for(watched[name])))
+            hook = hook_for(watched[name])
+            handles.append(quantizer.register_forward_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
