@@ -9,8 +9,11 @@ commands set. Each side runs in a process of its own, since a peak can never be 
 
 A unit's inputs and targets have to be captured before its steps: by the plain loop from the image
 each time, through the float and the quantized model up to the unit; by ours from the cached output
-of the unit before, which takes one float and three quantized passes of the unit. The second table
-adds each step's share of the captures of 32 pictures, for as many steps as the presets make.
+of the unit before, which takes one float and three quantized passes of the unit. And the ranges of
+its weights have to be searched: plainly by quantizing once for each of 100 widths and 16 zero
+points (timed at one zero point of the 16, for each takes the same), by ours to the same result.
+The second table adds each step's share of the captures of 32 pictures and of the search, for as
+many steps as the presets make.
 """
 
 from __future__ import annotations
@@ -91,7 +94,7 @@ def measure(side: str, name: str, steps: int, threads: int, precision: str) -> d
             "a_qconfig": {"quantizer": "LSQFakeQuantize", "observer": "MinMaxObserver", "bit": 4},
             "w_qconfig": {
                 "quantizer": "AdaRoundFakeQuantize",
-                "observer": "MinMaxObserver",
+                "observer": "MSEObserver",
                 "bit": 4,
                 "ch_axis": 0,
             },
@@ -107,7 +110,9 @@ def measure(side: str, name: str, steps: int, threads: int, precision: str) -> d
     with torch.no_grad():
         with observing_activations(unit):
             unit(*inputs[0])
+        started = time.perf_counter()
         observe_weights(unit)
+        search = time.perf_counter() - started
         with quantizer_mode(unit, Mode.FLOAT):
             targets = [unit(*exact[0])]
     clock = Clock()
@@ -127,6 +132,7 @@ def measure(side: str, name: str, steps: int, threads: int, precision: str) -> d
     else:
         from plain import make_plain, reconstruct_plainly
 
+        search = seconds_of_plain_search(unit)
         make_plain(unit)
         after = reconstruct_plainly(unit, inputs, exact, targets, settings, clock(range(steps)))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -136,7 +142,32 @@ def measure(side: str, name: str, steps: int, threads: int, precision: str) -> d
         "peak": peak / 2**20,
         "loss": after,
         "capture": capture,
+        "search": search,
     }
+
+
+def seconds_of_plain_search(unit: nn.Module) -> float:
+    """The plain search of the ranges of the unit's weights, channel by channel of each at once."""
+    import torch
+
+    from ptq4sam.model.layers import quantized_layers
+    from ptq4sam.quantization.mse import POWER, WIDTHS
+
+    seconds = 0.0
+    for _, layer in quantized_layers(unit):
+        grid = layer.weight_quantizer.grid
+        rows = layer.weight.detach().flatten(1)
+        low, high = rows.min(1).values.clamp(max=0), rows.max(1).values.clamp(min=0)
+        best = torch.full_like(low, float("inf"))
+        started = time.perf_counter()
+        for step in range(1, WIDTHS + 1):
+            scale = ((high - low) / WIDTHS * step / grid.qmax)[:, None]
+            zero = grid.levels // 2
+            codes = (torch.round(rows / scale) + zero).clamp(grid.qmin, grid.qmax)
+            loss = (((codes - zero) * scale - rows).abs() ** POWER).mean(1)
+            best = torch.minimum(best, loss)
+        seconds += (time.perf_counter() - started) * grid.levels
+    return seconds
 
 
 def seconds_of_passes(unit: nn.Module, arguments: tuple[Tensor, ...]) -> float:
@@ -220,21 +251,22 @@ def main(write: Callable[[str], object] = sys.stdout.write) -> None:
             f"| {plain['seconds'] / ours['seconds']:.1f} | {plain['peak']:.1f} "
             f"| {ours['peak']:.1f} | {ours['loss'] / plain['loss']:.3f} |\n"
         )
-    write(f"\nWith the captures of {PICTURES} pictures, seconds a step of so many\n")
-    write("| unit | plain capture s | ours | " + " | ".join(map(str, PRESETS)) + " |\n")
+    write(f"\nWith captures of {PICTURES} pictures and the weights' search, for so many steps\n")
+    write("| unit | plain capture, search s | ours | " + " | ".join(map(str, PRESETS)) + " |\n")
     write("|---|---|---|---|---|---|\n")
     for name, (plain, ours) in measured.items():
-        ratios = (with_capture(plain, count) / with_capture(ours, count) for count in PRESETS)
+        ratios = (with_start(plain, count) / with_start(ours, count) for count in PRESETS)
+        both = (f"{side['capture']:.2f}, {side['search']:.2f}" for side in (plain, ours))
         write(
-            f"| {name} | {plain['capture']:.2f} | {ours['capture']:.2f} | "
+            f"| {name} | {' | '.join(both)} | "
             + " | ".join(f"{ratio:.1f} times faster" for ratio in ratios)
             + " |\n"
         )
 
 
-def with_capture(figures: dict[str, float], steps: int) -> float:
-    """Seconds a step, with its share of the captures before it."""
-    return figures["seconds"] + PICTURES * figures["capture"] / steps
+def with_start(figures: dict[str, float], steps: int) -> float:
+    """Seconds a step, with its share of the captures and the search before it."""
+    return figures["seconds"] + (PICTURES * figures["capture"] + figures["search"]) / steps
 
 
 if __name__ == "__main__":

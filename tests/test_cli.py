@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ptq4sam.cli import guarded, main
+from ptq4sam.cli import main
 from ptq4sam.data import CocoDataset
 from ptq4sam.prompts import GroundTruth, write_results
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.terminal import guarded
 from tests.tiny_runs import (
     QUICK,
     SCHEMES,
@@ -407,11 +408,6 @@ def test_log_is_left_as_it_was(tiny: Tiny) -> None:
     before = list(logger.handlers)
     assert main(["evaluate", *tiny.model(), *tiny.data(), "--limit", "0"]) == 2
     assert logger.handlers == before
-
-
-@pytest.mark.parametrize("verb", ["report"])
-def test_planned_verbs_say_so(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "not in this version" in _refusal(capsys, verb)
 
 
 def test_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptq4sam.cli import guarded
 from ptq4sam.prompts.yolox_export import convert_yolox
+from ptq4sam.terminal import guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

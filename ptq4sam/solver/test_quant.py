@@ -18,7 +18,7 @@ if __name__ == "__main__":
     # be taken for another package's; the package's own parent belongs there.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from ptq4sam.cli import add_engine_arguments, guarded
+from ptq4sam.commands.flags import add_engine_arguments
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.errors import ConfigError
 from ptq4sam.experiments.requests import engine_settings, execute, with_preset
@@ -26,6 +26,7 @@ from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.parallel import started_by_torchrun
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.solver.experiment import DataConfig, ExperimentConfig
+from ptq4sam.terminal import guarded
 
 _log = logging.getLogger("ptq4sam.solver")
 

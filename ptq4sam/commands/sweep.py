@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--retry-failed", action="store_true", help="try failed trials again")
     parser.add_argument("--dry-run", action="store_true", help="list the trials and stop")
-    parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -28,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--boxes", type=int, default=1, metavar="N", help="prompts on the picture")
     parser.add_argument("--file", type=Path, help="also show the sizes in this quantized file")
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -1,0 +1,22 @@
+"""`ptq4sam audit`: prove that a quantized model is one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ptq4sam audit`."""
+    parser.add_argument("model", type=Path, help="file written by ptq4sam quantize")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    from ptq4sam.deploy.storage import load
+    from ptq4sam.experiments.run import audit_model
+
+    report = audit_model(load(parsed.model))
+    sys.stdout.write("\n".join(report.lines()) + "\n")
+    return 0 if report.passed else 1

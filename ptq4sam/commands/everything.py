@@ -1,0 +1,56 @@
+"""`ptq4sam everything`: find masks without prompts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ptq4sam.commands.flags import add_backend_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ptq4sam everything`."""
+    parser.add_argument("--images", type=Path, required=True, help="a picture or a folder")
+    parser.add_argument("--model", help="as for evaluate")
+    parser.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="segment-anything's settings, e.g. points_per_side=16 crop_n_layers=1; an unknown key "
+        "lists them",
+    )
+    parser.add_argument("--memory-budget", metavar="SIZE", help="of the decoder, as 512MiB")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
+    parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+    parser.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
+    add_backend_arguments(parser)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    from ptq4sam import parallel
+    from ptq4sam.everything import EverythingSettings
+    from ptq4sam.experiments.everything import open_model, open_pictures, segment_everything
+    from ptq4sam.experiments.settings import find_device
+    from ptq4sam.progress import bars
+    from ptq4sam.sizes import parse_bytes
+
+    settings = EverythingSettings().with_overrides(*parsed.options)
+    budget = None if parsed.memory_budget is None else parse_bytes(parsed.memory_budget)
+    with parallel.joined():
+        dataset = open_pictures(parsed.images, skip_bad=parsed.skip_bad, limit=parsed.limit)
+        device = parallel.local_device(find_device(parsed.device))
+        sam = open_model(parsed.model, parsed.checkpoint, device, parsed.backend, parsed.precision)
+        found = segment_everything(
+            sam, dataset, parsed.out, settings, memory_budget=budget, progress=bars
+        )
+        if parallel.is_first():
+            sys.stdout.write(
+                f"{found.masks} masks on {found.pictures} pictures, {found.seconds:.2f} s a "
+                f"picture; written to {parsed.out}\n"
+            )
+    return 0

@@ -1,0 +1,46 @@
+"""`ptq4sam export`: write a SAM for ONNX Runtime or OpenVINO."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ptq4sam.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ptq4sam export`."""
+    parser.add_argument(
+        "model", help="file written by ptq4sam quantize, or vit_nano, vit_b, ... for a float SAM"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="float weights of a model given by name")
+    parser.add_argument("--format", required=True, metavar="F", help="onnx or openvino")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    from ptq4sam.deploy.container import is_quantized_file
+    from ptq4sam.deploy.export import export
+    from ptq4sam.deploy.storage import load
+    from ptq4sam.sam.checkpoint import load_sam
+    from ptq4sam.sam.model import Sam
+    from ptq4sam.sizes import format_bytes
+
+    if is_quantized_file(parsed.model):
+        if parsed.checkpoint is not None:
+            raise ConfigError(f"{parsed.model} has its weights: leave --checkpoint away")
+        sam: Sam = load(parsed.model)
+    elif parsed.model.endswith(".safetensors"):
+        raise ConfigError(
+            f"{parsed.model} is no quantized model: name a float one (vit_b) and give its weights "
+            "by --checkpoint"
+        )
+    else:
+        sam = load_sam(parsed.model, parsed.checkpoint)
+    manifest = export(sam, parsed.output, parsed.format)
+    for name in manifest.files:
+        path = parsed.output / name
+        sys.stdout.write(f"{path} {format_bytes(path.stat().st_size)}\n")
+    return 0

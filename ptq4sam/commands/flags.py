@@ -1,0 +1,114 @@
+"""Flags that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) -> None:
+    """The flags of a run: model, scheme, pictures, prompts, engine."""
+    parser.add_argument(
+        "--model",
+        help="vit_nano, vit_b, vit_l or vit_h; default: a quantized file's own, else vit_nano",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
+    parser.add_argument(
+        "--float-checkpoint",
+        type=Path,
+        metavar="F",
+        help="float weights that a quantized --checkpoint is compared with",
+    )
+    parser.add_argument("--scheme", type=Path, help="quantize by this file, e.g. exp/config44.yaml")
+    parser.add_argument(
+        "--scheme-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override the scheme, e.g. recon.iters=500",
+    )
+    parser.add_argument("--decoder-only", action="store_true", help="leave the image encoder float")
+    parser.add_argument("--images", type=Path, required=images_required, help="folder of pictures")
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="A.json",
+        help="COCO instances file; without it masks and pictures are written, but not scored",
+    )
+    parser.add_argument(
+        "--prompts",
+        default="ground-truth",
+        help="boxes.json, ground-truth (the default), scene-detector, onnx:FILE, yolox:FILE.pth, "
+        "hdetr:FILE, focalnet-dino:FILE, torchvision:NAME[:FILE], transformers:FOLDER or "
+        "mmdet:CONFIG:FILE",
+    )
+    parser.add_argument("--calibration-images", type=Path, help="pictures that ranges come from")
+    parser.add_argument("--calibration-annotations", type=Path, metavar="B.json")
+    parser.add_argument("--calibration-prompts", help="as --prompts, for calibration pictures")
+    parser.add_argument(
+        "--calibration-size",
+        type=int,
+        metavar="N",
+        help="calibrate in the scheme: how many pictures",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N pictures only")
+    parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="use boxes from this score on",
+    )
+    parser.add_argument(
+        "--max-per-image", type=int, default=100, metavar="N", help="use the best N boxes (100)"
+    )
+    parser.add_argument(
+        "--best-in-multi-mask",
+        action="store_true",
+        help="take the best of SAM's three masks by its own prediction, not the single one",
+    )
+    parser.add_argument(
+        "--cascade",
+        action="store_true",
+        help="prompt again with the box and the mask",
+    )
+    parser.add_argument("--no-sam-iou", action="store_true", help="score without predicted IoUs")
+    parser.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs"))
+    add_engine_arguments(parser)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the reconstruction engine, the same for every command that quantizes."""
+    parser.add_argument(
+        "--preset",
+        help="steps a unit: quick (500), standard (5,000) or paper (20,000); default: the scheme's",
+    )
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="memory for captured activations, as 8GiB; default: half of what is free",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with a killed quantization")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+
+
+def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose what runs an exported or quantized model."""
+    parser.add_argument(
+        "--backend",
+        default="torch",
+        metavar="B",
+        help="torch (the default), the simulation; torch-int8, fast integer products of a "
+        "quantized --checkpoint, or integer, their exact and slow reference; onnxruntime or "
+        "openvino, of the folder --checkpoint that ptq4sam export wrote; auto: "
+        "the fastest of those that can run the checkpoint",
+    )
+    parser.add_argument(
+        "--precision",
+        default="f32",
+        metavar="P",
+        help="of what is not integer under --backend openvino: f32 (the default) or bf16",
+    )

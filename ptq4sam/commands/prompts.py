@@ -1,0 +1,63 @@
+"""`ptq4sam prompts`: write a detector's boxes as COCO results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ptq4sam.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ptq4sam prompts`."""
+    parser.add_argument(
+        "--detector", required=True, help="as --prompts of evaluate: onnx:FILE, ..."
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="D",
+        help="coco or another name in projects/configs/_base_, a configuration .py, a COCO "
+        "instances .json with its pictures beside it, or a folder of pictures",
+    )
+    parser.add_argument("--images", type=Path, help="instead of --dataset: folder of pictures")
+    parser.add_argument("--annotations", type=Path, metavar="A.json", help="COCO instances file")
+    parser.add_argument("--out", type=Path, required=True, metavar="BOXES.json")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
+    parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+    parser.add_argument("--device", help="cpu or cuda:0; default: cpu")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    from ptq4sam import parallel
+    from ptq4sam.experiments.detecting import detect
+    from ptq4sam.experiments.settings import DataSettings
+    from ptq4sam.progress import bars
+    from ptq4sam.solver.datasets import find_dataset
+
+    limit = parsed.limit
+    if parsed.dataset is not None:
+        if parsed.images is not None or parsed.annotations is not None:
+            raise ConfigError(
+                "--dataset names pictures and annotations: leave --images and --annotations away"
+            )
+        named = find_dataset(parsed.dataset)
+        data, limit = DataSettings(named.images, named.annotations), limit or named.limit
+    elif parsed.images is not None:
+        data = DataSettings(parsed.images, parsed.annotations)
+    else:
+        raise ConfigError("ptq4sam prompts needs pictures: give --dataset or --images")
+    with parallel.joined():
+        found = detect(
+            parsed.detector,
+            data,
+            parsed.out,
+            device=parsed.device,
+            limit=limit,
+            skip_bad=parsed.skip_bad,
+            progress=bars,
+        )
+        if parallel.is_first():
+            sys.stdout.write(f"{found} boxes written to {parsed.out}\n")
+    return 0

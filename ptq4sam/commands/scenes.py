@@ -1,0 +1,23 @@
+"""`ptq4sam scenes`: write generated scenes as a COCO-format data set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ptq4sam scenes`."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--train", type=int, default=32, metavar="N")
+    parser.add_argument("--val", type=int, default=100, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    from ptq4sam.data.scenes import write_scenes
+
+    for offset, (name, count) in enumerate((("train", parsed.train), ("val", parsed.val))):
+        write_scenes(parsed.folder, count, 2 * parsed.seed + offset, name)
+    return 0

@@ -1,0 +1,34 @@
+"""`ptq4sam verify`: compare a quantized model with its integer form, operator by operator."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ptq4sam verify`."""
+    parser.add_argument("model", type=Path, help="file written by ptq4sam quantize")
+    parser.add_argument("--images", type=Path, help="folder of pictures; default: generated scenes")
+    parser.add_argument("--limit", type=int, default=4, metavar="N", help="pictures to use (4)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:0; default: cpu")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    from ptq4sam.data.images import check_limit
+    from ptq4sam.deploy.storage import load
+    from ptq4sam.experiments.verifying import generated_subjects, pictured_subjects, verify_model
+    from ptq4sam.progress import bars
+
+    check_limit(parsed.limit)
+    model = load(parsed.model, parsed.device)
+    subjects = (
+        generated_subjects(parsed.limit)
+        if parsed.images is None
+        else pictured_subjects(parsed.images, parsed.limit)
+    )
+    verification = verify_model(model, subjects, bars)
+    sys.stdout.write("\n".join(verification.lines()) + "\n")
+    return 0 if verification.passed else 1
