@@ -17,8 +17,8 @@ _ENOUGH_BITS = 15
 _SPARE_BITS = 5
 """Bits that the smallest point must have at least, where there are fewer."""
 LARGEST_ROW = 3.0
-"""Sum of a quantized softmax, at most: its outputs add up to 1, a point is at most sqrt(2) times its
-output, and the rounding to a whole number at most doubles it."""
+"""Sum of a quantized softmax, at most: its outputs add up to 1, a point is at most sqrt(2) times
+its output, and the rounding to a whole number at most doubles it."""
 
 
 def fraction_bits(levels: int, tau: int, scale: float) -> int:
@@ -26,7 +26,7 @@ def fraction_bits(levels: int, tau: int, scale: float) -> int:
 
     As many as keep the sums of points times values of as many levels exact in float32, at whatever
     number of keys. TABLE_BITS where these would be too few; sums then need float64, which holds
-    those over 2^14 keys at 8 bits.
+    those over 2^13 keys at 8 bits.
     """
     bits = math.floor(math.log2(EXACT * scale / (LARGEST_ROW * (levels - 1))))
     wanted = min(_ENOUGH_BITS, (levels - 1) / tau + _SPARE_BITS)
@@ -50,7 +50,7 @@ def point_table(levels: int, tau: int, bits: int) -> Tensor:
 
 
 def _shifted(number: int, places: int) -> int:
-    """number / 2^places, half to even."""
+    """The number / 2^places, half to even."""
     quotient, rest = divmod(number, 1 << places)
     double = 2 * rest
     return quotient + (double > 1 << places or (double == 1 << places and quotient % 2 == 1))

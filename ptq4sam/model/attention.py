@@ -176,7 +176,6 @@ class _QuantizedAttentionMixin(nn.Module):
             result[:, head, first * columns : last * columns] = attend(head, first, last)
         return result
 
-
     def _whole_attention(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Bias | None, columns: int
     ) -> Tensor:

@@ -64,7 +64,6 @@ class QuantizedConv2d(nn.Conv2d):
         convolved: Tensor = self._conv_forward(self.input_quantizer(x), weight, self.bias)
         return convolved
 
-
     @property
     def _is_plain(self) -> bool:
         return self.groups == 1 and self.padding_mode == "zeros"

@@ -72,7 +72,7 @@ def whole_convolution(
 
 
 def whole_product(a: Tensor, b: Tensor, largest: float) -> Tensor:
-    """a [..., n, K] @ b [..., K, m] of whole numbers, rounded to float32 once.
+    """The product of a [..., n, K] and b [..., K, m], whole numbers, rounded to float32 once.
 
     Args:
         a: whole numbers.
@@ -85,7 +85,7 @@ def whole_product(a: Tensor, b: Tensor, largest: float) -> Tensor:
 
 
 def rescaled(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """sums * scale + bias in float32, the product rounded before the addition.
+    """Make sums * scale + bias in float32, the product rounded before the addition.
 
     This order is part of what a quantized model is: all that runs it computes so.
 

@@ -1,8 +1,9 @@
 """SAM's two attention blocks on integer codes.
 
-Projections give the codes of query, key and value. The product of query and key is a sum of integers; its logits, the relative positions (float tables applied to the quantized
-query) and the softmax are float32. The softmax becomes codes again; its product with the values is
-a sum of integers, which becomes the codes of the output projection's input as in `IntegerLayer`.
+Projections give the codes of query, key and value. The product of query and key is a sum of
+integers; its logits, the relative positions (float tables applied to the quantized query) and the
+softmax are float32. The softmax becomes codes again; its product with the values is a sum of
+integers, which becomes the codes of the output projection's input as in `IntegerLayer`.
 """
 
 from __future__ import annotations
@@ -60,9 +61,7 @@ class AttentionProducts(nn.Module):
         self.key_grid = uniform_grid(attention.key_quantizer)
         self.value_grid = uniform_grid(attention.value_quantizer)
         self.softmax_grid = softmax_grid(attention.softmax_quantizer)
-        require_narrow(
-            name, self.query_grid, self.key_grid, self.value_grid, self.softmax_grid
-        )
+        require_narrow(name, self.query_grid, self.key_grid, self.value_grid, self.softmax_grid)
         self.softmax_quantizer = copy.deepcopy(attention.softmax_quantizer)
         self.following = copy.deepcopy(following)
         worth = logits_worth(

@@ -21,10 +21,11 @@ from ptq4sam.quantization.whole import rescaled
 class IntegerLayer(nn.Module):
     """What both kinds of layer share: codes in, int32 sums, floats or codes out.
 
-    A sum is worth input scale * weight scale, which differs from channel to channel. Requantization:
-    the sum is rounded to float32, multiplied by the float32 product of both scales, the float32
-    bias is added, and the result divided by the output's scale and rounded half to even. Each of
-    these operations is rounded to float32, in this order, in the simulation as in the runtimes.
+    A sum is worth input scale * weight scale, which differs from channel to channel.
+
+    Requantization: it is rounded to float32, multiplied by the float32 product of both scales, the
+    float32 bias is added, and the result divided by the output's scale and rounded half to even. Each operation is
+    rounded to float32, in this order, in the simulation as in the runtimes.
 
     Attributes:
         weight_codes: int16, the weight's shape.
