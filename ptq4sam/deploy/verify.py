@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4sam.deploy.codes import LogGrid, UniformGrid, layer_codes
+from ptq4sam.deploy.codes import UniformGrid, layer_codes
 from ptq4sam.deploy.integer.attention import AttentionProducts
 from ptq4sam.deploy.integer.layers import IntegerLayer
 from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderAttention
@@ -227,11 +227,11 @@ def _values_hook(
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         weights, value, *_ = inputs
-        if isinstance(products.softmax_grid, LogGrid):
-            worth = weights.double() * attention.softmax_quantizer.step
-            codes = attention.softmax_quantizer.codes(worth.float())
+        if products.points is not None:
+            ascending = products.points.flip(0)
+            codes = len(ascending) - 1 - torch.searchsorted(ascending, weights.long().contiguous())
         else:
-            codes = _codes(weights, products.softmax_grid)
+            codes = _codes(weights, cast(UniformGrid, products.softmax_grid))
         accumulator = products.accumulate_values(codes, _codes(value, products.value_grid))
         check.add_sums(accumulator, weights.double() @ value.double())
         check.add_codes(products.requantize(accumulator), following.codes(output))

@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
-from ptq4sam.methods.granularity_table import TABLE_BITS, fraction_bits, point_table
+from ptq4sam.methods.granularity_table import fraction_bits, point_table
 from ptq4sam.quantization.base import Statistics
 from ptq4sam.quantization.dropping import Choice, stays_float
 from ptq4sam.quantization.fused import fused
@@ -157,10 +157,9 @@ class AdaptiveGranularityQuantizer(Quantizer):
 
     @torch.no_grad()
     def steps(self, x: Tensor) -> Tensor:
-        """Points as whole numbers, float32 where sums of them stay exact, else float64."""
-        bits = self.fraction_bits()
-        table = point_table(self.grid.levels, int(self.tau), bits).to(x.device)
-        table = table.to(torch.float64 if bits == TABLE_BITS else torch.float32)
+        """Points as whole numbers of `fraction_bits` after the point, in units of the scale."""
+        table = point_table(self.grid.levels, int(self.tau), self.fraction_bits())
+        table = table.to(x.device, torch.float32)
         flat = x.reshape(-1)
         scale = self.scale_in_use()
         return _table_steps(flat, scale, self.tau, table, self.grid.levels).reshape(x.shape)

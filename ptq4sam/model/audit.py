@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.methods.granularity_table import point_table
 from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderAttention
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, weight_quantizers
@@ -191,8 +193,7 @@ class _Watch:
         flat = output.flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
         if steps:
-            worth = sample * self.quantizer.step.to(sample.dtype)
-            self.off_grid += int((self.quantizer.steps(worth) != sample).sum())
+            self.off_grid += int((~_are_points(sample, self.quantizer)).sum())
             return
         with _without_dropping(self.quantizer):
             self.off_grid += int((self.quantizer(sample.clone()) != sample).sum())
@@ -206,6 +207,16 @@ class _Watch:
             yield "no activation passed it"
         elif self.off_grid:
             yield f"gave {self.off_grid} sampled values off its grid"
+
+
+def _are_points(steps: Tensor, quantizer: Quantizer) -> Tensor:
+    """Which of these numbers of steps belong to a code of the quantizer's grid."""
+    grid = quantizer.grid
+    if isinstance(quantizer, AdaptiveGranularityQuantizer):
+        points = point_table(grid.levels, int(quantizer.tau), quantizer.fraction_bits())
+        return torch.isin(steps.double(), points.to(steps.device).double())
+    codes = steps + quantizer.zero_point.round()
+    return (codes == codes.round()) & (codes >= grid.qmin) & (codes <= grid.qmax)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.methods.granularity_table import TABLE_BITS, fraction_bits, point_table
+from ptq4sam.methods.granularity_table import (
+    ENTRY_BITS,
+    MOST_BITS,
+    fraction_bits,
+    point_table,
+)
 from ptq4sam.model.attention import values_worth
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.quantizers import FixedQuantizer, Mode
@@ -23,16 +28,17 @@ def quantizer(bits: int, tau: int, scale: float) -> AdaptiveGranularityQuantizer
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("tau", TAUS)
-@pytest.mark.parametrize("fraction", [15, 20, TABLE_BITS])
+@pytest.mark.parametrize("fraction", [15, 20, MOST_BITS])
 def test_points_by_shift_and_table(bits: int, tau: int, fraction: int) -> None:
     levels = 1 << bits
     table = point_table(levels, tau, fraction)
     exact = 2.0**fraction * torch.exp2(-torch.arange(levels, dtype=torch.float64) / tau)
-    assert (table[:-1] - exact).abs().max() <= 0.5 + 2.0 ** (fraction - TABLE_BITS - 1)
+    assert (table[:-1] - exact).abs().max() <= 0.5 + 2.0 ** (fraction - ENTRY_BITS - 1)
     assert int(table[-1]) == 0
-    entries = [round(2 ** (TABLE_BITS - r / tau)) for r in range(tau)]
+    assert torch.equal(table.float().long(), table)
+    entries = [round(2 ** (ENTRY_BITS - r / tau)) for r in range(tau)]
     shifted = [
-        round(Fraction(entries[code % tau], 2 ** (code // tau + TABLE_BITS - fraction)))
+        round(Fraction(entries[code % tau] << fraction, 2 ** (code // tau + ENTRY_BITS)))
         for code in range(levels)
     ]
     assert table[:-1].tolist() == shifted
@@ -67,6 +73,6 @@ def test_no_sum_is_larger_than_said(bits: int, tau: int, keys: int, sharpness: f
     largest = values_worth(agq, value).largest
     steps = agq(attention, steps=True).double()
     assert steps.sum(-1).max() * value.grid.largest_step <= largest
-    narrow = fraction_bits(1 << bits, tau, float(agq.scale)) < TABLE_BITS
+    narrow = fraction_bits(1 << bits, tau, float(agq.scale)) < MOST_BITS
     assert (largest <= EXACT) == narrow
     assert largest < 2**53

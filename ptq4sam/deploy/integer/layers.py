@@ -23,9 +23,9 @@ class IntegerLayer(nn.Module):
 
     A sum is worth input scale * weight scale, which differs from channel to channel.
 
-    Requantization: it is rounded to float32, multiplied by the float32 product of both scales, the
-    float32 bias is added, and the result divided by the output's scale and rounded half to even. Each operation is
-    rounded to float32, in this order, in the simulation as in the runtimes.
+    Requantization: a sum is rounded to float32, multiplied by the float32 product of both scales,
+    the float32 bias is added, and the result divided by the output's scale and rounded half to
+    even. Each operation is rounded to float32, in this order, in the simulation and elsewhere.
 
     Attributes:
         weight_codes: int16, the weight's shape.
