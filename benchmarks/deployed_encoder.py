@@ -132,7 +132,7 @@ def seconds(arguments: argparse.Namespace, runtime: str, precision: str) -> dict
     from ptq4sam.deploy.runtimes import open_session
 
     sessions = {
-        kind: open_session(runtime, path, ["embedding"], precision)  # type: ignore[arg-type]
+        kind: open_session(runtime, path, ["embedding"], precision)
         for kind, path in files_of(arguments, runtime).items()
     }
     inputs = {"image": picture(_image_size(arguments.model)).numpy()}

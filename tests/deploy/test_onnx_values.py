@@ -100,7 +100,8 @@ def test_softmax_outputs_are_moved_to_the_powers_of_the_simulation(
     assert different.mean() < 1e-4
     assert (found == 0).any()
     assert found[0, 0, 0] == found[0, 0, 1] == 0
-    for form in ({"parts": 8}, {"signed": True}):
+    forms: list[dict[str, Any]] = [{"parts": 8}, {"signed": True}]
+    for form in forms:
         again = exported(quantizer, attention, runtime, tmp_path, **form)
         np.testing.assert_array_equal(again.view(np.int32), found.view(np.int32))
 
