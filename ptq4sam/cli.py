@@ -27,6 +27,8 @@ _VERBS = {
     ),
     "mixed": ("bits for each unit under a budget, as a scheme", "ptq4sam.commands.mixed"),
     "sweep": ("a grid of trials from a file, resumable", "ptq4sam.commands.sweep"),
+    "table": ("the published table beside your figures", "ptq4sam.commands.table"),
+    "report": ("a run or a sweep as one HTML file", "ptq4sam.commands.report"),
     "scenes": ("write generated scenes as a COCO-format data set", "ptq4sam.commands.scenes"),
     "demo": ("the whole job on the embedded model and scenes", "ptq4sam.commands.demo"),
     "download": ("get published weights and data by name", "ptq4sam.commands.download"),

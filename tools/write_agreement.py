@@ -47,15 +47,15 @@ _ROOT = Path(__file__).resolve().parents[1]
 MODEL = "vit_nano"
 SCHEMES = {"W8A8": "w8a8", "W6A6": "ptq4sam-s66", "W4A4": "ptq4sam-s44"}
 FLOAT, SIMULATION = "float", "simulation"
-NOISE = 1e-6
-"""Of normalised pixels: far below what a picture's own bytes resolve."""
+NOISES = {f"noise-{size:g}": size for size in (1e-7, 1e-6)}
+"""Of normalised pixels, the smaller one a float32's own rounding: a byte of a picture is 1e-2."""
 BACKENDS = {
     SIMULATION: "torch",
-    f"simulation, pixels + {NOISE:g}": "noise",
     "integer reference": "integer",
     "torch-int8": "torch-int8",
     "ONNX Runtime": "onnxruntime",
     "OpenVINO": "openvino",
+    **{f"simulation, pixels + {size:g}": kind for kind, size in NOISES.items()},
 }
 FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
 BOXES_TIMED = 16
@@ -75,8 +75,9 @@ class Data:
 class Noisy:
     """A model that sees each picture with a little noise: how far can two correct results be?"""
 
-    def __init__(self, sam: Sam) -> None:
+    def __init__(self, sam: Sam, size: float) -> None:
         self._sam = sam
+        self._size = size
         self._generator = torch.Generator().manual_seed(0)
 
     def __getattr__(self, name: str) -> Any:
@@ -85,7 +86,7 @@ class Noisy:
     def embed(self, pixels: Tensor) -> Tensor:
         """As `Sam.embed`, of pixels with noise."""
         noise = torch.randn(pixels.shape, generator=self._generator)
-        return self._sam.embed(pixels + NOISE * noise)
+        return self._sam.embed(pixels + self._size * noise)
 
 
 class Measurement:
@@ -134,9 +135,10 @@ class Measurement:
             return load_sam(MODEL), [EMBEDDED_FILE]
         checkpoint = self._quantized(scheme)
         kind = BACKENDS[backend]
-        if kind in ("torch", "noise"):
-            simulation = load(checkpoint)
-            return Noisy(simulation) if kind == "noise" else simulation, [checkpoint]
+        if kind == BACKENDS[SIMULATION]:
+            return load(checkpoint), [checkpoint]
+        if kind in NOISES:
+            return Noisy(load(checkpoint), NOISES[kind]), [checkpoint]
         if kind not in FORMATS:
             return open_backend(checkpoint, kind), [checkpoint]
         folder = checkpoint.with_suffix("")
@@ -304,7 +306,7 @@ def main() -> None:
     sections = [section(data, arguments) for data in data_sets(arguments)]
     used = ", ".join(f"{name} {version}" for name, version in sorted(versions().items()))
     introduction = _INTRODUCTION.format(
-        calibration=arguments.calibration, threads=torch.get_num_threads(), noise=NOISE
+        calibration=arguments.calibration, threads=torch.get_num_threads()
     )
     parts = [introduction, *("\n".join(lines) for lines in sections)]
     parts.append(f"Measured on {arguments.machine}; {used}.\n")

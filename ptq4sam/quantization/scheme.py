@@ -6,7 +6,6 @@ A scheme is read from YAML with the keys and values of the published PTQ4SAM con
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,28 +14,14 @@ from typing import Literal
 
 import yaml
 
+from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
 from ptq4sam.records import FieldError, Record, read_yaml
 
-OBSERVER_NAMES = (
-    "MinMaxObserver",
-    "AvgMinMaxObserver",
-    "MSEObserver",
-    "AvgMSEObserver",
-    "MSEFastObserver",
-    "AvgMSEFastObserver",
-    "PCTObserver",
-)
 PER_TENSOR_OBSERVER_NAMES = (
     "AvgMinMaxObserver",
     "AvgMSEObserver",
     "AvgMSEFastObserver",
     "PCTObserver",
-)
-QUANTIZER_NAMES = (
-    "FixedFakeQuantize",
-    "LSQFakeQuantize",
-    "LSQPlusFakeQuantize",
-    "AdaRoundFakeQuantize",
 )
 LEARNED_SCALE_QUANTIZER_NAMES = ("LSQFakeQuantize", "LSQPlusFakeQuantize")
 ADAROUND = "AdaRoundFakeQuantize"
@@ -57,8 +42,8 @@ class TensorFormat(Record):
     """Number format of the weights or of the activations.
 
     Attributes:
-        quantizer: one of QUANTIZER_NAMES.
-        observer: one of OBSERVER_NAMES.
+        quantizer: a name in QUANTIZERS.
+        observer: a name in OBSERVERS.
         bit: bits, 2 to 16.
         symmetric: zero point 0 on a signed grid, else an unsigned grid with a zero point.
         ch_axis: 0 for a scale per output channel, -1 for one per tensor.
@@ -71,12 +56,12 @@ class TensorFormat(Record):
     ch_axis: int = -1
 
     def _validate(self) -> None:
-        _require_name(self.quantizer, "quantizer", QUANTIZER_NAMES)
-        _require_name(self.observer, "observer", OBSERVER_NAMES)
+        QUANTIZERS.require(self.quantizer, "quantizer")
+        OBSERVERS.require(self.observer, "observer")
         self._require(2 <= self.bit <= 16, "bit", "2 to 16")
         self._require(self.ch_axis in (-1, 0), "ch_axis", "-1 (per tensor), 0 (per channel)")
-        if self.ch_axis == 0 and self.observer in PER_TENSOR_OBSERVER_NAMES:
-            channelwise = [n for n in OBSERVER_NAMES if n not in PER_TENSOR_OBSERVER_NAMES]
+        if self.ch_axis == 0 and _is_per_tensor_only(self.observer):
+            channelwise = [name for name in OBSERVERS.names if not _is_per_tensor_only(name)]
             raise FieldError(
                 "observer",
                 f"{self.observer} works per tensor only: set ch_axis to -1, "
@@ -157,7 +142,9 @@ class Methods(Record):
 
     Attributes:
         BIG: bimodal integration of the post-key activations in the decoder (section 3.2).
-        AGQ: adaptive granularity quantization of softmax outputs (section 3.3).
+        AGQ: adaptive granularity quantization of softmax outputs (section 3.3); ours: "decoder" for
+            those of the mask decoder alone, which leaves the image encoder, where runtimes have
+            integer products for evenly spaced codes only, its speed.
         global_num: points at which the density of the activations is estimated.
         peak_distance: smallest distance between two peaks, in points.
         peak_height: smallest height of a peak, as a share of the sum of the density.
@@ -167,7 +154,7 @@ class Methods(Record):
     """
 
     BIG: bool = False
-    AGQ: bool = False
+    AGQ: bool | Literal["decoder"] = False
     global_num: int = 128
     peak_distance: int = 32
     peak_height: float = 0.01
@@ -231,10 +218,12 @@ class Scheme(Record):
         ptq4sam: bimodal integration and adaptive granularity; without the section both are off.
         float_weights: ours; "float16" rounds the weights and tables that no quantizer touches
             (position embedding, patch embedding, upscaling, ...) to half precision before
-            calibration, which takes 2.5 % of the float32 file's size off that of a quantized ViT-B.
+            calibration, so that what is evaluated is what the file holds; this takes 2.5 % of the
+            float32 file's size off that of a quantized ViT-B. "float32" leaves them exact.
         units: ours; units that are not quantized as the rest, by their path in the model: bits of
             their weights and activations (4), both apart ("w4a8"), or "float". Accuracy control
             (`--max-drop`) and `ptq4sam mixed` write them.
+        methods: ours; names in METHODS, called in this order before ranges are observed.
         compat: ours; "published" leaves activations dropped and roundings soft after
             reconstruction, as the published implementation does, to reproduce its numbers; they
             are not those of a quantized model.
@@ -245,12 +234,15 @@ class Scheme(Record):
     calibrate: int = 32
     recon: Reconstruction | None = None
     ptq4sam: Methods = Methods()
-    float_weights: Literal["float32", "float16"] = "float32"
+    float_weights: Literal["float16", "float32"] = "float16"
     units: dict[str, int | str] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
     compat: Literal["faithful", "published"] = "faithful"
 
     def _validate(self) -> None:
         self._require(self.calibrate >= 1, "calibrate", "1 or more")
+        for name in self.methods:
+            METHODS.require(name, "methods")
         for name, level in self.units.items():
             try:
                 bits = bits_of_level(level) or ()
@@ -261,7 +253,7 @@ class Scheme(Record):
         if self.a_qconfig.ch_axis != -1:
             raise FieldError("a_qconfig.ch_axis", "activations are quantized per tensor: -1")
         if self.a_qconfig.quantizer == ADAROUND:
-            allowed = ", ".join(name for name in QUANTIZER_NAMES if name != ADAROUND)
+            allowed = ", ".join(name for name in QUANTIZERS.names if name != ADAROUND)
             raise FieldError(
                 "a_qconfig.quantizer", f"{ADAROUND} is for weights; allowed: {allowed}"
             )
@@ -337,8 +329,8 @@ class Scheme(Record):
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def _require_name(name: str, key: str, known: tuple[str, ...]) -> None:
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
-        raise FieldError(key, f"{name!r} given; {hint}")
+def _is_per_tensor_only(observer: str) -> bool:
+    if observer in PER_TENSOR_OBSERVER_NAMES:
+        return True
+    kind = OBSERVERS.get(observer)
+    return kind is not None and (kind.per_tensor_only or kind.averages)

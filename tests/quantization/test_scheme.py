@@ -252,8 +252,8 @@ def test_known_names_are_those_of_the_registries() -> None:
     from ptq4sam.quantization.observers import OBSERVERS
     from ptq4sam.quantization.quantizers import QUANTIZERS
 
-    assert set(scheme_module.OBSERVER_NAMES) == set(OBSERVERS)
-    assert set(scheme_module.QUANTIZER_NAMES) == set(QUANTIZERS)
+    assert OBSERVERS.names == list(OBSERVERS)
+    assert set(QUANTIZERS.names) == set(QUANTIZERS)
 
 
 def test_observers_refuse_channels_exactly_where_schemes_do() -> None:
