@@ -4,7 +4,8 @@
 
 - `model`, `scheme`, `metric`, `prompts`, `pictures` (`proxy` and `measured`: how many), `seed`,
   `versions`;
-- `float` and `quantized`: the whole models, each an effect as below;
+- `float` and `quantized`: the whole models, each an effect as below; `quantized_on_proxy`: that on
+  the proxy's pictures, which targets that were not measured compare with;
 - `targets`, worst first: `name` (path, or path:role), `path`, `role` (empty: all), `grain`,
   `stage`, `block`, `layer`, `bits` (of its quantizers, sorted), `quantizers` (paths), `rank` (from
   1, of its grain), `measured` (whether on the larger set of pictures and with AP), and two effects:
@@ -87,12 +88,14 @@ class Sensitivities:
         about: what it is of; see the module.
         float_effect: of the float model.
         quantized: of the whole quantized model.
+        quantized_on_proxy: of the same on the proxy's pictures.
         rows: worst first.
     """
 
     about: dict[str, Any]
     float_effect: Effect
     quantized: Effect
+    quantized_on_proxy: Effect
     rows: tuple[Row, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,6 +104,7 @@ class Sensitivities:
             **self.about,
             "float": dataclasses.asdict(self.float_effect),
             "quantized": dataclasses.asdict(self.quantized),
+            "quantized_on_proxy": dataclasses.asdict(self.quantized_on_proxy),
             "targets": [row.to_dict() for row in self.rows],
         }
 
@@ -121,12 +125,13 @@ class Sensitivities:
         ]
         titles = ["target", "bits"]
         for kind in ("only", "all but"):
-            titles += [f"{kind}: {title}" for _, title, _ in shown]
+            titles += [f"{kind}\n{title}" for _, title, _ in shown]
         empty = [""] * len(shown)
         lines = [
             titles,
             ["float", "", *empty, *_cells(self.float_effect, shown)],
             ["quantized", "", *empty, *_cells(self.quantized, shown)],
+            ["quantized *", "", *empty, *_cells(self.quantized_on_proxy, shown)],
         ]
         for row in self.rows[:_SHOWN]:
             name = f"{row.target.name}{'' if row.measured else ' *'}"

@@ -163,9 +163,8 @@ def _measure(
     effects = {**proxy, **measured}
     worst.sort(key=lambda target: _points(effects[ONLY, target.name], metric))
     rest = [target for target in by_proxy if target not in worst]
-    return Sensitivities(
-        {}, effects[FLOAT, ""], effects[QUANTIZED, ""], _rows(study.sam, worst, rest, effects)
-    )
+    rows = _rows(study.sam, worst, rest, effects)
+    return Sensitivities({}, effects[FLOAT, ""], effects[QUANTIZED, ""], proxy[QUANTIZED, ""], rows)
 
 
 def _rows(
