@@ -24,6 +24,8 @@ INK = "#010203"
 """Becomes the page's own colour of text."""
 _SOFT = 0.35
 _WIDTH, _HEIGHT = 4.2, 2.35
+_LETTERS = 56
+"""Of a line over a drawing."""
 
 
 def axes(
@@ -109,6 +111,28 @@ def legend(one: Axes, place: str = "upper right") -> None:
     one.legend(fontsize=8, frameon=False, labelcolor=INK, loc=place, handlelength=1.2)
 
 
+def legend_above(figure: Figure, titles: Sequence[str]) -> None:
+    """Names of what was drawn over the axes, for which the figure becomes higher.
+
+    Side by side where they fit, else under each other.
+    """
+    columns = len(titles) if sum(map(len, titles)) + 6 * len(titles) < _LETTERS else 1
+    room = 0.1 + 0.19 * (len(titles) // columns)
+    width, height = figure.get_size_inches()
+    bottom, top = figure.subplotpars.bottom * height, (1 - figure.subplotpars.top) * height
+    figure.set_size_inches(width, height + room)
+    figure.subplots_adjust(bottom=bottom / (height + room), top=1 - (top + room) / (height + room))
+    figure.legend(
+        fontsize=8,
+        frameon=False,
+        labelcolor=INK,
+        loc="upper left",
+        ncols=columns,
+        handlelength=1.4,
+        borderpad=0.2,
+    )
+
+
 def histogram(one: Axes, low: float, high: float, heights: Sequence[float], colour: str) -> None:
     """Bars of equal width between two ends, as one shape."""
     width = (high - low) / len(heights)
@@ -180,7 +204,5 @@ def bars(
     if not logarithmic:
         one.axvline(0, color=INK, linewidth=0.6)
     if len(series) > 1:
-        figure.legend(
-            fontsize=8, frameon=False, labelcolor=INK, loc="lower left", ncols=len(series)
-        )
+        legend_above(figure, [title for title, _, _ in series])
     return svg(figure, label)

@@ -221,21 +221,22 @@ def cost_section(model: str, scheme: str, quantize_encoder: bool) -> Section:
         "bit operations in float32, 10¹²",
         "quantized, 10¹²",
     ]
-    names = [part.name for part in parts]
+    held = [part for part in parts if part.float_weight_bytes]
+    computed = [part for part in parts if part.macs]
     size = bars(
-        names,
+        [part.name for part in held],
         [
-            ("float32", FLOAT, [part.float_weight_bytes / 1e6 for part in parts]),
-            ("quantized", QUANTIZED, [part.weight_bytes / 1e6 for part in parts]),
+            ("float32", FLOAT, [part.float_weight_bytes / 1e6 for part in held]),
+            ("quantized", QUANTIZED, [part.weight_bytes / 1e6 for part in held]),
         ],
         "weights, MB",
         "Bytes of the weights by part, float32 and quantized",
     )
     work = bars(
-        names,
+        [part.name for part in computed],
         [
-            ("float32", FLOAT, [part.macs * FLOAT_BITS**2 / 1e12 for part in parts]),
-            ("quantized", QUANTIZED, [part.bit_operations / 1e12 for part in parts]),
+            ("float32", FLOAT, [part.macs * FLOAT_BITS**2 / 1e12 for part in computed]),
+            ("quantized", QUANTIZED, [part.bit_operations / 1e12 for part in computed]),
         ],
         "bit operations a picture, 10¹²",
         "Bit operations by part, float32 and quantized",

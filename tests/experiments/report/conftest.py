@@ -65,6 +65,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     service = webdriver.ChromeService(found["chromedriver"])
     driver = webdriver.Chrome(options, service)
+    driver.set_script_timeout(120)
     try:
         yield Browser(driver)
     finally:

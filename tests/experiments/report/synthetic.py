@@ -51,9 +51,9 @@ def write_run(
     pictures: int = 6,
     worst: int = 3,
     side: tuple[int, int] = (120, 160),
-    noise: bool = False,
+    large: bool = False,
 ) -> Path:
-    """A run that has ended; `noise` makes its pictures as large as pictures can be."""
+    """A run that has ended; `large`: with all parts, and pictures that nothing compresses."""
     rng = np.random.default_rng(0)
     scheme = Scheme.from_yaml(SCHEMES / "ptq4sam-l44.yaml")
     scores = {"AP": 31.5, "AP50": 52.1, "AR": 40.0, "mean_iou": 0.61}
@@ -76,10 +76,10 @@ def write_run(
     (folder / "run.log").write_text(f"quantize ...\n{ENDED}: {folder / 'metrics.json'}\n")
     recorder = PictureRecorder(0.3)
     for number in range(worst):
-        recorder(_picture(rng, number, side, noise))
-    units = _units(rng, blocks)
+        recorder(_picture(rng, number, side, large))
+    units = _units(rng, blocks, large)
     RunRecord(
-        distributions=_distributions(rng, blocks, channels),
+        distributions=_distributions(rng, blocks, channels, large),
         units=units,
         scores=tuple(_score(rng, number) for number in range(pictures)),
         threshold=0.3,
@@ -123,19 +123,22 @@ def _picture(rng: np.random.Generator, number: int, side: tuple[int, int], noise
     )
 
 
-def _units(rng: np.random.Generator, blocks: int) -> tuple[UnitRecord, ...]:
+def _units(rng: np.random.Generator, blocks: int, large: bool) -> tuple[UnitRecord, ...]:
     names = [f"image_encoder.blocks.{b}.{unit}" for b in range(blocks) for unit in ("attn", "mlp")]
-    names += [f"{DECODER}.{name}" for name in (*_CANDIDATES, *_OTHERS)]
+    names += [f"{DECODER}.{name}" for name in (*_CANDIDATES, *_OTHERS)] if large else []
     curve = 3 * np.exp(-np.arange(200) / 60) + rng.random(200)
     return tuple(UnitRecord(name, 4.0, 1.2, 20_000, False, tuple(curve)) for name in names)
 
 
-def _distributions(rng: np.random.Generator, blocks: int, channels: int) -> Distributions:
+def _distributions(
+    rng: np.random.Generator, blocks: int, channels: int, large: bool
+) -> Distributions:
+    others = _OTHERS if large else ()
     attentions = [
         _attention(rng, f"image_encoder.blocks.{b}.attn", channels, False) for b in range(blocks)
     ]
     attentions += [_attention(rng, f"{DECODER}.{name}", 128, True) for name in _CANDIDATES]
-    attentions += [_attention(rng, f"{DECODER}.{name}", 128, False) for name in _OTHERS]
+    attentions += [_attention(rng, f"{DECODER}.{name}", 128, False) for name in others]
     layers = [
         LayerRecord(f"image_encoder.blocks.{b}.{name}", _channels(rng, channels), Range(4, -2, 2))
         for b in range(blocks)
@@ -145,6 +148,7 @@ def _distributions(rng: np.random.Generator, blocks: int, channels: int) -> Dist
         LayerRecord(f"{DECODER}.{name}.{part}_proj", _channels(rng, 256), Range(4, -2, 2))
         for name in (*_CANDIDATES, *_OTHERS)
         for part in ("q", "k", "v", "out")
+        if large
     ]
     return Distributions(tuple(attentions), tuple(layers))
 

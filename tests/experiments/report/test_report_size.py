@@ -17,7 +17,7 @@ def test_a_sam_h_with_5000_pictures_stays_small(tmp_path: Path) -> None:
         pictures=5000,
         worst=MOST_PICTURES,
         side=(LONGEST_SIDE, LONGEST_SIDE),
-        noise=True,
+        large=True,
     )
     path = write_report(folder)
     assert path.stat().st_size < 20e6
