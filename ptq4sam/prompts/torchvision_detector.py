@@ -98,7 +98,7 @@ def own_weights(name: str) -> Path:
     """
     _version()
     models = _models(name)
-    file = models.get_model_weights(name).DEFAULT.url.rpartition("/")[2]
+    file: str = models.get_model_weights(name).DEFAULT.url.rpartition("/")[2]
     kept = Path(torch.hub.get_dir()) / "checkpoints" / file
     return kept if kept.is_file() else Path("ckpt") / file
 

@@ -60,14 +60,19 @@ def whole_linear(x: Tensor, weight: Tensor, largest: float) -> Tensor:
 
 
 def whole_convolution(
-    x: Tensor, weight: Tensor, largest: float, stride: object, padding: object, dilation: object
+    x: Tensor,
+    weight: Tensor,
+    largest: float,
+    stride: tuple[int, ...],
+    padding: str | tuple[int, ...],
+    dilation: tuple[int, ...],
 ) -> Tensor:
     """As `whole_linear`, for a convolution with zeros around and one group."""
     # cuDNN may compute by transforms that round; without it torch multiplies matrices.
     with torch.backends.cudnn.flags(enabled=False):
         if exact_pieces(weight, largest) != 1:
             x, weight = x.double(), weight.double()
-        sums = F.conv2d(x, weight, None, stride, padding, dilation)  # type: ignore[arg-type]
+        sums = torch.conv2d(x, weight, None, stride, padding, dilation)
     return sums.float()
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from ptq4sam.downloads import asset_at
-from ptq4sam.errors import ConfigError, DependencyError
+from ptq4sam.errors import ConfigError
 from ptq4sam.experiments.sweep.settings import Pictures, TrialSettings
 from ptq4sam.experiments.table.published import BITS, FLOAT, METHODS, published
 from ptq4sam.experiments.table.rows import Cell, Missing
+from ptq4sam.prompts.spec import PACKAGES, parse_spec
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.solver.experiment import DataConfig, ExperimentConfig
 
@@ -189,11 +191,10 @@ class Table:
         for one in data or ():
             needed += [one.images, one.annotations]
         missing = [_missing(p) for p in dict.fromkeys(needed) if p is not None and not p.exists()]
-        try:
-            config.detector.require_available()
-        except DependencyError as error:
-            library = "onnxruntime" if config.detector.type == "onnx" else "mmdetection"
-            missing.insert(0, Missing(library, remedy=str(error)))
+        packages, install = PACKAGES.get(parse_spec(config.detector.prompts).kind, ((), ""))
+        absent = ", ".join(name for name in packages if find_spec(name) is None)
+        if absent:
+            missing.insert(0, Missing(absent, remedy=f"{absent}: {install}"))
         return _Found(source, config, tuple(dict.fromkeys(missing)), data)
 
     def _data(self, config: ExperimentConfig) -> tuple[Pictures, Pictures]:

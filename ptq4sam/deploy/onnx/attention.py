@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from torch import nn
@@ -96,7 +97,7 @@ def attend(
     weights = quantize(graph, softmax, quantizer, f"{path}.softmax_quantizer", parts)
     if quantizer is not None and _has_whole_points(attention):
         # Sums of whole numbers are those of the simulation in whatever order.
-        worth = values_worth(quantizer, attention.value_quantizer)
+        worth = values_worth(quantizer, cast(Quantizer, attention.value_quantizer))
         factors, double = [weights.name, given.value], worth.largest > EXACT and not graph.signed
         if double:
             # OpenVINO, whose graphs are the signed ones, has no float64: its sums are nearly exact.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -99,7 +99,8 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str, parts
         return Value(x)
     _require_quantizing(quantizer, path)
     grid = softmax_grid(quantizer)
-    if isinstance(quantizer, AdaptiveGranularityQuantizer) and isinstance(grid, LogGrid):
+    if isinstance(grid, LogGrid):
+        quantizer = cast(AdaptiveGranularityQuantizer, quantizer)
         points = point_table(grid.grid.levels, grid.tau, quantizer.fraction_bits())
         return Value(_powers(graph, x, grid, points, path, parts), step=float(quantizer.step))
     affine = _activation_format(grid, graph.signed, path)
