@@ -28,7 +28,7 @@ FORMS = {
 
 _ALONE = ("ground-truth", "scene-detector")
 
-_PACKAGES = {
+PACKAGES = {
     "onnx": (("onnxruntime",), "pip install 'ptq4sam[onnx]'"),
     "transformers": (("transformers",), "pip install 'ptq4sam[transformers]'"),
     "mmdet": (("mmengine", "mmcv", "mmdet"), "./environment.sh mmdet"),
@@ -138,6 +138,6 @@ def look_for_prompts(missing: Missing, text: str, what: str = "detector") -> Non
         missing.look_for(what, file, "give a folder that save_pretrained has written")
     else:
         missing.look_for(what, file)
-    if spec.kind in _PACKAGES:
-        packages, install = _PACKAGES[spec.kind]
+    if spec.kind in PACKAGES:
+        packages, install = PACKAGES[spec.kind]
         missing.look_for_packages(f"{what} {spec.kind}", packages, install)

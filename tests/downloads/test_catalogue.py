@@ -60,6 +60,7 @@ def test_a_whole_checksum_is_not_cut() -> None:
         ("ckpt/sam_vit_l_0b3195.pth", "sam-vit-l"),
         ("/elsewhere/yolox_l.pth", "yolox-l-megvii"),
         ("data/coco/val2017", "coco-val"),
+        ("data/coco/train2017", "coco-train"),
         ("/mnt/coco/annotations/instances_train2017.json", "coco-annotations"),
         ("data/coco_mini/images/val2017", None),
         ("val2017", None),
