@@ -78,10 +78,11 @@ def computes_whole(x: Tensor, *quantizers: Quantizer) -> bool:
     So they are wherever nothing is learned: without gradients, in full precision, with all of them
     on their grids. What is computed then is what a device computes, see `quantization.whole`.
     """
+    # Autocast last: torch knows none for the meta device, where costs are counted, unquantized.
     return (
         not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
         and all(quantizer.is_whole for quantizer in quantizers)
+        and not torch.is_autocast_enabled(x.device.type)
     )
 
 
