@@ -21,7 +21,13 @@ _VERBS = {
     ),
     "size": ("what takes the bytes of a quantized model, by part", "ptq4sam.commands.size"),
     "cost": ("operations and bytes of a SAM, by part", "ptq4sam.commands.cost"),
+    "sensitivity": (
+        "which quantizers cost the masks, unit by unit",
+        "ptq4sam.commands.sensitivity",
+    ),
+    "mixed": ("bits for each unit under a budget, as a scheme", "ptq4sam.commands.mixed"),
     "sweep": ("a grid of trials from a file, resumable", "ptq4sam.commands.sweep"),
+    "table": ("the published table beside your figures", "ptq4sam.commands.table"),
     "report": ("a run or a sweep as one HTML file", "ptq4sam.commands.report"),
     "scenes": ("write generated scenes as a COCO-format data set", "ptq4sam.commands.scenes"),
     "demo": ("the whole job on the embedded model and scenes", "ptq4sam.commands.demo"),

@@ -1,15 +1,16 @@
 """The file of a quantized model: tensors and a description, with checksums, as safetensors.
 
-The metadata of the file has two entries: "ptq4sam", the description as JSON, and "sha256", the
-checksum of that text. The description holds the checksum of every tensor, so that the two of them
-together cover the whole content, and damage is reported with the name of what it hit.
+The metadata of the file has one entry, "ptq4sam": the description as JSON, whose first member,
+"sha256", is the checksum of the text of all others. The description holds the checksum of every
+tensor, so that the two of them together cover the whole content, and damage is reported with the
+name of what it hit. More than one entry would stand in an order that differs from file to file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from ptq4sam.errors import CheckpointError
 from ptq4sam.files import replacing
 
 DESCRIPTION = "ptq4sam"
+"""The entry of the metadata."""
 CHECKSUM = "sha256"
-"""Entries of the metadata."""
+"""Its first member; an entry of its own up to format version 2."""
 UNPACKED_VERSION = 1
 """Format of ptq4sam 0.1 before packing: float32 weights, no checksums; still read."""
-FORMAT_VERSION = 2
-"""Format that is written."""
+FORMAT_VERSION = 3
+"""Format that is written; 2 is read too."""
 
 _CHECKSUMS = "checksums"
 _AGAIN = "copy it again or quantize again"
@@ -43,10 +45,32 @@ def write_container(path: Path, tensors: Mapping[str, Tensor], description: dict
     """
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksums = {name: _digest(tensor) for name, tensor in contents.items()}
-    text = json.dumps({"format_version": FORMAT_VERSION, **description, _CHECKSUMS: checksums})
-    metadata = {DESCRIPTION: text, CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
+    text = signed({"format_version": FORMAT_VERSION, **description, _CHECKSUMS: checksums})
     with replacing(path) as temporary:
-        save_file(contents, temporary, metadata=metadata)
+        save_file(contents, temporary, metadata={DESCRIPTION: text})
+
+
+def signed(description: Mapping[str, Any]) -> str:
+    """A description as JSON, with its checksum as the first member."""
+    text = json.dumps(description)
+    return _opening(_text_digest(text)) + text[1:]
+
+
+def _opening(checksum: str) -> str:
+    return f'{{"{CHECKSUM}": "{checksum}", '
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_intact(text: str, version: int, metadata: Mapping[str, str]) -> bool:
+    """Whether a description has its checksum."""
+    if version < FORMAT_VERSION:
+        return _text_digest(text) == metadata.get(CHECKSUM)
+    length = len(_opening(64 * "0"))
+    opening, rest = text[:length], "{" + text[length:]
+    return opening == _opening(_text_digest(rest))
 
 
 def is_quantized_file(path: str | Path) -> bool:
@@ -86,12 +110,12 @@ def read_description(path: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this ptq4sam reads up to {FORMAT_VERSION}: "
             "install the version that wrote it or quantize again"
         )
-    if version != UNPACKED_VERSION:
-        found = hashlib.sha256(text.encode()).hexdigest()
-        if version < UNPACKED_VERSION or found != metadata.get(CHECKSUM):
-            raise CheckpointError(
-                f"{path} is damaged (its description does not have its checksum): {_AGAIN}"
-            )
+    known = version >= UNPACKED_VERSION
+    if version != UNPACKED_VERSION and not (known and _is_intact(text, version, metadata)):
+        raise CheckpointError(
+            f"{path} is damaged (its description does not have its checksum): {_AGAIN}"
+        )
+    description.pop(CHECKSUM, None)
     checked: dict[str, Any] = description
     return checked
 
@@ -103,23 +127,38 @@ def read_container(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: the file is missing, damaged, newer, or not of this format.
     """
     description = read_description(path)
+    return dict(checked_tensors(path, description)), description
+
+
+def checked_tensors(path: Path, description: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a file by name, one after the other, each compared with its checksum.
+
+    Args:
+        path: the file.
+        description: what `read_description` found in it.
+
+    Raises:
+        CheckpointError: the file is damaged; the tensor that was hit is named.
+    """
+    checksums = description.get(_CHECKSUMS, {})
+    unchecked = description["format_version"] == UNPACKED_VERSION
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = set(file.keys())
+            if not unchecked and checksums.keys() != names:
+                name = min(checksums.keys() ^ names)
+                raise CheckpointError(
+                    f"{path} is damaged ({name} is missing or too much): {_AGAIN}"
+                )
+            for name in sorted(names):
+                tensor = file.get_tensor(name)
+                if not unchecked and _digest(tensor) != checksums[name]:
+                    raise CheckpointError(
+                        f"{path} is damaged ({name} does not have its checksum): {_AGAIN}"
+                    )
+                yield name, tensor
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise _damaged(path, error) from error
-    if description["format_version"] == UNPACKED_VERSION:
-        return tensors, description
-    checksums = description.get(_CHECKSUMS, {})
-    if checksums.keys() != tensors.keys():
-        name = min(checksums.keys() ^ tensors.keys())
-        raise CheckpointError(f"{path} is damaged ({name} is missing or too much): {_AGAIN}")
-    for name, tensor in tensors.items():
-        if _digest(tensor) != checksums[name]:
-            raise CheckpointError(
-                f"{path} is damaged ({name} does not have its checksum): {_AGAIN}"
-            )
-    return tensors, description
 
 
 def _digest(tensor: Tensor) -> str:

@@ -12,6 +12,7 @@ from ptq4sam.errors import DeployError
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.layers import QuantizedLinear
 from ptq4sam.quantization.fused import fused
+from ptq4sam.quantization.whole import rescaled
 
 _BITS = 8
 _SIGN = 128
@@ -27,8 +28,7 @@ class Int8Linear(nn.Module):
         (sum a w - z sum w - y sum a + z y in_features) s t + bias,
 
     in which the parenthesis is exact, in int32. Up to 7 bits and for symmetric weights w are the
-    distances from the zero point, so that y is 0. The simulation adds up float32 products instead:
-    outputs differ by the rounding of float32 alone.
+    distances from the zero point, so that y is 0. Outputs are those of the simulation, to the bit.
 
     Args:
         layer: a frozen layer.
@@ -80,8 +80,8 @@ class Int8Linear(nn.Module):
         sums = torch._int_mm(codes, self.weight)
         if self._has_weight_zero_point:
             sums -= codes.sum(1, dtype=torch.int32)[:, None] * self.weight_zero_point
-        bias = self.bias if self.bias is not None else torch.zeros_like(self.scale)
-        return _rescale(sums, self.weight_sums, self.scale, bias).reshape(*x.shape[:-1], -1)
+        sums += self.weight_sums
+        return rescaled(sums.float(), self.scale, self.bias).reshape(*x.shape[:-1], -1)
 
 
 def with_integer_products(sam: QuantizedSam) -> QuantizedSam:
@@ -110,8 +110,3 @@ def _codes(
 ) -> Tensor:
     codes = (x / scale).round_().add_(zero_point).clamp_(qmin, qmax).sub_(shift)
     return codes.to(torch.int8)
-
-
-@fused
-def _rescale(sums: Tensor, constant: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return (sums + constant).to(scale.dtype) * scale + bias

@@ -198,18 +198,20 @@ def _steps(quantized: Tensor, scale: Tensor | float) -> Tensor:
     return torch.round(quantized / scale).double()
 
 
+def _codes(steps: Tensor, grid: UniformGrid) -> Tensor:
+    """Codes of what a product of the simulation was given."""
+    return (steps + grid.zero_point).to(torch.int32)
+
+
 def _logits_hook(
     check: OperatorCheck, products: AttentionProducts, attention: _Attention
 ) -> Callable[..., None]:
-    def hook(_module: nn.Module, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        query, key = inputs
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        query, key, *_ = inputs
         accumulator = products.accumulate_logits(
-            attention.query_quantizer.codes(query), attention.key_quantizer.codes(key)
+            _codes(query, products.query_grid), _codes(key, products.key_grid)
         )
-        exact = _steps(query, products.query_grid.scale) @ _steps(
-            key, products.key_grid.scale
-        ).transpose(-1, -2)
-        check.add_sums(accumulator, exact)
+        check.add_sums(accumulator, query.double() @ key.double().transpose(-1, -2))
         levels = products.query_grid.grid.levels
         check.add_floats(products.logits(accumulator), output, levels)
 
@@ -223,16 +225,15 @@ def _values_hook(
     projection = cast(QuantizedLinear, attention.proj if encoder else attention.out_proj)
     following = projection.input_quantizer
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        weights, value = inputs
-        codes = attention.softmax_quantizer.codes(weights)
-        accumulator = products.accumulate_values(codes, attention.value_quantizer.codes(value))
-        steps = _steps(value, products.value_grid.scale)
-        if products.table is None:
-            exact = _steps(weights, products.softmax_grid.scale) @ steps
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        weights, value, *_ = inputs
+        if products.points is not None:
+            ascending = products.points.flip(0)
+            codes = len(ascending) - 1 - torch.searchsorted(ascending, weights.long().contiguous())
         else:
-            exact = products.table(codes).double() @ steps
-        check.add_sums(accumulator, exact)
+            codes = _codes(weights, cast(UniformGrid, products.softmax_grid))
+        accumulator = products.accumulate_values(codes, _codes(value, products.value_grid))
+        check.add_sums(accumulator, weights.double() @ value.double())
         check.add_codes(products.requantize(accumulator), following.codes(output))
 
     return hook

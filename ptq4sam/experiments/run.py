@@ -31,12 +31,14 @@ from ptq4sam.evaluation import write_json
 from ptq4sam.experiments.accuracy import AccuracyReport
 from ptq4sam.experiments.calibration import calibration_pictures
 from ptq4sam.experiments.evaluate import Evaluation, Picture, evaluate_sam, has_truth
+from ptq4sam.experiments.needed import require_inputs
 from ptq4sam.experiments.pictures import PictureWriter
 from ptq4sam.experiments.quantizing import JOURNAL, Quantizing
 from ptq4sam.experiments.record import PartRecord, RunRecord
 from ptq4sam.experiments.recording import PictureRecorder
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.stages import Stages
+from ptq4sam.experiments.summary import NNCF, PTQ4SAM
 from ptq4sam.experiments.validation import Validation
 from ptq4sam.files import replacing
 from ptq4sam.model.audit import AuditReport, audit
@@ -75,8 +77,9 @@ class Run:
             Ptq4samError: something that was asked for cannot be had; one line says what.
         """
         settings = self.settings
+        require_inputs(settings)
         self._make_folders()
-        with _logging_to(settings.work_dir / "run.log"):
+        with logging_to(settings.work_dir / "run.log"):
             fix_seeds(settings.seed)
             if settings.dry_run:
                 return self._plan()
@@ -360,12 +363,10 @@ class Run:
         self, sam: PromptableModel, report: AuditReport | None, evaluation: Evaluation | None
     ) -> dict[str, Any]:
         settings = self.settings
-        quantized = (
-            sam.manifest.scheme is not None
-            if isinstance(sam, ExportedSam)
-            else isinstance(sam, QuantizedSam) or settings.backend != "torch"
-        )
-        metrics: dict[str, Any] = {"model": sam.name, "quantized": quantized}
+        method = self._method(sam)
+        metrics: dict[str, Any] = {"model": sam.name, "quantized": method is not None}
+        if method is not None:
+            metrics["method"] = method
         if evaluation is not None:
             metrics.update(evaluation.metrics)
             if evaluation.reference_metrics:
@@ -387,6 +388,15 @@ class Run:
         metrics["versions"] = versions()
         metrics["stages"] = self.stages.to_dict()
         return metrics
+
+    def _method(self, sam: PromptableModel) -> str | None:
+        """What quantized a model; None for a float one."""
+        if isinstance(sam, ExportedSam):
+            if sam.manifest.nncf is not None:
+                return NNCF
+            return None if sam.manifest.scheme is None else PTQ4SAM
+        deployed = self.settings.backend != "torch"
+        return PTQ4SAM if deployed or isinstance(sam, QuantizedSam) else None
 
     def _asked(self) -> dict[str, Any]:
         """What the numbers are of, for whoever finds them later."""
@@ -444,7 +454,7 @@ def fix_seeds(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
+def logging_to(path: Path) -> Iterator[None]:
     """Also write the package's log into a file, the first process's."""
     if not parallel.is_first():
         yield

@@ -10,6 +10,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
+from ptq4sam.methods.granularity_table import fraction_bits, point_table
 from ptq4sam.quantization.base import Statistics
 from ptq4sam.quantization.dropping import Choice, stays_float
 from ptq4sam.quantization.fused import fused
@@ -155,10 +156,28 @@ class AdaptiveGranularityQuantizer(Quantizer):
         return self.scale.abs().clamp(min=EPS)
 
     @torch.no_grad()
+    def steps(self, x: Tensor) -> Tensor:
+        """Points as whole numbers of `fraction_bits` after the point, in units of the scale."""
+        table = point_table(self.grid.levels, int(self.tau), self.fraction_bits())
+        table = table.to(x.device, torch.float32)
+        flat = x.reshape(-1)
+        scale = self.scale_in_use()
+        return _table_steps(flat, scale, self.tau, table, self.grid.levels).reshape(x.shape)
+
+    @property
+    def step(self) -> Tensor:
+        """What the last fraction bit is worth."""
+        return self.scale_in_use() * 2.0 ** -self.fraction_bits()
+
+    def fraction_bits(self) -> int:
+        """Fraction bits of `steps`, in units of the scale."""
+        return fraction_bits(self.grid.levels, int(self.tau), float(self.scale_in_use()))
+
+    @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int32; code 2^bits, one beyond the grid, stands for zero."""
-        codes = _log_codes(precise(x), self.scale_in_use(), self.tau)
-        return codes.clamp_(0, self.grid.levels).to(torch.int32)
+        codes = _clamped_codes(x.reshape(-1), self.scale_in_use(), self.tau, self.grid.levels)
+        return codes.to(torch.int32).reshape(x.shape)
 
 
 def _doubles(values: Sequence[float]) -> Tensor:
@@ -168,6 +187,16 @@ def _doubles(values: Sequence[float]) -> Tensor:
 def _log_codes(x: Tensor, scale: Tensor, tau: Tensor) -> Tensor:
     """round(-tau * log2(x / scale)), not clamped."""
     return x.clamp(min=FLOOR).div_(scale).log2_().mul_(-tau).round_()
+
+
+@fused
+def _clamped_codes(x: Tensor, scale: Tensor, tau: Tensor, levels: int) -> Tensor:
+    return _log_codes(precise(x), scale, tau).clamp_(0, levels)
+
+
+@fused
+def _table_steps(x: Tensor, scale: Tensor, tau: Tensor, table: Tensor, levels: int) -> Tensor:
+    return table[_log_codes(precise(x), scale, tau).clamp_(0, levels).to(torch.int64)]
 
 
 def _end(scale: Tensor, tau: Tensor, levels: int) -> Tensor:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ptq4sam.methods.granularity_table import LARGEST_ROW
+from ptq4sam.model.layers import computes_whole
 from ptq4sam.quantization.quantizers import Mode, Quantizer
+from ptq4sam.quantization.whole import whole_product
 from ptq4sam.sam import image_encoder, transformer
 
 # Bytes of softmax output computed at once where nothing must see it whole: a global attention at
@@ -30,6 +33,42 @@ class AttentionQuantizers:
     softmax: Quantizer
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What a product of steps is worth.
+
+    Attributes:
+        step: [] float32, worth of a product of 1.
+        largest: what no partial sum exceeds.
+    """
+
+    step: Tensor
+    largest: float
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """The product of a [..., n, K] and b [..., K, m], both in steps, in float32."""
+        return whole_product(a, b, self.largest).mul_(self.step)
+
+
+def logits_worth(query: Quantizer, key: Quantizer, scale: float, terms: int) -> Whole:
+    """Worth of the product of query and key steps, with the attention's scale.
+
+    Args:
+        query: the quantizer of the query.
+        key: the quantizer of the key.
+        scale: of the attention.
+        terms: head_dim.
+    """
+    largest = float(terms) * query.grid.largest_step * key.grid.largest_step
+    return Whole(query.step * (key.step * scale), largest)
+
+
+def values_worth(softmax: Quantizer, value: Quantizer) -> Whole:
+    """Worth of the product of softmax and value steps, for any number of keys."""
+    row = LARGEST_ROW / float(softmax.step)
+    return Whole(softmax.step * value.step, row * value.grid.largest_step)
+
+
 class QueryKeyProduct(nn.Module):
     """Logits of queries [..., n, head_dim] and keys [..., m, head_dim]: [..., n, m].
 
@@ -40,17 +79,19 @@ class QueryKeyProduct(nn.Module):
         super().__init__()
         self.scale = scale
 
-    def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        """Scale the query, then multiply."""
-        return (query * self.scale) @ key.transpose(-1, -2)
+    def forward(self, query: Tensor, key: Tensor, whole: Whole | None = None) -> Tensor:
+        """Scale the query, then multiply; of steps, multiply, then scale."""
+        if whole is None:
+            return (query * self.scale) @ key.transpose(-1, -2)
+        return whole.product(query, key.transpose(-1, -2))
 
 
 class AttentionValueProduct(nn.Module):
     """Attention [..., n, m] times values [..., m, head_dim]: [..., n, head_dim]."""
 
-    def forward(self, attention: Tensor, value: Tensor) -> Tensor:
+    def forward(self, attention: Tensor, value: Tensor, whole: Whole | None = None) -> Tensor:
         """Multiply."""
-        return attention @ value
+        return attention @ value if whole is None else whole.product(attention, value)
 
 
 def softmax_pieces(
@@ -112,6 +153,9 @@ class _QuantizedAttentionMixin(nn.Module):
         Returns:
             [batch, heads, rows * columns, head_dim].
         """
+        three = self.query_quantizer, self.key_quantizer, self.value_quantizer
+        if computes_whole(query, *three, self.softmax_quantizer):
+            return self._whole_attention(query, key, value, bias, columns)
         query = self.query_quantizer(query)
         key = self.key_quantizer(key)
         value = self.value_quantizer(value)
@@ -130,6 +174,29 @@ class _QuantizedAttentionMixin(nn.Module):
         result = value.new_empty(*query.shape[:3], value.shape[-1])
         for head, first, last in softmax_pieces(query, key, columns):
             result[:, head, first * columns : last * columns] = attend(head, first, last)
+        return result
+
+    def _whole_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Bias | None, columns: int
+    ) -> Tensor:
+        """As `_quantized_attention`, with products of whole numbers."""
+        logits_of = logits_worth(
+            self.query_quantizer, self.key_quantizer, self.scale, query.shape[-1]
+        )
+        values_of = values_worth(self.softmax_quantizer, self.value_quantizer)
+        query = self.query_quantizer(query, steps=True)
+        key = self.key_quantizer(key, steps=True)
+        value = self.value_quantizer(value, steps=True)
+        result = value.new_empty(*query.shape[:3], value.shape[-1])
+        for head, first, last in softmax_pieces(query, key, columns):
+            tokens = slice(first * columns, last * columns)
+            part = query[:, head, tokens]
+            logits: Tensor = self.query_key(part, key[:, head], logits_of)
+            if bias is not None:
+                # Contiguous, so that the integer reference gives the same sums of these floats.
+                logits.add_(bias((part * self.query_quantizer.step).contiguous(), first, last))
+            attention = self.softmax_quantizer(logits.softmax(dim=-1), steps=True)
+            result[:, head, tokens] = self.attention_value(attention, value[:, head], values_of)
         return result
 
 

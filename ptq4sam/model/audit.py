@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.methods.granularity_table import point_table
 from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderAttention
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, weight_quantizers
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import Mode, Quantizer
-from ptq4sam.quantization.scheme import FLOAT, Scheme
+from ptq4sam.quantization.scheme import FLOAT, Scheme, bits_of_level, described_level
 from ptq4sam.sam import image_encoder, transformer
 
 _ENCODER = re.compile(
@@ -80,7 +82,7 @@ class AuditReport:
             f"through a quantizer, {self.forwards} forwards compared"
         )
         kept = [
-            f"  {name}: kept {'float' if level == FLOAT else f'at {level} bits'} by the scheme"
+            f"  {name}: kept {described_level(level)} by the scheme"
             for name, level in self.kept.items()
         ]
         return [head, *kept, *(f"  {found.where}: {found.problem}" for found in self.findings)]
@@ -149,10 +151,12 @@ def _other_bits(sam: QuantizedSam) -> Iterator[Finding]:
     scheme = sam.scheme
     weights = {id(quantizer) for quantizer in weight_quantizers(sam)}
     for name, quantizer in quantizers(sam):
-        of_all = scheme.w_qconfig if id(quantizer) in weights else scheme.a_qconfig
-        said = _exception(name, scheme) or of_all.bit
+        level = _exception(name, scheme)
+        of_all = (scheme.w_qconfig.bit, scheme.a_qconfig.bit)
+        both = of_all if level is None else bits_of_level(level)
+        said = None if both is None else both[0 if id(quantizer) in weights else 1]
         if quantizer.grid.bits != said:
-            told = "float" if said == FLOAT else f"{said} bits"
+            told = "float" if said is None else f"{said} bits"
             yield Finding(name, f"has {quantizer.grid.bits} bits where the scheme says {told}")
 
 
@@ -186,10 +190,13 @@ class _Watch:
         self.calls = 0
         self.off_grid = 0
 
-    def saw(self, output: Tensor) -> None:
+    def saw(self, output: Tensor, steps: bool) -> None:
         self.calls += 1
         flat = output.flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
+        if steps:
+            self.off_grid += int((~_are_points(sample, self.quantizer)).sum())
+            return
         with _without_dropping(self.quantizer):
             self.off_grid += int((self.quantizer(sample.clone()) != sample).sum())
 
@@ -202,6 +209,16 @@ class _Watch:
             yield "no activation passed it"
         elif self.off_grid:
             yield f"gave {self.off_grid} sampled values off its grid"
+
+
+def _are_points(steps: Tensor, quantizer: Quantizer) -> Tensor:
+    """Which of these numbers of steps belong to a code of the quantizer's grid."""
+    grid = quantizer.grid
+    if isinstance(quantizer, AdaptiveGranularityQuantizer):
+        points = point_table(grid.levels, int(quantizer.tau), quantizer.fraction_bits())
+        return torch.isin(steps.double(), points.to(steps.device).double())
+    codes = steps + quantizer.zero_point.round()
+    return (codes == codes.round()) & (codes >= grid.qmin) & (codes <= grid.qmax)
 
 
 @contextlib.contextmanager
@@ -218,12 +235,12 @@ def _watching(sam: QuantizedSam, watched: dict[str, _Watch]) -> Iterator[None]:
     handles = []
     checking: list[bool] = []
 
-    def hook_for(watch: _Watch) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+    def hook_for(watch: _Watch) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, more: dict[str, object], out: Tensor) -> None:
             # The check calls the quantizer again: that call is not one of the model's.
             if not checking:
                 checking.append(True)
-                watch.saw(output)
+                watch.saw(out, steps=bool(more.get("steps")))
                 checking.pop()
 
         return hook
@@ -236,7 +253,8 @@ def _watching(sam: QuantizedSam, watched: dict[str, _Watch]) -> Iterator[None]:
     for name, quantizer in quantizers(sam):
         if id(quantizer) not in weights:
             watched[name] = _Watch(quantizer)
-            handles.append(quantizer.register_forward_hook(hook_for(watched[name])))
+            hook = hook_for(watched[name])
+            handles.append(quantizer.register_forward_hook(hook, with_kwargs=True))
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode, Quantizer
+from ptq4sam.quantization.whole import rescaled, whole_convolution, whole_linear
 
 
 class QuantizedLinear(nn.Linear):
@@ -23,6 +24,10 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
+        if computes_whole(x, self.weight_quantizer, self.input_quantizer):
+            steps, weight = _operands(self, x)
+            sums = whole_linear(steps, weight, self.input_quantizer.grid.largest_step)
+            return rescaled(sums, step_of_sums(self), self.bias)
         weight = self.weight_quantizer(self.weight)
         return nn.functional.linear(self.input_quantizer(x), weight, self.bias)
 
@@ -46,12 +51,50 @@ class QuantizedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, in_channels, height, width] to [batch, out_channels, height', width']."""
+        if computes_whole(x, self.weight_quantizer, self.input_quantizer) and self._is_plain:
+            steps, weight = _operands(self, x)
+            largest = self.input_quantizer.grid.largest_step
+            sums = whole_convolution(
+                steps, weight, largest, self.stride, self.padding, self.dilation
+            )
+            bias = None if self.bias is None else self.bias[:, None, None]
+            scaled = sums * step_of_sums(self).reshape(-1, 1, 1)
+            return scaled if bias is None else scaled + bias
         weight = self.weight_quantizer(self.weight)
         convolved: Tensor = self._conv_forward(self.input_quantizer(x), weight, self.bias)
         return convolved
 
+    @property
+    def _is_plain(self) -> bool:
+        return self.groups == 1 and self.padding_mode == "zeros"
+
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
+
+
+def computes_whole(x: Tensor, *quantizers: Quantizer) -> bool:
+    """Whether products of what these give are computed on whole numbers.
+
+    So they are wherever nothing is learned: without gradients, in full precision, with all of them
+    on their grids. What is computed then is what a device computes, see `quantization.whole`.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and all(quantizer.is_whole for quantizer in quantizers)
+    )
+
+
+def step_of_sums(layer: QuantizedLayer) -> Tensor:
+    """What a layer's sum of 1 is worth: input scale * weight scale, [channels] or []."""
+    return layer.input_quantizer.step * layer.weight_quantizer.step
+
+
+def _operands(layer: QuantizedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and weight in steps."""
+    weight: Tensor = layer.weight_quantizer(layer.weight, steps=True)
+    steps: Tensor = layer.input_quantizer(x, steps=True)
+    return steps, weight
 
 
 def quantized_layers(module: nn.Module) -> list[tuple[str, QuantizedLayer]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
 from ptq4sam.quantization.dropping import Choice, choose
-from ptq4sam.quantization.grid import Grid, affine_codes, fake_quantize
+from ptq4sam.quantization.grid import Grid, affine_codes, fake_quantize, steps_from_zero
 from ptq4sam.quantization.observers import OBSERVERS, require_finite
 
 Statistics = tuple[Tensor, ...]
@@ -72,13 +72,19 @@ class Quantizer(nn.Module):
         """Whether scale and zero point were set by calibration or read from a file."""
         return self._is_calibrated
 
-    def forward(self, x: Tensor, value: Tensor | None = None) -> Tensor:
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that it gives now lies on its grid, so that `steps` says the same."""
+        return self.mode is Mode.QUANTIZE and self.drop_probability == 0
+
+    def forward(self, x: Tensor, value: Tensor | None = None, *, steps: bool = False) -> Tensor:
         """Observe or quantize `x`, as the mode says.
 
         Args:
             x: any shape.
             value: what `x` will be multiplied with, [..., m, channels] for `x` [..., n, m]; only
                 softmax quantizers look at it, and only when they observe.
+            steps: give whole numbers of steps (see `steps`); only where `is_whole`.
 
         Returns:
             The shape of `x`.
@@ -92,6 +98,8 @@ class Quantizer(nn.Module):
             self._observe(x, value)
             return x
         self._require_calibration()
+        if steps:
+            return self.steps(x)
         if self.drop_probability > 0:
             return self.quantize_some(x, choose(x, self.drop_probability, self.generator))
         return self.quantize(x)
@@ -122,6 +130,15 @@ class Quantizer(nn.Module):
         Raises:
             CalibrationError: the quantizer was not calibrated.
         """
+        raise NotImplementedError
+
+    def steps(self, x: Tensor) -> Tensor:
+        """Whole numbers, as floating point, each of which is worth `step`; no gradients."""
+        raise NotImplementedError
+
+    @property
+    def step(self) -> Tensor:
+        """What one of `steps` is worth: [] or [channels], float32."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -212,6 +229,17 @@ class AffineQuantizer(Quantizer):
         """
         self._require_calibration()
         return self.scale.detach(), self.zero_point.detach()
+
+    @torch.no_grad()
+    def steps(self, x: Tensor) -> Tensor:
+        """Codes of `x` less the zero point; `quantize` gives these times the scale."""
+        scale, zero_point = self.parameters_in_use()
+        return steps_from_zero(x, scale, zero_point, self.grid, self.channel_axis)
+
+    @property
+    def step(self) -> Tensor:
+        """The scale."""
+        return self.parameters_in_use()[0]
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

@@ -41,6 +41,11 @@ class Grid:
         return 1 << self.bits
 
     @property
+    def largest_step(self) -> int:
+        """How many steps a code is away from that of zero at most."""
+        return self.levels // 2 if self.symmetric else self.levels - 1
+
+    @property
     def qmin(self) -> int:
         """Smallest code."""
         return -(self.levels // 2) if self.symmetric else 0
@@ -141,6 +146,20 @@ def precise(x: Tensor) -> Tensor:
 def _move_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     codes = _codes(precise(x), scale, zero_point, qmin, qmax)
     return codes.sub_(zero_point).mul_(scale).to(x.dtype)
+
+
+def steps_from_zero(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, channel_axis: int | None = None
+) -> Tensor:
+    """Codes of `x` less the zero point, whole numbers in at least float32; no gradients."""
+    scale = along_channels(scale, x.dim(), channel_axis)
+    zero_point = along_channels(zero_point, x.dim(), channel_axis)
+    return _steps_from_zero(x, scale, zero_point, grid.qmin, grid.qmax)
+
+
+@fused
+def _steps_from_zero(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    return _codes(precise(x), scale, zero_point, qmin, qmax).sub_(zero_point)
 
 
 @fused

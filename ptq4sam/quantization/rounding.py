@@ -136,6 +136,11 @@ class AdaRoundQuantizer(FixedQuantizer):
         self.alpha = nn.Parameter(self.alpha.new_empty(0), requires_grad=False)
         self.rounding = "nearest"
 
+    @property
+    def is_whole(self) -> bool:
+        """Not while it is soft."""
+        return super().is_whole and self.rounding != "soft"
+
     def rounding_share(self) -> Tensor:
         """How far each weight goes up, h(alpha) in [0, 1], in the shape of the weight."""
         self._require_alpha()
@@ -168,6 +173,14 @@ class AdaRoundQuantizer(FixedQuantizer):
             )
             return softened
         return (self._learned_codes(x, self._up()) - zero_point) * scale
+
+    @torch.no_grad()
+    def steps(self, x: Tensor) -> Tensor:
+        """Codes of the weight `x` less the zero point."""
+        if self.rounding == "nearest":
+            return super().steps(x)
+        zero_point = along_channels(self.zero_point, x.dim(), self.channel_axis)
+        return self._learned_codes(x, self._up()) - zero_point
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

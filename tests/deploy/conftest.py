@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ptq4sam.deploy.container import CHECKSUM, DESCRIPTION
+from ptq4sam.deploy.container import CHECKSUM, DESCRIPTION, signed
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.quantize import quantize_sam
@@ -61,8 +60,8 @@ def rewrite(describe: Callable[..., Any]) -> Callable[..., None]:
     """Change entries of the description of a quantized file, with the checksum that fits."""
 
     def write(path: Path, **changes: object) -> None:
-        text = json.dumps({**json.loads(describe(path)), **changes})
-        metadata = {DESCRIPTION: text, CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
-        save_file(load_file(path), path, metadata=metadata)
+        content = json.loads(describe(path))
+        del content[CHECKSUM]
+        save_file(load_file(path), path, metadata={DESCRIPTION: signed({**content, **changes})})
 
     return write

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ptq4sam.deploy.container import is_quantized_file, read_container, write_container
+from ptq4sam.deploy.container import (
+    CHECKSUM,
+    DESCRIPTION,
+    is_quantized_file,
+    read_container,
+    write_container,
+)
 from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import CheckpointError
 from ptq4sam.model.insertion import QuantizedSam
@@ -93,9 +101,33 @@ def test_float_weights_are_no_quantized_model(sam: Sam, tmp_path: Path) -> None:
 
 def test_newer_format_version(saved: Path, rewrite: Callable[..., None]) -> None:
     assert is_quantized_file(saved)
-    rewrite(saved, format_version=3)
-    with pytest.raises(CheckpointError, match="has format version 3, this ptq4sam reads up to 2"):
+    rewrite(saved, format_version=4)
+    with pytest.raises(CheckpointError, match="has format version 4, this ptq4sam reads up to 3"):
         load(saved)
+
+
+def test_a_checksum_in_an_entry_of_its_own_is_read(
+    saved: Path, describe: Callable[[Path], str]
+) -> None:
+    """As ptq4sam wrote it in format version 2."""
+    content = json.loads(describe(saved))
+    del content[CHECKSUM]
+    text = json.dumps({**content, "format_version": 2})
+    metadata = {DESCRIPTION: text, CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
+    tensors, expected = load_file(saved), read_container(saved)[1]
+    save_file(tensors, saved, metadata=metadata)
+    assert read_container(saved)[1] == {**expected, "format_version": 2}
+    save_file(tensors, saved, metadata={**metadata, CHECKSUM: 64 * "0"})
+    with pytest.raises(CheckpointError, match="does not have its checksum"):
+        read_container(saved)
+
+
+def test_equal_contents_make_equal_bytes(tmp_path: Path) -> None:
+    tensors = {name: torch.full((3,), float(n)) for n, name in enumerate("dbca")}
+    paths = [tmp_path / f"{index}.safetensors" for index in range(8)]
+    for path in paths:
+        write_container(path, tensors, {"model": "vit", "weights": {"a": 1}})
+    assert len({path.read_bytes() for path in paths}) == 1
 
 
 @pytest.mark.parametrize("version", [0, -1, "two", None])

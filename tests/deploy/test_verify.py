@@ -99,8 +99,8 @@ def test_a_wrong_output_grid_is_found(
     quantized = quantize(8)
     integer = integer_model(quantized)
     attention = integer.get_submodule("mask_decoder.transformer.layers.1.self_attn")
-    attention.q_proj.requantizer.fixed_offset += 1 << 40
-    attention.products.table.points += 1 << 24
+    attention.q_proj.factor *= 1.5
+    attention.products.values_step *= 1.5
     broken = {c.name.rpartition("self_attn.")[2] for c in check(quantized, integer) if not c.kept}
     assert broken == {"q_proj", "attention_value"}
 

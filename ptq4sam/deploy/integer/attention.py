@@ -1,9 +1,9 @@
 """SAM's two attention blocks on integer codes.
 
-Projections give the codes of query, key and value without floats between. The product of query and
-key is a sum of integers; its logits, the relative positions (float tables applied to the quantized
-query) and the softmax are float32. The softmax becomes codes again; its product with the values is
-a sum of integers, which becomes the codes of the output projection's input without floats between.
+Projections give the codes of query, key and value. The product of query and key is a sum of
+integers; its logits, the relative positions (float tables applied to the quantized query) and the
+softmax are float32. The softmax becomes codes again; its product with the values is a sum of
+integers, which becomes the codes of the output projection's input as in `IntegerLayer`.
 """
 
 from __future__ import annotations
@@ -14,24 +14,21 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ptq4sam.deploy.codes import LogGrid, UniformGrid, softmax_grid, uniform_grid
-from ptq4sam.deploy.integer.arithmetic import (
-    SUM_BITS,
-    SUM_FRACTION_BITS,
-    GranularityTable,
-    Requantizer,
-    affine_product,
-    require_narrow,
-    round_sum,
-)
+from ptq4sam.deploy.codes import LogGrid, softmax_grid, uniform_grid
+from ptq4sam.deploy.integer.arithmetic import affine_product, require_narrow
 from ptq4sam.deploy.integer.layers import IntegerLinear
+from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.methods.granularity_table import point_table
 from ptq4sam.model.attention import (
     Bias,
     QuantizedDecoderAttention,
     QuantizedEncoderAttention,
+    logits_worth,
     softmax_pieces,
+    values_worth,
 )
 from ptq4sam.model.layers import QuantizedLinear
+from ptq4sam.quantization.quantizers import Quantizer
 from ptq4sam.sam import image_encoder, transformer
 
 
@@ -40,17 +37,22 @@ class AttentionProducts(nn.Module):
 
     Args:
         attention: the quantized attention.
-        output: grid of what attends, the input grid of the output projection.
+        following: the quantizer of what attends, that of the output projection's input.
         name: path of the attention, for messages.
 
     Raises:
         DeployError: codes are too wide for integer arithmetic.
     """
 
+    points: Tensor | None
+    query_step: Tensor
+    logits_step: Tensor
+    values_step: Tensor
+
     def __init__(
         self,
         attention: QuantizedEncoderAttention | QuantizedDecoderAttention,
-        output: UniformGrid,
+        following: Quantizer,
         name: str,
     ) -> None:
         super().__init__()
@@ -59,21 +61,24 @@ class AttentionProducts(nn.Module):
         self.key_grid = uniform_grid(attention.key_quantizer)
         self.value_grid = uniform_grid(attention.value_quantizer)
         self.softmax_grid = softmax_grid(attention.softmax_quantizer)
-        require_narrow(
-            name, self.query_grid, self.key_grid, self.value_grid, self.softmax_grid, output
-        )
+        require_narrow(name, self.query_grid, self.key_grid, self.value_grid, self.softmax_grid)
         self.softmax_quantizer = copy.deepcopy(attention.softmax_quantizer)
-        self.logits_factor = attention.scale * self.query_grid.scale * self.key_grid.scale
-        step = self.softmax_grid.scale * self.value_grid.scale / output.scale
-        self.table: GranularityTable | None = None
+        self.following = copy.deepcopy(following)
+        worth = logits_worth(
+            attention.query_quantizer, attention.key_quantizer, attention.scale, terms=1
+        )
+        self.register_buffer("query_step", attention.query_quantizer.step.clone())
+        self.register_buffer("logits_step", worth.step)
+        worth = values_worth(attention.softmax_quantizer, attention.value_quantizer)
+        self.register_buffer("values_step", worth.step)
+        self.softmax_zero_point, points = 0, None
         if isinstance(self.softmax_grid, LogGrid):
-            self.table = GranularityTable(self.softmax_grid)
-            self.softmax_zero_point = 0
-            step, bits = step * 2.0**-SUM_FRACTION_BITS, SUM_BITS
+            bits = cast(AdaptiveGranularityQuantizer, attention.softmax_quantizer).fraction_bits()
+            grid = self.softmax_grid
+            points = point_table(grid.grid.levels, grid.tau, bits).clone()
         else:
-            self.softmax_zero_point, bits = self.softmax_grid.zero_point, 31
-        factor = torch.tensor(step, dtype=torch.float64)
-        self.requantizer = Requantizer(factor, None, [output], bits, name)
+            self.softmax_zero_point = self.softmax_grid.zero_point
+        self.register_buffer("points", points)
 
     def accumulate_logits(self, query: Tensor, key: Tensor) -> Tensor:
         """Sums over head_dim of query and key codes less their zero points, int32 [..., n, m]."""
@@ -87,8 +92,7 @@ class AttentionProducts(nn.Module):
 
     def logits(self, accumulator: Tensor) -> Tensor:
         """Logits in float32, without relative positions."""
-        logits: Tensor = accumulator.float() * self.logits_factor
-        return logits
+        return accumulator.float() * self.logits_step
 
     def softmax_codes(self, logits: Tensor) -> Tensor:
         """Codes of the softmax of logits."""
@@ -102,22 +106,19 @@ class AttentionProducts(nn.Module):
             value: codes [..., m, head_dim].
 
         Returns:
-            int32 for evenly spaced codes; int64 with FRACTION_BITS fraction bits else.
+            int32 for evenly spaced codes; int64 in units of the last fraction bit else.
         """
         require_narrow(self.name, self.value_grid, terms=value.shape[-2])
         numbers, dtype = attention, torch.int32
-        if self.table is not None:
-            numbers, dtype = self.table(attention), torch.int64
+        if self.points is not None:
+            numbers, dtype = self.points[attention.long()], torch.int64
         return affine_product(
             numbers, value, self.softmax_zero_point, self.value_grid.zero_point, dtype
         )
 
     def requantize(self, accumulator: Tensor) -> Tensor:
-        """Codes of the output projection's input, int32."""
-        if self.table is not None:
-            accumulator = round_sum(accumulator)
-        codes: Tensor = self.requantizer(accumulator)
-        return codes
+        """Codes of the output projection's input, int32: see `IntegerLayer` for the order."""
+        return self.following.codes(accumulator.float() * self.values_step)
 
     def forward(
         self,
@@ -136,8 +137,8 @@ class AttentionProducts(nn.Module):
             part = query[:, head, tokens]
             logits = self.logits(self.accumulate_logits(part, key[:, head]))
             if bias is not None:
-                grid = self.query_grid
-                logits += bias((part - grid.zero_point) * grid.scale, first, last)
+                steps = (part - self.query_grid.zero_point).contiguous()
+                logits += bias(steps * self.query_step, first, last)
             attention = self.softmax_codes(logits)
             sums = self.accumulate_values(attention, value[:, head])
             result[:, head, tokens] = self.requantize(sums)
@@ -155,9 +156,8 @@ class IntegerEncoderAttention(image_encoder.Attention):
             self.rel_pos_h = copy.deepcopy(source.rel_pos_h)
             self.rel_pos_w = copy.deepcopy(source.rel_pos_w)
         qkv, proj = (_integer_linear(source, part, name) for part in ("qkv", "proj"))
-        self.products = AttentionProducts(source, proj.input_grid, name)
-        grids = (self.products.query_grid, self.products.key_grid, self.products.value_grid)
-        qkv.set_output_grids(grids)
+        self.products = AttentionProducts(source, proj.input_quantizer, name)
+        qkv.set_output_quantizers(_operand_quantizers(source))
         self.add_module("qkv", qkv)
         self.add_module("proj", proj)
 
@@ -183,11 +183,11 @@ class IntegerDecoderAttention(transformer.Attention):
         nn.Module.__init__(self)
         self.num_heads, self.scale = source.num_heads, source.scale
         output = _integer_linear(source, "out_proj", name)
-        self.products = AttentionProducts(source, output.input_grid, name)
-        grids = (self.products.query_grid, self.products.key_grid, self.products.value_grid)
-        for part, grid in zip(("q_proj", "k_proj", "v_proj"), grids, strict=True):
+        self.products = AttentionProducts(source, output.input_quantizer, name)
+        parts = zip(("q_proj", "k_proj", "v_proj"), _operand_quantizers(source), strict=True)
+        for part, quantizer in parts:
             projection = _integer_linear(source, part, name)
-            projection.set_output_grids([grid])
+            projection.set_output_quantizers([quantizer])
             self.add_module(part, projection)
         self.add_module("out_proj", output)
 
@@ -199,6 +199,12 @@ class IntegerDecoderAttention(transformer.Attention):
             self.split_heads(_codes(self.v_proj, v)),
         )
         return _output(self.out_proj, self.merge_heads(attended))
+
+
+def _operand_quantizers(
+    source: QuantizedEncoderAttention | QuantizedDecoderAttention,
+) -> tuple[Quantizer, Quantizer, Quantizer]:
+    return source.query_quantizer, source.key_quantizer, source.value_quantizer
 
 
 def _integer_linear(attention: nn.Module, part: str, name: str) -> IntegerLinear:

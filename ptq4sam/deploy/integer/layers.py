@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq4sam.deploy.codes import UniformGrid, layer_codes, uniform_grid
-from ptq4sam.deploy.integer.arithmetic import Requantizer, affine_product, require_narrow
+from ptq4sam.deploy.integer.arithmetic import affine_product, require_narrow
 from ptq4sam.errors import DeployError
 from ptq4sam.model.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from ptq4sam.quantization.quantizers import Quantizer
+from ptq4sam.quantization.whole import rescaled
 
 
 class IntegerLayer(nn.Module):
     """What both kinds of layer share: codes in, int32 sums, floats or codes out.
 
-    A sum is worth input scale * weight scale, which differs from channel to channel. `dequantize`
-    multiplies it and adds the float32 bias, both in float32; `requantize` goes to the codes of the
-    next operator's grid without floats.
+    A sum is worth input scale * weight scale, which differs from channel to channel.
+
+    Requantization: a sum is rounded to float32, multiplied by the float32 product of both scales,
+    the float32 bias is added, and the result divided by the output's scale and rounded half to
+    even. Each operation is rounded to float32, in this order, in the simulation and elsewhere.
 
     Attributes:
         weight_codes: int16, the weight's shape.
@@ -42,26 +47,16 @@ class IntegerLayer(nn.Module):
         weight_grid = UniformGrid(1.0, 0, weight.grid)
         require_narrow(name, self.input_grid, weight_grid, terms=layer.weight[0].numel())
         scale, zero_point = weight.by_channel()
-        self._exact_factor = scale.double() * self.input_grid.scale
         self.register_buffer("weight_codes", weight.codes.to(torch.int16))
         self.register_buffer("weight_zero_point", zero_point.clone())
-        self.register_buffer("factor", self._exact_factor.float())
+        self.register_buffer("factor", (layer.input_quantizer.step * scale).clone())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self.input_quantizer = copy.deepcopy(layer.input_quantizer)
-        self.requantizer: Requantizer | None = None
+        self.output_quantizers = nn.ModuleList()
 
-    def set_output_grids(self, grids: Sequence[UniformGrid]) -> None:
-        """Say what `requantize` gives; several grids share the output channels equally."""
-        bias = None if self.bias is None else self.bias.double().cpu()
-        each = len(self._exact_factor) // len(grids)
-        steps = torch.tensor([grid.scale for grid in grids], dtype=torch.float64)
-        steps = steps.repeat_interleave(each)
-        self.requantizer = Requantizer(
-            self._exact_factor.cpu() / steps,
-            None if bias is None else bias / steps,
-            grids,
-            name=self.name,
-        )
+    def set_output_quantizers(self, quantizers: Sequence[Quantizer]) -> None:
+        """Say what `requantize` gives; several share the output channels equally."""
+        self.output_quantizers = nn.ModuleList(copy.deepcopy(list(quantizers)))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of a float input, int32, as the simulation rounds them."""
@@ -73,22 +68,17 @@ class IntegerLayer(nn.Module):
 
     def dequantize(self, accumulator: Tensor) -> Tensor:
         """The output in float32."""
-        output = accumulator.float() * self._by_channel(self.factor)
-        return output if self.bias is None else output + self._by_channel(self.bias)
+        return rescaled(accumulator.float(), self.factor, self.bias)
 
     def requantize(self, accumulator: Tensor) -> Tensor:
-        """The output as int32 codes of the grids of `set_output_grids`, channels last."""
-        if self.requantizer is None:
-            raise ValueError(f"{self.name} has no output grid")
-        codes: Tensor = self.requantizer(accumulator)
-        return codes
+        """The output as int32 codes of `set_output_quantizers`, channels last."""
+        parts = self.dequantize(accumulator).chunk(len(self.output_quantizers), dim=-1)
+        pairs = zip(self.output_quantizers, parts, strict=True)
+        return torch.cat([cast(Quantizer, q).codes(part) for q, part in pairs], dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Float in, float out, with integers between."""
         return self.dequantize(self.accumulate(self.quantize(x)))
-
-    def _by_channel(self, values: Tensor) -> Tensor:
-        return values
 
 
 class IntegerLinear(IntegerLayer):
@@ -142,8 +132,10 @@ class IntegerConv2d(IntegerLayer):
         height, width = ((n - d * (k - 1) - 1) // s + 1 for k, d, s, n in reach)
         return height, width
 
-    def _by_channel(self, values: Tensor) -> Tensor:
-        return values[:, None, None]
+    def dequantize(self, accumulator: Tensor) -> Tensor:
+        """See IntegerLayer."""
+        output = accumulator.float() * self.factor[:, None, None]
+        return output if self.bias is None else output + self.bias[:, None, None]
 
 
 def integer_layer(layer: QuantizedLayer, name: str) -> IntegerLayer:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
+import numpy as np
 from torch import nn
 
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.values import dequantize, quantize
+from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.model.attention import values_worth
 from ptq4sam.quantization.base import Quantizer
+from ptq4sam.quantization.whole import EXACT
 from ptq4sam.sam.image_encoder import Attention as EncoderAttention
 from ptq4sam.sam.transformer import Attention as DecoderAttention
 
@@ -32,6 +37,11 @@ def attention_quantizer(attention: nn.Module, role: str) -> Quantizer | None:
     """The quantizer of "query", "key", "value" or "softmax"; None in a float attention."""
     quantizer = getattr(attention, f"{role}_quantizer", None)
     return quantizer if isinstance(quantizer, Quantizer) else None
+
+
+def _has_whole_points(attention: nn.Module) -> bool:
+    quantizer = attention_quantizer(attention, "softmax")
+    return isinstance(quantizer, AdaptiveGranularityQuantizer)
 
 
 def operands(
@@ -57,6 +67,8 @@ def operands(
         quantizer = attention_quantizer(attention, role)
         value = quantize(graph, x, quantizer, f"{path}.{role}_quantizer")
         is_key = role == "key"
+        if role == "value" and _has_whole_points(attention):
+            value = value.in_steps()
         x = dequantize(graph, value, f"{path}.{role}", attention.scale if is_key else 1.0)
         x = graph.reshape(x, (0, tokens, heads, -1), f"{path}.{role}.split")
         # Keys lie as the product takes them.
@@ -66,17 +78,35 @@ def operands(
 
 def attend(
     graph: Graph,
-    attention: nn.Module,
+    attention: EncoderAttention | DecoderAttention,
     given: Operands,
     path: str,
     bias: Bias | None = None,
+    parts: int | None = None,
 ) -> str:
-    """softmax(query key scale + bias) value: [batch, heads, n, d]."""
+    """softmax(query key scale + bias) value: [batch, heads, n, d].
+
+    `parts` is a divisor of batch * heads * n, see `quantize`; by default the number of heads.
+    """
     logits = graph.node("MatMul", [given.query, given.key], f"{path}.logits")
     if bias is not None:
         logits = bias(logits)
     softmax = graph.node("Softmax", [logits], f"{path}.softmax", axis=-1)
     quantizer = attention_quantizer(attention, "softmax")
-    weights = quantize(graph, softmax, quantizer, f"{path}.softmax_quantizer")
+    parts = attention.num_heads if parts is None else parts
+    weights = quantize(graph, softmax, quantizer, f"{path}.softmax_quantizer", parts)
+    if quantizer is not None and _has_whole_points(attention):
+        # Sums of whole numbers are those of the simulation in whatever order.
+        worth = values_worth(quantizer, cast(Quantizer, attention.value_quantizer))
+        factors, double = [weights.name, given.value], worth.largest > EXACT and not graph.signed
+        if double:
+            # OpenVINO, whose graphs are the signed ones, has no float64: its sums are nearly exact.
+            factors = [
+                graph.cast(x, np.float64, f"{path}.double.{n}") for n, x in enumerate(factors)
+            ]
+        sums = graph.node("MatMul", factors, f"{path}.sums")
+        if double:
+            sums = graph.cast(sums, np.float32, f"{path}.sums.float32")
+        return graph.node("Mul", [sums, graph.number(float(worth.step))], f"{path}.attended")
     factors = [dequantize(graph, weights, f"{path}.softmax"), given.value]
     return graph.node("MatMul", factors, f"{path}.attended")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from ptq4sam.deploy.codes import LogGrid, UniformGrid, layer_codes, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.errors import DeployError
-from ptq4sam.methods.adaptive_granularity import FLOOR
+from ptq4sam.methods.adaptive_granularity import FLOOR, AdaptiveGranularityQuantizer
+from ptq4sam.methods.granularity_table import point_table
 from ptq4sam.model.layers import QuantizedLayer
 from ptq4sam.quantization.base import Mode, Quantizer
 from ptq4sam.quantization.grid import Grid, along_channels
@@ -40,10 +41,23 @@ class Affine:
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the graph: float where `affine` is None, else codes."""
+    """A tensor of the graph: float where `affine` is None, else codes.
+
+    Attributes:
+        name: of the tensor.
+        affine: what its codes mean.
+        step: what 1 is worth; not 1 for the whole points of an adaptive granularity.
+    """
 
     name: str
     affine: Affine | None = None
+    step: float = 1.0
+
+    def in_steps(self) -> Value:
+        """The same codes, each step of which is worth 1."""
+        if self.affine is None:
+            return self
+        return replace(self, affine=replace(self.affine, scale=np.array(1, np.float32)))
 
     def renamed(self, name: str) -> Value:
         """The same numbers at other places (reshaped, transposed, sliced)."""
@@ -53,6 +67,7 @@ class Value:
 def dequantize(graph: Graph, value: Value, path: str, factor: float = 1.0) -> str:
     """The float tensor of a value, times a factor."""
     if value.affine is None:
+        factor *= value.step
         if factor == 1.0:
             return value.name
         return graph.node("Mul", [value.name, graph.number(factor)], f"{path}.scaled")
@@ -63,11 +78,19 @@ def dequantize(graph: Graph, value: Value, path: str, factor: float = 1.0) -> st
     return graph.node("DequantizeLinear", inputs, f"{path}.dequantized")
 
 
-def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Value:
+def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str, parts: int = 1) -> Value:
     """A float tensor on the quantizer's grid; None leaves it as it is.
 
     Evenly spaced grids give codes, in 8 bits also where they have fewer: the tensor is cut to their
-    range first. Powers of 2 (adaptive granularity) give a float tensor of values on the grid.
+    range first. Powers of 2 (adaptive granularity) give a float tensor of whole numbers of steps.
+
+    Args:
+        graph: where nodes go.
+        x: the tensor.
+        quantizer: of it.
+        path: of the quantizer.
+        parts: a divisor of the number of its elements, in so many parts of which a runtime may look
+            up powers at the same time.
 
     Raises:
         DeployError: the quantizer's grid has no exact form.
@@ -77,7 +100,9 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Va
     _require_quantizing(quantizer, path)
     grid = softmax_grid(quantizer)
     if isinstance(grid, LogGrid):
-        return Value(_powers(graph, x, grid, path))
+        quantizer = cast(AdaptiveGranularityQuantizer, quantizer)
+        points = point_table(grid.grid.levels, grid.tau, quantizer.fraction_bits())
+        return Value(_powers(graph, x, grid, points, path, parts), step=float(quantizer.step))
     affine = _activation_format(grid, graph.signed, path)
     if grid.grid.bits < _CONTAINER_BITS:
         bounds = [
@@ -149,14 +174,15 @@ def _activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
     return Affine(scale, np.array(grid.zero_point + shift, np.uint8))
 
 
-def _powers(graph: Graph, x: str, grid: LogGrid, path: str) -> str:
+def _powers(graph: Graph, x: str, grid: LogGrid, points: Tensor, path: str, parts: int) -> str:
     """Softmax outputs moved to powers of 2^(1/tau): the code by a logarithm, the value by a table.
 
-    The table's last entry, one beyond the grid, is the 0 of what is too small.
+    The table holds whole numbers (see `granularity_table`); its last entry, one beyond the grid, is
+    the 0 of what is too small. ONNX Runtime copies single numbers slowly in a Gather, and fast in a
+    GatherElements, which it spreads over rows.
     """
     levels = grid.grid.levels
-    points = torch.arange(levels).div(-grid.tau).exp2().mul(grid.scale)
-    table = graph.constant(f"{path}.points", np.append(_float32(points), np.float32(0)))
+    table = graph.constant(f"{path}.points", _float32(points))
     largest = float(np.finfo(np.float32).max)
     bounds = [graph.number(FLOOR), graph.number(largest)]
     floored = graph.node("Clip", [x, *bounds], f"{path}.floored")
@@ -168,7 +194,13 @@ def _powers(graph: Graph, x: str, grid: LogGrid, path: str) -> str:
     ends = [graph.number(0.0), graph.number(float(levels))]
     codes = graph.node("Clip", [rounded, *ends], f"{path}.within")
     indices = graph.cast(codes, np.int32, f"{path}.codes")
-    return graph.node("Gather", [table, indices], f"{path}.values", axis=0)
+    if graph.signed:
+        return graph.node("Gather", [table, indices], f"{path}.values", axis=0)
+    rows = graph.reshape(indices, (parts, -1), f"{path}.rows")
+    tables = graph.node("Expand", [table, graph.integers(parts, 1)], f"{path}.tables")
+    values = graph.node("GatherElements", [tables, rows], f"{path}.looked_up", axis=1)
+    shape = graph.node("Shape", [x], f"{path}.shape")
+    return graph.node("Reshape", [values, shape], f"{path}.values")
 
 
 def _require_quantizing(quantizer: Quantizer, path: str) -> None:

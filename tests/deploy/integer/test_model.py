@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ptq4sam.deploy.integer import integer_model
 from ptq4sam.deploy.integer.layers import IntegerConv2d, IntegerLinear
+from ptq4sam.deploy.torch_int8 import with_integer_products
 from ptq4sam.errors import CalibrationError, DeployError
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.model.layers import quantized_layers
@@ -30,13 +31,32 @@ def test_same_modules_with_integers_in_the_place_of_quantized_layers(quantize: Q
     assert kept <= set(dict(integer.named_parameters()))
 
 
-def test_predicts_as_the_simulation_does(quantize: Quantize, forward: Forward) -> None:
-    """Codes that were rounded the other way leave the outputs within quantization's own error."""
-    quantized = quantize(8)
-    for ours, simulated in zip(forward(integer_model(quantized)), forward(quantized), strict=True):
-        assert ours.shape == simulated.shape
-        error = (ours - simulated).pow(2).mean() / simulated.var()
-        assert error < 1e-3
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("agq", [True, False])
+@pytest.mark.parametrize("convert", [integer_model, with_integer_products])
+def test_gives_the_bits_of_the_simulation(
+    quantize: Quantize,
+    forward: Forward,
+    bits: int,
+    agq: bool,
+    convert: Callable[[QuantizedSam], Sam],
+) -> None:
+    quantized = quantize(bits, ptq4sam={"BIG": True, "AGQ": agq})
+    assert all(map(torch.equal, forward(convert(quantized)), forward(quantized)))
+
+
+def test_gives_its_bits_on_two_threads(quantize: Quantize, forward: Forward) -> None:
+    quantized, threads = quantize(6), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(2, threads))
+        assert all(map(torch.equal, forward(integer_model(quantized)), forward(quantized)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_gives_its_bits_after_reconstruction(quantize: Quantize, forward: Forward) -> None:
+    quantized = quantize(4, 3)
+    assert all(map(torch.equal, forward(integer_model(quantized)), forward(quantized)))
 
 
 def test_the_simulation_stays_as_it_was(quantize: Quantize, forward: Forward) -> None:

@@ -1,0 +1,57 @@
+"""Points of an adaptive granularity as whole numbers, by shift and table."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ptq4sam.quantization.whole import EXACT
+
+ENTRY_BITS = 24
+"""Fraction bits of the table's entries: as many as a float32 has."""
+MOST_BITS = 30
+"""Fraction bits of points whose sums need float64."""
+_ENOUGH_BITS = 15
+"""Fraction bits with which float32 is used whatever the grid."""
+_SPARE_BITS = 5
+"""Bits that the smallest point must have at least, where there are fewer."""
+LARGEST_ROW = 3.0
+"""Sum of a quantized softmax, at most: its outputs add up to 1, a point is at most sqrt(2) times
+its output, and the rounding to a whole number at most doubles it."""
+
+
+def fraction_bits(levels: int, tau: int, scale: float) -> int:
+    """Bits after the point of whole points, in units of the scale.
+
+    As many as keep the sums of points times values of as many levels exact in float32, at whatever
+    number of keys. MOST_BITS where these would be too few; sums then need float64, which holds
+    those over 2^13 keys at 8 bits.
+    """
+    bits = math.floor(math.log2(EXACT * scale / (LARGEST_ROW * (levels - 1))))
+    wanted = min(_ENOUGH_BITS, (levels - 1) / tau + _SPARE_BITS)
+    return min(bits, 22) if bits >= wanted else MOST_BITS
+
+
+@functools.lru_cache(maxsize=256)
+def point_table(levels: int, tau: int, bits: int) -> Tensor:
+    """Points of codes 0 to `levels`, int64 with `bits` fraction bits, the last one 0.
+
+    Code c stands for 2^(-c / tau) of the scale: entry c mod tau of a table of tau numbers
+    2^(-r / tau), rounded to ENTRY_BITS fraction bits, shifted right by c div tau places and to
+    `bits` fraction bits, half to even. Each point is a float32.
+
+    The result is shared: do not change it.
+    """
+    table = [round(2 ** (ENTRY_BITS - r / tau)) << bits for r in range(tau)]
+    points = [_shifted(table[code % tau], code // tau + ENTRY_BITS) for code in range(levels)]
+    return torch.tensor([*points, 0])
+
+
+def _shifted(number: int, places: int) -> int:
+    """The number / 2^places, half to even."""
+    quotient, rest = divmod(number, 1 << places)
+    double = 2 * rest
+    return quotient + (double > 1 << places or (double == 1 << places and quotient % 2 == 1))
