@@ -89,9 +89,10 @@ def attend(
     softmax = graph.node("Softmax", [logits], f"{path}.softmax", axis=-1)
     quantizer = attention_quantizer(attention, "softmax")
     weights = quantize(graph, softmax, quantizer, f"{path}.softmax_quantizer")
-    if quantizer is not None and _has_whole_points(attention):
+    of_value = attention_quantizer(attention, "value")
+    if quantizer is not None and of_value is not None and _has_whole_points(attention):
         # Sums of whole numbers are those of the simulation in whatever order.
-        worth = values_worth(quantizer, attention.value_quantizer)
+        worth = values_worth(quantizer, of_value)
         factors, double = [weights.name, given.value], worth.largest > EXACT and not graph.signed
         if double:
             # OpenVINO, whose graphs are the signed ones, has no float64: its sums are nearly exact.

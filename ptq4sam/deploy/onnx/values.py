@@ -91,7 +91,8 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Va
         return Value(x)
     _require_quantizing(quantizer, path)
     grid = softmax_grid(quantizer)
-    if isinstance(quantizer, AdaptiveGranularityQuantizer) and isinstance(grid, LogGrid):
+    if isinstance(grid, LogGrid):
+        assert isinstance(quantizer, AdaptiveGranularityQuantizer)
         points = point_table(grid.grid.levels, grid.tau, quantizer.fraction_bits())
         return Value(_powers(graph, x, grid, points, path), step=float(quantizer.step))
     affine = _activation_format(grid, graph.signed, path)
