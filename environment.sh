@@ -89,6 +89,16 @@ print("torch-" + torch.__version__, sys.implementation.cache_tag, sysconfig.get_
     pip_install --quiet --no-deps --force-reinstall "$wheel"
 }
 
+# Tests click through reports in Chromium; where it cannot be had they are skipped with a reason.
+install_chromium() {
+    command -v chromium >/dev/null && command -v chromedriver >/dev/null && return
+    [[ $(id -u) -eq 0 ]] && command -v apt-get >/dev/null || return 0
+    echo "environment.sh: installing Debian's chromium for the tests of reports"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+        --no-install-recommends chromium chromium-driver; } >/dev/null 2>&1 ||
+        echo "environment.sh: chromium could not be installed; tests that need it are skipped" >&2
+}
+
 for extra in "$@"; do
     has_extra "$extra" ||
         fail "no extra '$extra'; there are: $(sed -nE '/optional-dependencies/,/^\[project.scripts/ s/^([a-z0-9]+) = \[.*/\1/p' pyproject.toml | paste -sd ' ' -)"
@@ -116,6 +126,7 @@ if [[ " $* " == *" mmdet "* ]]; then
     pip_install --editable .  # mmcv compiles against the torch that is there
     install_mmcv "$@"
 fi
+[[ " $* " != *" test "* ]] || install_chromium
 extras=$(IFS=,; echo "$*")
 pip_install --editable ".${extras:+[$extras]}"
 for extra in library "$@"; do

@@ -2,11 +2,13 @@
 
     python benchmarks/deployed_encoder.py --work-dir work_dirs/deployed [--model vit_b]
 
-Random weights, one picture of noise. Each model is made once and kept in the work directory (NNCF
-takes minutes), and measured in a process of its own: seconds in turns, so that a busy machine slows
-all alike, and the peak of the resident memory of a process that loads the files and encodes a
-picture. NNCF quantizes the same float32 encoder: model type transformer, mixed preset, `--subset`
-pictures.
+Random weights, one picture of noise. Each model is made once, in a process of its own, and kept in
+the work directory (NNCF takes minutes); so is what was measured of it, so that a run that was
+interrupted goes on with the rest: delete the directory to begin anew. Seconds are measured in
+turns, so that a busy machine slows all alike; memory is the peak of the resident memory of a
+process that loads one file and encodes one picture. NNCF quantizes the same float32 encoder: model
+type transformer, mixed preset, `--subset` pictures. Where other jobs cannot be stopped, `--clock
+cpu` with OMP_NUM_THREADS=1 measures processor time of one thread instead of the time on the clock.
 """
 
 from __future__ import annotations
@@ -18,15 +20,22 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT, OURS, NNCF = "float32", "W8A8", "NNCF INT8"
 FILES = {FLOAT: "float", OURS: "w8a8", NNCF: "nncf"}
+TORCH = "torch"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+MEASURED = "measured.json"
+"""What was measured, in the work directory."""
 
 
-def random_sam(name: str):  # type: ignore[no-untyped-def]
+def random_sam(name: str) -> Any:
     """A SAM with random weights, positions included."""
     import torch
 
@@ -40,103 +49,121 @@ def random_sam(name: str):  # type: ignore[no-untyped-def]
     return sam
 
 
-def picture(side: int):  # type: ignore[no-untyped-def]
+def picture(side: int) -> Any:
     """Normalised noise [1, 3, side, side]."""
     import torch
 
     return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-def make(arguments: argparse.Namespace) -> None:
-    """Write the files that are not there yet."""
+def make_float(arguments: argparse.Namespace, folder: Path) -> None:
+    """The float encoder as .onnx, .xml and .bin."""
+    _write(random_sam(arguments.model).image_encoder, folder, FILES[FLOAT], quantized=False)
+
+
+def make_ours(arguments: argparse.Namespace, folder: Path) -> None:
+    """Our W8A8 encoder as .onnx, .xml and .bin."""
     import torch
 
-    from ptq4sam.deploy.onnx.encoder import encoder_graph
-    from ptq4sam.deploy.openvino import write_openvino
     from ptq4sam.model.calibration import observing_activations
     from ptq4sam.model.insertion import insert_quantizers
     from ptq4sam.model.layers import observe_weights, put_weights_on_grid
     from ptq4sam.quantization.scheme import Scheme
 
-    folder: Path = arguments.work_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    # The time does not depend on the ranges: those of one picture, found at once, will do.
+    scheme = Scheme.from_yaml(arguments.scheme).with_overrides(
+        "a_qconfig.observer=MinMaxObserver", "w_qconfig.observer=MinMaxObserver"
+    )
     sam = random_sam(arguments.model)
-
-    def write(encoder: torch.nn.Module, name: str) -> None:
-        for signed, path in ((False, folder / f"{name}.onnx"), (True, folder / "signed.onnx")):
-            encoder_graph(encoder, signed).write(path, {})
-        quantized = encoder is not sam.image_encoder
-        write_openvino(folder / "signed.onnx", folder / f"{name}.xml", quantized=quantized)
-        (folder / "signed.onnx").unlink()
-
-    if not (folder / "float.xml").exists():
-        write(sam.image_encoder, "float")
-    if not (folder / "w8a8.xml").exists():
-        # The time does not depend on the ranges: those of one picture, found at once, will do.
-        scheme = Scheme.from_yaml(arguments.scheme).with_overrides(
-            "a_qconfig.observer=MinMaxObserver", "w_qconfig.observer=MinMaxObserver"
-        )
-        quantized = insert_quantizers(sam, scheme)
-        encoder = quantized.image_encoder
-        with torch.inference_mode():
-            with observing_activations(encoder):
-                encoder(picture(sam.image_size))
-            observe_weights(encoder)
-        put_weights_on_grid(encoder)
-        write(encoder, "w8a8")
-    if not arguments.without_nncf and not (folder / "nncf.xml").exists():
-        _make_nncf(folder, picture(sam.image_size).numpy(), arguments.subset)
+    encoder = insert_quantizers(sam, scheme).image_encoder
+    with torch.inference_mode():
+        with observing_activations(encoder):
+            encoder(picture(sam.image_size))
+        observe_weights(encoder)
+    put_weights_on_grid(encoder)
+    _write(encoder, folder, FILES[OURS], quantized=True)
 
 
-def _make_nncf(folder: Path, image, subset: int) -> None:  # type: ignore[no-untyped-def]
+def _write(encoder: Any, folder: Path, name: str, quantized: bool) -> None:
+    from ptq4sam.deploy.onnx.encoder import encoder_graph
+    from ptq4sam.deploy.openvino import write_openvino
+
+    encoder_graph(encoder, signed=False).write(folder / f"{name}.onnx", {})
+    encoder_graph(encoder, signed=True).write(folder / "signed.onnx", {})
+    write_openvino(folder / "signed.onnx", folder / f"{name}.xml", quantized=quantized)
+    (folder / "signed.onnx").unlink()
+
+
+def make_nncf(arguments: argparse.Namespace, folder: Path) -> None:
+    """NNCF's INT8 encoder, of the float one in the work directory, as .xml and .bin."""
     import nncf
     import openvino
 
-    model = openvino.Core().read_model(folder / "float.xml")
-    data = nncf.Dataset([image] * subset, lambda item: {"image": item})
+    model = openvino.Core().read_model(arguments.work_dir / f"{FILES[FLOAT]}.xml")
+    image = picture(_image_size(arguments.model)).numpy()
     quantized = nncf.quantize(
         model,
-        data,
+        nncf.Dataset([image] * arguments.subset, lambda item: {"image": item}),
         model_type=nncf.ModelType.TRANSFORMER,
         preset=nncf.QuantizationPreset.MIXED,
-        subset_size=subset,
+        subset_size=arguments.subset,
     )
-    openvino.save_model(quantized, folder / "nncf.xml", compress_to_fp16=False)
+    openvino.save_model(quantized, folder / f"{FILES[NNCF]}.xml", compress_to_fp16=False)
+
+
+MAKERS: dict[str, Callable[[argparse.Namespace, Path], None]] = {
+    FLOAT: make_float,
+    OURS: make_ours,
+    NNCF: make_nncf,
+}
+
+
+def make(arguments: argparse.Namespace, kind: str) -> None:
+    """Write a model's files; they appear in the work directory when all are whole."""
+    with tempfile.TemporaryDirectory(prefix=".making.", dir=arguments.work_dir) as temporary:
+        MAKERS[kind](arguments, Path(temporary))
+        # The .xml says that a model is there: last.
+        for path in sorted(Path(temporary).iterdir()):
+            os.replace(path, arguments.work_dir / path.name)
 
 
 def seconds(arguments: argparse.Namespace, runtime: str, precision: str) -> dict[str, float]:
     """Median seconds of each encoder, in turns, after one that does not count."""
     from ptq4sam.deploy.runtimes import open_session
-    from ptq4sam.sam.registry import VARIANTS
 
-    suffix = "onnx" if runtime == "onnxruntime" else "xml"
-    paths = {kind: arguments.work_dir / f"{name}.{suffix}" for kind, name in FILES.items()}
     sessions = {
         kind: open_session(runtime, path, ["embedding"], precision)
-        for kind, path in paths.items()
-        if path.exists()
+        for kind, path in files_of(arguments, runtime).items()
     }
-    inputs = {"image": picture(VARIANTS[arguments.model].image_size).numpy()}
+    inputs = {"image": picture(_image_size(arguments.model)).numpy()}
+    clock = CLOCKS[arguments.clock]
     times: dict[str, list[float]] = {kind: [] for kind in sessions}
     for turn in range(arguments.rounds + 1):
         for kind, session in sessions.items():
-            started = time.perf_counter()
+            started = clock()
             session.run(inputs)
             if turn:
-                times[kind].append(time.perf_counter() - started)
+                times[kind].append(clock() - started)
     return {kind: statistics.median(measured) for kind, measured in times.items()}
 
 
-def peak_mib(arguments: argparse.Namespace) -> float:
+def files_of(arguments: argparse.Namespace, runtime: str) -> dict[str, Path]:
+    """The files that a runtime can open, by model; NNCF writes none for ONNX Runtime."""
+    suffix = "onnx" if runtime == "onnxruntime" else "xml"
+    paths = {kind: arguments.work_dir / f"{name}.{suffix}" for kind, name in FILES.items()}
+    return {kind: path for kind, path in paths.items() if path.exists()}
+
+
+def peak_mib(arguments: argparse.Namespace, what: str, precision: str) -> float:
     """Peak of this process's memory after loading one encoder and encoding a picture, in MiB."""
-    if arguments.measure == "torch":
+    if what == TORCH:
         import torch
 
         sam = random_sam(arguments.model)
         with torch.inference_mode():
             sam.image_encoder(picture(sam.image_size))
     else:
-        _encode_without_torch(Path(arguments.measure), arguments.precision)
+        _encode_without_torch(Path(what), precision)
     # Linux gives kilobytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
@@ -164,17 +191,6 @@ def _encode_without_torch(path: Path, precision: str) -> None:
     compiled({"image": np.random.default_rng(0).normal(size=shape).astype(np.float32)})
 
 
-def peak_apart(arguments: argparse.Namespace, what: str, precision: str = "f32") -> float:
-    """`peak_mib` in a process of its own."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, __file__, "--model", arguments.model, "--measure", what]
-    command += ["--precision", precision]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, check=True, stdout=subprocess.PIPE
-    )
-    return float(json.loads(done.stdout))
-
-
 def file_bytes(path: Path) -> int:
     """Bytes of an exported graph, both of its files in OpenVINO's format."""
     weights = path.with_suffix(".bin")
@@ -182,25 +198,73 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size + more
 
 
+class Measurements:
+    """What was measured so far, kept in a file; what is missing is measured in a process."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._path: Path = arguments.work_dir / MEASURED
+        self._known: dict[str, Any] = (
+            json.loads(self._path.read_text()) if self._path.exists() else {}
+        )
+
+    def seconds(self, runtime: str, precision: str) -> dict[str, float]:
+        """`seconds` of a process of its own."""
+        there = "+".join(files_of(self._arguments, runtime))
+        found: dict[str, float] = self._get(
+            f"{self._arguments.clock} seconds {runtime} {precision} {there}",
+            "seconds",
+            f"{runtime}:{precision}",
+        )
+        return found
+
+    def peak(self, what: str, precision: str = "f32") -> float:
+        """`peak_mib` of a process of its own."""
+        return float(
+            self._get(f"peak {Path(what).name} {precision}", "peak", f"{what}:{precision}")
+        )
+
+    def _get(self, key: str, step: str, of: str) -> Any:
+        if key not in self._known:
+            self._known[key] = json.loads(in_process(self._arguments, step, of))
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(self._known, indent=1))
+            os.replace(partial, self._path)
+        return self._known[key]
+
+
+def in_process(arguments: argparse.Namespace, step: str, of: str) -> str:
+    """What a step prints, done by this script in a process whose memory is its own."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, __file__, "--model", arguments.model, "--step", step, of]
+    command += ["--work-dir", str(arguments.work_dir), "--scheme", str(arguments.scheme)]
+    command += ["--rounds", str(arguments.rounds), "--subset", str(arguments.subset)]
+    command += ["--clock", arguments.clock]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, check=True, stdout=subprocess.PIPE
+    )
+    # Packages may have told something before.
+    lines = done.stdout.decode().splitlines()
+    return lines[-1] if lines else ""
+
+
 def table(arguments: argparse.Namespace, runtime: str, precision: str) -> list[str]:
     """Rows of one runtime: seconds, bytes and memory, and their ratios."""
-    suffix = "onnx" if runtime == "onnxruntime" else "xml"
-    measured = seconds(arguments, runtime, precision)
-    torch_peak = peak_apart(arguments, "torch")
+    known, paths = Measurements(arguments), files_of(arguments, runtime)
+    measured, torch_peak = known.seconds(runtime, precision), known.peak(TORCH)
+    sizes = {kind: file_bytes(path) for kind, path in paths.items()}
     lines = [
         f"{runtime}, {precision} for what is not integer; float32 in PyTorch: {torch_peak:.0f} MiB",
         "",
         "| encoder | seconds | float32 / it | MB | of float32 | peak MiB | of PyTorch |",
         "|---|---|---|---|---|---|---|",
     ]
-    sizes = {kind: file_bytes(arguments.work_dir / f"{FILES[kind]}.{suffix}") for kind in measured}
-    for kind, median in measured.items():
-        path = arguments.work_dir / f"{FILES[kind]}.{suffix}"
-        peak = peak_apart(arguments, str(path), precision)
+    for kind, path in paths.items():
+        peak = known.peak(str(path), precision)
         cells = [
             kind,
-            f"{median:.2f}",
-            f"{measured[FLOAT] / median:.2f}",
+            f"{measured[kind]:.2f}",
+            f"{measured[FLOAT] / measured[kind]:.2f}",
             f"{sizes[kind] / 1e6:.1f}",
             f"{sizes[kind] / sizes[FLOAT]:.1%}",
             f"{peak:.0f}",
@@ -208,11 +272,30 @@ def table(arguments: argparse.Namespace, runtime: str, precision: str) -> list[s
         ]
         lines.append("| " + " | ".join(cells) + " |")
     if NNCF in measured:
-        lines += [
-            "",
-            f"{OURS} against {NNCF}: {measured[NNCF] / measured[OURS]:.2f} times as fast.",
-        ]
+        ratio = measured[NNCF] / measured[OURS]
+        lines += ["", f"{OURS} against {NNCF}: {ratio:.2f} times as fast."]
     return [*lines, ""]
+
+
+def _image_size(model: str) -> int:
+    from ptq4sam.sam.registry import VARIANTS
+
+    return VARIANTS[model].image_size
+
+
+def _do_step(arguments: argparse.Namespace) -> None:
+    """One step in this process; its outcome is the last line that is printed."""
+    step, of = arguments.step
+    if step == "make":
+        make(arguments, of)
+        return
+    what, _, precision = of.rpartition(":")
+    found = (
+        seconds(arguments, what, precision)
+        if step == "seconds"
+        else peak_mib(arguments, what, precision)
+    )
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
 
 
 def main() -> None:
@@ -222,22 +305,27 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "deployed")
     parser.add_argument("--scheme", type=Path, default=ROOT / "exp" / "w8a8.yaml")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--subset", type=int, default=4, help="pictures that NNCF calibrates on")
     parser.add_argument("--without-nncf", action="store_true")
     parser.add_argument(
         "--runtimes", nargs="+", default=["openvino:f32", "openvino:bf16", "onnxruntime:f32"]
     )
     parser.add_argument("--only-make", action="store_true", help="write the files and stop")
-    parser.add_argument("--measure", help="print the peak memory of this file, or of torch")
-    parser.add_argument("--precision", default="f32")
+    parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.measure:
-        sys.stdout.write(json.dumps(peak_mib(arguments)))
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    if arguments.step:
+        _do_step(arguments)
         return
-    make(arguments)
+    for kind in FILES:
+        wanted = kind != NNCF or not arguments.without_nncf
+        if wanted and not (arguments.work_dir / f"{FILES[kind]}.xml").exists():
+            in_process(arguments, "make", kind)
     if arguments.only_make:
         return
-    sys.stdout.write(f"{arguments.model} image encoder, medians of {arguments.rounds}\n\n")
+    sys.stdout.write(f"{arguments.model} image encoder, medians of {arguments.rounds}, ")
+    sys.stdout.write(f"{arguments.clock} time\n\n")
     for name in arguments.runtimes:
         runtime, _, precision = name.partition(":")
         sys.stdout.write("\n".join(table(arguments, runtime, precision or "f32")) + "\n")

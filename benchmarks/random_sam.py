@@ -3,6 +3,7 @@
     python benchmarks/random_sam.py --model vit_b --scheme exp/ptq4sam-s44.yaml
 
 The masks mean nothing; seconds and bytes are those of a real model. Scenes stand in for pictures.
+`--output FILE.safetensors` keeps the quantized model, e.g. for `ptq4sam verify`.
 """
 
 from __future__ import annotations
@@ -33,11 +34,16 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, floa
     torch.save(build_sam(arguments.model).state_dict(), checkpoint)
     train = write_scenes(folder, arguments.calibration, 0, "train")
     val = write_scenes(folder, arguments.pictures, 1, "val")
-    command = ["evaluate", "--model", arguments.model, "--checkpoint", str(checkpoint)]
+    command = ["evaluate"]
+    if arguments.output is not None:
+        command = ["quantize", "--output", str(arguments.output)]
+    command += ["--model", arguments.model, "--checkpoint", str(checkpoint)]
     command += ["--scheme", str(arguments.scheme), "--work-dir", str(folder / "run")]
     command += ["--images", str(val[0]), "--annotations", str(val[1])]
     command += ["--calibration-images", str(train[0]), "--calibration-annotations", str(train[1])]
     command += ["--calibration-size", str(arguments.calibration)]
+    if arguments.scheme_options:
+        command += ["--scheme-options", *arguments.scheme_options]
     if arguments.device:
         command += ["--device", arguments.device]
     if ptq4sam(command):
@@ -53,9 +59,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="vit_b")
     parser.add_argument("--scheme", type=Path, default=_SCHEME)
+    parser.add_argument("--scheme-options", nargs="+", metavar="KEY=VALUE")
     parser.add_argument("--calibration", type=int, default=2, help="calibration pictures")
     parser.add_argument("--pictures", type=int, default=2, help="evaluated pictures")
     parser.add_argument("--device")
+    parser.add_argument("--output", type=Path, help="keep the quantized model")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         stages = run(arguments, Path(folder))

@@ -35,6 +35,10 @@ class DependencyError(Ptq4samError):
     """An optional package that the request needs is not installed."""
 
 
+class MissingError(CheckpointError, DataError, DependencyError):
+    """Files or packages that a request needs are not there; the message names all of them."""
+
+
 class ResourceError(Ptq4samError):
     """Memory or disk is used up; the message names the knob to turn."""
 

@@ -298,7 +298,7 @@ def _refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--scheme", "SCHEME", "CALIBRATION", "--calibration-size", "0"], "1 or more"),
         (["--scheme", "SCHEME", "--calibration-annotations", "a.json"], "--calibration-images"),
         (["--scheme", "SCHEME", "--calibration-images", "IMAGES"], "ground-truth"),
-        (["--float-checkpoint", "a.pth"], "not quantized"),
+        (["--float-checkpoint", "broken.json"], "not quantized"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -415,8 +415,28 @@ def test_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = CocoDataset(tmp_path / "a/images/train", tmp_path / "a/annotations/train.json")
     val = CocoDataset(tmp_path / "a/images/val", tmp_path / "a/annotations/val.json")
     assert (len(train.images), len(val.images)) == (1, 2)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "1 scenes in a/images/train, annotations a/annotations/train.json"
+    assert said[1].startswith("2 scenes in a/images/val")
     assert not np.array_equal(train.load(train.images[0]), val.load(val.images[0]))
     assert "at least one scene" in _refusal(capsys, "scenes", "b", "--train", 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--backend", "openvine"], "backend 'openvine' was asked for: use torch, integer"),
+        (["--backend", "onnxruntime", "--precision", "bf16"], "openvino has f32 and bf16"),
+    ],
+)
+def test_a_misspelt_backend_is_told_before_files_are_looked_for(
+    given: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (
+        ["evaluate", "--images", "nowhere", "--annotations", "nowhere.json"],
+        ["everything", "--images", "nowhere", "--out", "o"],
+    ):
+        assert told in _refusal(capsys, *command, "--checkpoint", "nothing", *given)
 
 
 def test_what_was_asked_for_by_name_goes_before_a_preset(tiny: Tiny, tmp_path: Path) -> None:

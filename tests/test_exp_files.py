@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from ptq4sam.data.images import ImageSet
 from ptq4sam.downloads import find_asset
-from ptq4sam.errors import CheckpointError, DependencyError
 from ptq4sam.prompts import DetrDetector, open_prompts
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.solver.experiment import ExperimentConfig
@@ -96,9 +94,6 @@ def test_published_experiment(name: str) -> None:
     assert read.prompting.max_per_image == (300 if "dino" in name else 100)
     if read.detector.config is not None:
         assert (ROOT / read.detector.config).is_file()
-    if read.detector.type == "mmdet" and find_spec("mmdet") is None:
-        with pytest.raises(DependencyError, match=r"environment\.sh mmdet"):
-            read.detector.require_available()
 
 
 DETRS = [
@@ -120,15 +115,9 @@ def test_experiment_with_a_detr(
     assert read.detector.checkpoint == asset.path
     assert read.prompting.best_in_multi_mask == ("best-in-multi" in name.stem)
     assert read.prompting.cascade == ("cascade" in name.stem)
-    with pytest.raises(CheckpointError) as caught:
-        read.detector.require_weights()
-    told = str(caught.value)
-    assert all(word in told for word in (str(asset.path), asset.url, asset.name, "no checksum"))
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"read at the first picture")
     read = ExperimentConfig.from_file(path, f"detector.checkpoint={weights}")
-    read.detector.require_weights()
-    read.detector.require_available()
     source = open_prompts(read.detector.prompts, ImageSet(skip_bad=False))
     assert isinstance(source, DetrDetector)
     assert (source.kind, source.path) == (kind, weights)
@@ -152,7 +141,6 @@ def test_yolox_l_without_mmdet(size: str) -> None:
     read, published = (
         experiment(f"yolox/{stem}-sam-vit-{size}.py") for stem in ("yolox_l_megvii", "yolo_l")
     )
-    read.detector.require_available()
     assert read.detector.prompts == "yolox:ckpt/yolox_l.pth"
     assert replace(read, detector=published.detector) == published
 
@@ -176,11 +164,11 @@ def test_experiment_with_vit_nano(name: str, prompts: str) -> None:
     read = experiment(name)
     assert (read.sam.type, read.sam.checkpoint) == ("vit_nano", None)
     assert read.detector.prompts == prompts
-    read.detector.require_available()
 
 
 def test_the_scheme_for_deployment_has_integer_products() -> None:
     deployed = scheme("w8a8")
     for tensors in (deployed.a_qconfig, deployed.w_qconfig):
         assert (tensors.bit, tensors.symmetric) == (8, True)
-    assert not deployed.ptq4sam.AGQ
+    # Only the decoder: the encoder keeps integer products of attentions.
+    assert deployed.ptq4sam.AGQ == "decoder"

@@ -1,6 +1,6 @@
 """Compare PTQ4SAM with NNCF's INT8 on one runtime, OpenVINO, and write docs/nncf.md.
 
-    python tools/write_nncf.py --coco-mini DIR --out docs/nncf.md
+    python tools/write_nncf.py --coco-mini DIR --out docs/nncf.md [--calibration N] [--limit N]
 
 vit_nano, float and quantized in each way, is exported and scored by the same code: with
 ground-truth boxes, and by masks of everything. What is finished in the work directory is not done
@@ -217,16 +217,33 @@ def section(data: Data, arguments: argparse.Namespace) -> list[str]:
 _INTRODUCTION = """\
 # PTQ4SAM beside NNCF's INT8
 
-Written by `python tools/write_nncf.py`; every number was measured by it. `vit_nano` on OpenVINO's
-CPU runtime, float32 for what is not integer, {threads} thread(s); {calibration} calibration
-pictures for each way. NNCF quantizes the image encoder (model type transformer, mixed preset) and
-leaves the decoder float, as OpenVINO's notebooks do; "controlled" is its accuracy-controlled
-variant, which may lose {max_drop} points of mean IoU on the calibration pictures. PTQ4SAM
-quantizes encoder and decoder by statistics (PTQ4SAM-S), in one row the encoder alone, as NNCF does.
-Codes of 4 and 6 bits run as bytes; the packed file is what `ptq4sam quantize` writes. "Everything"
-is automatic mask generation on {everything} pictures: the mean IoU of each annotated object with
-the mask that fits it best, and masks a picture. Times are medians of {rounds}, the models in turns.
+Written by `python tools/write_nncf.py {options}`; every number was measured by it. `vit_nano` on
+OpenVINO's CPU runtime, float32 for what is not integer, {threads} thread(s); {calibration}
+calibration pictures for each way. NNCF quantizes the image encoder (model type transformer, mixed
+preset) and leaves the decoder float, as OpenVINO's notebooks do; "controlled" is its
+accuracy-controlled variant, which may lose {max_drop} points of mean IoU on the calibration
+pictures. PTQ4SAM quantizes encoder and decoder by statistics (PTQ4SAM-S), in one row the encoder
+alone, as NNCF does.
+Codes of 4 and 6 bits run as bytes; in the encoder's files weights of up to 4 bits take half a byte,
+in the packed file, which `ptq4sam quantize` writes, all take their bits. "Everything" is automatic
+mask generation on {everything} pictures: the mean IoU of each annotated object with the mask that
+fits it best, and masks a picture; thresholds are those of `ptq4sam everything` but for
+{thresholds}, since `vit_nano` is unsure of single points. Encoding times are medians of {rounds},
+the models in turns; the machine may have been shared, so that only their ratios say something.
 """
+
+
+def _options(arguments: argparse.Namespace) -> list[str]:
+    """The options that numbers depend on, as they would be given again."""
+    options = [f"--calibration {arguments.calibration}", f"--rounds {arguments.rounds}"]
+    options.append(f"--everything {arguments.everything}")
+    return options if arguments.limit is None else [*options, f"--limit {arguments.limit}"]
+
+
+def _thresholds() -> list[str]:
+    """Settings of `EVERYTHING` that are not the defaults."""
+    usual = EverythingSettings().to_dict()
+    return [f"`{k}` {v}" for k, v in EVERYTHING.to_dict().items() if v != usual[k]]
 
 
 def main() -> None:
@@ -257,6 +274,8 @@ def main() -> None:
         everything=arguments.everything,
         rounds=arguments.rounds,
         threads=torch.get_num_threads(),
+        options=" ".join(_options(arguments)),
+        thresholds=", ".join(_thresholds()),
     )
     parts = [introduction, *("\n".join(lines) for lines in sections)]
     parts.append(f"Measured on {arguments.machine}; {used}.\n")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _NOTE = (
     "one picture, {boxes} box{es}; multiply-accumulates, windows with their padding; not counted: "
-    "norms, softmax, activation functions, sums. What is not quantized counts at 32 bits. float "
+    "norms, softmax, activation functions, sums. What is not quantized computes at 32 bits. float "
     "operations: each weighted by max(bits)/32; bit operations: by the product of both operands' "
     "bits. Activations: what the operations read."
 )

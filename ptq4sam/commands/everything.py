@@ -33,14 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     from ptq4sam import parallel
+    from ptq4sam.deploy.backends import check_backend
+    from ptq4sam.downloads import Missing
     from ptq4sam.everything import EverythingSettings
     from ptq4sam.experiments.everything import open_model, open_pictures, segment_everything
+    from ptq4sam.experiments.needed import look_for_sam
     from ptq4sam.experiments.settings import find_device
     from ptq4sam.progress import bars
     from ptq4sam.sizes import parse_bytes
 
     settings = EverythingSettings().with_overrides(*parsed.options)
+    check_backend(parsed.backend, parsed.precision)
     budget = None if parsed.memory_budget is None else parse_bytes(parsed.memory_budget)
+    missing = Missing()
+    missing.look_for("pictures", parsed.images)
+    look_for_sam(missing, parsed.model, parsed.checkpoint)
+    missing.report()
     with parallel.joined():
         dataset = open_pictures(parsed.images, skip_bad=parsed.skip_bad, limit=parsed.limit)
         device = parallel.local_device(find_device(parsed.device))
@@ -53,4 +61,5 @@ def run(parsed: argparse.Namespace) -> int:
                 f"{found.masks} masks on {found.pictures} pictures, {found.seconds:.2f} s a "
                 f"picture; written to {parsed.out}\n"
             )
+            sys.stdout.write("\n".join(found.tally.lines(settings)) + "\n")
     return 0

@@ -24,6 +24,8 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam.deploy.container import is_quantized_file
     from ptq4sam.deploy.export import export
     from ptq4sam.deploy.storage import load
+    from ptq4sam.downloads import Missing
+    from ptq4sam.experiments.needed import look_for_sam
     from ptq4sam.sam.checkpoint import load_sam
     from ptq4sam.sam.model import Sam
     from ptq4sam.sizes import format_bytes
@@ -38,6 +40,9 @@ def run(parsed: argparse.Namespace) -> int:
             "by --checkpoint"
         )
     else:
+        missing = Missing()
+        look_for_sam(missing, parsed.model, parsed.checkpoint)
+        missing.report()
         sam = load_sam(parsed.model, parsed.checkpoint)
     manifest = export(sam, parsed.output, parsed.format)
     for name in manifest.files:

@@ -5,6 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+SOURCES = (
+    "boxes.json, ground-truth, scene-detector, onnx:FILE, yolox:FILE.pth, hdetr:FILE, "
+    "focalnet-dino:FILE, torchvision:NAME[:FILE], transformers:FOLDER or mmdet:CONFIG:FILE "
+    "(docs/prompts.md)"
+)
+"""Where boxes come from."""
+
 
 def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) -> None:
     """The flags of a run: model, scheme, pictures, prompts, engine."""
@@ -38,9 +45,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) ->
     parser.add_argument(
         "--prompts",
         default="ground-truth",
-        help="boxes.json, ground-truth (the default), scene-detector, onnx:FILE, yolox:FILE.pth, "
-        "hdetr:FILE, focalnet-dino:FILE, torchvision:NAME[:FILE], transformers:FOLDER or "
-        "mmdet:CONFIG:FILE",
+        help=f"where boxes come from, default ground-truth: {SOURCES}",
     )
     parser.add_argument("--calibration-images", type=Path, help="pictures that ranges come from")
     parser.add_argument("--calibration-annotations", type=Path, metavar="B.json")

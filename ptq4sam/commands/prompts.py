@@ -6,13 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from ptq4sam.commands.flags import SOURCES
 from ptq4sam.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam prompts`."""
     parser.add_argument(
-        "--detector", required=True, help="as --prompts of evaluate: onnx:FILE, ..."
+        "--detector", required=True, metavar="SOURCE", help=f"where boxes come from: {SOURCES}"
     )
     parser.add_argument(
         "--dataset",

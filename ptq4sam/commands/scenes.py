@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -19,5 +20,6 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam.data.scenes import write_scenes
 
     for offset, (name, count) in enumerate((("train", parsed.train), ("val", parsed.val))):
-        write_scenes(parsed.folder, count, 2 * parsed.seed + offset, name)
+        images, annotations = write_scenes(parsed.folder, count, 2 * parsed.seed + offset, name)
+        sys.stdout.write(f"{count} scenes in {images}, annotations {annotations}\n")
     return 0

@@ -22,6 +22,7 @@ from ptq4sam.data.segmentation import (
     encode_segmentation,
     segmentation_problem,
 )
+from ptq4sam.downloads import where_from
 from ptq4sam.errors import DataError
 from ptq4sam.files import read_json
 
@@ -88,7 +89,7 @@ class CocoDataset(ImageSet):
         images, annotations = Path(images), Path(annotations)
         check_limit(limit)
         if not images.is_dir():
-            raise DataError(f"there is no image folder {images}")
+            raise DataError(f"there is no image folder {images}: {where_from(images)}")
         self.path = annotations
         content, self._digest = read_json(annotations, "annotations file")
         if not isinstance(content, dict):

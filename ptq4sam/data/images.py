@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from ptq4sam.downloads import where_from
 from ptq4sam.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ class ImageFolder(ImageSet):
         super().__init__(skip_bad)
         check_limit(limit)
         if not images.is_dir():
-            raise DataError(f"there is no image folder {images}")
+            raise DataError(f"there is no image folder {images}: {where_from(images)}")
         known = Image.registered_extensions()
         files = sorted(path for path in images.iterdir() if path.suffix.lower() in known)
         self._files = files

@@ -14,7 +14,7 @@ from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.exported import ExportedSam, open_exported
 from ptq4sam.deploy.integer import integer_model
 from ptq4sam.deploy.manifest import formats
-from ptq4sam.deploy.runtimes import RUNTIMES, Precision
+from ptq4sam.deploy.runtimes import PRECISIONS, RUNTIMES, Precision
 from ptq4sam.deploy.storage import load
 from ptq4sam.deploy.torch_int8 import with_integer_products
 from ptq4sam.errors import CheckpointError, ConfigError, DependencyError
@@ -22,12 +22,29 @@ from ptq4sam.sam.model import PromptableModel, Sam
 
 _log = logging.getLogger(__name__)
 
-INTEGER, TORCH_INT8 = "integer", "torch-int8"
+TORCH, INTEGER, TORCH_INT8 = "torch", "integer", "torch-int8"
 BACKENDS = (INTEGER, TORCH_INT8, *RUNTIMES)
 AUTO = "auto"
 
 Deployed = ExportedSam | Sam
 """A model that is not simulated: exported, or on integers in torch."""
+
+
+def check_backend(backend: str, precision: str = "f32") -> None:
+    """Whether there is such a backend: a check that needs neither files nor data.
+
+    Raises:
+        ConfigError: there is none, or none of that precision.
+    """
+    if backend not in (TORCH, AUTO, *BACKENDS):
+        raise ConfigError(
+            f"backend {backend!r} was asked for: use {TORCH}, {', '.join(BACKENDS)} or {AUTO}"
+        )
+    if precision not in PRECISIONS or (precision != "f32" and backend not in ("openvino", AUTO)):
+        raise ConfigError(
+            f"precision {precision!r} was asked for in {backend}: openvino has "
+            f"{' and '.join(PRECISIONS)}, the others f32"
+        )
 
 
 def open_backend(checkpoint: str | Path, backend: str, precision: str = "f32") -> Deployed:
@@ -45,6 +62,7 @@ def open_backend(checkpoint: str | Path, backend: str, precision: str = "f32") -
         CheckpointError: the checkpoint cannot be run by it.
         DependencyError: the runtime is not installed.
     """
+    check_backend(backend, precision)
     path = Path(checkpoint)
     if backend == AUTO:
         return _fastest(path, precision)
@@ -56,10 +74,6 @@ def open_backend(checkpoint: str | Path, backend: str, precision: str = "f32") -
             )
         quantized = load(path)
         return integer_model(quantized) if backend == INTEGER else with_integer_products(quantized)
-    if backend not in RUNTIMES:
-        raise ConfigError(
-            f"backend {backend!r} was asked for: use torch, {', '.join(BACKENDS)} or {AUTO}"
-        )
     return open_exported(path, backend, cast(Precision, precision))
 
 

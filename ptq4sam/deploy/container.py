@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,23 +127,38 @@ def read_container(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: the file is missing, damaged, newer, or not of this format.
     """
     description = read_description(path)
+    return dict(checked_tensors(path, description)), description
+
+
+def checked_tensors(path: Path, description: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a file by name, one after the other, each compared with its checksum.
+
+    Args:
+        path: the file.
+        description: what `read_description` found in it.
+
+    Raises:
+        CheckpointError: the file is damaged; the tensor that was hit is named.
+    """
+    checksums = description.get(_CHECKSUMS, {})
+    unchecked = description["format_version"] == UNPACKED_VERSION
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = set(file.keys())
+            if not unchecked and checksums.keys() != names:
+                name = min(checksums.keys() ^ names)
+                raise CheckpointError(
+                    f"{path} is damaged ({name} is missing or too much): {_AGAIN}"
+                )
+            for name in sorted(names):
+                tensor = file.get_tensor(name)
+                if not unchecked and _digest(tensor) != checksums[name]:
+                    raise CheckpointError(
+                        f"{path} is damaged ({name} does not have its checksum): {_AGAIN}"
+                    )
+                yield name, tensor
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise _damaged(path, error) from error
-    if description["format_version"] == UNPACKED_VERSION:
-        return tensors, description
-    checksums = description.get(_CHECKSUMS, {})
-    if checksums.keys() != tensors.keys():
-        name = min(checksums.keys() ^ tensors.keys())
-        raise CheckpointError(f"{path} is damaged ({name} is missing or too much): {_AGAIN}")
-    for name, tensor in tensors.items():
-        if _digest(tensor) != checksums[name]:
-            raise CheckpointError(
-                f"{path} is damaged ({name} does not have its checksum): {_AGAIN}"
-            )
-    return tensors, description
 
 
 def _digest(tensor: Tensor) -> str:

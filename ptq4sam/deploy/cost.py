@@ -181,8 +181,8 @@ def count(
     for operation in operations(sam, boxes):
         add(_cost(operation))
     half = scheme is not None and scheme.float_weights == "float16"
-    for part in _storage(sam, half):
-        add(part)
+    for path, values, size in storage(sam, half):
+        add(PartCost(_part(path), values, size, FLOAT_BITS // 8 * values))
     return Cost(name, boxes, tuple(parts.values()))
 
 
@@ -341,10 +341,14 @@ def _cost(operation: Operation) -> PartCost:
     )
 
 
-def _storage(sam: Sam, half: bool) -> Iterator[PartCost]:
-    """Parameters and the bytes that they take, by part.
+def storage(sam: Sam, half: bool = False) -> Iterator[tuple[str, int, int]]:
+    """Name, number of values and bytes of every parameter.
 
     A quantized weight takes its packed codes, and a scale and zero point for each of its channels.
+
+    Args:
+        sam: a model, on the meta device or not.
+        half: what no quantizer touches takes half precision.
     """
     layers = {f"{name}.weight": layer for name, layer in quantized_layers(sam)}
     halved = float_weights(sam) if half else {}
@@ -358,7 +362,7 @@ def _storage(sam: Sam, half: bool) -> Iterator[PartCost]:
             size = packed_size(values, layer.weight_quantizer.grid.bits)
             channels = tensor.shape[0] if layer.weight_quantizer.channel_axis == 0 else 1
             size += channels * _CHANNEL_BYTES
-        yield PartCost(_part(name), values, size, 4 * values)
+        yield name, values, size
 
 
 def _part(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ptq4sam.errors import CheckpointError, DependencyError
 
 Arrays = Mapping[str, NDArray[Any]]
 Precision = Literal["f32", "bf16"]
+PRECISIONS = get_args(Precision)
 
 RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino"}
 """Runtimes, and the format of the files that each takes."""

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
 
-from ptq4sam.deploy.container import read_description
+from ptq4sam.deploy.container import checked_tensors, read_description
 from ptq4sam.deploy.storage import CODES
 
 _FLOAT_BYTES = 4
+_KINDS = {torch.float32: "f32", torch.float16: "f16", torch.uint8: "u8", torch.bool: "bool"}
 _SCALES = "scales, zero points, tau"
 _NORMS = "biases and layer norms"
 # Patterns in names, the first that fits counts.
@@ -70,14 +71,15 @@ class SizeReport:
         )
 
     def lines(self) -> list[str]:
-        """The report as a table for people; shares are of the float32 weights as a whole."""
+        """The report as a table for people, with what its last column is."""
         head = (
             f"{'part':<34}{'written as':<14}{'values':>12}{'MB':>9}{'float32 MB':>12}{'share':>8}"
         )
+        note = f"share: MB of the {self.float_size / 1e6:.2f} MB of all float32 weights"
         total = PartSize(
             "total", "", sum(part.values for part in self.parts), self.size, self.float_size
         )
-        return [head, *map(self._line, (*self.parts, total))]
+        return [head, *map(self._line, (*self.parts, total)), note]
 
     def _line(self, part: PartSize) -> str:
         in_float = f"{part.float_size / 1e6:.2f}" if part.float_size else "-"
@@ -89,7 +91,7 @@ class SizeReport:
 
 
 def size_report(path: str | Path) -> SizeReport:
-    """Measure a quantized file; only its header is read.
+    """Measure a quantized file, and compare each of its tensors with its checksum.
 
     Raises:
         CheckpointError: the file is missing, damaged, newer, or not of this format.
@@ -123,21 +125,12 @@ def size_report(path: str | Path) -> SizeReport:
 def _tensors(path: Path, description: dict[str, Any]) -> Iterator[tuple[str, str, int, int]]:
     """Name, kind, number of values and bytes of every tensor."""
     weights = description.get("weights", {})
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            tensor = file.get_slice(name)
-            count, kind = math.prod(tensor.get_shape()), str(tensor.get_dtype())
-            size = count * _bits(kind) // 8
-            if name.endswith(CODES):
-                weight = weights[name.removesuffix(f".{CODES}")]
-                yield name, f"{weight['bits']} bits", math.prod(weight["shape"]), size
-            else:
-                yield name, kind.lower(), count, size
-
-
-def _bits(kind: str) -> int:
-    """Bits of a value, from the name of a safetensors type as F32 or U8."""
-    return 8 if kind == "BOOL" else int(kind.lstrip("BFIU"))
+    for name, tensor in checked_tensors(path, description):
+        if name.endswith(CODES):
+            weight = weights[name.removesuffix(f".{CODES}")]
+            yield name, f"{weight['bits']} bits", math.prod(weight["shape"]), tensor.nbytes
+        else:
+            yield name, _KINDS.get(tensor.dtype, str(tensor.dtype)), tensor.numel(), tensor.nbytes
 
 
 def _part(name: str) -> str:

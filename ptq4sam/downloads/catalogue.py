@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,11 @@ class Digest:
     algorithm: str
     beginning: str
 
+    def __str__(self) -> str:
+        """As `sha256 d3bd2b23...`."""
+        whole = len(self.beginning) == 2 * hashlib.new(self.algorithm).digest_size
+        return f"{self.algorithm} {self.beginning}{'' if whole else '...'}"
+
 
 @dataclass(frozen=True)
 class Asset:
@@ -31,10 +37,11 @@ class Asset:
         path: where it belongs, below the repository's root.
         url: where it comes from.
         licence: of the publisher.
-        size: bytes, None where the publisher does not say.
+        size: bytes, which a download must have; None where they are not known for certain.
         digest: what the publisher says of its checksum, or None.
+        about: bytes of copies that others keep of it, to plan by; None where none was found.
         unpacked: folder that a ZIP archive is unpacked into, or None.
-        makes: file or folder that unpacking makes, below `unpacked`.
+        makes: files or folders that unpacking makes, below `unpacked`.
     """
 
     name: str
@@ -43,8 +50,46 @@ class Asset:
     licence: str
     size: int | None = None
     digest: Digest | None = None
+    about: int | None = None
     unpacked: Path | None = None
-    makes: Path | None = None
+    makes: tuple[Path, ...] = ()
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """What is there after a download, below the repository's root."""
+        if self.unpacked is None:
+            return (self.path,)
+        return tuple(self.unpacked / made for made in self.makes)
+
+    def place_of(self, path: Path) -> Path:
+        """The one of `places` that a file or folder of that name would be."""
+        return next(place for place in self.places if place.name == path.name)
+
+    @property
+    def size_text(self) -> str:
+        """The size for people: "375 MB", "about 2.6 GB", "?"."""
+        if self.size is not None:
+            return _decimal(self.size)
+        return "?" if self.about is None else f"about {_decimal(self.about)}"
+
+    @property
+    def facts(self) -> str:
+        """What a message says of it: size, and of weights the checksum and where they are from.
+
+        What an archive holds is fetched and checked by the command, hardly by hand.
+        """
+        known = [] if self.size_text == "?" else [self.size_text]
+        if self.unpacked is None:
+            known.append("no checksum" if self.digest is None else str(self.digest))
+            known.append(self.url)
+        return ", ".join(known)
+
+
+def _decimal(size: int) -> str:
+    """Bytes in units of 1000, as publishers give them."""
+    if size >= 1e9:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
 
 
 _CKPT = Path("ckpt")
@@ -54,51 +99,97 @@ _MMDET = "https://download.openmmlab.com/mmdetection/"
 _YOLOX = "https://github.com/Megvii-BaseDetection/YOLOX/releases/download/0.1.1rc0/"
 _HDETR = "https://github.com/HDETR/H-Deformable-DETR/releases/download/v0.1/"
 _FOCALNET = "https://projects4jw.blob.core.windows.net/focalnet/release/detection/"
+_TORCHVISION = "https://download.pytorch.org/models/"
 _COCO_SITE = "http://images.cocodataset.org/"
 _COCO_TERMS = "CC BY 4.0 (annotations), Flickr's terms (pictures)"
 
+_TORCHVISION_FILES = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn": ("-907ea3f9", 74.239),
+    "fasterrcnn_mobilenet_v3_large_fpn": ("-fb6a3cc7", 74.239),
+    "fasterrcnn_resnet50_fpn": ("_coco-258fb6c6", 159.743),
+    "fasterrcnn_resnet50_fpn_v2": ("_coco-dd69338a", 167.104),
+    "fcos_resnet50_fpn": ("_coco-99b0c9b7", 123.608),
+    "keypointrcnn_resnet50_fpn": ("_coco-fc266e95", 226.054),
+    "maskrcnn_resnet50_fpn": ("_coco-bf2d0c1e", 169.84),
+    "maskrcnn_resnet50_fpn_v2": ("_coco-73cbd019", 177.219),
+    "retinanet_resnet50_fpn": ("_coco-eeacb38b", 130.267),
+    "retinanet_resnet50_fpn_v2": ("_coco-5905b1c5", 146.037),
+    "ssd300_vgg16": ("_coco-b556d3b4", 135.988),
+    "ssdlite320_mobilenet_v3_large": ("_coco-a79551df", 13.418),
+}
+"""torchvision's detectors: how its default weights' name ends, and their MiB, as it says itself."""
 
-def _weights(name: str, url: str, licence: str, size: int | None, digest: Digest | None) -> Asset:
-    return Asset(name, _CKPT / url.rpartition("/")[2], url, licence, size, digest)
+
+def _weights(
+    name: str,
+    url: str,
+    licence: str,
+    digest: Digest | None = None,
+    *,
+    size: int | None = None,
+    about: int | None = None,
+) -> Asset:
+    return Asset(name, _CKPT / url.rpartition("/")[2], url, licence, size, digest, about)
 
 
-def _coco(name: str, url: str, size: int | None, md5: str, makes: str, into: Path) -> Asset:
+def _of_torchvision(model: str, ending: str, mebibytes: float) -> Asset:
+    return _weights(
+        f"torchvision-{model.replace('_', '-')}",
+        f"{_TORCHVISION}{model}{ending}.pth",
+        "BSD-3-Clause",
+        Digest("sha256", ending.rpartition("-")[2]),
+        about=round(mebibytes * 2**20),
+    )
+
+
+def _coco(
+    name: str, url: str, md5: str, *makes: str, size: int | None = None, about: int | None = None
+) -> Asset:
     archive = _COCO / url.rpartition("/")[2]
-    digest = Digest("md5", md5)
-    return Asset(name, archive, url, _COCO_TERMS, size, digest, into, Path(makes))
+    made = tuple(map(Path, makes))
+    return Asset(name, archive, url, _COCO_TERMS, size, Digest("md5", md5), about, _COCO, made)
 
 
+# Sizes after `about` are those of copies of the same name on the Hugging Face Hub, of YOLOX-L of
+# mmdetection the copy with the published checksum; torchvision gives its own.
 _EVERY = (
     _weights(
         "sam-vit-b",
         _SAM + "sam_vit_b_01ec64.pth",
         "Apache-2.0",
-        375_042_383,
         Digest("md5", "01ec64"),
+        size=375_042_383,
     ),
     _weights(
-        "sam-vit-l", _SAM + "sam_vit_l_0b3195.pth", "Apache-2.0", None, Digest("md5", "0b3195")
+        "sam-vit-l",
+        _SAM + "sam_vit_l_0b3195.pth",
+        "Apache-2.0",
+        Digest("md5", "0b3195"),
+        about=1_249_524_607,
     ),
     _weights(
-        "sam-vit-h", _SAM + "sam_vit_h_4b8939.pth", "Apache-2.0", None, Digest("md5", "4b8939")
+        "sam-vit-h",
+        _SAM + "sam_vit_h_4b8939.pth",
+        "Apache-2.0",
+        Digest("md5", "4b8939"),
+        about=2_564_550_879,
     ),
-    _weights("yolox-nano-onnx", _YOLOX + "yolox_nano.onnx", "Apache-2.0", 3_659_407, None),
-    _weights("yolox-l-onnx", _YOLOX + "yolox_l.onnx", "Apache-2.0", None, None),
-    _weights("yolox-l-megvii", _YOLOX + "yolox_l.pth", "Apache-2.0", None, None),
+    _weights("yolox-nano-onnx", _YOLOX + "yolox_nano.onnx", "Apache-2.0", size=3_659_407),
+    _weights("yolox-l-onnx", _YOLOX + "yolox_l.onnx", "Apache-2.0", about=217_000_000),
+    _weights("yolox-l-megvii", _YOLOX + "yolox_l.pth", "Apache-2.0", about=434_357_141),
     _weights(
         "yolox-l",
         _MMDET + "v2.0/yolox/yolox_l_8x8_300e_coco/"
         "yolox_l_8x8_300e_coco_20211126_140236-d3bd2b23.pth",
         "Apache-2.0",
-        None,
         Digest("sha256", "d3bd2b23"),
+        about=217_289_556,
     ),
     _weights(
         "faster-rcnn-r50",
         _MMDET + "v2.0/faster_rcnn/faster_rcnn_r50_fpn_2x_coco/"
         "faster_rcnn_r50_fpn_2x_coco_bbox_mAP-0.384_20200504_210434-a5d8aa15.pth",
         "Apache-2.0",
-        None,
         Digest("sha256", "a5d8aa15"),
     ),
     _weights(
@@ -106,7 +197,6 @@ _EVERY = (
         _MMDET + "v3.0/dino/dino-4scale_r50_8xb2-12e_coco/"
         "dino-4scale_r50_8xb2-12e_coco_20221202_182705-55b2bba2.pth",
         "Apache-2.0",
-        None,
         Digest("sha256", "55b2bba2"),
     ),
     _weights(
@@ -114,7 +204,6 @@ _EVERY = (
         _MMDET + "v3.0/dino/dino-5scale_swin-l_8xb2-12e_coco/"
         "dino-5scale_swin-l_8xb2-12e_coco_20230228_072924-a654145f.pth",
         "Apache-2.0",
-        None,
         Digest("sha256", "a654145f"),
     ),
     _weights(
@@ -123,39 +212,35 @@ _EVERY = (
         + "r50_hybrid_branch_lambda1_group6_t1500_dp0_mqs_lft_deformable_detr_plus_iterative_"
         "bbox_refinement_plus_plus_two_stage_36eps.pth",
         "MIT",
-        None,
-        None,
     ),
     _weights(
         "focalnet-dino-l",
         _FOCALNET + "focalnet_large_fl4_o365_finetuned_on_coco.pth",
         "MIT",
-        None,
-        None,
+        about=2_740_000_000,
     ),
+    *(_of_torchvision(model, *file) for model, file in _TORCHVISION_FILES.items()),
     _coco(
         "coco-val",
         _COCO_SITE + "zips/val2017.zip",
-        815_585_330,
         "442b8da7639aecaf257c1dceb8ba8c80",
         "val2017",
-        _COCO,
+        size=815_585_330,
     ),
     _coco(
         "coco-train",
         _COCO_SITE + "zips/train2017.zip",
-        None,
         "cced6f7f71b7629ddf16f17bbcfab6b2",
         "train2017",
-        _COCO,
+        about=19_300_000_000,
     ),
     _coco(
         "coco-annotations",
         _COCO_SITE + "annotations/annotations_trainval2017.zip",
-        252_907_541,
         "f4bbac642086de4f52a3fdda2de5fa2c",
         "annotations/instances_val2017.json",
-        _COCO,
+        "annotations/instances_train2017.json",
+        size=252_907_541,
     ),
 )
 
@@ -176,16 +261,39 @@ def find_asset(name: str) -> Asset:
     raise ConfigError(f"asked to download {name!r}, which is not known: {hint}")
 
 
+def asset_at(path: Path) -> Asset | None:
+    """The asset that a missing file or folder would be part of, or None.
+
+    Weights are known by their file's name, parts of a data set by the names behind "data/".
+    """
+    for asset in ASSETS.values():
+        for place in asset.places:
+            known = place.parts[1:]
+            if path.parts[-len(known) :] == known:
+                return asset
+    return None
+
+
 def where_from(path: Path) -> str:
     """Where a file comes from, for the message that it is not there.
 
     Args:
         path: where it was looked for; its name tells which it is.
     """
-    for asset in ASSETS.values():
-        if asset.path.name == path.name:
-            known = "the publisher gives no checksum"
-            if asset.digest is not None:
-                known = f"its {asset.digest.algorithm} begins with {asset.digest.beginning}"
-            return f"ptq4sam download {asset.name}, or fetch {asset.url} ({known})"
-    return "name another file, or see what ptq4sam download --list has"
+    asset = asset_at(path)
+    if asset is not None:
+        moved = "" if path in asset.places else f", which puts it at {asset.place_of(path)}"
+        return f"ptq4sam download {asset.name} ({asset.facts}){moved}"
+    scenes = generated_in(path)
+    if scenes is not None:
+        return f"ptq4sam scenes {scenes} generates it"
+    return "name another, or see what ptq4sam download --list has"
+
+
+def generated_in(path: Path) -> Path | None:
+    """The data set of generated scenes that a path belongs to, as `ptq4sam scenes` makes it."""
+    parts = path.parts
+    for place, name in enumerate(parts):
+        if name == "scenes" and parts[place + 1 : place + 2] in (("images",), ("annotations",)):
+            return Path(*parts[: place + 1])
+    return None

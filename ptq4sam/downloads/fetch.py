@@ -35,10 +35,7 @@ class State(enum.Enum):
 
 def state_of(asset: Asset, root: Path) -> State:
     """Whether an asset is below `root`; an unpacked archive need not be kept."""
-    made = asset.unpacked is not None and asset.makes is not None
-    if made and (root / str(asset.unpacked) / str(asset.makes)).exists():
-        return State.THERE
-    if not made and (root / asset.path).exists():
+    if all((root / place).exists() for place in asset.places):
         return State.THERE
     started = _partial(root / asset.path).exists() or (root / asset.path).exists()
     return State.PARTIAL if started else State.MISSING

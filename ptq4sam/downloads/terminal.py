@@ -16,9 +16,8 @@ def listing(root: Path) -> list[str]:
     """A table of everything that can be downloaded, and whether it is below `root`."""
     rows = [("name", "state", "size", "licence", "place")]
     for asset in ASSETS.values():
-        size = "?" if asset.size is None else f"{asset.size / 1e6:,.0f} MB"
-        place = asset.path if asset.unpacked is None else asset.unpacked / str(asset.makes)
-        rows.append((asset.name, state_of(asset, root).value, size, asset.licence, str(place)))
+        state, place = state_of(asset, root).value, asset.places[0]
+        rows.append((asset.name, state, asset.size_text, asset.licence, str(place)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

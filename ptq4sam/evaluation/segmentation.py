@@ -15,11 +15,20 @@ from ptq4sam.sam.predictor import ImageEmbedding, Predictor
 
 @dataclass(frozen=True)
 class Segmented:
-    """Masks of one picture: bool [n, height, width], scores [n] and predicted IoUs [n]."""
+    """Masks of one picture.
+
+    Attributes:
+        masks: bool [n, height, width].
+        scores: [n].
+        predicted_ious: [n].
+        logits: of the masks, on the padded input at a quarter of its size [n, rows, columns]; where
+            the model computed them.
+    """
 
     masks: NDArray[np.bool_]
     scores: NDArray[np.float32]
     predicted_ious: NDArray[np.float32]
+    logits: Tensor
 
 
 def segment(
@@ -40,14 +49,16 @@ def segment(
     """
     if len(boxes) == 0:
         empty = np.zeros(0, np.float32)
-        return Segmented(np.zeros((0, *embedding.original_size), np.bool_), empty, empty)
+        masks_of_none = np.zeros((0, *embedding.original_size), np.bool_)
+        no_logits = embedding.features.new_empty(0, *predictor.sam.mask_input_size)
+        return Segmented(masks_of_none, empty, empty, no_logits)
     logits, ious = _predict(predictor, embedding, boxes, None, prompting)
     if prompting.cascade:
         logits, ious = _predict(predictor, embedding, boxes, logits, prompting)
     masks = predictor.binary_masks(logits, embedding)[:, 0]
     quality = ious if prompting.use_sam_iou else _probability_inside(logits)
     total = torch.from_numpy(scores).to(quality) * quality
-    return Segmented(masks.cpu().numpy(), total.cpu().numpy(), ious.cpu().numpy())
+    return Segmented(masks.cpu().numpy(), total.cpu().numpy(), ious.cpu().numpy(), logits[:, 0])
 
 
 def _predict(

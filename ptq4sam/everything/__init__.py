@@ -3,5 +3,6 @@
 from ptq4sam.everything.generator import MaskGenerator
 from ptq4sam.everything.masks import FoundMasks
 from ptq4sam.everything.settings import EverythingSettings
+from ptq4sam.everything.tally import Tally
 
-__all__ = ["EverythingSettings", "FoundMasks", "MaskGenerator"]
+__all__ = ["EverythingSettings", "FoundMasks", "MaskGenerator", "Tally"]

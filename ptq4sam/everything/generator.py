@@ -24,6 +24,14 @@ from ptq4sam.everything.filters import (
 )
 from ptq4sam.everything.masks import FoundMasks
 from ptq4sam.everything.settings import EverythingSettings
+from ptq4sam.everything.tally import (
+    CROP_DUPLICATES,
+    CUT_OFF,
+    DUPLICATES,
+    PREDICTED_IOU,
+    STABILITY,
+    Tally,
+)
 from ptq4sam.sam.predictor import ImageEmbedding, Predictor
 
 # Bytes that the masks which are looked at together may take; a mask of a picture of 12 megapixels
@@ -37,11 +45,17 @@ class MaskGenerator:
     A crop is encoded once. The decoder takes as many points at once as the predictor's memory
     budget allows, and masks that stay are held as run lengths, so that memory does not grow with
     the number of points.
+
+    Attributes:
+        predictor: of the SAM.
+        settings: how masks are found.
+        tally: what became of all masks that were proposed so far.
     """
 
     def __init__(self, predictor: Predictor, settings: EverythingSettings | None = None) -> None:
         self.predictor = predictor
         self.settings = settings or EverythingSettings()
+        self.tally = Tally()
 
     def generate(self, image: NDArray[np.uint8]) -> FoundMasks:
         """Find masks.
@@ -59,9 +73,9 @@ class MaskGenerator:
             # Masks of smaller crops are finer.
             left, top, right, bottom = masks.crops.T
             scores = 1 / ((right - left) * (bottom - top))
-            masks = masks.take(
-                without_duplicates(masks.boxes, scores, self.settings.crop_nms_thresh)
-            )
+            kept = without_duplicates(masks.boxes, scores, self.settings.crop_nms_thresh)
+            self.tally.dropped[CROP_DUPLICATES] += len(masks) - len(kept)
+            masks = masks.take(kept)
         if self.settings.min_mask_region_area:
             masks = self._cleaned(masks)
         return masks
@@ -92,6 +106,7 @@ class MaskGenerator:
         points = grid_of(crop, self.settings)
         masks = self.at_points(embedding, points, crop, (image.shape[0], image.shape[1]))
         kept = without_duplicates(masks.boxes, masks.predicted_ious, self.settings.box_nms_thresh)
+        self.tally.dropped[DUPLICATES] += len(masks) - len(kept)
         return masks.take(kept)
 
     def _decode(
@@ -112,6 +127,7 @@ class MaskGenerator:
         # The cheapest filter comes first: what it drops is not resized.
         threshold = self.settings.pred_iou_thresh
         promising = ((ious > threshold) | (threshold == 0)).nonzero()[:, 0]
+        self._count_proposed(len(points), ious, len(promising))
         low_res = prediction.low_res.flatten(0, 1)[promising]
         masks_each = prediction.iou_predictions.shape[1]
         prompts = np.repeat(points + np.array(crop.box[:2]), masks_each, axis=0)
@@ -144,8 +160,9 @@ class MaskGenerator:
         masks = logits > 0
         left, top, right, bottom = crop.box
         boxes = mask_boxes(masks) + logits.new_tensor([left, top, left, top]).long()
-        good = scores >= self.settings.stability_score_thresh
-        good &= ~cut_off(boxes, crop, size)
+        stable = scores >= self.settings.stability_score_thresh
+        good = stable & ~cut_off(boxes, crop, size)
+        self._count_examined(scores, stable, good)
         chosen = good.cpu().numpy()
         canvas = np.zeros((int(chosen.sum()), *size), np.bool_)
         canvas[:, top:bottom, left:right] = masks[good].cpu().numpy()
@@ -157,6 +174,17 @@ class MaskGenerator:
             points[chosen],
             np.tile(np.array(crop.box), (len(canvas), 1)),
         )
+
+    def _count_proposed(self, points: int, ious: Tensor, promising: int) -> None:
+        self.tally.points += points
+        self.tally.masks += len(ious)
+        self.tally.dropped[PREDICTED_IOU] += len(ious) - promising
+        self.tally.best_iou = max(self.tally.best_iou, float(ious.max()))
+
+    def _count_examined(self, scores: Tensor, stable: Tensor, good: Tensor) -> None:
+        self.tally.dropped[STABILITY] += int((~stable).sum())
+        self.tally.dropped[CUT_OFF] += int((stable & ~good).sum())
+        self.tally.best_stability = max(self.tally.best_stability, float(scores.max()))
 
     def _cleaned(self, masks: FoundMasks) -> FoundMasks:
         """Masks without small regions; of two that become alike, one that was clean stays."""
@@ -172,4 +200,6 @@ class MaskGenerator:
                 clean[place] = 0
         changed = dataclasses.replace(masks, segmentations=segmentations, boxes=boxes)
         threshold = max(settings.box_nms_thresh, settings.crop_nms_thresh)
-        return changed.take(without_duplicates(boxes, clean, threshold))
+        kept = without_duplicates(boxes, clean, threshold)
+        self.tally.dropped[DUPLICATES] += len(masks) - len(kept)
+        return changed.take(kept)

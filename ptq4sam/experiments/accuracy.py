@@ -19,7 +19,7 @@ from ptq4sam.experiments.settings import AccuracySettings
 from ptq4sam.experiments.validation import Validation
 from ptq4sam.model.exchange import exchanged, take_units
 from ptq4sam.model.insertion import ENCODER, QuantizedSam, model_units
-from ptq4sam.quantization.scheme import FLOAT, Scheme
+from ptq4sam.quantization.scheme import FLOAT, Scheme, bits_of_level, described_level
 from ptq4sam.sam.model import Sam
 
 _log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class _Control:
 
 
 def _bits(level: Level) -> float:
-    return math.inf if isinstance(level, str) else level
+    return min(bits_of_level(level) or (math.inf,))
 
 
 def _described(levels: Mapping[str, Level]) -> str:
@@ -188,4 +188,4 @@ def _tell(report: AccuracyReport, units: int) -> None:
         units,
     )
     for name, level in report.kept.items():
-        _log.info("kept %s: %s", level if level == FLOAT else f"at {level} bits", name)
+        _log.info("kept %s: %s", described_level(level), name)

@@ -6,9 +6,12 @@ from pathlib import Path
 
 from ptq4sam import parallel
 from ptq4sam.data import ImageSet, open_images
+from ptq4sam.downloads import Missing
+from ptq4sam.experiments.needed import look_for_data
 from ptq4sam.experiments.settings import DataSettings
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import Prompts, PromptSource, cached, open_prompts, write_results
+from ptq4sam.prompts.spec import look_for_prompts
 
 
 def detect(
@@ -33,7 +36,14 @@ def detect(
         skip_bad: skip damaged pictures.
         cache_dir: where boxes are kept that were found before.
         progress: shows how far it is.
+
+    Raises:
+        MissingError: the detector or the data are not there.
     """
+    missing = Missing()
+    look_for_prompts(missing, spec)
+    look_for_data(missing, data)
+    missing.report()
     dataset = open_images(data.images, data.annotations, skip_bad=skip_bad, limit=limit)
     source = cached(open_prompts(spec, dataset, device or "cpu"), dataset, cache_dir)
     return write_boxes(dataset, source, path, progress)

@@ -33,6 +33,9 @@ class Picture:
         prompts: boxes that were used.
         segmented: masks of the evaluated model.
         reference: masks of the float model, or None.
+        agreement: IoU of each mask with the float model's; empty without one.
+        ious: IoU of each mask with the truth; empty where prompts are not ground truth.
+        float_ious: the same of the float model.
     """
 
     record: ImageRecord
@@ -40,6 +43,9 @@ class Picture:
     prompts: Prompts
     segmented: Segmented
     reference: Segmented | None
+    agreement: Sequence[float] = ()
+    ious: Sequence[float] = ()
+    float_ious: Sequence[float] = ()
 
 
 @dataclass
@@ -138,11 +144,9 @@ def evaluate_sam(
         # Annotated boxes all score 1, so that what `select` leaves are the first ones.
         truth = source.truth(record)[: len(prompts)] if isinstance(source, GroundTruth) else None
         segmented = _segment(predictor, image, prompts, prompting)
-        scored, expected, scored_expected = (
-            score_picture(record, prompts, segmented, truth),
-            None,
-            None,
-        )
+        scored = score_picture(record, prompts, segmented, truth)
+        expected: Segmented | None = None
+        scored_expected: Scored | None = None
         agreement: list[float] = []
         if reference_predictor is not None:
             expected = _segment(reference_predictor, image, prompts, prompting)
@@ -150,7 +154,12 @@ def evaluate_sam(
             agreement = mask_ious(segmented.masks, expected.masks).tolist()
         outcomes.append(_Outcome(scored, scored_expected, agreement))
         if on_picture is not None:
-            on_picture(Picture(record, image, prompts, segmented, expected))
+            float_ious = [] if scored_expected is None else scored_expected.ious
+            on_picture(
+                Picture(
+                    record, image, prompts, segmented, expected, agreement, scored.ious, float_ious
+                )
+            )
     every = parallel.gather(outcomes)
     for record, outcome in zip(images, every, strict=True):
         if outcome is None:

@@ -21,7 +21,7 @@ from ptq4sam.deploy.storage import load
 from ptq4sam.errors import CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
 from ptq4sam.evaluation.pictures import draw_segments, write_picture
-from ptq4sam.everything import EverythingSettings, FoundMasks, MaskGenerator
+from ptq4sam.everything import EverythingSettings, FoundMasks, MaskGenerator, Tally
 from ptq4sam.experiments.pictures import file_names
 from ptq4sam.experiments.settings import DEFAULT_MODEL
 from ptq4sam.progress import Progress, silent
@@ -41,11 +41,12 @@ PICTURES = "pictures"
 
 @dataclass(frozen=True)
 class Summary:
-    """What was found: pictures, masks, median seconds a picture."""
+    """What was found: pictures, masks, median seconds a picture, and what filters dropped."""
 
     pictures: int
     masks: int
     seconds: float
+    tally: Tally
 
 
 def segment_everything(
@@ -95,7 +96,8 @@ def segment_everything(
     if parallel.is_first():
         write_json(_instances(annotations, settings), folder / RECORDS, compact=True)
     seconds = float(np.median([seconds for _, (_, seconds) in kept])) if kept else 0.0
-    return Summary(len(kept), sum(len(masks) for _, masks in annotations), seconds)
+    tally = Tally.joined(parallel.gather([generator.tally]))
+    return Summary(len(kept), sum(len(masks) for _, masks in annotations), seconds, tally)
 
 
 def open_model(

@@ -16,11 +16,13 @@ from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.deploy.manifest import Manifest
 from ptq4sam.deploy.nncf_encoder import NncfSettings, NncfValidation, Pixels, quantize_encoder
 from ptq4sam.deploy.runtimes import require
+from ptq4sam.downloads import Missing
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation import mask_ious
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import segment
 from ptq4sam.experiments.evaluate import has_truth, select
+from ptq4sam.experiments.needed import look_for_data, look_for_sam
 from ptq4sam.experiments.settings import DEFAULT_MODEL, AccuracySettings, DataSettings
 from ptq4sam.prompts import GroundTruth
 from ptq4sam.sam.checkpoint import load_sam
@@ -78,8 +80,10 @@ def quantize_by_nncf(request: NncfRequest) -> Manifest:
         ConfigError: validation pictures have no annotations.
         DataError: pictures cannot be read.
         DependencyError: OpenVINO or NNCF is not installed.
+        MissingError: files are not there.
     """
     require("nncf")
+    _require_inputs(request)
     # Both before the work: a mistake should not show after minutes.
     validation = None if request.accuracy is None else _validation(request, request.accuracy)
     calibration = request.calibration
@@ -97,6 +101,16 @@ def quantize_by_nncf(request: NncfRequest) -> Manifest:
     )
     _log.info("NNCF quantized the encoder in %s: %s", request.folder, manifest.nncf)
     return manifest
+
+
+def _require_inputs(request: NncfRequest) -> None:
+    missing = Missing()
+    look_for_sam(missing, request.model, request.checkpoint)
+    look_for_data(missing, request.calibration, "calibration ")
+    if request.accuracy is not None and request.accuracy.images is not None:
+        validation = DataSettings(request.accuracy.images, request.accuracy.annotations)
+        look_for_data(missing, validation, "validation ")
+    missing.report()
 
 
 class _Pixels(Sequence[Pixels]):

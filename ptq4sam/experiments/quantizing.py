@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from ptq4sam import parallel
 from ptq4sam.experiments.accuracy import AccuracyReport, Level, control_accuracy
 from ptq4sam.experiments.measurements import Measurements
+from ptq4sam.experiments.record import UnitRecord, unit_records
 from ptq4sam.experiments.settings import AccuracySettings, RunSettings
 from ptq4sam.experiments.validation import Validation
 from ptq4sam.model.cache import ActivationCache
 from ptq4sam.model.calibration import CalibrationItem
+from ptq4sam.model.distributions import Distributions, observe_distributions
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
 from ptq4sam.model.journal import Journal, run_fingerprint
 from ptq4sam.model.plan import Plan, make_plan
@@ -34,6 +36,7 @@ class Quantizing:
     Attributes:
         plan: what it will take.
         accuracy: what accuracy control did, once it was run.
+        units: how each unit was reconstructed, once it was; the first process's only.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Quantizing:
         self._settings, self._sam, self._items, self._scheme = settings, sam, items, scheme
         self._progress = progress
         self.accuracy: AccuracyReport | None = None
+        self.units: tuple[UnitRecord, ...] = ()
         self._cache = ActivationCache(sam.device, self._budget(), settings.work_dir)
         self.plan: Plan = make_plan(
             sam,
@@ -87,7 +91,7 @@ class Quantizing:
             journal = Journal(
                 settings.work_dir / folder, self._fingerprint(scheme), resume=settings.resume
             )
-        return quantize_sam(
+        quantized = quantize_sam(
             self._sam,
             self._items,
             scheme,
@@ -98,6 +102,13 @@ class Quantizing:
             journal=journal,
             plan=self.plan,
         )
+        if journal is not None and folder == JOURNAL:
+            self.units = unit_records(journal.parts)
+        return quantized
+
+    def distributions(self, quantized: QuantizedSam) -> Distributions:
+        """What the quantizers see on the first calibration picture."""
+        return observe_distributions(self._sam, quantized, self._items[0])
 
     def _control(
         self, quantized: QuantizedSam, settings: AccuracySettings, validation: Validation

@@ -30,11 +30,15 @@ from ptq4sam.errors import CalibrationError, CheckpointError, ConfigError
 from ptq4sam.evaluation import write_json
 from ptq4sam.experiments.accuracy import AccuracyReport
 from ptq4sam.experiments.calibration import calibration_pictures
-from ptq4sam.experiments.evaluate import Evaluation, evaluate_sam, has_truth
+from ptq4sam.experiments.evaluate import Evaluation, Picture, evaluate_sam, has_truth
+from ptq4sam.experiments.needed import require_inputs
 from ptq4sam.experiments.pictures import PictureWriter
 from ptq4sam.experiments.quantizing import JOURNAL, Quantizing
+from ptq4sam.experiments.record import PartRecord, RunRecord
+from ptq4sam.experiments.recording import PictureRecorder
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.stages import Stages
+from ptq4sam.experiments.summary import NNCF, PTQ4SAM
 from ptq4sam.experiments.validation import Validation
 from ptq4sam.files import replacing
 from ptq4sam.model.audit import AuditReport, audit
@@ -47,6 +51,9 @@ from ptq4sam.sam.model import PromptableModel, Sam
 from ptq4sam.sam.predictor import Predictor
 
 _log = logging.getLogger(__name__)
+
+ENDED = "the run has ended"
+"""Begins the last line of the log of a run that came to its end."""
 
 
 class Run:
@@ -61,6 +68,7 @@ class Run:
         self.stages = Stages()
         self.device = parallel.local_device(settings.torch_device())
         self.accuracy: AccuracyReport | None = None
+        self.record = RunRecord(threshold=settings.show_threshold)
 
     def execute(self) -> dict[str, Any]:
         """Quantize, audit, evaluate, write; returns what metrics.json holds, or the plan.
@@ -69,8 +77,9 @@ class Run:
             Ptq4samError: something that was asked for cannot be had; one line says what.
         """
         settings = self.settings
+        require_inputs(settings)
         self._make_folders()
-        with _logging_to(settings.work_dir / "run.log"):
+        with logging_to(settings.work_dir / "run.log"):
             fix_seeds(settings.seed)
             if settings.dry_run:
                 return self._plan()
@@ -86,9 +95,11 @@ class Run:
             evaluation = self._evaluate(sam, reference, *data) if data is not None else None
             metrics = self._metrics(sam, report, evaluation)
             if parallel.is_first():
+                self.record.write(settings.work_dir)
                 write_json(metrics, settings.work_dir / "metrics.json")
                 # All that the journal was for is in the results now.
                 shutil.rmtree(settings.work_dir / JOURNAL, ignore_errors=True)
+                _log.info("%s: %s", ENDED, settings.work_dir / "metrics.json")
             if report is not None and not report.passed and not _published(sam):
                 raise CalibrationError(
                     f"the audit found {len(report.findings)} places that are not quantized "
@@ -159,7 +170,14 @@ class Run:
         with self.stages.stage("quantize"):
             quantized = quantizing.run(validation)
         self.accuracy = quantizing.accuracy
+        if parallel.is_first():
+            with self.stages.stage("distributions"):
+                seen = quantizing.distributions(quantized)
+            self._keep(distributions=seen, units=quantizing.units)
         return quantized, sam
+
+    def _keep(self, **fields: Any) -> None:
+        self.record = dataclasses.replace(self.record, **fields)
 
     def _validation(self) -> Validation | None:
         """Where accuracy is controlled."""
@@ -235,7 +253,9 @@ class Run:
                 save(sam, path)
             except SafetensorError as error:
                 raise CheckpointError(f"cannot write {path}: {error}") from error
-        _log.info("wrote %s: %s", path, size_report(path).summary())
+        sizes = size_report(path)
+        _log.info("wrote %s: %s", path, sizes.summary())
+        self._keep(file=tuple(PartRecord(**vars(part)) for part in sizes.parts))
 
     def _prepare(self, sam: Sam) -> Quantizing:
         settings, scheme = self.settings, self.settings.scheme
@@ -314,6 +334,13 @@ class Run:
             writer = PictureWriter(show_dir, dataset, settings.show_threshold)
         elif not settings.score:
             reference = None
+        recorder = PictureRecorder(settings.show_threshold)
+
+        def look(picture: Picture) -> None:
+            recorder(picture)
+            if writer is not None:
+                writer(picture)
+
         with self.stages.stage("evaluate"):
             evaluation = evaluate_sam(
                 sam,
@@ -322,9 +349,10 @@ class Run:
                 settings.prompting,
                 reference=reference,
                 progress=self.progress,
-                on_picture=writer,
+                on_picture=look,
                 score=settings.score,
             )
+            self._keep(scores=recorder.scores(), worst=recorder.worst())
         evaluation.skipped = dict(dataset.skipped)
         if results is not None and parallel.is_first():
             write_json(evaluation.results, results)
@@ -335,12 +363,10 @@ class Run:
         self, sam: PromptableModel, report: AuditReport | None, evaluation: Evaluation | None
     ) -> dict[str, Any]:
         settings = self.settings
-        quantized = (
-            sam.manifest.scheme is not None
-            if isinstance(sam, ExportedSam)
-            else isinstance(sam, QuantizedSam) or settings.backend != "torch"
-        )
-        metrics: dict[str, Any] = {"model": sam.name, "quantized": quantized}
+        method = self._method(sam)
+        metrics: dict[str, Any] = {"model": sam.name, "quantized": method is not None}
+        if method is not None:
+            metrics["method"] = method
         if evaluation is not None:
             metrics.update(evaluation.metrics)
             if evaluation.reference_metrics:
@@ -362,6 +388,15 @@ class Run:
         metrics["versions"] = versions()
         metrics["stages"] = self.stages.to_dict()
         return metrics
+
+    def _method(self, sam: PromptableModel) -> str | None:
+        """What quantized a model; None for a float one."""
+        if isinstance(sam, ExportedSam):
+            if sam.manifest.nncf is not None:
+                return NNCF
+            return None if sam.manifest.scheme is None else PTQ4SAM
+        deployed = self.settings.backend != "torch"
+        return PTQ4SAM if deployed or isinstance(sam, QuantizedSam) else None
 
     def _asked(self) -> dict[str, Any]:
         """What the numbers are of, for whoever finds them later."""
@@ -419,7 +454,7 @@ def fix_seeds(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
+def logging_to(path: Path) -> Iterator[None]:
     """Also write the package's log into a file, the first process's."""
     if not parallel.is_first():
         yield
@@ -432,6 +467,11 @@ def _logging_to(path: Path) -> Iterator[None]:
     logger.setLevel(min(logging.INFO, before) if before else logging.INFO)
     try:
         yield
+    except BaseException as error:
+        # On the terminal it is told by whoever catches it.
+        what = f"stopped: {' '.join(str(error).split()) or type(error).__name__}"
+        handler.handle(logging.LogRecord(__name__, logging.ERROR, "", 0, what, None, None))
+        raise
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from ptq4sam.data.images import check_limit
+from ptq4sam.deploy.backends import check_backend
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.quantization.scheme import Scheme
@@ -135,6 +136,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_limit(self.limit)
+        check_backend(self.backend, self.precision)
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"asked for seed {self.seed}: use 0 to {2**32 - 1}")
         if self.scheme is not None and self.calibration is None:

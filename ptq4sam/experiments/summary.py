@@ -16,6 +16,10 @@ COLUMNS = (
     ("agreement", "agreement"),
 )
 
+PTQ4SAM, NNCF = "ptq4sam", "nncf"
+"""Methods of quantization, as metrics name them."""
+_ROWS = {None: "float", PTQ4SAM: "quantized", NNCF: "NNCF INT8"}
+
 
 def summary_table(metrics: dict[str, Any]) -> str:
     """Rows for the float model, where it was scored, and the evaluated one.
@@ -25,7 +29,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
     rows: list[tuple[str, dict[str, Any]]] = []
     if "float" in metrics:
         rows.append(("float", metrics["float"]))
-    rows.append(("quantized" if metrics["quantized"] else "float", metrics))
+    rows.append((_ROWS[metrics.get("method")], metrics))
     shown = [(key, title) for key, title in COLUMNS if any(key in row for _, row in rows)]
     lines: list[str] = []
     if shown:

@@ -7,8 +7,11 @@ float output as it is and brings the peaks together.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.signal import find_peaks
 from scipy.stats import gaussian_kde
 from torch import Tensor, nn
@@ -17,14 +20,29 @@ from ptq4sam.quantization.observers import require_finite
 from ptq4sam.quantization.scheme import Methods
 
 
-def is_bimodal(x: Tensor, settings: Methods) -> bool:
-    """Whether a key activation has exactly two peaks.
+@dataclass(frozen=True)
+class KeyDensity:
+    """Density of a key activation.
 
-    The density is a Gaussian kernel estimate with Scott's bandwidth of all values of the first
-    batch element at `settings.global_num` points between the smallest and the largest.
+    Attributes:
+        points: [n] values at which it was estimated, evenly spaced.
+        values: [n] density there.
+        peaks: indices of the peaks.
+    """
+
+    points: NDArray[np.float64]
+    values: NDArray[np.float64]
+    peaks: NDArray[np.intp]
+
+
+def key_density(x: Tensor, settings: Methods) -> KeyDensity:
+    """Density of a key activation, and its peaks.
+
+    A Gaussian kernel estimate with Scott's bandwidth of all values of the first batch element at
+    `settings.global_num` points between the smallest and the largest.
 
     Args:
-        x: [batch, tokens, channels] output of a key projection.
+        x: [batch, ...] output of a key projection.
         settings: number of points, least height and distance of peaks.
 
     Raises:
@@ -34,12 +52,19 @@ def is_bimodal(x: Tensor, settings: Methods) -> bool:
     values = x[0].detach().flatten().double().cpu().numpy()
     low, high = float(values.min()), float(values.max())
     if low == high:
-        return False
-    density = gaussian_kde(values)(np.linspace(low, high, settings.global_num))
+        none = np.zeros(0)
+        return KeyDensity(none, none, none.astype(np.intp))
+    points = np.linspace(low, high, settings.global_num)
+    density = gaussian_kde(values)(points)
     peaks, _ = find_peaks(
         density, height=settings.peak_height * density.sum(), distance=settings.peak_distance
     )
-    return len(peaks) == 2
+    return KeyDensity(points, density, peaks)
+
+
+def is_bimodal(x: Tensor, settings: Methods) -> bool:
+    """Whether a key activation has exactly two peaks; arguments and errors as `key_density`."""
+    return len(key_density(x, settings).peaks) == 2
 
 
 def channel_signs(x: Tensor) -> Tensor:

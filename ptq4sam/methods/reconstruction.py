@@ -32,6 +32,9 @@ _LOOK_EVERY = 50
 _LEAST_FALL = 1e-3
 """Relative fall of the mean loss that counts as one."""
 
+CURVE_POINTS = 200
+"""Most values that are kept of a unit's errors."""
+
 LearnedScale = LSQQuantizer | AdaptiveGranularityQuantizer
 
 
@@ -59,12 +62,15 @@ class UnitLosses:
         after: as it was left.
         steps: how many were made.
         fell_back: learning made it worse, and it was left rounded to nearest.
+        curve: the error while learning (of single batches, with what is dropped), averaged over
+            equal numbers of steps: at most CURVE_POINTS values.
     """
 
     before: float
     after: float
     steps: int = 0
     fell_back: bool = False
+    curve: tuple[float, ...] = ()
 
 
 def output_error(output: Tensor, target: Tensor) -> Tensor:
@@ -188,14 +194,14 @@ def reconstruct_unit(
         dropping(unit, settings.drop_prob, generator),
         _learning([*alphas, *(quantizer.scale for quantizer in scales)]),
     ):
-        steps = 0
+        errors: list[float] = []
         if alphas or scales:
-            steps = _optimize(name, unit, rounding, scales, data, settings, generator, progress)
+            errors = _optimize(name, unit, rounding, scales, data, settings, generator, progress)
     for quantizer in rounding:
         quantizer.finish_learning()
     after = mean_error(name, unit, data)
     if after <= before or not fall_back:
-        return UnitLosses(before, after, steps)
+        return UnitLosses(before, after, len(errors), curve=_curve(errors))
     _log.warning(
         "%s became worse by learning (error %.4g, %.4g before): it is left rounded to nearest; "
         "more steps (recon.iters) or a lower recon.scale_lr may help",
@@ -204,7 +210,14 @@ def reconstruct_unit(
         before,
     )
     unit.load_state_dict(start)
-    return UnitLosses(before, before, steps, fell_back=True)
+    return UnitLosses(before, before, len(errors), fell_back=True, curve=_curve(errors))
+
+
+def _curve(errors: Sequence[float]) -> tuple[float, ...]:
+    """Errors of all steps, averaged over equal numbers of steps, the last perhaps fewer."""
+    together = max(1, math.ceil(len(errors) / CURVE_POINTS))
+    parts = (errors[first : first + together] for first in range(0, len(errors), together))
+    return tuple(math.fsum(part) / len(part) for part in parts)
 
 
 def _optimize(
@@ -216,8 +229,8 @@ def _optimize(
     settings: Reconstruction,
     generator: torch.Generator,
     progress: Callable[[range], Iterable[int]],
-) -> int:
-    """Learn; returns how many steps were made."""
+) -> list[float]:
+    """Learn; returns the error at each step that was made."""
     schedule = Schedule(settings)
     groups: list[dict[str, object]] = []
     if rounding:
@@ -233,6 +246,7 @@ def _optimize(
         device=generator.device,
     ).tolist()
     recent: list[Tensor] = []
+    errors: list[float] = []
     for step in progress(range(settings.iters)):
         if scales:
             optimizer.param_groups[-1]["lr"] = schedule.scale_rate()
@@ -250,27 +264,29 @@ def _optimize(
         schedule.advance()
         recent.append(error.detach())
         if len(recent) == _LOOK_EVERY or schedule.ended:
-            schedule.hear(_mean_loss(name, recent, step), len(recent))
+            heard = _losses(name, recent, step)
+            schedule.hear(math.fsum(heard) / len(heard), len(heard))
+            errors += heard
             recent = []
         if schedule.ended:
-            return step + 1
-    return settings.iters
+            break
+    return errors
 
 
-def _mean_loss(name: str, recent: Sequence[Tensor], step: int) -> float:
-    """Mean of the last losses: the one place where a GPU waits for the host.
+def _losses(name: str, recent: Sequence[Tensor], step: int) -> list[float]:
+    """The last losses: the one place where a GPU waits for the host.
 
     Raises:
         CalibrationError: one of them is not finite.
     """
-    losses = torch.stack(list(recent)).tolist()
+    losses: list[float] = torch.stack(list(recent)).tolist()
     for index, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise CalibrationError(
                 f"{name} diverged at step {step - len(losses) + 1 + index} (loss {loss}): "
                 "lower recon.scale_lr or check the calibration data"
             )
-    return math.fsum(losses) / len(losses)
+    return losses
 
 
 def _learned_scales(unit: nn.Module) -> list[LearnedScale]:

@@ -21,7 +21,7 @@ from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, weight_quantizers
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import Mode, Quantizer
-from ptq4sam.quantization.scheme import FLOAT, Scheme
+from ptq4sam.quantization.scheme import FLOAT, Scheme, bits_of_level, described_level
 from ptq4sam.sam import image_encoder, transformer
 
 _ENCODER = re.compile(
@@ -82,7 +82,7 @@ class AuditReport:
             f"through a quantizer, {self.forwards} forwards compared"
         )
         kept = [
-            f"  {name}: kept {'float' if level == FLOAT else f'at {level} bits'} by the scheme"
+            f"  {name}: kept {described_level(level)} by the scheme"
             for name, level in self.kept.items()
         ]
         return [head, *kept, *(f"  {found.where}: {found.problem}" for found in self.findings)]
@@ -151,10 +151,12 @@ def _other_bits(sam: QuantizedSam) -> Iterator[Finding]:
     scheme = sam.scheme
     weights = {id(quantizer) for quantizer in weight_quantizers(sam)}
     for name, quantizer in quantizers(sam):
-        of_all = scheme.w_qconfig if id(quantizer) in weights else scheme.a_qconfig
-        said = _exception(name, scheme) or of_all.bit
+        level = _exception(name, scheme)
+        of_all = (scheme.w_qconfig.bit, scheme.a_qconfig.bit)
+        both = of_all if level is None else bits_of_level(level)
+        said = None if both is None else both[0 if id(quantizer) in weights else 1]
         if quantizer.grid.bits != said:
-            told = "float" if said == FLOAT else f"{said} bits"
+            told = "float" if said is None else f"{said} bits"
             yield Finding(name, f"has {quantizer.grid.bits} bits where the scheme says {told}")
 
 

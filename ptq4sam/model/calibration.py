@@ -1,7 +1,8 @@
 """Calibration: pictures through the float network while observers collect ranges.
 
-Order of PTQ4SAM: bimodal integration is decided and folded on the first picture, then activation
-observers see every picture without quantization, then weight observers see the weights.
+Order of PTQ4SAM: bimodal integration is decided and folded on the first picture (then come methods
+from outside that the scheme names), then activation observers see every picture without
+quantization, then weight observers see the weights.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ptq4sam.model.layers import observe_weights, weight_quantizers
 from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.modes import merge_recorded, quantizer_mode, recording
 from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.quantization.registry import METHODS
 from ptq4sam.quantization.scheme import Methods
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.transformer import TwoWayTransformer
@@ -110,6 +112,9 @@ def calibrate(
                 sam.mask_decoder.transformer, methods, lambda: run_item(sam, items[0])
             )
         _log.info("bimodal integration folded %s", ", ".join(sam.folded) or "no attention")
+    for name in sam.scheme.methods:
+        with quantizer_mode(sam, Mode.FLOAT):
+            METHODS[name](sam, items)
     observe_pictures(sam, items, progress)
     observe_weights(sam, progress)
 

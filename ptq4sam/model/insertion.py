@@ -61,10 +61,10 @@ class QuantizerFactory:
         """Quantizer of an activation, with the scheme's observer or another."""
         return _build(self.scheme.a_qconfig, observer)
 
-    def softmax(self) -> Quantizer:
+    def softmax(self, decoder: bool) -> Quantizer:
         """Quantizer of a softmax output."""
         methods = self.scheme.ptq4sam
-        if methods.AGQ:
+        if methods.AGQ is True or (decoder and methods.AGQ == "decoder"):
             grid = Grid(self.scheme.a_qconfig.bit)
             return AdaptiveGranularityQuantizer(grid, methods.exact, methods.taus)
         return self.activation()
@@ -73,7 +73,7 @@ class QuantizerFactory:
         """The four activation quantizers of an attention."""
         bimodal = decoder and self.scheme.ptq4sam.BIG
         key = self.activation(BIMODAL_KEY_OBSERVER if bimodal else None)
-        return AttentionQuantizers(self.activation(), key, self.activation(), self.softmax())
+        return AttentionQuantizers(self.activation(), key, self.activation(), self.softmax(decoder))
 
     def linear(self, layer: nn.Linear) -> QuantizedLinear:
         """A quantized linear layer with the weights of a float one."""

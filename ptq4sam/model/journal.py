@@ -27,7 +27,8 @@ from ptq4sam.sam.model import Sam
 
 _log = logging.getLogger(__name__)
 
-_JOURNAL = "journal.json"
+INDEX = "journal.json"
+"""The file in a journal's folder that names its parts."""
 _CALIBRATED = "calibrated"
 
 
@@ -50,7 +51,7 @@ class Journal:
         self.folder = folder
         self._fingerprint = dict(fingerprint)
         self._parts: dict[str, dict[str, Any]] = {}
-        index = folder / _JOURNAL
+        index = folder / INDEX
         if resume and index.exists():
             content, _ = read_json(index, "journal")
             require_same(index, content["fingerprint"], self._fingerprint)
@@ -63,6 +64,11 @@ class Journal:
             _move_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._write_index()
+
+    @property
+    def parts(self) -> Mapping[str, Mapping[str, Any]]:
+        """What is known of each finished part, by name, in order; units have their losses."""
+        return self._parts
 
     def restore_calibration(self, sam: QuantizedSam) -> bool:
         """Read the calibrated model, where the journal has it."""
@@ -118,7 +124,7 @@ class Journal:
 
     def _write_index(self) -> None:
         content = {"fingerprint": self._fingerprint, "parts": self._parts}
-        write_json(content, self.folder / _JOURNAL)
+        write_json(content, self.folder / INDEX)
 
 
 def run_fingerprint(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ptq4sam.downloads import Missing
 from ptq4sam.errors import CheckpointError, DependencyError
 
 
@@ -15,8 +16,11 @@ def file_digest(path: Path) -> str:
     """Identifies a weight file by its bytes.
 
     Raises:
-        CheckpointError: it is missing or cannot be read.
+        CheckpointError: it is missing, which says where it comes from, or cannot be read.
     """
+    missing = Missing()
+    missing.look_for("detector", path)
+    missing.report()
     try:
         with path.open("rb") as file:
             digest = hashlib.sha256()

@@ -34,7 +34,8 @@ class TorchvisionDetector:
     Args:
         model: a name of `torchvision.models.detection`, or a module that maps a list of RGB
             pictures [3, h, w] in 0-1 to a list of {"boxes", "scores", "labels"}.
-        checkpoint: state dict for a named model; None downloads torchvision's own weights.
+        checkpoint: state dict for a named model; None takes torchvision's own weights where they
+            are here already (see `own_weights`): nothing is downloaded.
         score_threshold: detections at or below it are dropped.
         limit: keep at most so many boxes a picture.
         device: where it runs.
@@ -56,13 +57,13 @@ class TorchvisionDetector:
         device: torch.device | str = "cpu",
     ) -> None:
         self.score_threshold, self.limit = score_threshold, limit
-        self._given, self._checkpoint = model, checkpoint
-        self._device = torch.device(device)
+        self._given, self._device = model, torch.device(device)
         if isinstance(model, nn.Module):
             self._identity = _state_digest(model)
         else:
-            weights = "default" if checkpoint is None else file_digest(checkpoint)
-            self._identity = f"{model} {weights} torchvision {_version()}"
+            version = _version()
+            self._checkpoint = own_weights(model) if checkpoint is None else checkpoint
+            self._identity = f"{model} {file_digest(self._checkpoint)} torchvision {version}"
 
     def fingerprint(self) -> str:
         """Identifies model, weights and settings."""
@@ -86,19 +87,36 @@ class TorchvisionDetector:
         return _build(self._given, self._checkpoint).eval().to(self._device)
 
 
-def _build(name: str, checkpoint: Path | None) -> nn.Module:
+def own_weights(name: str) -> Path:
+    """Where torchvision's own weights of a model are, or are put by `ptq4sam download`.
+
+    torchvision's programs keep them in torch's cache: they are taken from there too.
+
+    Raises:
+        ConfigError: torchvision has no such model.
+        DependencyError: torchvision is not installed.
+    """
+    _version()
+    models = _models(name)
+    file: str = models.get_model_weights(name).DEFAULT.url.rpartition("/")[2]
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / file
+    return kept if kept.is_file() else Path("ckpt") / file
+
+
+def _models(name: str) -> Any:
+    """The module torchvision.models, if a detector of that name is among them."""
     from torchvision import models
 
     names = models.list_models(module=models.detection)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1) or names
-        raise ConfigError(
-            f"torchvision has no detection model {name!r}: did you mean {', '.join(near)}?"
-        )
-    if checkpoint is None:
-        model: nn.Module = models.get_model(name, weights="DEFAULT")
-        return model
-    model = models.get_model(name, weights=None, weights_backbone=None)
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise ConfigError(f"torchvision has no detection model {name!r}: {hint}")
+    return models
+
+
+def _build(name: str, checkpoint: Path) -> nn.Module:
+    model: nn.Module = _models(name).get_model(name, weights=None, weights_backbone=None)
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         # torchvision's training script keeps the weights under "model".

@@ -20,6 +20,8 @@ from ptq4sam.prompts.categories import NO_CATEGORY, category_ids_of
 from ptq4sam.prompts.detections import file_digest
 from ptq4sam.prompts.record import Prompts, clean
 
+_FOLDER = "give a folder that save_pretrained has written"
+
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -108,19 +110,30 @@ def _find(model: str) -> Path:
     if folder.is_dir():
         if (folder / "config.json").is_file():
             return folder
-        raise CheckpointError(
-            f"{folder} has no config.json: give a folder that save_pretrained has written"
-        )
+        raise CheckpointError(f"{folder} has no config.json: {_FOLDER}")
+    no_folder = f"prompts of transformers:{model}: there is no such folder"
+    if is_path(model):
+        raise CheckpointError(f"{no_folder}: {_FOLDER}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except HFValidationError:
+        raise CheckpointError(f"{no_folder}: {_FOLDER}") from None
+    except (LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"prompts of transformers:{model}: there is no such folder, nor such a model in the "
-            f"Hugging Face cache: give a folder, or fetch the model by `hf download {model}`"
+            f"{no_folder}, nor such a model in the Hugging Face cache: {_FOLDER}, or fetch the "
+            f"model by `hf download {model}`"
         ) from error
+
+
+def is_path(model: str) -> bool:
+    """Whether a folder is meant, and not the name OWNER/MODEL of one on the Hugging Face Hub."""
+    folder = Path(model)
+    parts = folder.parts
+    beside = len(parts) > 1 and folder.parent.is_dir()
+    return folder.is_absolute() or len(parts) > 2 or model.startswith((".", "~")) or beside
 
 
 def _load(folder: Path) -> tuple[Any, Any]:

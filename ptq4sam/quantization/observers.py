@@ -17,6 +17,9 @@ from ptq4sam.quantization.mse import (
     grid_search,
     side_of,
 )
+from ptq4sam.quantization.registry import OBSERVERS
+
+__all__ = ["OBSERVERS", "Observer", "require_finite"]
 
 
 class Observer(nn.Module):
@@ -136,6 +139,7 @@ def require_finite(x: Tensor) -> None:
         )
 
 
+@OBSERVERS.register("MinMaxObserver")
 class MinMaxObserver(Observer):
     """Smallest and largest value seen."""
 
@@ -145,12 +149,14 @@ class MinMaxObserver(Observer):
         return low, high
 
 
+@OBSERVERS.register("AvgMinMaxObserver")
 class AvgMinMaxObserver(MinMaxObserver):
     """Mean over batches of their smallest and largest values."""
 
     averages = True
 
 
+@OBSERVERS.register("MSEObserver")
 class MSEObserver(Observer):
     """The range of least mean |q(x) - x|^2.4, from a grid of widths and shifts.
 
@@ -179,12 +185,14 @@ class MSEObserver(Observer):
         return grid_search(rows, self.grid, side, self.channel_axis is not None)
 
 
+@OBSERVERS.register("AvgMSEObserver")
 class AvgMSEObserver(MSEObserver):
     """Mean over batches of the ranges of MSEObserver."""
 
     averages = True
 
 
+@OBSERVERS.register("MSEFastObserver")
 class MSEFastObserver(MSEObserver):
     """The objective of MSEObserver by bounded scalar minimisation."""
 
@@ -194,12 +202,14 @@ class MSEFastObserver(MSEObserver):
         return fast_search(rows, self.grid, side, self.channel_axis is not None)
 
 
+@OBSERVERS.register("AvgMSEFastObserver")
 class AvgMSEFastObserver(MSEFastObserver):
     """Mean over batches of the ranges of MSEFastObserver."""
 
     averages = True
 
 
+@OBSERVERS.register("PCTObserver")
 class PCTObserver(Observer):
     """The two-sided percentile 0.99999.
 
@@ -222,18 +232,3 @@ class PCTObserver(Observer):
             tail = values.topk(depth, largest=largest).values
             ends.append(torch.lerp(tail[index], tail[depth - 1], position - index).reshape(1))
         return ends[0], ends[1]
-
-
-OBSERVERS: dict[str, type[Observer]] = {
-    observer.__name__: observer
-    for observer in (
-        MinMaxObserver,
-        AvgMinMaxObserver,
-        MSEObserver,
-        AvgMSEObserver,
-        MSEFastObserver,
-        AvgMSEFastObserver,
-        PCTObserver,
-    )
-}
-"""Observers by their published names."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ptq4sam.quantization.base import EPS, AffineQuantizer, FixedQuantizer, Mode, Quantizer
 from ptq4sam.quantization.dropping import Choice
 from ptq4sam.quantization.grid import Grid, fake_quantize, fake_quantize_some
+from ptq4sam.quantization.registry import QUANTIZERS
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 
+@QUANTIZERS.register("LSQFakeQuantize")
 class LSQQuantizer(AffineQuantizer):
     """The scale is learned, the zero point stays (LSQ, Esser et al. 2020)."""
 
@@ -68,6 +70,7 @@ class LSQQuantizer(AffineQuantizer):
         return 1.0 / math.sqrt(x.numel() / max(1, self.scale.numel()) * self.grid.qmax)
 
 
+@QUANTIZERS.register("LSQPlusFakeQuantize")
 class LSQPlusQuantizer(LSQQuantizer):
     """Scale and zero point are learned (LSQ+, Bhalgat et al. 2020)."""
 
@@ -131,10 +134,5 @@ def _scale_gradient(x: Tensor, factor: float) -> Tensor:
     return result
 
 
-QUANTIZERS: dict[str, type[AffineQuantizer]] = {
-    "FixedFakeQuantize": FixedQuantizer,
-    "LSQFakeQuantize": LSQQuantizer,
-    "LSQPlusFakeQuantize": LSQPlusQuantizer,
-    "AdaRoundFakeQuantize": AdaRoundQuantizer,
-}
-"""Quantizers by their published names."""
+QUANTIZERS.register("FixedFakeQuantize")(FixedQuantizer)
+QUANTIZERS.register("AdaRoundFakeQuantize")(AdaRoundQuantizer)

@@ -6,7 +6,7 @@ A scheme is read from YAML with the keys and values of the published PTQ4SAM con
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,28 +14,14 @@ from typing import Literal
 
 import yaml
 
+from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
 from ptq4sam.records import FieldError, Record, read_yaml
 
-OBSERVER_NAMES = (
-    "MinMaxObserver",
-    "AvgMinMaxObserver",
-    "MSEObserver",
-    "AvgMSEObserver",
-    "MSEFastObserver",
-    "AvgMSEFastObserver",
-    "PCTObserver",
-)
 PER_TENSOR_OBSERVER_NAMES = (
     "AvgMinMaxObserver",
     "AvgMSEObserver",
     "AvgMSEFastObserver",
     "PCTObserver",
-)
-QUANTIZER_NAMES = (
-    "FixedFakeQuantize",
-    "LSQFakeQuantize",
-    "LSQPlusFakeQuantize",
-    "AdaRoundFakeQuantize",
 )
 LEARNED_SCALE_QUANTIZER_NAMES = ("LSQFakeQuantize", "LSQPlusFakeQuantize")
 ADAROUND = "AdaRoundFakeQuantize"
@@ -44,6 +30,8 @@ TAUS = (1, 2, 4)
 
 FLOAT: Literal["float"] = "float"
 """Instead of bits: a unit that stays as it is."""
+
+_BOTH_BITS = re.compile(r"w(\d+)a(\d+)")
 
 _HIGHEST_RAISE = 100.0
 """Of learning rates, when a scheme is run with fewer steps."""
@@ -54,8 +42,8 @@ class TensorFormat(Record):
     """Number format of the weights or of the activations.
 
     Attributes:
-        quantizer: one of QUANTIZER_NAMES.
-        observer: one of OBSERVER_NAMES.
+        quantizer: a name in QUANTIZERS.
+        observer: a name in OBSERVERS.
         bit: bits, 2 to 16.
         symmetric: zero point 0 on a signed grid, else an unsigned grid with a zero point.
         ch_axis: 0 for a scale per output channel, -1 for one per tensor.
@@ -68,12 +56,12 @@ class TensorFormat(Record):
     ch_axis: int = -1
 
     def _validate(self) -> None:
-        _require_name(self.quantizer, "quantizer", QUANTIZER_NAMES)
-        _require_name(self.observer, "observer", OBSERVER_NAMES)
+        QUANTIZERS.require(self.quantizer, "quantizer")
+        OBSERVERS.require(self.observer, "observer")
         self._require(2 <= self.bit <= 16, "bit", "2 to 16")
         self._require(self.ch_axis in (-1, 0), "ch_axis", "-1 (per tensor), 0 (per channel)")
-        if self.ch_axis == 0 and self.observer in PER_TENSOR_OBSERVER_NAMES:
-            channelwise = [n for n in OBSERVER_NAMES if n not in PER_TENSOR_OBSERVER_NAMES]
+        if self.ch_axis == 0 and _is_per_tensor_only(self.observer):
+            channelwise = [name for name in OBSERVERS.names if not _is_per_tensor_only(name)]
             raise FieldError(
                 "observer",
                 f"{self.observer} works per tensor only: set ch_axis to -1, "
@@ -154,7 +142,9 @@ class Methods(Record):
 
     Attributes:
         BIG: bimodal integration of the post-key activations in the decoder (section 3.2).
-        AGQ: adaptive granularity quantization of softmax outputs (section 3.3).
+        AGQ: adaptive granularity quantization of softmax outputs (section 3.3); ours: "decoder" for
+            those of the mask decoder alone, which leaves the image encoder, where runtimes have
+            integer products for evenly spaced codes only, its speed.
         global_num: points at which the density of the activations is estimated.
         peak_distance: smallest distance between two peaks, in points.
         peak_height: smallest height of a peak, as a share of the sum of the density.
@@ -164,7 +154,7 @@ class Methods(Record):
     """
 
     BIG: bool = False
-    AGQ: bool = False
+    AGQ: bool | Literal["decoder"] = False
     global_num: int = 128
     peak_distance: int = 32
     peak_height: float = 0.01
@@ -183,6 +173,35 @@ class Methods(Record):
         self._require(0 < self.peak_height < 1, "peak_height", "between 0 and 1")
 
 
+_LEVELS = "2 to 16, both apart as w4a8, or float"
+
+
+def bits_of_level(level: int | str) -> tuple[int, int] | None:
+    """Bits of the weights and of the activations of a unit; None for one that stays float.
+
+    Args:
+        level: what a scheme's `units` says of it.
+
+    Raises:
+        FieldError: it is no level.
+    """
+    if isinstance(level, int):
+        return level, level
+    both = _BOTH_BITS.fullmatch(level)
+    if both is not None:
+        return int(both[1]), int(both[2])
+    if level != FLOAT:
+        raise FieldError("", f"{level!r} given, allowed: {_LEVELS}")
+    return None
+
+
+def described_level(level: int | str) -> str:
+    """What a scheme's `units` says of a unit, for people."""
+    if isinstance(level, int):
+        return f"at {level} bits"
+    return level if level == FLOAT else f"at {level.upper()}"
+
+
 PRESETS = {"quick": 500, "standard": 5_000, "paper": 20_000}
 """Numbers of reconstruction steps a unit, by name."""
 
@@ -199,9 +218,12 @@ class Scheme(Record):
         ptq4sam: bimodal integration and adaptive granularity; without the section both are off.
         float_weights: ours; "float16" rounds the weights and tables that no quantizer touches
             (position embedding, patch embedding, upscaling, ...) to half precision before
-            calibration, which takes 2.5 % of the float32 file's size off that of a quantized ViT-B.
+            calibration, so that what is evaluated is what the file holds; this takes 2.5 % of the
+            float32 file's size off that of a quantized ViT-B. "float32" leaves them exact.
         units: ours; units that are not quantized as the rest, by their path in the model: bits of
-            their weights and activations, or "float". Accuracy control (`--max-drop`) writes them.
+            their weights and activations (4), both apart ("w4a8"), or "float". Accuracy control
+            (`--max-drop`) and `ptq4sam mixed` write them.
+        methods: ours; names in METHODS, called in this order before ranges are observed.
         compat: ours; "published" leaves activations dropped and roundings soft after
             reconstruction, as the published implementation does, to reproduce its numbers; they
             are not those of a quantized model.
@@ -212,19 +234,26 @@ class Scheme(Record):
     calibrate: int = 32
     recon: Reconstruction | None = None
     ptq4sam: Methods = Methods()
-    float_weights: Literal["float32", "float16"] = "float32"
-    units: dict[str, int | Literal["float"]] = field(default_factory=dict)
+    float_weights: Literal["float16", "float32"] = "float16"
+    units: dict[str, int | str] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
     compat: Literal["faithful", "published"] = "faithful"
 
     def _validate(self) -> None:
         self._require(self.calibrate >= 1, "calibrate", "1 or more")
+        for name in self.methods:
+            METHODS.require(name, "methods")
         for name, level in self.units.items():
-            if level != FLOAT and not 2 <= level <= 16:
-                raise FieldError(f"units.{name}", f"{level} given, allowed: 2 to 16, or float")
+            try:
+                bits = bits_of_level(level) or ()
+            except FieldError as error:
+                raise error.within(f"units.{name}") from None
+            if not all(2 <= each <= 16 for each in bits):
+                raise FieldError(f"units.{name}", f"{level} given, allowed: {_LEVELS}")
         if self.a_qconfig.ch_axis != -1:
             raise FieldError("a_qconfig.ch_axis", "activations are quantized per tensor: -1")
         if self.a_qconfig.quantizer == ADAROUND:
-            allowed = ", ".join(name for name in QUANTIZER_NAMES if name != ADAROUND)
+            allowed = ", ".join(name for name in QUANTIZERS.names if name != ADAROUND)
             raise FieldError(
                 "a_qconfig.quantizer", f"{ADAROUND} is for weights; allowed: {allowed}"
             )
@@ -246,16 +275,17 @@ class Scheme(Record):
 
     def of_unit(self, name: str) -> Scheme | None:
         """The scheme of one unit, without exceptions; None for a unit that stays float."""
-        level = self.units.get(name)
-        if level is None:
+        if name not in self.units:
             return replace(self, units={}) if self.units else self
-        if level == FLOAT:
-            return None
+        bits = bits_of_level(self.units[name])
+        return None if bits is None else replace(self, units={}).with_bits(*bits)
+
+    def with_bits(self, weights: int, activations: int) -> Scheme:
+        """The same scheme at other bits; exceptions stay."""
         return replace(
             self,
-            units={},
-            a_qconfig=replace(self.a_qconfig, bit=level),
-            w_qconfig=replace(self.w_qconfig, bit=level),
+            a_qconfig=replace(self.a_qconfig, bit=activations),
+            w_qconfig=replace(self.w_qconfig, bit=weights),
         )
 
     def with_units(self, units: Mapping[str, int | str]) -> Scheme:
@@ -299,8 +329,8 @@ class Scheme(Record):
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def _require_name(name: str, key: str, known: tuple[str, ...]) -> None:
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
-        raise FieldError(key, f"{name!r} given; {hint}")
+def _is_per_tensor_only(observer: str) -> bool:
+    if observer in PER_TENSOR_OBSERVER_NAMES:
+        return True
+    kind = OBSERVERS.get(observer)
+    return kind is not None and (kind.per_tensor_only or kind.averages)

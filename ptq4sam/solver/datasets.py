@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ptq4sam.downloads import where_from
 from ptq4sam.errors import ConfigError, DataError
 from ptq4sam.files import read_json
 from ptq4sam.solver.config import load_config
@@ -32,6 +33,8 @@ def find_dataset(given: str, named: Path = NAMED) -> DataConfig:
     """
     path = Path(given)
     if path.suffix == ".json":
+        if not path.exists():
+            raise DataError(f"there is no annotations file {path}: {where_from(path)}")
         return DataConfig(images_beside(path), path)
     if path.suffix == ".py":
         return _configured(path)

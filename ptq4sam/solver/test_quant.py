@@ -91,16 +91,10 @@ def settings_from(parsed: argparse.Namespace) -> RunSettings:
 
     Raises:
         ConfigError: flags contradict each other, or the configuration is not usable.
-        DependencyError: the configured detector needs something that is not there.
     """
     _mention_flags_without_meaning(parsed)
     _check_launcher(parsed.launcher)
     config = ExperimentConfig.from_file(parsed.config, *parsed.cfg_options)
-    if parsed.prompts is None:
-        config.detector.require_weights()
-        config.detector.require_available()
-    if parsed.load_sam_path is None:
-        config.sam.require_weights()
     scheme = _scheme(parsed)
     _check_paths(parsed)
     float_weights = config.sam.checkpoint

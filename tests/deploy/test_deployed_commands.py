@@ -62,7 +62,7 @@ def test_files_are_small(deployed: Path, tmp_path: Path) -> None:
         (["export", "vit_b", "--format", "onnx"], "vit_b"),
         (["export", "vit_nano", "--format", "tflite"], "use onnx or openvino"),
         (["evaluate", "--backend", "openvino"], "give it by --checkpoint"),
-        (["evaluate", "--backend", "tpu", "--checkpoint", "x"], "use torch, integer, torch-int8"),
+        (["evaluate", "--backend", "tpu", "--checkpoint", "."], "use torch, integer, torch-int8"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -136,7 +136,8 @@ def test_signs_are_not_said_to_be_folded_in_a_float_unit(quantize: Quantize) -> 
         ({"image_encoder.nek": 8}, r"units.image_encoder.nek: unknown key; did you mean 'image_"),
         ({"image_encoder.neck": 1}, r"units.image_encoder.neck: 1 given, allowed: 2 to 16"),
         ({"image_encoder.neck": "half"}, r"units.image_encoder.neck: 'half' given"),
-        ({"image_encoder.neck": True}, r"True given, an integer or one of float is needed"),
+        ({"image_encoder.neck": "w4a1"}, r"units.image_encoder.neck: w4a1 given, allowed: 2 to 16"),
+        ({"image_encoder.neck": True}, r"True given, an integer or text is needed"),
         ([8], "names and values are needed"),
     ],
 )

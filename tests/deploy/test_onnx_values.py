@@ -40,11 +40,17 @@ def calibrated(quantizer: Quantizer, x: torch.Tensor, *more: torch.Tensor) -> Qu
 
 
 def exported(
-    quantizer: Quantizer, x: torch.Tensor, runtime: str, folder: Path, *, signed: bool = False
+    quantizer: Quantizer,
+    x: torch.Tensor,
+    runtime: str,
+    folder: Path,
+    *,
+    signed: bool = False,
+    parts: int = 1,
 ) -> Any:
     graph = Graph("quantizer", signed)
     name = graph.input("x", np.float32, x.shape)
-    value = quantize(graph, name, quantizer, "quantizer")
+    value = quantize(graph, name, quantizer, "quantizer", parts)
     graph.output("y", dequantize(graph, value, "quantizer"), np.float32, x.shape)
     return run_graph(graph, runtime, folder, {"x": x.numpy()})[0]
 
@@ -94,6 +100,10 @@ def test_softmax_outputs_are_moved_to_the_powers_of_the_simulation(
     assert different.mean() < 1e-4
     assert (found == 0).any()
     assert found[0, 0, 0] == found[0, 0, 1] == 0
+    forms: list[dict[str, Any]] = [{"parts": 8}, {"signed": True}]
+    for form in forms:
+        again = exported(quantizer, attention, runtime, tmp_path, **form)
+        np.testing.assert_array_equal(again.view(np.int32), found.view(np.int32))
 
 
 def quantized_linear(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ptq4sam.cli import main
 from ptq4sam.deploy.size_report import size_report
 from ptq4sam.deploy.storage import load, save
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
@@ -20,6 +21,7 @@ from ptq4sam.sam.registry import build_sam
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMITS = {4: 0.15, 6: 0.21, 8: 0.27}
+"""Of float32, by bits of the weights: with schemes as they are, no option set."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,7 @@ def quantized(sam: Sam, bits: int, *more: str) -> QuantizedSam:
 @pytest.mark.parametrize("bits", LIMITS)
 def test_sam_b_keeps_its_promise(sam_b: Sam, float_bytes: int, tmp_path: Path, bits: int) -> None:
     path = tmp_path / "model.safetensors"
-    model = quantized(sam_b, bits, "float_weights=float16")
+    model = quantized(sam_b, bits)
     save(model, path)
     assert path.stat().st_size <= LIMITS[bits] * float_bytes
     report = size_report(path)
@@ -88,6 +90,24 @@ def test_report_names_the_parts(sam_b: Sam, tmp_path: Path) -> None:
     embedding = parts["position embedding"]
     assert embedding.size == embedding.float_size == 4 * 64 * 64 * 768
     lines = report.lines()
-    assert lines[-1].startswith("total")
-    assert f"{report.share:.2%}" in lines[-1]
+    assert lines[-2].startswith("total")
+    assert f"{report.share:.2%}" in lines[-2]
+    assert lines[-1].startswith("share: ")
+    assert f"{report.float_size / 1e6:.2f} MB" in lines[-1]
     assert f"{report.share:.1%}" in report.summary()
+
+
+def test_a_flipped_bit_is_found_before_anything_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save(quantized(build_sam("vit_nano"), 4), path)
+    assert main(["size", str(path)]) == 0
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert main(["size", str(path)]) == 2
+    told = capsys.readouterr()
+    assert "does not have its checksum" in " ".join(told.err.split())
+    assert not told.out

@@ -197,7 +197,7 @@ def test_an_archive_is_unpacked(url: str, behaviour: Behaviour, tmp_path: Path) 
         "size": None,
         "digest": None,
         "unpacked": Path("data"),
-        "makes": Path("annotations/two.json"),
+        "makes": (Path("annotations/two.json"),),
     }
     what = asset(url, **more)
     (tmp_path / "data/annotations").mkdir(parents=True)
@@ -211,7 +211,7 @@ def test_an_archive_is_unpacked(url: str, behaviour: Behaviour, tmp_path: Path) 
 
 
 def test_what_is_no_archive(url: str, tmp_path: Path) -> None:
-    what = asset(url, unpacked=Path("data"), makes=Path("x"))
+    what = asset(url, unpacked=Path("data"), makes=(Path("x"),))
     with pytest.raises(DownloadError, match="is no ZIP archive"):
         get(what, tmp_path)
     assert state_of(what, tmp_path) is State.PARTIAL

@@ -62,7 +62,7 @@ def test_one_picture_and_a_quantized_model(
     ("given", "problem"),
     [
         (["--options", "points=3"], "known are points_per_side"),
-        (["--images", "nowhere"], "there is no image folder nowhere"),
+        (["--images", "nowhere"], "not there: pictures nowhere"),
         (["--limit", "0"], "1 or more"),
         (["--device", "tpu9"], "asked for device"),
     ],

@@ -16,6 +16,7 @@ from ptq4sam.data.images import read_image
 from ptq4sam.deploy.exported import open_exported
 from ptq4sam.deploy.manifest import read_manifest
 from ptq4sam.experiments import nncf as nncf_module
+from ptq4sam.experiments.summary import summary_table
 from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.predictor import Predictor
 from tests.model.conftest import sam, tiny_variant  # noqa: F401
@@ -67,6 +68,11 @@ def test_an_int8_encoder_that_is_scored_as_any_export(
     metrics = read_metrics(Path("w"))
     assert metrics["agreement"] > 0.5
     assert "mean_iou" in metrics
+    assert (metrics["quantized"], metrics["method"]) == (True, "nncf")
+    assert [line.split("  ")[0] for line in summary_table(metrics).splitlines()[1:]] == [
+        "float",
+        "NNCF INT8",
+    ]
 
 
 def test_masks_of_everything_by_an_exported_model(
@@ -120,7 +126,7 @@ def test_accuracy_control_stops_where_the_drop_is_met(
         (["--calibration-size", "0"], "1 or more"),
         (["--max-drop", "1"], "measured on annotated pictures"),
         (["--drop-metric", "AP", "--max-drop", "1"], "controls the mean IoU"),
-        (["--calibration-images", "nowhere"], "no image folder nowhere"),
+        (["--calibration-images", "nowhere"], "not there: calibration pictures nowhere"),
     ],
 )
 def test_what_nncf_cannot_be_asked_for(

@@ -51,8 +51,9 @@ def test_a_bad_data_set_is_found_before_the_model_is_loaded(settings: RunSetting
     broken = replace(
         settings, data=DataSettings(settings.data.images / "no"), checkpoint=Path("no.pth")
     )
-    with pytest.raises(DataError, match="no image folder"):
+    with pytest.raises(DataError, match=r"not there: SAM no\.pth .*, pictures .*val/no: name"):
         Run(broken).execute()
+    assert not settings.work_dir.exists()
 
 
 def test_a_seed_fixes_the_global_generators(settings: RunSettings) -> None:
@@ -110,12 +111,12 @@ def test_stages_measure_time_and_memory_of_their_own() -> None:
 
 def test_summary_of_two_models_and_of_none() -> None:
     scores = {"AP": 12.3456, "mean_iou": 0.5}
-    metrics = {"model": "vit_nano", "quantized": True, **scores, "float": {"AP": 20.0}}
+    metrics = {"model": "vit_nano", "method": "ptq4sam", **scores, "float": {"AP": 20.0}}
     metrics["audit"] = {"passed": True, "report": ["audit passed"]}
     header, first, second, audit = summary_table(metrics).splitlines()
     assert header.split() == ["vit_nano", "AP", "mean", "IoU"]
     assert first.split() == ["float", "20.000"]
     assert second.split() == ["quantized", "12.346", "0.500"]
     assert audit == "audit passed"
-    unscored = {"model": "vit_b", "quantized": False, "masks": 7, "pictures": 2}
+    unscored = {"model": "vit_b", "masks": 7, "pictures": 2}
     assert summary_table(unscored) == "vit_b: 7 masks on 2 pictures"

@@ -70,6 +70,8 @@ def make_scheme() -> Callable[..., Scheme]:
                 "ch_axis": 0,
             },
             "ptq4sam": {"BIG": True, "AGQ": True},
+            # What stays float is compared with the float model.
+            "float_weights": "float32",
             **more,
         }
         if steps:

@@ -89,9 +89,10 @@ def test_a_unit_that_became_worse_falls_back(
 
     def spoil(
         _name: str, _unit: nn.Module, rounding: list[nn.Module], *_rest: object, **_more: object
-    ) -> None:
+    ) -> list[float]:
         for quantizer in rounding:
             quantizer.alpha.data.neg_()  # type: ignore[union-attr,operator]
+        return []
 
     monkeypatch.setattr(reconstruction, "_optimize", spoil)
     found = quantize_sam(sam, items, make_scheme(4, steps=3))

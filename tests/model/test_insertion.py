@@ -50,6 +50,30 @@ def test_every_listed_layer_and_activation_has_a_quantizer(
     assert all(isinstance(q, AdaptiveGranularityQuantizer) for q in softmax)
 
 
+def test_adaptive_granularity_of_the_decoder_alone(sam: Sam, make_scheme: MakeScheme) -> None:
+    quantized = insert_quantizers(sam, make_scheme(ptq4sam={"AGQ": "decoder"}))
+    adaptive = {
+        name.startswith("mask_decoder."): isinstance(q, AdaptiveGranularityQuantizer)
+        for name, q in quantizers(quantized)
+        if name.endswith("softmax_quantizer")
+    }
+    assert adaptive == {False: False, True: True}
+
+
+def test_half_precision_is_the_default_and_leaves_the_float_model_alone(
+    sam: Sam, make_scheme: MakeScheme
+) -> None:
+    assert Scheme.from_dict({**make_scheme().to_dict(), "float_weights": "float16"}) == (
+        Scheme(make_scheme().a_qconfig, make_scheme().w_qconfig, ptq4sam=make_scheme().ptq4sam)
+    )
+    before = sam.image_encoder.pos_embed
+    assert before is not None
+    exact = before.clone()
+    quantized = insert_quantizers(sam, make_scheme(float_weights="float16"))
+    assert torch.equal(before, exact)
+    assert torch.equal(quantized.image_encoder.pos_embed, exact.half().float())  # type: ignore[arg-type]
+
+
 def test_decoder_only_leaves_the_encoder_float(sam: Sam, make_scheme: MakeScheme) -> None:
     quantized = insert_quantizers(sam, make_scheme(), quantize_encoder=False)
     assert not list(quantizers(quantized.image_encoder))

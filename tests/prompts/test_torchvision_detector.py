@@ -83,9 +83,32 @@ def test_fingerprints_follow_weights_and_settings(checkpoint: Path, tmp_path: Pa
         named,
         TorchvisionDetector(NAME, other).fingerprint(),
         TorchvisionDetector("fcos_resnet50_fpn", checkpoint).fingerprint(),
-        TorchvisionDetector(NAME).fingerprint(),
     }
-    assert len(prints) == 7
+    assert len(prints) == 6
+
+
+def test_nothing_is_downloaded_unasked(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"asked for {arguments}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("urllib.request.urlopen", fetched)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    command = "ptq4sam download torchvision-ssdlite320-mobilenet-v3-large$"
+    with pytest.raises(CheckpointError, match=command):
+        TorchvisionDetector(NAME)
+    with pytest.raises(ConfigError, match="did you mean ssdlite320_mobilenet_v3_large"):
+        TorchvisionDetector("ssdlite320_mobilenet_v3")
+    # What torchvision or the download has put here is used.
+    file = Path("ckpt/ssdlite320_mobilenet_v3_large_coco-a79551df.pth")
+    file.parent.mkdir()
+    file.write_bytes(checkpoint.read_bytes())
+    image = _image()
+    found = TorchvisionDetector(NAME).prompts(RECORD, image)
+    expected = TorchvisionDetector(NAME, checkpoint).prompts(RECORD, image)
+    assert np.array_equal(found.boxes, expected.boxes)
 
 
 def test_a_named_model_gives_what_torchvision_gives(checkpoint: Path) -> None:
@@ -118,7 +141,7 @@ def test_weights_of_a_training_run_are_found_under_their_key(
 def test_unknown_names_and_unfit_weights(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no detection model 'ssdlite320'.*ssdlite320_mobilenet"):
         TorchvisionDetector("ssdlite320", checkpoint).prompts(RECORD, _image())
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"not there: detector .*none\.pth"):
         TorchvisionDetector(NAME, tmp_path / "none.pth")
     other = tmp_path / "other.pth"
     torch.save({"weight": torch.zeros(3)}, other)

@@ -114,10 +114,14 @@ def test_a_name_is_looked_for_in_the_cache_alone(
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    for name in ("nobody/nothing", "not a name", "a/b/c"):
-        with pytest.raises(CheckpointError, match=rf"no such folder.*hf download {name}") as caught:
-            TransformersDetector(name, CATEGORIES)
-        assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"no such folder.*hf download nobody/nothing"):
+        TransformersDetector("nobody/nothing", CATEGORIES)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in (f"{tmp_path}/none", "./none", "here/none", "~/none", "a/b/c", "not a name"):
+        with pytest.raises(CheckpointError, match=r"no such folder: give a folder that") as caught:
+            TransformersDetector(path, CATEGORIES)
+        assert "hf download" not in str(caught.value)
     commit = "0" * 40
     repository = tmp_path / "models--me--mine"
     shutil.copytree(folder, repository / "snapshots" / commit)

@@ -14,7 +14,13 @@ import yaml
 
 from ptq4sam.errors import ConfigError
 from ptq4sam.quantization import scheme as scheme_module
-from ptq4sam.quantization.scheme import Methods, Reconstruction, Scheme, TensorFormat
+from ptq4sam.quantization.scheme import (
+    Methods,
+    Reconstruction,
+    Scheme,
+    TensorFormat,
+    bits_of_level,
+)
 
 PUBLISHED = """
 a_qconfig: {quantizer: LSQFakeQuantize, observer: AvgMinMaxObserver, bit: 4, symmetric: False,
@@ -246,8 +252,8 @@ def test_known_names_are_those_of_the_registries() -> None:
     from ptq4sam.quantization.observers import OBSERVERS
     from ptq4sam.quantization.quantizers import QUANTIZERS
 
-    assert set(scheme_module.OBSERVER_NAMES) == set(OBSERVERS)
-    assert set(scheme_module.QUANTIZER_NAMES) == set(QUANTIZERS)
+    assert OBSERVERS.names == list(OBSERVERS)
+    assert set(QUANTIZERS.names) == set(QUANTIZERS)
 
 
 def test_observers_refuse_channels_exactly_where_schemes_do() -> None:
@@ -283,3 +289,23 @@ def test_fewer_steps_learn_faster(steps: int, raised: float) -> None:
 def test_a_scheme_without_reconstruction_has_no_steps() -> None:
     without = Scheme.from_yaml(EXP / "ptq4sam-s44.yaml")
     assert without.with_steps(200) == without
+
+
+@pytest.mark.parametrize(
+    ("level", "bits"), [(8, (8, 8)), ("w4a6", (4, 6)), ("w3a16", (3, 16)), ("float", None)]
+)
+def test_units_have_bits_of_weights_and_activations(
+    level: int | str, bits: tuple[int, int] | None
+) -> None:
+    scheme = Scheme.from_dict(yaml.safe_load(PUBLISHED)).with_units({"image_encoder.neck": level})
+    unit = scheme.of_unit("image_encoder.neck")
+    found = None if unit is None else (unit.w_qconfig.bit, unit.a_qconfig.bit)
+    assert found == bits == bits_of_level(level)
+    assert Scheme.from_dict(yaml.safe_load(scheme.to_yaml())) == scheme
+
+
+@pytest.mark.parametrize("level", ["w4", "a4", "w4a", "4", "w17a4", 1])
+def test_other_levels_of_units_are_refused(level: int | str) -> None:
+    scheme = Scheme.from_dict(yaml.safe_load(PUBLISHED))
+    with pytest.raises(ConfigError, match="allowed: 2 to 16, both apart as w4a8, or float"):
+        scheme.with_units({"image_encoder.neck": level})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ptq4sam.errors import ConfigError, DependencyError
+from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.solver.config import load_config, merge
 from ptq4sam.solver.experiment import DetectorConfig, ExperimentConfig
@@ -272,29 +272,17 @@ def test_known_sams_are_those_of_the_registry() -> None:
     assert set(get_args(get_type_hints(SamConfig)["type"])) == set(VARIANTS)
 
 
-def test_prompts_argument_of_a_detector(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_argument_of_a_detector() -> None:
     path = Path("boxes.json")
     assert DetectorConfig("results", path).prompts == "boxes.json"
     assert DetectorConfig("onnx", Path("x.onnx")).prompts == "onnx:x.onnx"
     assert DetectorConfig("yolox", Path("x.pth")).prompts == "yolox:x.pth"
     assert DetectorConfig("ground-truth").prompts == "ground-truth"
     yolox = DetectorConfig("mmdet", Path("x.pth"), config="yolox.py")
-    monkeypatch.setattr("ptq4sam.solver.experiment.find_spec", lambda name: name)
     assert yolox.prompts == "mmdet:yolox.py:x.pth"
     ssd = DetectorConfig("torchvision", config="ssd300_vgg16")
     assert ssd.prompts == "torchvision:ssd300_vgg16"
     assert replace(ssd, checkpoint=Path("a.pth")).prompts == "torchvision:ssd300_vgg16:a.pth"
+    assert DetectorConfig("transformers", Path("folder")).prompts == "transformers:folder"
     assert DetectorConfig("hdetr", Path("h.pth")).prompts == "hdetr:h.pth"
     assert DetectorConfig("focalnet_dino", Path("d.pth")).prompts == "focalnet-dino:d.pth"
-
-
-def test_a_detector_that_is_not_there_names_extra_and_way_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("ptq4sam.solver.experiment.find_spec", lambda name: None)
-    DetectorConfig("ground-truth").require_available()
-    mmdet = DetectorConfig("mmdet", Path("x.pth"), config="x.py")
-    with pytest.raises(DependencyError, match=r"\./environment\.sh mmdet.*--prompts boxes\.json"):
-        mmdet.require_available()
-    with pytest.raises(DependencyError, match="'mmdet' needs"):
-        _ = mmdet.prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from torch import nn
@@ -77,22 +78,26 @@ def operands(
 
 def attend(
     graph: Graph,
-    attention: nn.Module,
+    attention: EncoderAttention | DecoderAttention,
     given: Operands,
     path: str,
     bias: Bias | None = None,
+    parts: int | None = None,
 ) -> str:
-    """softmax(query key scale + bias) value: [batch, heads, n, d]."""
+    """softmax(query key scale + bias) value: [batch, heads, n, d].
+
+    `parts` is a divisor of batch * heads * n, see `quantize`; by default the number of heads.
+    """
     logits = graph.node("MatMul", [given.query, given.key], f"{path}.logits")
     if bias is not None:
         logits = bias(logits)
     softmax = graph.node("Softmax", [logits], f"{path}.softmax", axis=-1)
     quantizer = attention_quantizer(attention, "softmax")
-    weights = quantize(graph, softmax, quantizer, f"{path}.softmax_quantizer")
-    of_value = attention_quantizer(attention, "value")
-    if quantizer is not None and of_value is not None and _has_whole_points(attention):
+    parts = attention.num_heads if parts is None else parts
+    weights = quantize(graph, softmax, quantizer, f"{path}.softmax_quantizer", parts)
+    if quantizer is not None and _has_whole_points(attention):
         # Sums of whole numbers are those of the simulation in whatever order.
-        worth = values_worth(quantizer, of_value)
+        worth = values_worth(quantizer, cast(Quantizer, attention.value_quantizer))
         factors, double = [weights.name, given.value], worth.largest > EXACT and not graph.signed
         if double:
             # OpenVINO, whose graphs are the signed ones, has no float64: its sums are nearly exact.

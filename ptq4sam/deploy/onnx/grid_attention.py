@@ -73,9 +73,9 @@ def _attend(
     side: int,
     path: str,
 ) -> str:
-    """Attend from some rows of the grid to all of it."""
+    """Attend from some rows of the grid, in one head or all, to all of it."""
     if not positions:
-        return attend(graph, attention, given, path)
+        return attend(graph, attention, given, path, parts=side)
 
     def placed(logits: str) -> str:
         # [grids, heads, queries, key row, key column]
@@ -84,7 +84,7 @@ def _attend(
         both = graph.node("Add", [grid, bias], f"{path}.logits.placed")
         return graph.reshape(both, (0, 0, 0, side * side), f"{path}.logits.all")
 
-    return attend(graph, attention, given, path, placed)
+    return attend(graph, attention, given, path, placed, parts=side)
 
 
 def _positions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -78,11 +78,19 @@ def dequantize(graph: Graph, value: Value, path: str, factor: float = 1.0) -> st
     return graph.node("DequantizeLinear", inputs, f"{path}.dequantized")
 
 
-def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Value:
+def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str, parts: int = 1) -> Value:
     """A float tensor on the quantizer's grid; None leaves it as it is.
 
     Evenly spaced grids give codes, in 8 bits also where they have fewer: the tensor is cut to their
     range first. Powers of 2 (adaptive granularity) give a float tensor of whole numbers of steps.
+
+    Args:
+        graph: where nodes go.
+        x: the tensor.
+        quantizer: of it.
+        path: of the quantizer.
+        parts: a divisor of the number of its elements, in so many parts of which a runtime may look
+            up powers at the same time.
 
     Raises:
         DeployError: the quantizer's grid has no exact form.
@@ -92,9 +100,9 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Va
     _require_quantizing(quantizer, path)
     grid = softmax_grid(quantizer)
     if isinstance(grid, LogGrid):
-        assert isinstance(quantizer, AdaptiveGranularityQuantizer)
+        quantizer = cast(AdaptiveGranularityQuantizer, quantizer)
         points = point_table(grid.grid.levels, grid.tau, quantizer.fraction_bits())
-        return Value(_powers(graph, x, grid, points, path), step=float(quantizer.step))
+        return Value(_powers(graph, x, grid, points, path, parts), step=float(quantizer.step))
     affine = _activation_format(grid, graph.signed, path)
     if grid.grid.bits < _CONTAINER_BITS:
         bounds = [
@@ -166,11 +174,12 @@ def _activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
     return Affine(scale, np.array(grid.zero_point + shift, np.uint8))
 
 
-def _powers(graph: Graph, x: str, grid: LogGrid, points: Tensor, path: str) -> str:
+def _powers(graph: Graph, x: str, grid: LogGrid, points: Tensor, path: str, parts: int) -> str:
     """Softmax outputs moved to powers of 2^(1/tau): the code by a logarithm, the value by a table.
 
     The table holds whole numbers (see `granularity_table`); its last entry, one beyond the grid, is
-    the 0 of what is too small.
+    the 0 of what is too small. ONNX Runtime copies single numbers slowly in a Gather, and fast in a
+    GatherElements, which it spreads over rows.
     """
     levels = grid.grid.levels
     table = graph.constant(f"{path}.points", _float32(points))
@@ -185,7 +194,13 @@ def _powers(graph: Graph, x: str, grid: LogGrid, points: Tensor, path: str) -> s
     ends = [graph.number(0.0), graph.number(float(levels))]
     codes = graph.node("Clip", [rounded, *ends], f"{path}.within")
     indices = graph.cast(codes, np.int32, f"{path}.codes")
-    return graph.node("Gather", [table, indices], f"{path}.values", axis=0)
+    if graph.signed:
+        return graph.node("Gather", [table, indices], f"{path}.values", axis=0)
+    rows = graph.reshape(indices, (parts, -1), f"{path}.rows")
+    tables = graph.node("Expand", [table, graph.integers(parts, 1)], f"{path}.tables")
+    values = graph.node("GatherElements", [tables, rows], f"{path}.looked_up", axis=1)
+    shape = graph.node("Shape", [x], f"{path}.shape")
+    return graph.node("Reshape", [values, shape], f"{path}.values")
 
 
 def _require_quantizing(quantizer: Quantizer, path: str) -> None:

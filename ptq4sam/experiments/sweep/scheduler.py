@@ -29,6 +29,7 @@ class State:
         records: of the trials that have ended, now or before, by key.
         shared: how many pieces of shared work were done, by kind.
         seconds: of the trials that were done now.
+        failed: errors of shared work, by its key.
     """
 
     waiting: list[Task]
@@ -36,6 +37,7 @@ class State:
     running: dict[str, tuple[Task, float]] = field(default_factory=dict)
     shared: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def time_left(self, workers: int) -> float | None:
         """Seconds that the rest will take, by the mean of the trials so far; None without any."""
@@ -75,12 +77,11 @@ def schedule(
     """
     state = State(list(tasks), dict(records))
     there: set[str] = set()
-    failed: dict[str, str] = {}
     while state.waiting or state.running:
-        for task in _doomed(state.waiting, failed):
+        for task in _doomed(state.waiting, state.failed):
             state.waiting.remove(task)
-            why = next(failed[key] for key in task.needs if key in failed)
-            _end(state, store, task, Outcome(why), 0.0, failed)
+            why = next(state.failed[key] for key in task.needs if key in state.failed)
+            _end(state, store, task, Outcome(why), 0.0)
         while pool.free and (ready := _next(state.waiting, there)) is not None:
             state.waiting.remove(ready)
             state.running[ready.key] = (ready, time.monotonic())
@@ -91,7 +92,7 @@ def schedule(
             seconds = time.monotonic() - begun
             if outcome.error is None:
                 there.add(task.key)
-            _end(state, store, task, outcome, seconds, failed)
+            _end(state, store, task, outcome, seconds)
     show(state)
     return state
 
@@ -105,19 +106,12 @@ def _doomed(waiting: list[Task], failed: dict[str, str]) -> list[Task]:
     return [task for task in waiting if not failed.keys().isdisjoint(task.needs)]
 
 
-def _end(
-    state: State,
-    store: Store,
-    task: Task,
-    outcome: Outcome,
-    seconds: float,
-    failed: dict[str, str],
-) -> None:
+def _end(state: State, store: Store, task: Task, outcome: Outcome, seconds: float) -> None:
     if task.kind != "trial":
         state.shared[task.kind] += 1
         _log.info("%s: %s", task.label, outcome.error or f"{seconds:.1f} s")
         if outcome.error is not None:
-            failed[task.key] = f"{task.label}: {outcome.error}"
+            state.failed[task.key] = f"{task.label}: {outcome.error}"
         return
     now = datetime.now(timezone.utc).timestamp()
     record = TrialRecord(

@@ -107,7 +107,7 @@ class Store:
                 "--work-dir"
             ) from None
         try:
-            with self._named_errors():
+            with _named_errors(self.path):
                 self._connection = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
                 self._open()
         except BaseException:
@@ -145,29 +145,12 @@ class Store:
         Raises:
             StoreError: the file is locked or damaged.
         """
-        names = [one.name for one in fields(TrialRecord)]
-        query = f"SELECT {', '.join(names)} FROM trials ORDER BY number"
-        with self._named_errors():
-            rows = self._connection.execute(query).fetchall()
-            found = (dict(zip(names, row, strict=True)) for row in rows)
-            records = [
-                TrialRecord(**{**row, **{name: json.loads(row[name]) for name in _JSON}})
-                for row in found
-            ]
-        return {record.key: record for record in records}
+        with _named_errors(self.path):
+            return _latest(self._connection)
 
     def _open(self) -> None:
         run = self._connection.execute
-        (tables,) = run("SELECT count(*) FROM sqlite_master").fetchone()
-        (application,) = run("PRAGMA application_id").fetchone()
-        (version,) = run("PRAGMA user_version").fetchone()
-        if tables and application != _APPLICATION:
-            raise StoreError(f"{self.path} is another program's file: name another --work-dir")
-        if version > _VERSION:
-            raise StoreError(f"{self.path} was written by a newer ptq4sam: use that one")
-        (problem,) = run("PRAGMA quick_check(1)").fetchone()
-        if problem != "ok":
-            raise self._damaged(problem)
+        tables = _check(self._connection, self.path)
         run("PRAGMA journal_mode=WAL")
         # Also after a power failure what was recorded is there.
         run("PRAGMA synchronous=FULL")
@@ -180,7 +163,7 @@ class Store:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._named_errors():
+        with _named_errors(self.path):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -189,25 +172,70 @@ class Store:
                 raise
             self._connection.execute("COMMIT")
 
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            if "locked" in str(error) or "busy" in str(error):
-                raise StoreError(
-                    f"{self.path} has been locked by another program for {_PATIENCE:.0f} s: close "
-                    "that, then start the sweep again, which goes on where it was"
-                ) from error
-            raise StoreError(
-                f"{self.path} cannot be used ({error}): make room or get permission, then start "
-                "the sweep again, which goes on where it was"
-            ) from error
-        except (sqlite3.DatabaseError, ValueError) as error:
-            raise self._damaged(str(error)) from error
 
-    def _damaged(self, problem: str) -> StoreError:
-        return StoreError(
-            f"{self.path} is damaged ({' '.join(problem.split())[:100]}): move it aside to start "
-            f"again, or rescue its records by sqlite3 {self.path.name} .recover"
+def read_records(path: Path) -> dict[str, TrialRecord]:
+    """The last record of each trial, by key, without writing: also while a sweep is running.
+
+    Args:
+        path: the file.
+
+    Raises:
+        StoreError: it is missing, locked, damaged, of another program or newer.
+    """
+    with _named_errors(path):
+        connection = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode=ro", timeout=_PATIENCE, uri=True
         )
+        with contextlib.closing(connection):
+            return _latest(connection) if _check(connection, path) else {}
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> int:
+    """Number of tables of a file that is ours and whole."""
+    run = connection.execute
+    (tables,) = run("SELECT count(*) FROM sqlite_master").fetchone()
+    (application,) = run("PRAGMA application_id").fetchone()
+    (version,) = run("PRAGMA user_version").fetchone()
+    if tables and application != _APPLICATION:
+        raise StoreError(f"{path} is another program's file: name another --work-dir")
+    if version > _VERSION:
+        raise StoreError(f"{path} was written by a newer ptq4sam: use that one")
+    (problem,) = run("PRAGMA quick_check(1)").fetchone()
+    if problem != "ok":
+        raise _damaged(path, problem)
+    return int(tables)
+
+
+def _latest(connection: sqlite3.Connection) -> dict[str, TrialRecord]:
+    names = [one.name for one in fields(TrialRecord)]
+    rows = connection.execute(f"SELECT {', '.join(names)} FROM trials ORDER BY number").fetchall()
+    found = (dict(zip(names, row, strict=True)) for row in rows)
+    records = [
+        TrialRecord(**{**row, **{name: json.loads(row[name]) for name in _JSON}}) for row in found
+    ]
+    return {record.key: record for record in records}
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error) or "busy" in str(error):
+            raise StoreError(
+                f"{path} has been locked by another program for {_PATIENCE:.0f} s: close "
+                "that, then start the sweep again, which goes on where it was"
+            ) from error
+        raise StoreError(
+            f"{path} cannot be used ({error}): make room or get permission, then start "
+            "the sweep again, which goes on where it was"
+        ) from error
+    except (sqlite3.DatabaseError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, problem: str) -> StoreError:
+    return StoreError(
+        f"{path} is damaged ({' '.join(problem.split())[:100]}): move it aside to start "
+        f"again, or rescue its records by sqlite3 {path.name} .recover"
+    )

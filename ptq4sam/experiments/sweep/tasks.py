@@ -8,7 +8,7 @@ all workers and for whoever goes on with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +74,11 @@ class Folder:
         return self.path / "sweep.sqlite"
 
     @property
+    def description(self) -> Path:
+        """What the trials are."""
+        return self.path / "sweep.json"
+
+    @property
     def scenes(self) -> Path:
         """Generated scenes."""
         return self.path / "scenes"
@@ -93,20 +98,27 @@ class Folder:
         return self.path / "unfinished" / key
 
 
-def plan(trials: Iterable[Trial], folder: Folder) -> list[Task]:
-    """Every task, in an order in which each stands behind what it needs.
+def plan(
+    trials: Sequence[Trial], folder: Folder, floats: Iterable[TrialSettings] = ()
+) -> list[Task]:
+    """What must be done for trials that have no record yet, each behind what it needs.
 
-    Shared work that is in the folder already is left out.
+    Shared work that is done already, in this run or one before, is left out.
+
+    Args:
+        trials: those without a record.
+        folder: where what is shared lies.
+        floats: settings whose float model is scored, whether a trial needs it or not.
     """
-    trials = list(trials)
-    tasks: dict[str, Task] = {}
+    work = [task for settings in floats for task in _float_work(settings)]
     for trial in trials:
         shared = list(_shared(trial, trials))
-        for task in shared:
-            if not folder.result(task.kind, task.key).exists():
-                tasks.setdefault(task.key, task)
         needs = tuple(task.key for task in shared)
-        tasks[trial.key] = Task("trial", trial.key, trial.settings, needs, trial.name)
+        work += [*shared, Task("trial", trial.key, trial.settings, needs, trial.name)]
+    tasks: dict[str, Task] = {}
+    for task in work:
+        if task.kind == "trial" or not folder.result(task.kind, task.key).exists():
+            tasks.setdefault(task.key, task)
     return [
         replace(task, needs=tuple(key for key in task.needs if key in tasks))
         for task in tasks.values()
@@ -135,9 +147,8 @@ def _boxes_part(settings: TrialSettings) -> list[Any]:
     return [settings.boxes_to_calibrate, settings.part("prompting")]
 
 
-def _shared(trial: Trial, trials: Iterable[Trial]) -> Iterator[Task]:
-    """What a trial needs, each behind its own needs."""
-    settings = trial.settings
+def _float_work(settings: TrialSettings) -> Iterator[Task]:
+    """What scores the float model, each behind its own needs."""
     needs: list[str] = []
     if settings.prompts not in _WITHOUT_DETECTOR:
         part = settings.part("prompts", "data", "device")
@@ -146,7 +157,13 @@ def _shared(trial: Trial, trials: Iterable[Trial]) -> Iterator[Task]:
         yield Task("boxes", key, settings, label=f"boxes of {settings.prompts}")
     label = f"float {settings.model}"
     yield Task("float", float_key(settings), settings, tuple(needs), label)
-    needs = []
+
+
+def _shared(trial: Trial, trials: Iterable[Trial]) -> Iterator[Task]:
+    """What a trial needs, each behind its own needs."""
+    settings = trial.settings
+    yield from _float_work(settings)
+    needs: list[str] = []
     if settings.boxes_to_calibrate not in _WITHOUT_DETECTOR:
         # Once for the trial that calibrates on most pictures.
         alike = [

@@ -1,0 +1,114 @@
+"""`ptq4sam sensitivity`: which quantizers cost the masks, each alone and all but each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from ptq4sam.commands.flags import add_run_arguments
+
+if TYPE_CHECKING:
+    from ptq4sam.experiments.sensitivity.report import Sensitivities
+
+_WIDTH = 160
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ptq4sam sensitivity`."""
+    add_run_arguments(parser, images_required=True)
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        default=["unit"],
+        metavar="GRAIN",
+        help="what is switched together: model, stage, block, unit (the default), quantizer; "
+        "several are possible",
+    )
+    parser.add_argument(
+        "--roles",
+        nargs="*",
+        metavar="ROLE",
+        help="split each by weights, activations, inputs, query, key, value, softmax; default: all "
+        "of them; without a name: do not split",
+    )
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="these only, as image_encoder.blocks.3.attn, '*.attn:softmax' or 'mask_decoder.*'",
+    )
+    parser.add_argument(
+        "--measure",
+        type=int,
+        default=10,
+        metavar="N",
+        help="measure the masks of the N worst (10); all have their errors measured",
+    )
+    parser.add_argument(
+        "--proxy-pictures", type=int, default=4, metavar="N", help="pictures for the errors (4)"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=32, metavar="N", help="pictures for the N worst (32)"
+    )
+    parser.add_argument(
+        "--metric",
+        help="what orders the worst: mean_iou (default with ground-truth boxes), AP (default with "
+        "other boxes) or agreement",
+    )
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Study, write, and show the worst."""
+    from ptq4sam import parallel
+    from ptq4sam.experiments.requests import settings_from_arguments
+    from ptq4sam.experiments.sensitivity.run import StudySettings, planned_targets, study_model
+    from ptq4sam.experiments.sensitivity.targets import ROLES
+    from ptq4sam.progress import bars
+
+    asked = StudySettings(
+        grains=tuple(parsed.by),
+        roles=ROLES if parsed.roles is None else tuple(parsed.roles),
+        patterns=tuple(parsed.targets),
+        measure=parsed.measure,
+        proxy_pictures=parsed.proxy_pictures,
+        pictures=parsed.pictures,
+        metric=parsed.metric,
+        resume=parsed.resume,
+    )
+    # A file that is quantized already has no quantization to go on with, but a study.
+    parsed.resume = parsed.resume and parsed.scheme is not None
+    settings = settings_from_arguments(parsed)
+    if settings.dry_run:
+        targets = planned_targets(settings, asked)
+        sys.stdout.write("".join(f"{target.name}\n" for target in targets))
+        return 0
+    with parallel.joined():
+        found = study_model(settings, asked, bars)
+        if parallel.is_first():
+            _show(found)
+            for name in ("sensitivity.json", "sensitivity.csv"):
+                sys.stdout.write(f"written to {settings.work_dir / name}\n")
+    return 0
+
+
+def _show(found: Sensitivities) -> None:
+    """The table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    titles, *lines = found.lines()
+    table = Table(title=f"{found.about['model']}: by {found.about['metric']}, worst first")
+    for title in titles:
+        table.add_column(title, justify="left" if title == "target" else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    # Where no terminal has a width, whoever reads a file wants whole names.
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console.print(table)
+    if found.hidden:
+        console.print(f"{found.hidden} more targets are in the files")
+    console.print(
+        "dB: of the mask logits; * on the few pictures of the proxy only", highlight=False
+    )

@@ -1,0 +1,181 @@
+"""`ptq4sam table`: the published table, of what is here."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ptq4sam.commands.sweep import (
+    add_crew_arguments,
+    add_picture_arguments,
+    pictures,
+    require_jobs,
+)
+from ptq4sam.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ptq4sam.experiments.table.rows import Cell, Row
+    from ptq4sam.solver.table import Request
+
+_TABLES = ("coco",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ptq4sam table`."""
+    parser.add_argument("table", metavar="TABLE", help="coco: PTQ4SAM's table of mask AP")
+    parser.add_argument(
+        "--profile",
+        default="coco",
+        help="coco, or nano: the same rows of the embedded vit_nano, on generated scenes and "
+        "coco_mini",
+    )
+    parser.add_argument("--detectors", nargs="+", default=[], metavar="D", help="only of these")
+    parser.add_argument("--models", nargs="+", default=[], metavar="M", help="vit_b, vit_l, vit_h")
+    parser.add_argument("--bits", nargs="+", default=[], metavar="B", help="6, 4")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="M",
+        help="as in exp/: minmax, ptq4sam-l, ...; float for the float model alone",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="also write FILE.md, FILE.csv or FILE.tex",
+    )
+    add_picture_arguments(parser)
+    parser.add_argument(
+        "--coco-mini", type=Path, metavar="DIR", help="of --profile nano; default: data/coco_mini"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="of reconstruction; default: 20,000")
+    parser.add_argument(
+        "--calibration-size", type=int, metavar="N", help="calibration pictures; default: 32"
+    )
+    parser.add_argument("--decoder-only", action="store_true", help="leave the image encoder float")
+    parser.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    add_crew_arguments(parser)
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        help="default: work_dirs/table/<profile>; the command goes on there",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the cells and what is missing, and stop"
+    )
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Do what is left of the table and show all of it; 1 where cells have failed."""
+    from ptq4sam.experiments.table import render
+    from ptq4sam.solver.table import Table, one_of
+
+    one_of("name", parsed.table, _TABLES)
+    require_jobs(parsed.jobs)
+    for path in parsed.out:
+        render.require_form(path)
+    request = _request(parsed)
+    cells = list(Table(request).cells())
+    if parsed.dry_run:
+        _list(cells)
+        return 0
+    rows = _fill(parsed, cells)
+    _tell(rows)
+    title = {"coco": "COCO val2017 mask AP", "nano": "The COCO table for vit_nano"}[parsed.profile]
+    for path in parsed.out:
+        render.write(path, rows, title, _notes(request))
+        sys.stdout.write(f"written to {path}\n")
+    return 1 if any(row.status == "failed" for row in rows) else 0
+
+
+def _request(parsed: argparse.Namespace) -> Request:
+    from ptq4sam.experiments.sweep.settings import Pictures
+    from ptq4sam.solver.table import Request
+
+    given = pictures(parsed)
+    if parsed.coco_mini is not None:
+        if given or parsed.profile != "nano":
+            raise ConfigError(
+                "--coco-mini is a folder for --profile nano, instead of --images and the like"
+            )
+        folder = parsed.coco_mini
+        for name, split in (("data", "val"), ("calibration", "train")):
+            given[name] = {
+                "images": str(folder / "images" / f"{split}2017"),
+                "annotations": str(folder / "annotations" / f"instances_{split}.json"),
+            }
+    return Request(
+        profile=parsed.profile,
+        detectors=parsed.detectors,
+        models=parsed.models,
+        bits=parsed.bits,
+        methods=parsed.methods,
+        limit=parsed.limit,
+        steps=parsed.steps,
+        calibrate=parsed.calibration_size,
+        quantize_encoder=not parsed.decoder_only,
+        device=parsed.device,
+        seed=parsed.seed,
+        **{name: Pictures.from_dict(value) for name, value in given.items()},
+    )
+
+
+def _fill(parsed: argparse.Namespace, cells: Sequence[Cell]) -> list[Row]:
+    """Run what is present and has not ended before."""
+    from ptq4sam.experiments.sweep.running import Crew, finish
+    from ptq4sam.experiments.sweep.store import Store
+    from ptq4sam.experiments.sweep.tasks import Folder
+    from ptq4sam.experiments.table.rows import rows, sweep_of
+
+    folder = Folder(parsed.work_dir or Path("work_dirs") / "table" / parsed.profile)
+    sweep, floats = sweep_of(f"table {parsed.table}", cells)
+    with Store(folder.store) as store:
+        crew = Crew(parsed.jobs, parsed.ray)
+        state = finish(sweep, folder, store, crew, parsed.retry_failed, floats)
+    return list(rows(cells, state, folder))
+
+
+def _list(cells: Sequence[Cell]) -> None:
+    from ptq4sam.experiments.table.render import how_to_get
+
+    for cell in cells:
+        lacks = f": missing {cell.lacks}" if cell.missing else ""
+        sys.stdout.write(f"{cell.name}{lacks}\n")
+    present = sum(not cell.missing for cell in cells)
+    sys.stdout.write(f"{len(cells)} cells, {present} of them can run\n")
+    for line in how_to_get(one for cell in cells for one in cell.missing):
+        sys.stdout.write(f"{line}\n")
+
+
+def _tell(rows: Sequence[Row]) -> None:
+    from rich.console import Console
+
+    from ptq4sam.experiments.table import render
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    console.print(render.terminal(rows))
+    missing = [one for row in rows for one in row.cell.missing]
+    for line in [*render.legend(rows), *render.how_to_get(missing)]:
+        console.print(line, markup=False, highlight=False)
+
+
+def _notes(request: Request) -> list[str]:
+    """What was run, for whoever reads the table."""
+    steps = "20,000 steps a unit, as published"
+    if request.steps is not None:
+        raised = "with learning rates raised to match; published: 20,000"
+        steps = f"{request.steps} steps a unit ({raised})"
+    which = "image encoder and mask decoder" if request.quantize_encoder else "mask decoder"
+    some = "" if request.limit is None else f", first {request.limit} pictures"
+    return [
+        f"Written by `ptq4sam table coco`, profile {request.profile}: {which} quantized; "
+        f"reconstruction {steps}; {request.calibrate or 32} calibration "
+        f"pictures; seed {request.seed}{some}."
+    ]

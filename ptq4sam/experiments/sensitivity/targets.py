@@ -1,0 +1,166 @@
+"""What a study switches on and off: parts of a model by stage, block, unit, quantizer and role.
+
+A target is named by the path of a part, `image_encoder.blocks.3.attn`, or by the path and a role,
+`image_encoder.blocks.3.attn:softmax`. Patterns with `*` and `?` name several.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ptq4sam.errors import ConfigError
+from ptq4sam.model.insertion import QuantizedSam, model_units
+from ptq4sam.quantization.modes import quantizers
+from ptq4sam.records import unknown_key
+
+WHOLE = "model"
+GRAINS = (WHOLE, "stage", "block", "unit", "quantizer")
+"""How large the parts are: all of it, encoder and decoder, a block, a unit, a single quantizer."""
+
+ROLES = ("weights", "activations", "inputs", "query", "key", "value", "softmax")
+"""What a quantizer is for; `activations` are all but weights."""
+
+_ROLE_OF = {
+    "weight_quantizer": "weights",
+    "input_quantizer": "inputs",
+    "query_quantizer": "query",
+    "key_quantizer": "key",
+    "value_quantizer": "value",
+    "softmax_quantizer": "softmax",
+}
+_STAGE = re.compile(r"image_encoder|mask_decoder\.transformer")
+_BLOCK = re.compile(r"blocks\.\d+|layers\.\d+|[^.]+")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Quantizers that are switched together.
+
+    Attributes:
+        path: of the part of the model; "model" for all of it.
+        role: what they are for; empty for all of the part.
+        grain: one of GRAINS.
+        quantizers: their paths.
+        first_unit: path of the first unit that has one of them.
+    """
+
+    path: str
+    role: str
+    grain: str
+    quantizers: frozenset[str]
+    first_unit: str
+
+    @property
+    def name(self) -> str:
+        """Path and role."""
+        return f"{self.path}:{self.role}" if self.role else self.path
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """Stage, block in it and layer in that; empty where the target has several."""
+        stage = _STAGE.match(self.path)
+        if stage is None:
+            return "", "", ""
+        rest = self.path[stage.end() + 1 :]
+        block = _BLOCK.match(rest)
+        if block is None:
+            return stage[0], "", ""
+        return stage[0], block[0], rest[block.end() + 1 :]
+
+
+def role_of(quantizer: str) -> str:
+    """What a quantizer is for, by its path."""
+    return _ROLE_OF[quantizer.rpartition(".")[2]]
+
+
+def targets_of(
+    sam: QuantizedSam,
+    grains: Sequence[str] = ("unit",),
+    roles: Sequence[str] = ROLES,
+    patterns: Sequence[str] = (),
+) -> list[Target]:
+    """All targets of a model, in the order of grains and of execution.
+
+    A role that a part has alone, or not at all, makes no target of its own.
+
+    Args:
+        sam: the model.
+        grains: some of GRAINS.
+        roles: split parts by some of ROLES, beside each part as a whole.
+        patterns: keep those that match one; none keeps all.
+
+    Raises:
+        ConfigError: a grain or role is unknown, or a pattern matches nothing.
+    """
+    for given, known in ((grains, GRAINS), (roles, ROLES)):
+        for name in given:
+            if name not in known:
+                raise unknown_key(name, known)
+    units = [
+        (unit, f"{unit}.{name}")
+        for unit, module in model_units(sam)
+        for name, _ in quantizers(module)
+    ]
+    found: list[Target] = []
+    for grain in GRAINS:
+        if grain in grains:
+            parts: dict[str, list[tuple[str, str]]] = {}
+            for unit, quantizer in units:
+                parts.setdefault(_part(grain, unit, quantizer), []).append((unit, quantizer))
+            for path, members in parts.items():
+                found.extend(_split(path, grain, members, roles))
+    return _matching(found, patterns)
+
+
+def _part(grain: str, unit: str, quantizer: str) -> str:
+    """Path of the part of a grain that a quantizer belongs to."""
+    if grain in (WHOLE, "unit", "quantizer"):
+        return {WHOLE: WHOLE, "unit": unit, "quantizer": quantizer}[grain]
+    stage = _STAGE.match(unit)
+    assert stage is not None
+    if grain == "stage":
+        return stage[0]
+    block = _BLOCK.match(unit, stage.end() + 1)
+    assert block is not None
+    return f"{stage[0]}.{block[0]}"
+
+
+def _split(
+    path: str, grain: str, members: Sequence[tuple[str, str]], roles: Sequence[str]
+) -> Iterable[Target]:
+    """A part as a whole, then by role."""
+    whole = frozenset(quantizer for _, quantizer in members)
+    role = role_of(members[0][1]) if grain == "quantizer" else ""
+    yield Target(path, role, grain, whole, members[0][0])
+    seen = {whole}
+    for role in ROLES:
+        chosen = [(u, q) for u, q in members if role_of(q) == role]
+        if role == "activations":
+            chosen = [(u, q) for u, q in members if role_of(q) != "weights"]
+        those = frozenset(quantizer for _, quantizer in chosen)
+        if role in roles and those and those not in seen:
+            seen.add(those)
+            yield Target(path, role, grain, those, chosen[0][0])
+
+
+def _matching(found: Sequence[Target], patterns: Sequence[str]) -> list[Target]:
+    """Targets that a pattern names; a pattern without role names those of all roles too."""
+    kept: set[str] = set()
+    for pattern in patterns:
+        names = {
+            target.name
+            for target in found
+            if fnmatch.fnmatchcase(target.name if ":" in pattern else target.path, pattern)
+        }
+        if not names:
+            known = [target.name if ":" in pattern else target.path for target in found]
+            error = unknown_key(pattern, dict.fromkeys(known))
+            raise ConfigError(
+                f"--targets {error.key}: no such part of the model; "
+                f"{error.problem.partition('; ')[2]}"
+            )
+        kept |= names
+    return [target for target in found if target.name in kept] if patterns else list(found)

@@ -1,0 +1,102 @@
+"""Published figures, from published.yaml beside this file."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptq4sam.records import read_yaml
+
+FLOAT = "float"
+"""Among the methods: the model that nothing is quantized in."""
+
+METHODS = {
+    FLOAT: "float",
+    "minmax": "MinMax",
+    "percentile": "Percentile",
+    "omse": "OMSE",
+    "ptq4sam-s": "PTQ4SAM-S",
+    "adaround": "AdaRound",
+    "brecq": "BRECQ",
+    "qdrop": "QDrop",
+    "ptq4sam-l": "PTQ4SAM-L",
+}
+"""Titles of the table's methods by their names in exp/, in the paper's order."""
+
+BITS = (6, 4)
+"""Of weights and activations."""
+
+MARKS = {
+    "P": "read in its authors' own text or repository",
+    "S": "copied from others who state it",
+    "M": "from memory, to be checked against the paper",
+}
+
+_FILE = Path(__file__).with_name("published.yaml")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A published mask AP.
+
+    Attributes:
+        value: in percent; None where the paper says that the model collapsed.
+        mark: how it is known, a key of MARKS.
+    """
+
+    value: float | None
+    mark: str
+
+    def __str__(self) -> str:
+        """As tables show it."""
+        return f"{'-' if self.value is None else f'{self.value:.1f}'} {self.mark}"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is published of one cell.
+
+    Attributes:
+        figure: the paper's; None where none is known.
+        corrected: the same measured by others with everything quantized; None where none is known.
+        inflated: whether activations stayed float when the paper's figure was measured.
+    """
+
+    figure: Figure | None = None
+    corrected: Figure | None = None
+    inflated: bool = False
+
+    @property
+    def comparable(self) -> float | None:
+        """The figure that one's own is to be compared with: the corrected one where there is."""
+        best = self.corrected or self.figure
+        return None if best is None else best.value
+
+
+def published(detector: str, model: str, bits: int | None, method: str) -> Published:
+    """What is published of a cell; nothing for a detector or model that no paper has."""
+    content = _content()
+    if model not in content["models"]:
+        return Published()
+    place = content["models"].index(model)
+    if bits is None:
+        return Published(_figure(content[FLOAT].get(detector), place))
+    key = f"W{bits}A{bits}"
+    figure = _figure(content[key].get(detector, {}).get(method), place)
+    corrected = content["corrected"].get(key, {}).get(detector, {}).get(method)
+    inflated = figure is not None and method in content["inflated"]
+    return Published(figure, _figure(corrected, place), inflated)
+
+
+def _figure(row: list[str | None] | None, place: int) -> Figure | None:
+    if row is None or row[place] is None:
+        return None
+    value, mark = str(row[place]).split()
+    return Figure(None if value == "-" else float(value), mark)
+
+
+@functools.cache
+def _content() -> Any:
+    return read_yaml(_FILE, "file of published figures")

@@ -1,0 +1,80 @@
+"""Single quantizers of a frozen model on and off, those of weights included."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.model.insertion import TRANSFORMER, QuantizedSam
+from ptq4sam.model.layers import QuantizedLayer, quantized_layers
+from ptq4sam.quantization.modes import WEIGHT_QUANTIZER, quantizers
+from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.sam.model import Sam
+
+
+class Switches:
+    """Quantizers of a frozen model by path; any set of them can quantize alone.
+
+    A frozen weight is on its grid, so that switching its quantizer off is not enough: the float
+    model's weight takes its place, with the signs that bimodal integration folded into both.
+
+    Args:
+        sam: the frozen model; it is as before outside of `only`.
+        float_sam: the model that it was made of.
+
+    Attributes:
+        names: paths of all quantizers.
+    """
+
+    def __init__(self, sam: QuantizedSam, float_sam: Sam) -> None:
+        self._quantizers = dict(quantizers(sam))
+        self.names = frozenset(self._quantizers)
+        folded = {
+            f"{TRANSFORMER}.{name}.{projection}"
+            for name in sam.folded
+            for projection in ("q_proj", "k_proj")
+        }
+        self._weights: dict[str, tuple[QuantizedLayer, Tensor, Tensor]] = {}
+        for name, layer in quantized_layers(sam):
+            source = float_sam.get_submodule(name)
+            weight = source.get_parameter("weight").detach()
+            if name in folded:
+                weight = weight * _folded_signs(layer, source)[:, None]
+            quantizer = f"{name}.{WEIGHT_QUANTIZER}"
+            self._weights[quantizer] = (layer, layer.weight.detach(), weight)
+
+    @contextlib.contextmanager
+    def only(self, names: Collection[str]) -> Iterator[None]:
+        """Within the `with` block these quantizers quantize, and all others are off.
+
+        Args:
+            names: paths of quantizers; none gives the float model.
+        """
+        before = {name: quantizer.mode for name, quantizer in self._quantizers.items()}
+        try:
+            for name, quantizer in self._quantizers.items():
+                quantizer.mode = Mode.QUANTIZE if name in names else Mode.FLOAT
+            for name, (layer, on_grid, exact) in self._weights.items():
+                layer.weight.data = on_grid if name in names else exact
+            yield
+        finally:
+            for name, mode in before.items():
+                self._quantizers[name].mode = mode
+            for layer, on_grid, _ in self._weights.values():
+                layer.weight.data = on_grid
+
+
+@torch.no_grad()
+def _folded_signs(layer: QuantizedLayer, source: nn.Module) -> Tensor:
+    """Sign of each output channel [channels] of a layer against the one that it was made of.
+
+    Quantization leaves the bias as it is, and most of a row of weights on its side of zero.
+    """
+    weight, bias = source.get_parameter("weight"), source.get_parameter("bias")
+    products = (layer.weight * weight).sum(dim=1)
+    if layer.bias is not None:
+        products = products + layer.bias * bias
+    return torch.where(products < 0, -1.0, 1.0)

@@ -1,0 +1,141 @@
+"""How the command line names a prompt source, taken apart, and what such a source needs."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptq4sam.downloads import ASSETS, Missing
+from ptq4sam.errors import ConfigError
+
+BOXES = "boxes"
+"""The kind of a source that is a file of boxes."""
+
+FORMS = {
+    BOXES: "BOXES.json",
+    "ground-truth": "ground-truth",
+    "scene-detector": "scene-detector",
+    "onnx": "onnx:FILE",
+    "yolox": "yolox:FILE.pth",
+    "hdetr": "hdetr:FILE",
+    "focalnet-dino": "focalnet-dino:FILE",
+    "torchvision": "torchvision:NAME[:FILE]",
+    "transformers": "transformers:FOLDER",
+    "mmdet": "mmdet:CONFIG:FILE",
+}
+"""How each kind of source is named."""
+
+_ALONE = ("ground-truth", "scene-detector")
+
+PACKAGES = {
+    "onnx": (("onnxruntime",), "pip install 'ptq4sam[onnx]'"),
+    "transformers": (("transformers",), "pip install 'ptq4sam[transformers]'"),
+    "mmdet": (("mmengine", "mmcv", "mmdet"), "./environment.sh mmdet"),
+}
+"""What a kind of source imports besides what is always installed, and how to install it."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A prompt source's name, taken apart.
+
+    Attributes:
+        kind: a key of `FORMS`.
+        name: of the model in torchvision, the configuration for mmdet, the folder for transformers.
+        file: boxes or weights; None where there are none, or torchvision's own are meant.
+    """
+
+    kind: str
+    name: str = ""
+    file: Path | None = None
+
+
+def parse_spec(text: str) -> Spec:
+    """Read the name of a prompt source.
+
+    Raises:
+        ConfigError: it is none; the message names the nearest one, or what it lacks.
+    """
+    kind, _, rest = text.partition(":")
+    if text in _ALONE:
+        return Spec(text)
+    if kind in FORMS and kind not in (BOXES, *_ALONE):
+        if not rest:
+            raise ConfigError(f"prompts {text!r} name no detector: write {FORMS[kind]}")
+        return _with_argument(kind, rest)
+    if text.endswith(".json"):
+        return Spec(BOXES, file=Path(text).expanduser())
+    raise ConfigError(
+        f"no prompts are named {text!r}: {_hint(text)}known are {', '.join(FORMS.values())}"
+    )
+
+
+def _with_argument(kind: str, rest: str) -> Spec:
+    if kind == "transformers":
+        return Spec(kind, rest)
+    if kind == "torchvision":
+        name, _, file = rest.partition(":")
+        return Spec(kind, name, Path(file).expanduser() if file else None)
+    if kind != "mmdet":
+        return Spec(kind, file=Path(rest).expanduser())
+    config, _, file = rest.rpartition(":")
+    if not config or not file:
+        config = rest.strip(":")
+        raise ConfigError(
+            f"prompts 'mmdet:{rest}' name no weights: write mmdet:{config}:FILE{_weights(config)}"
+        )
+    return Spec(kind, config, Path(file).expanduser())
+
+
+def _weights(config: str) -> str:
+    """The published weights of a configuration of mmdetection, by its name in version 2 or 3."""
+    wanted = _plain(Path(config).stem) + "_"
+    for asset in ASSETS.values():
+        if _plain(asset.path.name).startswith(wanted):
+            return f", where FILE is {asset.path} of ptq4sam download {asset.name}"
+    return ""
+
+
+def _plain(name: str) -> str:
+    """Without what differs between version 2 (dino_4scale_8x2) and 3 (dino-4scale_8xb2)."""
+    return name.replace("-", "_").replace("8xb", "8x")
+
+
+def _hint(text: str) -> str:
+    kind = text.partition(":")[0]
+    if kind == text and Path(text).suffix == ".onnx":
+        return f"did you mean onnx:{text}? "
+    near = difflib.get_close_matches(kind, [name for name in FORMS if name != BOXES], n=1)
+    return f"did you mean {FORMS[near[0]]}? " if near else ""
+
+
+def look_for_prompts(missing: Missing, text: str, what: str = "detector") -> None:
+    """Note the files and packages that a prompt source needs and that are not there.
+
+    Args:
+        missing: is told.
+        text: the source's name.
+        what: it is, for the message.
+
+    Raises:
+        ConfigError: the name is not understood.
+    """
+    spec = parse_spec(text)
+    file = spec.file
+    if spec.kind == "torchvision" and file is None:
+        from ptq4sam.prompts.torchvision_detector import own_weights
+
+        file = own_weights(spec.name)
+    if spec.kind == "transformers":
+        from ptq4sam.prompts.transformers_detector import is_path
+
+        file = Path(spec.name) if is_path(spec.name) else None
+    if spec.kind == BOXES:
+        advice = "ptq4sam prompts --detector D --dataset D --out FILE writes such a file"
+        missing.look_for("file of boxes", file, advice)
+    else:
+        missing.look_for(what, file)
+    if spec.kind in PACKAGES:
+        packages, install = PACKAGES[spec.kind]
+        missing.look_for_packages(f"{what} {spec.kind}", packages, install)

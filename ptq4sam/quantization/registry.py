@@ -1,0 +1,164 @@
+"""Observers, quantizers and methods by name, open to those from outside. Nothing here needs torch.
+
+A module of one's own registers a class under the name that schemes will use:
+
+    @OBSERVERS.register("MedianObserver")
+    class MedianObserver(Observer): ...
+
+Where a scheme names what is not registered, the modules and .py files in the environment variable
+PTQ4SAM_EXTENSIONS (separated as in PATH) are imported first, in workers of a sweep too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ptq4sam.errors import ConfigError
+from ptq4sam.records import FieldError
+
+if TYPE_CHECKING:
+    from ptq4sam.quantization.base import AffineQuantizer
+    from ptq4sam.quantization.observers import Observer
+
+EXTENSIONS = "PTQ4SAM_EXTENSIONS"
+"""Environment variable: modules or .py files that register observers, quantizers, methods."""
+
+T = TypeVar("T")
+Kind = TypeVar("Kind")
+
+
+class Registry(Mapping[str, T]):
+    """What is registered, by name.
+
+    Args:
+        kind: what they are, for messages.
+        published: names of ours, known before the modules that define them are imported.
+    """
+
+    def __init__(self, kind: str, published: Iterable[str] = ()) -> None:
+        self.kind = kind
+        self._published = tuple(published)
+        self._items: dict[str, T] = {}
+
+    def __getitem__(self, name: str) -> T:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def names(self) -> list[str]:
+        """All names that a scheme can use now."""
+        return list(dict.fromkeys((*self._published, *self._items)))
+
+    def register(self, name: str) -> Callable[[Kind], Kind]:
+        """Decorator: make a class or function known under a name.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
+
+        def decorate(item: Kind) -> Kind:
+            if name in self._items:
+                raise ConfigError(
+                    f"there is another {self.kind} {name!r}: register yours under another name"
+                )
+            taken: Any = item
+            self._items[name] = taken
+            return item
+
+        return decorate
+
+    def require(self, name: str, key: str) -> None:
+        """Refuse a name that nothing is registered under, extensions included.
+
+        Args:
+            name: the name.
+            key: of the scheme, for the message.
+
+        Raises:
+            FieldError: it is unknown; the nearest known name is given.
+            ConfigError: an extension cannot be imported.
+        """
+        if name not in self.names:
+            load_extensions()
+        if name in self.names:
+            return
+        near = difflib.get_close_matches(name, self.names, n=1)
+        known = ", ".join(self.names) or f"none ({EXTENSIONS} names modules that register some)"
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {known}"
+        raise FieldError(key, f"{name!r} given; {hint}")
+
+
+OBSERVERS: Registry[type[Observer]] = Registry(
+    "observer",
+    (
+        "MinMaxObserver",
+        "AvgMinMaxObserver",
+        "MSEObserver",
+        "AvgMSEObserver",
+        "MSEFastObserver",
+        "AvgMSEFastObserver",
+        "PCTObserver",
+    ),
+)
+"""Observers by their published names, and those from outside."""
+
+QUANTIZERS: Registry[type[AffineQuantizer]] = Registry(
+    "quantizer",
+    (
+        "FixedFakeQuantize",
+        "LSQFakeQuantize",
+        "LSQPlusFakeQuantize",
+        "AdaRoundFakeQuantize",
+    ),
+)
+"""Quantizers by their published names, and those from outside."""
+
+METHODS: Registry[Callable[..., None]] = Registry("method")
+"""Functions of a QuantizedSam and its calibration items, called before ranges are observed."""
+
+
+def load_extensions() -> None:
+    """Import what the environment variable names, each once.
+
+    Raises:
+        ConfigError: one of them cannot be imported.
+    """
+    for name in filter(None, os.environ.get(EXTENSIONS, "").split(os.pathsep)):
+        try:
+            _import(name)
+        except (ImportError, OSError, SyntaxError) as error:
+            raise ConfigError(
+                f"{EXTENSIONS} names {name}, which cannot be imported ({error}): give a module or "
+                "the path of a .py file"
+            ) from error
+
+
+def _import(name: str) -> None:
+    if not name.endswith(".py"):
+        importlib.import_module(name)
+        return
+    module_name = f"ptq4sam_extension_{Path(name).stem}"
+    if module_name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(module_name, name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # As for any import: known while it runs, gone where it fails.
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise

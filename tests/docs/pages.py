@@ -1,0 +1,117 @@
+"""Pages of documentation as programs: their fenced blocks, and how a test runs them.
+
+The word behind the language of a block says what becomes of it: nothing, it runs; "official", it
+needs official weights, so that only its flags are read; "install", it is not looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptq4sam.cli import build_parser, main
+
+_FENCE = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"# (\w+\.py)\n")
+
+# What a reader runs in minutes runs here in seconds.
+_SMALL = (
+    (r"--train \d+", "--train 2"),
+    (r"--val \d+", "--val 2"),
+    (r"--limit \d+", "--limit 1"),
+    (r"--steps \d+", "--steps 2"),
+    (r"--calibration-size \d+", "--calibration-size 2"),
+    (r"--jobs \d+", "--jobs 1"),
+    (r"--preset \w+", "--scheme-options recon.iters=2"),
+    (r"recon\.iters=\d+", "recon.iters=2"),
+    (r"points_per_side=\d+", "points_per_side=2"),
+    (r"calibrate=\d+", "calibrate=2"),
+    (r"limit=\d+", "limit=1"),
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Attributes:
+        language: "python" or "bash".
+        kind: "", "official" or "install".
+        text: what is in it.
+    """
+
+    language: str
+    kind: str
+    text: str
+
+    @property
+    def file(self) -> str | None:
+        """Name of the file that the reader saves it in, if the first line says one."""
+        named = _FILE.match(self.text)
+        return None if named is None else named[1]
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page in their order."""
+    return [Block(*(part or "" for part in found)) for found in _FENCE.findall(page.read_text())]
+
+
+def commands(block: Block) -> list[str]:
+    """The lines of a bash block without comments."""
+    return [line for line in block.text.splitlines() if line and not line.startswith("#")]
+
+
+def run(page: Path) -> None:
+    """Run a page in the current folder."""
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(page):
+        if block.kind == "install":
+            continue
+        if block.language == "bash":
+            for command in commands(block):
+                _run_command(command, only_read=block.kind == "official")
+        elif block.file is not None:
+            Path(block.file).write_text(block.text)
+        else:
+            exec(compile(_small(block.text), page.name, "exec"), names)
+
+
+def _run_command(command: str, only_read: bool) -> None:
+    words = shlex.split(command if only_read else _small(command))
+    variables = {}
+    while "=" in words[0]:
+        name, _, variables[name] = words.pop(0).partition("=")
+    assert words.pop(0) == "ptq4sam", f"{command}: only ptq4sam is run in pages"
+    if only_read:
+        build_parser().parse_args(words)
+        return
+    if words[0] == "quantize" and "--decoder-only" not in words:
+        words.append("--decoder-only")
+    with _environment(variables):
+        assert main(words) == 0, command
+
+
+def _small(text: str) -> str:
+    for long, short in _SMALL:
+        text = re.sub(long, short, text)
+    return text
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,73 @@
+"""The examples of extending.md do what the page says of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ptq4sam.model.calibration import CalibrationItem, run_decoder
+from ptq4sam.model.insertion import insert_quantizers
+from ptq4sam.quantization.grid import Grid
+from ptq4sam.quantization.modes import quantizer_mode
+from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam.registry import build_sam
+from tests.docs.pages import blocks
+from tests.tiny_runs import REPOSITORY, SCHEMES
+
+
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the page's files define; forgotten afterwards."""
+    for registry in (OBSERVERS, QUANTIZERS, METHODS):
+        monkeypatch.setattr(registry, "_items", dict(registry._items))
+    names: dict[str, Any] = {"__name__": "example"}
+    for block in blocks(REPOSITORY / "docs" / "extending.md"):
+        if block.file is not None:
+            assert len(block.text.splitlines()) <= 32
+            exec(block.text, names)
+    return names
+
+
+def test_observer(examples: dict[str, Any]) -> None:
+    rows = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0))
+    rows[0, 0] = 50.0
+    low, high = OBSERVERS["StdObserver"](Grid(4), 0).batch_range(rows)
+    deviation = rows.double().std(dim=1, correction=0)
+    assert high[0].item() == pytest.approx(
+        rows[0].mean().item() + 4 * deviation[0].item(), rel=1e-4
+    )
+    assert low[1].item() == pytest.approx(max(rows[1].min().item(), -4 * 1.02), abs=0.2)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_quantizer(examples: dict[str, Any], symmetric: bool) -> None:
+    quantizer = QUANTIZERS["PowerOfTwoFakeQuantize"](Grid(6, symmetric), "MinMaxObserver", 0)
+    x = torch.randn(5, 400, generator=torch.Generator().manual_seed(0)) + 0.5
+    with quantizer_mode(quantizer, Mode.OBSERVE):
+        quantizer(x)
+    assert torch.equal(torch.log2(quantizer.scale), torch.log2(quantizer.scale).round())
+    # Nothing is clipped: every value is within half a step.
+    assert bool(((quantizer(x) - x).abs() <= 0.5001 * quantizer.scale[:, None]).all())
+
+
+def test_method(examples: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    sam = insert_quantizers(
+        build_sam("vit_nano").eval(), Scheme.from_yaml(SCHEMES / "ptq4sam-s44.yaml"), False
+    )
+    item = CalibrationItem(torch.randn(1, 3, 256, 256), torch.tensor([[20.0, 30.0, 90.0, 120.0]]))
+    kept: list[torch.Tensor] = []
+    final = sam.mask_decoder.transformer.final_attn_token_to_image
+    final.register_forward_hook(lambda _layer, _inputs, output: kept.append(output))
+    features = torch.randn(1, 128, 32, 32)
+    before = final.v_proj.weight.clone()
+    with quantizer_mode(sam, Mode.FLOAT):
+        run_decoder(sam, features, item.boxes)
+        METHODS["value-equalization"](sam, [item])
+        run_decoder(sam, features, item.boxes)
+    assert not torch.equal(final.v_proj.weight, before)
+    torch.testing.assert_close(kept[-1], kept[0], rtol=1e-4, atol=1e-5)
