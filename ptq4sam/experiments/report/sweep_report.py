@@ -5,8 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from ptq4sam.experiments.report.figures import FLOAT, INK, QUANTIZED, THIRD, axes, bars, legend, svg
+from ptq4sam.experiments.report.figures import (
+    FLOAT,
+    INK,
+    QUANTIZED,
+    THIRD,
+    axes,
+    bars,
+    legend_above,
+    svg,
+)
 from ptq4sam.experiments.report.page import (
     Banner,
     Block,
@@ -143,13 +153,19 @@ def _axes_section(sweep: Sweep, done: Sequence[Row]) -> Section:
     return Section("axes", "What varies", blocks, intro)
 
 
+def _shown(value: object) -> str:
+    """A value as drawings name it: of a scheme's file its name."""
+    text = shown(value)
+    return Path(text).stem if text.endswith(".yaml") else text
+
+
 def _means(varied: Sequence[str], done: Sequence[Row], key: str) -> dict[Point, _Mean]:
     groups: dict[Point, list[float]] = {}
     for row in done:
         value = row.metric(key)
         if value is not None:
             values = row.trial.values
-            point = tuple(shown(values[a]) if a in values else "-" for a in varied)
+            point = tuple(_shown(values[a]) if a in values else "-" for a in varied)
             groups.setdefault(point, []).append(value)
     return {point: _Mean.of(values) for point, values in groups.items()}
 
@@ -188,7 +204,9 @@ def _axis_plot(
         if len(others) > len(groups):
             told += f"; {len(groups)} of {len(others)} combinations of the others"
     form = "{:.1f}" if key == "AP" else "{:.3f}"
-    return Plot(bars(names, series, title, label, errors, numbers=form), f"{label}{told}.")
+    repeated = any(mean.count > 1 for mean in means.values())
+    drawn = bars(names, series, title, label, errors if repeated else None, numbers=form)
+    return Plot(drawn, f"{label}{told}.")
 
 
 def _curves(
@@ -224,7 +242,7 @@ def _curves(
     if exact is not None:
         one.axhline(exact, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
     if others != [()]:
-        legend(one, "best")
+        legend_above(figure, [_named(varied, place, other) for other in others[: len(_COLOURS)]])
     return svg(figure, label)
 
 
