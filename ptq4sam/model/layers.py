@@ -54,14 +54,16 @@ class QuantizedConv2d(nn.Conv2d):
         if computes_whole(x, self.weight_quantizer, self.input_quantizer) and self._is_plain:
             steps, weight = _operands(self, x)
             largest = self.input_quantizer.grid.largest_step
-            sums = whole_convolution(
-                steps, weight, largest, self.stride, self.padding, self.dilation
-            )
+            sums = whole_convolution(self._convolve, steps, weight, largest)
             bias = None if self.bias is None else self.bias[:, None, None]
             scaled = sums * step_of_sums(self).reshape(-1, 1, 1)
             return scaled if bias is None else scaled + bias
         weight = self.weight_quantizer(self.weight)
         convolved: Tensor = self._conv_forward(self.input_quantizer(x), weight, self.bias)
+        return convolved
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        convolved: Tensor = self._conv_forward(x, weight, None)
         return convolved
 
     @property
@@ -78,10 +80,11 @@ def computes_whole(x: Tensor, *quantizers: Quantizer) -> bool:
     So they are wherever nothing is learned: without gradients, in full precision, with all of them
     on their grids. What is computed then is what a device computes, see `quantization.whole`.
     """
+    # Autocast last: torch knows none for the meta device, where costs are counted, unquantized.
     return (
         not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
         and all(quantizer.is_whole for quantizer in quantizers)
+        and not torch.is_autocast_enabled(x.device.type)
     )
 
 

@@ -134,6 +134,8 @@ def look_for_prompts(missing: Missing, text: str, what: str = "detector") -> Non
     if spec.kind == BOXES:
         advice = "ptq4sam prompts --detector D --dataset D --out FILE writes such a file"
         missing.look_for("file of boxes", file, advice)
+    elif spec.kind == "transformers":
+        missing.look_for(what, file, "give a folder that save_pretrained has written")
     else:
         missing.look_for(what, file)
     if spec.kind in PACKAGES:

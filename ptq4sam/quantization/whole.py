@@ -8,6 +8,8 @@ could be larger, a product is cut into pieces that are added in float64, or is f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,20 +62,21 @@ def whole_linear(x: Tensor, weight: Tensor, largest: float) -> Tensor:
 
 
 def whole_convolution(
-    x: Tensor,
-    weight: Tensor,
-    largest: float,
-    stride: tuple[int, ...],
-    padding: str | tuple[int, ...],
-    dilation: tuple[int, ...],
+    convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, largest: float
 ) -> Tensor:
-    """As `whole_linear`, for a convolution with zeros around and one group."""
+    """As `whole_linear`, for a convolution with zeros around and one group.
+
+    Args:
+        convolve: the convolution without bias, from input and weight.
+        x: [batch, channels, height, width], whole numbers.
+        weight: [output channels, channels, ...], whole numbers.
+        largest: of `x`, absolute.
+    """
+    if exact_pieces(weight, largest) != 1:
+        x, weight = x.double(), weight.double()
     # cuDNN may compute by transforms that round; without it torch multiplies matrices.
     with torch.backends.cudnn.flags(enabled=False):
-        if exact_pieces(weight, largest) != 1:
-            x, weight = x.double(), weight.double()
-        sums = torch.conv2d(x, weight, None, stride, padding, dilation)
-    return sums.float()
+        return convolve(x, weight).float()
 
 
 def whole_product(a: Tensor, b: Tensor, largest: float) -> Tensor:

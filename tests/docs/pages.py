@@ -91,10 +91,20 @@ def _run_command(command: str, only_read: bool) -> None:
     if only_read:
         build_parser().parse_args(words)
         return
-    if words[0] == "quantize" and "--decoder-only" not in words:
-        words.append("--decoder-only")
+    if words[0] in ("quantize", "evaluate") and "--scheme" in words:
+        words = _quick(words)
     with _environment(variables):
         assert main(words) == 0, command
+
+
+def _quick(words: list[str]) -> list[str]:
+    """The same quantization of the decoder alone, with ranges of weights that need no search."""
+    words = [word for word in words if word != "--decoder-only"]
+    if "--scheme-options" not in words:
+        words.append("--scheme-options")
+    # Before what the page sets, which goes before it.
+    words.insert(words.index("--scheme-options") + 1, "w_qconfig.observer=MinMaxObserver")
+    return [words[0], "--decoder-only", *words[1:]]
 
 
 def _small(text: str) -> str:

@@ -154,7 +154,7 @@ def test_a_file_of_boxes_says_what_writes_one() -> None:
 def test_folders_of_transformers_are_files_and_names_are_not(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     assert missing(f"transformers:{tmp_path}/none") == (
-        f"not there: detector {tmp_path}/none: name another"
+        f"not there: detector {tmp_path}/none (give a folder that save_pretrained has written)"
     )
     found = Missing()
     look_for_prompts(found, "transformers:owner/model")

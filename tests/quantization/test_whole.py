@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_pieces_are_as_few_as_float32_needs() -> None:
 def test_convolution_is_that_of_integers(largest: int, kernel: int, padding: int) -> None:
     x = whole(0, 1, 256, 20, 20, largest=largest)
     weight = whole(1, 32, 256, kernel, kernel, largest=largest)
-    found = whole_convolution(x, weight, largest, (1, 1), (padding, padding), (1, 1))
+    found = whole_convolution(partial(F.conv2d, padding=padding), x, weight, largest)
     windows = F.unfold(x, kernel, padding=padding)
     assert torch.equal(found.flatten(2), exact(weight.flatten(1), windows))
 
