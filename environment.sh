@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make .venv with ptq4sam and the extras named as arguments (onnx, mmdet, test, dev; none: the library).
 #   ./environment.sh [EXTRA ...]
-# Run again, it only adds what is missing; nothing is done when nothing has changed.
+# Run again, it only adds what is missing; nothing is done when nothing has changed. With the extra test, as
+# root on Debian, Chromium is installed too, in which the tests of reports click.
 # PYTHON=... chooses the interpreter (3.10 or newer), VENV=... the folder. The extra mmdet compiles
 # mmcv's operators (10 to 20 minutes on two cores, once for each torch and Python; MAX_JOBS=... sets
 # how many files at once) and keeps the result in ${XDG_CACHE_HOME:-~/.cache}/ptq4sam/wheels.

@@ -31,8 +31,8 @@ def picture(
         record,
         image,
         Prompts(number, boxes, scored, np.ones(count, np.int64)),
-        Segmented(found, scored, scored),
-        Segmented(exact, scored, scored),
+        Segmented(found, scored, scored, np.zeros((len(found), 1, 1), np.float32)),
+        Segmented(exact, scored, scored, np.zeros((len(exact), 1, 1), np.float32)),
         agreement,
     )
 
