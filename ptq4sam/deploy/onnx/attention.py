@@ -98,9 +98,9 @@ def attend(
     if quantizer is not None and _has_whole_points(attention):
         # Sums of whole numbers are those of the simulation in whatever order.
         worth = values_worth(quantizer, cast(Quantizer, attention.value_quantizer))
-        factors, double = [weights.name, given.value], worth.largest > EXACT and not graph.signed
+        factors, double = [weights.name, given.value], worth.largest > EXACT and graph.has_float64
         if double:
-            # OpenVINO, whose graphs are the signed ones, has no float64: its sums are nearly exact.
+            # Without float64, in OpenVINO, sums are nearly exact.
             factors = [
                 graph.cast(x, np.float64, f"{path}.double.{n}") for n, x in enumerate(factors)
             ]

@@ -13,9 +13,9 @@ from ptq4sam.deploy.onnx.grid_attention import attend_in_grid
 from ptq4sam.deploy.onnx.layers import (
     apply_linear,
     array,
-    convolution,
     layer_norm,
     mlp_block,
+    patches,
     quantize_input,
     sequential,
 )
@@ -41,11 +41,10 @@ def encoder_graph(encoder: ImageEncoderViT, signed: bool = False) -> Graph:
     """
     graph = Graph("image_encoder", signed)
     side = encoder.img_size
-    patches = encoder.patch_embed.proj
-    rows = side // patches.stride[0]
-    image = graph.input("image", np.float32, [1, patches.in_channels, side, side])
-    x = convolution(graph, patches, image, f"{_PATH}.patch_embed.proj")
-    x = graph.transpose(x, (0, 2, 3, 1), f"{_PATH}.patch_embed")
+    embedding = encoder.patch_embed.proj
+    rows = side // embedding.stride[0]
+    image = graph.input("image", np.float32, [1, embedding.in_channels, side, side])
+    x = patches(graph, embedding, image, side, f"{_PATH}.patch_embed.proj")
     if encoder.pos_embed is not None:
         positions = graph.parameter(f"{_PATH}.pos_embed", array(encoder.pos_embed))
         x = graph.node("Add", [x, positions], f"{_PATH}.placed")

@@ -83,6 +83,11 @@ class Graph:
         self.node("Identity", [source], name)
         self._outputs.append(self._info(name, dtype, shape))
 
+    @property
+    def has_float64(self) -> bool:
+        """Whether the runtime computes in float64: OpenVINO, whose graphs are signed, does not."""
+        return not self.signed
+
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """Add a constant tensor; returns its name."""
         name = self._unique(name)

@@ -10,6 +10,7 @@ from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.values import Value, dequantize, dequantized_weight, quantize
 from ptq4sam.errors import DeployError
 from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
+from ptq4sam.model.rounding_once import RoundedLayerNorm, RoundedLayerNorm2d, RoundedPatches
 from ptq4sam.quantization.base import Quantizer
 from ptq4sam.sam.common import LayerNorm2d, MLPBlock
 from ptq4sam.sam.mask_decoder import MLP
@@ -66,7 +67,7 @@ def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
     """A convolution or transposed convolution, float or quantized, of [batch, channels, h, w]."""
     if isinstance(layer, QuantizedConv2d):
         weight = dequantized_weight(graph, layer, path)
-    elif type(layer) in (nn.Conv2d, nn.ConvTranspose2d):
+    elif type(layer) in (nn.Conv2d, nn.ConvTranspose2d, RoundedPatches):
         weight = graph.parameter(f"{path}.weight", array(layer.weight))  # type: ignore[arg-type]
     else:
         raise _unknown(layer, path)
@@ -97,18 +98,43 @@ def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
 
 def layer_norm(graph: Graph, layer: nn.LayerNorm | LayerNorm2d, x: str, path: str) -> str:
     """Layer normalisation over the last axis, or over the channels of [batch, channels, h, w]."""
-    inputs = [
-        x,
-        graph.constant(f"{path}.weight", array(layer.weight)),
-        graph.constant(f"{path}.bias", array(layer.bias)),
-    ]
     if isinstance(layer, nn.LayerNorm):
-        return graph.node("LayerNormalization", inputs, path, axis=-1, epsilon=layer.eps)
-    inputs[0] = graph.transpose(x, (0, 2, 3, 1), f"{path}.channels_last")
-    normalized = graph.node(
-        "LayerNormalization", inputs, f"{path}.normalized", axis=-1, epsilon=layer.eps
-    )
-    return graph.transpose(normalized, (0, 3, 1, 2), path)
+        return _normalized(graph, layer, x, path)
+    x = graph.transpose(x, (0, 2, 3, 1), f"{path}.channels_last")
+    return graph.transpose(_normalized(graph, layer, x, f"{path}.rows"), (0, 3, 1, 2), path)
+
+
+def _normalized(graph: Graph, layer: nn.LayerNorm | LayerNorm2d, x: str, path: str) -> str:
+    double = isinstance(layer, RoundedLayerNorm | RoundedLayerNorm2d) and graph.has_float64
+    parameters = {"weight": array(layer.weight), "bias": array(layer.bias)}
+    if double:
+        x = graph.cast(x, np.float64, f"{path}.float64")
+    inputs = [x] + [
+        graph.constant(f"{path}.{name}", value.astype(np.float64) if double else value)
+        for name, value in parameters.items()
+    ]
+    name = f"{path}.unrounded" if double else path
+    x = graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=layer.eps)
+    return graph.cast(x, np.float32, path) if double else x
+
+
+def patches(graph: Graph, layer: nn.Conv2d, x: str, side: int, path: str) -> str:
+    """The patch embedding of [1, channels, side, side] as [1, rows, columns, out_channels]."""
+    if not (isinstance(layer, RoundedPatches) and graph.has_float64):
+        return graph.transpose(convolution(graph, layer, x, path), (0, 2, 3, 1), f"{path}.last")
+    # A product of matrices, since ONNX Runtime has no convolution in float64.
+    size = layer.kernel_size[0]
+    rows, channels = side // size, layer.in_channels
+    x = graph.reshape(x, (1, channels, rows, size, rows, size), f"{path}.cut")
+    x = graph.transpose(x, (0, 2, 4, 1, 3, 5), f"{path}.cells")
+    x = graph.reshape(x, (1, rows, rows, channels * size * size), f"{path}.patches")
+    factors = [x, graph.parameter(f"{path}.weight", array(layer.weight.flatten(1).t()))]
+    factors = [graph.cast(y, np.float64, f"{path}.float64.{n}") for n, y in enumerate(factors)]
+    x = graph.node("MatMul", factors, f"{path}.product")
+    if layer.bias is not None:
+        bias = graph.constant(f"{path}.bias", array(layer.bias).astype(np.float64))
+        x = graph.node("Add", [x, bias], f"{path}.unrounded")
+    return graph.cast(x, np.float32, path)
 
 
 def activation(graph: Graph, module: nn.Module, x: str, path: str) -> str:
