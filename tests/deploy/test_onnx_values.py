@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.layers import activation, convolution, linear
+from ptq4sam.deploy.onnx.layers import activation, convolution, layer_norm, linear, patches
 from ptq4sam.deploy.onnx.values import dequantize, quantize
 from ptq4sam.errors import DeployError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, put_weights_on_grid
+from ptq4sam.model.rounding_once import RoundedLayerNorm, RoundedLayerNorm2d, RoundedPatches
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import (
@@ -23,6 +24,7 @@ from ptq4sam.quantization.quantizers import (
     Mode,
     Quantizer,
 )
+from ptq4sam.sam.common import LayerNorm2d
 from tests.deploy.runtime_graphs import (
     RUNTIMES,
     onnxruntime_operators,
@@ -228,3 +230,30 @@ def test_what_has_no_exact_form_is_named(runtime: str) -> None:
         activation(graph, nn.SiLU(), name, "neck.2")
     with pytest.raises(DeployError, match="groups"):
         convolution(graph, nn.Conv2d(8, 8, 3, groups=2), name, "neck.2")
+
+
+def test_norms_and_patches_are_those_of_the_simulation(runtime: str, tmp_path: Path) -> None:
+    """To the bit where the runtime has float64, else to some last bits."""
+    torch.manual_seed(0)
+    norm, over_channels = nn.LayerNorm(48), LayerNorm2d(48)
+    for parameter in (*norm.parameters(), *over_channels.parameters()):
+        nn.init.normal_(parameter)
+    modules = (
+        RoundedPatches(nn.Conv2d(3, 48, 8, 8)),
+        RoundedLayerNorm(norm),
+        RoundedLayerNorm2d(over_channels),
+    )
+    image = torch.randn(1, 3, 64, 64)
+    graph = Graph("floats", signed=runtime == "openvino")
+    x = patches(graph, modules[0], graph.input("x", np.float32, image.shape), 64, "patches")
+    x = layer_norm(graph, modules[1], x, "norm")
+    x = graph.transpose(x, (0, 3, 1, 2), "channels_first")
+    x = layer_norm(graph, modules[2], x, "norm2d")
+    graph.output("y", x, np.float32, (1, 48, 8, 8))
+    found = torch.from_numpy(run_graph(graph, runtime, tmp_path, {"x": image.numpy()})[0])
+    with torch.no_grad():
+        wanted = modules[2](modules[1](modules[0](image).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    if graph.has_float64:
+        assert torch.equal(found, wanted)
+    else:
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
