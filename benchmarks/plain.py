@@ -27,6 +27,8 @@ def straight_through(x: Tensor) -> Tensor:
 class PlainActivation(nn.Module):
     """LSQ fake quantization, with QDrop while `drop` is set."""
 
+    is_whole = False
+
     def __init__(self, scale: Tensor, zero_point: Tensor, levels: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(scale.detach().clone())
@@ -44,6 +46,8 @@ class PlainActivation(nn.Module):
 class PlainSoftmax(nn.Module):
     """Log2 quantization of a softmax output with granularity tau, with QDrop."""
 
+    is_whole = False
+
     def __init__(self, scale: Tensor, tau: Tensor, levels: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(scale.detach().clone())
@@ -59,6 +63,8 @@ class PlainSoftmax(nn.Module):
 
 class PlainWeight(nn.Module):
     """AdaRound."""
+
+    is_whole = False
 
     def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> None:
         super().__init__()
