@@ -96,8 +96,8 @@ def test_layers_and_products_run_on_integers(quantize: Quantize, tmp_path: Path)
     operators = onnxruntime_operators(tmp_path / "unsigned.onnx", tmp_path)
     integer = operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"]
     assert integer == layers + 2 * attentions
-    # What is left: relative positions.
-    assert operators["MatMul"] == 2 * attentions
+    # What is left: relative positions, and the patch embedding in float64.
+    assert operators["MatMul"] == 2 * attentions + 1
     assert operators["Gemm"] == 0
 
     # Positions are float in all, the product with the values is so under adaptive granularity.
