@@ -367,6 +367,8 @@ class Run:
         metrics: dict[str, Any] = {"model": sam.name, "quantized": method is not None}
         if method is not None:
             metrics["method"] = method
+        if isinstance(sam, QuantizedSam):
+            metrics["encoder_quantized"] = sam.encoder_quantized
         if evaluation is not None:
             metrics.update(evaluation.metrics)
             if evaluation.reference_metrics:

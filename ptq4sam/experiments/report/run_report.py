@@ -63,7 +63,9 @@ def run_page(run: RunFolder) -> Page:
     if run.scheme or run.sensitivity is not None:
         sections.append(sensitivity_section(run.sensitivity))
     if run.scheme:
-        encoder = bool(metrics.get("asked", {}).get("quantize_encoder", True))
+        # A model that was quantized before says itself what of it is.
+        asked = bool(metrics.get("asked", {}).get("quantize_encoder", True))
+        encoder = metrics.get("encoder_quantized", asked)
         cost = cost_section(metrics["model"], run.scheme, encoder)
         if run.record is not None and run.record.file:
             cost = Section(

@@ -199,3 +199,17 @@ def test_text_of_others_stays_text(folder: Path) -> None:
     page = write_report(folder).read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
+
+
+def test_operations_are_those_of_what_is_quantized(folder: Path) -> None:
+    """A file may have a float encoder, which the command that scores it was not told."""
+
+    def storage() -> float:
+        told = re.search(r"([\d.]+) times less storage", write_report(folder).read_text())
+        assert told is not None
+        return float(told[1])
+
+    whole = storage()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    write_json({**metrics, "encoder_quantized": False}, folder / "metrics.json")
+    assert storage() < whole / 2
