@@ -196,7 +196,10 @@ def _clamped_codes(x: Tensor, scale: Tensor, tau: Tensor, levels: int) -> Tensor
 
 @fused
 def _table_steps(x: Tensor, scale: Tensor, tau: Tensor, table: Tensor, levels: int) -> Tensor:
-    return table[_log_codes(precise(x), scale, tau).clamp_(0, levels).to(torch.int64)]
+    codes = _log_codes(precise(x), scale, tau).clamp_(0, levels)
+    points = table[codes.nan_to_num(nan=0.0).to(torch.int64)]
+    # What is not a number stays so, to be found, and is no index.
+    return points + (x - x).to(table.dtype)
 
 
 def _end(scale: Tensor, tau: Tensor, levels: int) -> Tensor:

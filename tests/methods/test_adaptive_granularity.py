@@ -148,3 +148,11 @@ def test_input_that_is_no_softmax() -> None:
         quantizer(x - 0.5, value)
     with pytest.raises(CalibrationError, match="to 0"):
         quantizer(torch.zeros_like(x), value)
+
+
+@pytest.mark.parametrize("count", [2, 2**20])
+def test_what_is_not_a_number_is_found_behind_the_table(count: int) -> None:
+    x = torch.full((count,), 0.25)
+    x[1] = torch.nan
+    steps = calibrated().steps(x)
+    assert steps.isnan().nonzero().flatten().tolist() == [1]
