@@ -6,14 +6,13 @@ needs official weights, so that only its flags are read; "install", it is not lo
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from ptq4sam.cli import build_parser, main
 
@@ -93,7 +92,9 @@ def _run_command(command: str, only_read: bool) -> None:
         return
     if words[0] in ("quantize", "evaluate") and "--scheme" in words:
         words = _quick(words)
-    with _environment(variables):
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in variables.items():
+            environment.setenv(name, value)
         assert main(words) == 0, command
 
 
@@ -111,17 +112,3 @@ def _small(text: str) -> str:
     for long, short in _SMALL:
         text = re.sub(long, short, text)
     return text
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
