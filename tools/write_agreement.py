@@ -279,13 +279,12 @@ a machine that was shared, {threads} thread(s): ratios in docs/benchmarks.md are
 
 The goal is an IoU of masks with the simulation of {goal}, and an AP within {goal_ap} of its own.
 The last column says which rows meet it. Every product of codes is a sum of whole numbers that is
-exact wherever it is computed, so that the integer reference and torch-int8 give the simulation's
-bits. ONNX Runtime and OpenVINO have other softmaxes, GELUs and logarithms between the products, and
-OpenVINO, which has no float64, other layer norms and patch embeddings: these differ in the last
-bit, a few codes of a picture in the middle of two are rounded the other way, and the network
-amplifies each. Rows of the simulation with
-noise on the normalised pixels (deviation 1) say how much so little does to it. On few pictures the
-AP moves by several tenths for one mask.
+exact wherever it is computed, and what lies between them is computed in float64 and rounded once: the
+integer reference, torch-int8 and ONNX Runtime have the simulation's codes. OpenVINO has no float64:
+its norms, softmaxes, GELUs and patch embedding differ in the last bit, a few codes of a picture in
+the middle of two are rounded the other way, and the network amplifies each. Rows of the simulation
+with noise on the normalised pixels (deviation 1) say how much so little does to it. On few pictures
+the AP moves by several tenths for one mask.
 """
 
 

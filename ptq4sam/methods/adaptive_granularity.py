@@ -10,9 +10,9 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
-from ptq4sam.methods.granularity_table import fraction_bits, point_table
+from ptq4sam.methods.granularity_table import MOST_BITS, code_middles, fraction_bits, point_table
 from ptq4sam.quantization.base import Statistics
-from ptq4sam.quantization.dropping import Choice, stays_float
+from ptq4sam.quantization.dropping import Choice, chosen, stays_float
 from ptq4sam.quantization.fused import fused
 from ptq4sam.quantization.grid import Grid, in_products, precise
 from ptq4sam.quantization.mse import POWER
@@ -27,6 +27,7 @@ _FEW_ROWS = 4096
 """Rows of attention (heads times queries) below which all are looked at."""
 _TOLERANCE = 1e-3
 """Where a search that is not exact stops, as a share of the largest attention."""
+_MANTISSA_BITS = 23
 _EXACT_TOLERANCE = 1e-5
 """Where an exact one stops: scipy's own."""
 # Attention elements quantized at once in the search: one of ViT-B's global attentions at 1024 px
@@ -157,12 +158,19 @@ class AdaptiveGranularityQuantizer(Quantizer):
 
     @torch.no_grad()
     def steps(self, x: Tensor) -> Tensor:
-        """Points as whole numbers of `fraction_bits` after the point, in units of the scale."""
-        table = point_table(self.grid.levels, int(self.tau), self.fraction_bits())
-        table = table.to(x.device, torch.float32)
-        flat = x.reshape(-1)
-        scale = self.scale_in_use()
-        return _table_steps(flat, scale, self.tau, table, self.grid.levels).reshape(x.shape)
+        """Points as whole numbers of `fraction_bits` after the point, in units of the scale.
+
+        In float64 where their sums need it.
+        """
+        tau, levels, bits = int(self.tau), self.grid.levels, self.fraction_bits()
+        dtype = torch.float64 if bits == MOST_BITS else torch.float32
+        table = point_table(levels, tau, bits).to(x.device, dtype)
+        parameters = (*self._code_parameters(), table, levels)
+        return _table_steps(x.reshape(-1), *parameters).reshape(x.shape)
+
+    def _code_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        tau = self.tau.to(torch.int32)
+        return self.scale_in_use(), code_middles(int(tau)).to(tau.device), tau
 
     @property
     def step(self) -> Tensor:
@@ -176,8 +184,9 @@ class AdaptiveGranularityQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int32; code 2^bits, one beyond the grid, stands for zero."""
-        codes = _clamped_codes(x.reshape(-1), self.scale_in_use(), self.tau, self.grid.levels)
-        return codes.to(torch.int32).reshape(x.shape)
+        flat, levels = x.reshape(-1), self.grid.levels
+        codes = _clamped_codes_at_once(flat, *self._code_parameters(), levels)
+        return codes.reshape(x.shape)
 
 
 def _doubles(values: Sequence[float]) -> Tensor:
@@ -189,16 +198,29 @@ def _log_codes(x: Tensor, scale: Tensor, tau: Tensor) -> Tensor:
     return x.clamp(min=FLOOR).div_(scale).log2_().mul_(-tau).round_()
 
 
-@fused
-def _clamped_codes(x: Tensor, scale: Tensor, tau: Tensor, levels: int) -> Tensor:
-    return _log_codes(precise(x), scale, tau).clamp_(0, levels)
+def _clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels: int) -> Tensor:
+    """As `_log_codes`, of `x` rounded to float32, exactly: clamped to 0 .. levels, int32.
+
+    The logarithm of 2^e m, m from 1 to 2, is e and that of m, which `middles` rounds. What is not a
+    number has code 0.
+    """
+    bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
+    exponent, mantissa = (bits >> _MANTISSA_BITS) - 127, bits & ((1 << _MANTISSA_BITS) - 1)
+    above = (mantissa >= middles[0]).to(torch.int32)
+    for index in range(1, max(TAUS)):
+        above = above + (mantissa >= middles[index]).to(torch.int32)
+    return (-exponent * tau - above).clamp(0, levels)
+
+
+_clamped_codes_at_once = fused(_clamped_codes)
 
 
 @fused
-def _table_steps(x: Tensor, scale: Tensor, tau: Tensor, table: Tensor, levels: int) -> Tensor:
-    codes = _log_codes(precise(x), scale, tau).clamp_(0, levels)
-    points = table[codes.nan_to_num(nan=0.0).to(torch.int64)]
-    # What is not a number stays so, to be found, and is no index.
+def _table_steps(
+    x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, table: Tensor, levels: int
+) -> Tensor:
+    points = table[_clamped_codes(x, scale, middles, tau, levels).to(torch.int64)]
+    # What is not a number stays so, to be found.
     return points + (x - x).to(table.dtype)
 
 
@@ -234,7 +256,8 @@ def _quantize_some(
     like: Tensor,
 ) -> Tensor:
     points = _points(precise(x), scale, tau, end)
-    return torch.lerp(points, precise(x), stays_float(drawn, shift, mask, limit)).to(like.dtype)
+    kept = stays_float(drawn, shift, mask, limit)
+    return chosen(points, precise(x), kept).to(like.dtype)
 
 
 def _slopes(x: Tensor, scale: Tensor, tau: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,7 +297,7 @@ def _gradients_of_some(
     """Gradients of attention and scale where some elements stay float."""
     kept = stays_float(drawn, shift, mask, limit)
     slope, above = _slopes(precise(x), scale, tau, end)
-    for_x = torch.lerp(slope, torch.ones_like(slope), kept).mul_(gradient)
+    for_x = (slope * (1 - kept) + kept).mul_(gradient)
     return for_x.to(x.dtype), above.mul_(1 - kept).mul_(gradient).sum()
 
 

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from ptq4sam.quantization.scheme import TAUS
 from ptq4sam.quantization.whole import EXACT
 
 ENTRY_BITS = 24
@@ -48,6 +49,20 @@ def point_table(levels: int, tau: int, bits: int) -> Tensor:
     table = [round(2 ** (ENTRY_BITS - r / tau)) << bits for r in range(tau)]
     points = [_shifted(table[code % tau], code // tau + ENTRY_BITS) for code in range(levels)]
     return torch.tensor([*points, 0])
+
+
+@functools.cache
+def code_middles(tau: int) -> Tensor:
+    """Mantissas of float32 numbers from which on a number has the code before, int32 [max(TAUS)].
+
+    In 2^e m the k-th of tau codes ends where m is 2^((2k + 1) / (2 tau)); these are irrational, so
+    that no number lies in the middle. Those beyond tau are larger than any mantissa.
+
+    The result is shared: do not change it.
+    """
+    one = 1 << 23
+    found = [math.ceil(one * 2 ** ((2 * k + 1) / (2 * tau))) - one for k in range(tau)]
+    return torch.tensor(found + [one] * (max(TAUS) - tau), dtype=torch.int32)
 
 
 def _shifted(number: int, places: int) -> int:

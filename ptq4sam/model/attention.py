@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 from ptq4sam.methods.granularity_table import LARGEST_ROW
 from ptq4sam.model.layers import computes_whole
 from ptq4sam.quantization.quantizers import Mode, Quantizer
-from ptq4sam.quantization.whole import whole_product
+from ptq4sam.quantization.whole import EXACT, whole_product
 from ptq4sam.sam import image_encoder, transformer
 
 # Bytes of softmax output computed at once where nothing must see it whole: a global attention at
 # 1024 px is 805 MB for ViT-B, of which quantization needs several copies. A CPU's pieces stay in
 # its cache.
-_SOFTMAX_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+_SOFTMAX_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
 Bias = Callable[[Tensor, int, int], Tensor]
 """Logits to add for the grid rows first to last of some heads of the quantized query."""
@@ -44,6 +45,10 @@ class Whole:
 
     step: Tensor
     largest: float
+
+    def operand(self, x: Tensor) -> Tensor:
+        """`x` as the product takes it, to be made once where it is multiplied in pieces."""
+        return x if self.largest <= EXACT else x.double()
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """The product of a [..., n, K] and b [..., K, m], both in steps, in float32."""
@@ -186,18 +191,32 @@ class _QuantizedAttentionMixin(nn.Module):
         values_of = values_worth(self.softmax_quantizer, self.value_quantizer)
         query = self.query_quantizer(query, steps=True)
         key = self.key_quantizer(key, steps=True)
-        value = self.value_quantizer(value, steps=True)
-        result = value.new_empty(*query.shape[:3], value.shape[-1])
+        value = values_of.operand(self.value_quantizer(value, steps=True))
+        result = query.new_empty(*query.shape[:3], value.shape[-1])
         for head, first, last in softmax_pieces(query, key, columns):
             tokens = slice(first * columns, last * columns)
             part = query[:, head, tokens]
             logits: Tensor = self.query_key(part, key[:, head], logits_of)
             if bias is not None:
-                # Contiguous, so that the integer reference gives the same sums of these floats.
-                logits.add_(bias((part * self.query_quantizer.step).contiguous(), first, last))
-            attention = self.softmax_quantizer(logits.softmax(dim=-1), steps=True)
+                # In float64, rounded once: the same numbers on every device.
+                logits.add_(bias((part * self.query_quantizer.step).double(), first, last))
+            # In float64 too: its steps are those of the number rounded to float32.
+            softmax = logits.softmax(dim=-1, dtype=torch.float64)
+            attention = self.softmax_quantizer(softmax, steps=True)
             result[:, head, tokens] = self.attention_value(attention, value[:, head], values_of)
         return result
+
+
+def position_bias(attention: image_encoder.Attention, grid: tuple[int, int]) -> Bias | None:
+    """What gives an attention's relative positions, in the precision of the query; None without."""
+    if not attention.use_rel_pos:
+        return None
+    tables = functools.cache(functools.partial(attention.position_tables, grid))
+
+    def bias(part: Tensor, first: int, last: int) -> Tensor:
+        return attention.position_bias(part, tables(part.dtype), first, last)
+
+    return bias
 
 
 class QuantizedEncoderAttention(image_encoder.Attention, _QuantizedAttentionMixin):
@@ -223,11 +242,8 @@ class QuantizedEncoderAttention(image_encoder.Attention, _QuantizedAttentionMixi
         grid = (x.shape[1], x.shape[2])
         query, key, value = self.split_heads(self.qkv(x))
 
-        def bias(part: Tensor, first: int, last: int) -> Tensor:
-            return self.position_bias(part, grid, first, last)
-
         attended = self._quantized_attention(
-            query, key, value, bias if self.use_rel_pos else None, columns=grid[1]
+            query, key, value, position_bias(self, grid), columns=grid[1]
         )
         projected: Tensor = self.proj(self.merge_heads(attended, grid))
         return projected

@@ -133,7 +133,10 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def steps(self, x: Tensor) -> Tensor:
-        """Whole numbers, as floating point, each of which is worth `step`; no gradients."""
+        """Whole numbers, as floating point, each of which is worth `step`; no gradients.
+
+        Of `x` rounded to float32, which it is but for a softmax output.
+        """
         raise NotImplementedError
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.quantization.dropping import Choice, stays_float
+from ptq4sam.quantization.dropping import Choice, chosen, stays_float
 from ptq4sam.quantization.fused import fused
 
 MIN_SCALE = 1e-8
@@ -151,7 +151,7 @@ def _move_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
 def steps_from_zero(
     x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, channel_axis: int | None = None
 ) -> Tensor:
-    """Codes of `x` less the zero point, whole numbers in at least float32; no gradients."""
+    """Codes of `x`, rounded to float32, less the zero point, as float32; no gradients."""
     scale = along_channels(scale, x.dim(), channel_axis)
     zero_point = along_channels(zero_point, x.dim(), channel_axis)
     return _steps_from_zero(x, scale, zero_point, grid.qmin, grid.qmax)
@@ -159,7 +159,7 @@ def steps_from_zero(
 
 @fused
 def _steps_from_zero(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    return _codes(precise(x), scale, zero_point, qmin, qmax).sub_(zero_point)
+    return _codes(x.to(torch.float32), scale, zero_point, qmin, qmax).sub_(zero_point)
 
 
 @fused
@@ -181,7 +181,8 @@ def _gradients(
     unclamped = ratio.round().add_(zero_point)
     codes = unclamped.clamp(qmin, qmax)
     inside = unclamped.eq_(codes)
-    multiple = codes.sub_(zero_point).addcmul_(ratio, inside, value=-1)
+    # Not addcmul, of which the compiler makes slower code.
+    multiple = codes.sub_(zero_point) - ratio * inside
     for_scale = multiple.mul_(gradient).sum_to_size(scale.shape)
     return inside.mul_(gradient).to(x.dtype), for_scale
 
@@ -240,7 +241,8 @@ def _move_some_to_grid(
 ) -> Tensor:
     codes = _codes(precise(x), scale, zero_point, qmin, qmax)
     quantized = codes.sub_(zero_point).mul_(scale)
-    return torch.lerp(quantized, precise(x), stays_float(drawn, shift, mask, limit)).to(like.dtype)
+    kept = stays_float(drawn, shift, mask, limit)
+    return chosen(quantized, precise(x), kept).to(like.dtype)
 
 
 @fused
@@ -262,7 +264,7 @@ def _gradients_of_some(
     unclamped = ratio.round().add_(zero_point)
     codes = unclamped.clamp(qmin, qmax)
     inside = unclamped.eq_(codes)
-    multiple = codes.sub_(zero_point).addcmul_(ratio, inside, value=-1)
+    multiple = codes.sub_(zero_point) - ratio * inside
     for_scale = (multiple * (1 - kept)).mul_(gradient).sum()
     return torch.maximum(inside, kept).mul_(gradient).to(x.dtype), for_scale
 

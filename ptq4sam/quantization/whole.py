@@ -87,7 +87,7 @@ def whole_product(a: Tensor, b: Tensor, largest: float) -> Tensor:
         b: whole numbers.
         largest: what no partial sum exceeds.
     """
-    if largest <= EXACT:
+    if largest <= EXACT and a.dtype == b.dtype:
         return a @ b
     return (a.double() @ b.double()).float()
 

@@ -76,28 +76,47 @@ class Attention(nn.Module):
         batch = x.shape[0]
         return x.transpose(1, 2).reshape(batch, grid[0], grid[1], -1)
 
+    def position_tables(
+        self, grid: tuple[int, int], dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Relative positions of a (rows, columns) grid: see `relative_table`, of either axis.
+
+        `dtype` is theirs, by default that of the parameters.
+        """
+        rows, columns = grid
+        return (
+            relative_table(self.rel_pos_h, rows).to(dtype),
+            relative_table(self.rel_pos_w, columns).to(dtype),
+        )
+
     def position_bias(
-        self, query: Tensor, grid: tuple[int, int], first_row: int = 0, last_row: int | None = None
+        self,
+        query: Tensor,
+        tables: tuple[Tensor, Tensor],
+        first_row: int = 0,
+        last_row: int | None = None,
     ) -> Tensor:
         """Relative-position logits of some rows of queries (ViTDet, section 3).
 
         Args:
             query: [batch, heads, (last_row - first_row) * columns, head_dim], unscaled.
-            grid: (rows, columns) of the keys.
+            tables: of the grid of keys, in the dtype of `query`. Sums in float64 are rounded to
+                that of the parameters, each of the two on its own.
             first_row: first query row.
             last_row: row after the last query row; None for all.
 
         Returns:
             [batch, heads, queries, rows * columns].
         """
-        rows, columns = grid
+        table_h, table_w = tables
+        rows, columns = len(table_h), len(table_w)
         last_row = rows if last_row is None else last_row
-        table_h = relative_table(self.rel_pos_h, rows)[first_row:last_row]
-        table_w = relative_table(self.rel_pos_w, columns)
         batch, heads, _, head_dim = query.shape
         grid_query = query.reshape(batch * heads, last_row - first_row, columns, head_dim)
-        bias_h = torch.einsum("brcd,rkd->brck", grid_query, table_h)
+        bias_h = torch.einsum("brcd,rkd->brck", grid_query, table_h[first_row:last_row])
         bias_w = torch.einsum("brcd,ckd->brck", grid_query, table_w)
+        if table_h.dtype == torch.float64:
+            bias_h, bias_w = bias_h.to(self.rel_pos_h.dtype), bias_w.to(self.rel_pos_w.dtype)
         # Contiguous terms make a contiguous sum, which the reshape need not copy.
         bias = bias_h.contiguous()[..., :, None] + bias_w.contiguous()[..., None, :]
         return bias.reshape(batch, heads, -1, rows * columns)
@@ -108,13 +127,14 @@ class Attention(nn.Module):
         rows, columns = grid
         row_bytes = query.shape[0] * self.num_heads * columns * rows * columns * query.itemsize
         rows_at_once = max(1, min(rows, _BIAS_BYTES // row_bytes))
+        tables = self.position_tables(grid)
         # Written in place: results kept in a list would lie between the freed biases in memory.
         attended = torch.empty_like(query)
         for first in range(0, rows, rows_at_once):
             last = min(rows, first + rows_at_once)
             tokens = slice(first * columns, last * columns)
             part = query[:, :, tokens]
-            bias = self.position_bias(part, grid, first, last)
+            bias = self.position_bias(part, tables, first, last)
             attended[:, :, tokens] = F.scaled_dot_product_attention(
                 part, key, value, attn_mask=bias, scale=self.scale
             )

@@ -67,9 +67,12 @@ def test_an_encoder_is_that_of_the_simulation(
         expected = encoder(picture()).numpy()
     graph = encoder_graph(encoder, signed=runtime == "openvino")
     (found,) = run_graph(graph, runtime, tmp_path, {"image": picture().numpy()})
-    # A code in the middle of two may take the other one, which changes what comes behind it: but
-    # by far less than the quantization itself does.
-    assert relative_error(found, expected) < 0.3 * 2**-bits * 4
+    if runtime == "onnxruntime":
+        np.testing.assert_array_equal(found, expected)
+    else:
+        # A code in the middle of two may take the other one, which changes what comes behind it:
+        # but by far less than the quantization itself does.
+        assert relative_error(found, expected) < 0.3 * 2**-bits * 4
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -54,8 +54,10 @@ def test_steps_are_the_points_of_the_codes(bits: int, tau: int, scale: float) ->
     used = agq.fraction_bits()
     table = point_table(1 << bits, tau, used)
     assert torch.equal(steps.long(), table[agq.codes(attention).long()])
-    difference = (steps * agq.step - agq(attention)).abs().max()
-    assert difference <= scale * (0.51 * 2.0**-used + 1e-6)
+    difference = (steps * agq.step - agq(attention)).abs()
+    # While it learns, logarithms are float32: codes in the middle of two may be others then.
+    others = difference > scale * (0.51 * 2.0**-used + 1e-6)
+    assert others.double().mean() < 1e-4
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -76,3 +78,20 @@ def test_no_sum_is_larger_than_said(bits: int, tau: int, keys: int, sharpness: f
     narrow = fraction_bits(1 << bits, tau, float(agq.scale)) < MOST_BITS
     assert (largest <= EXACT) == narrow
     assert largest < 2**53
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_codes_are_those_of_a_logarithm_for_every_mantissa(tau: int) -> None:
+    agq = quantizer(8, tau, 1.0)
+    bits = torch.arange(1 << 23, dtype=torch.int32)
+    for exponent in (0, -1, -7):
+        x = ((bits + ((127 + exponent) << 23)).view(torch.float32)).clamp(max=1)
+        wanted = (-tau * x.double().log2()).round().to(torch.int32)
+        assert torch.equal(agq.codes(x), wanted)
+
+
+def test_what_is_tiny_or_no_number_has_an_end_code() -> None:
+    agq = quantizer(4, 2, 0.5)
+    x = torch.tensor([0.0, 1e-38, 1e-20, 0.5, 3e38, torch.inf, torch.nan])
+    assert agq.codes(x).tolist() == [16, 16, 16, 0, 0, 0, 0]
+    assert agq.steps(x)[-1].isnan()

@@ -6,7 +6,12 @@ import torch
 from torch import nn
 
 from ptq4sam.model.insertion import insert_quantizers
-from ptq4sam.model.rounding_once import RoundedLayerNorm, RoundedLayerNorm2d, RoundedPatches
+from ptq4sam.model.rounding_once import (
+    RoundedGELU,
+    RoundedLayerNorm,
+    RoundedLayerNorm2d,
+    RoundedPatches,
+)
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.common import LayerNorm2d
 from ptq4sam.sam.model import Sam
@@ -52,6 +57,7 @@ def test_a_quantized_sam_has_them_under_the_same_names(
     plain = {nn.LayerNorm, LayerNorm2d}
     assert not plain & (kinds(both.image_encoder) | kinds(both.mask_decoder))
     assert isinstance(both.image_encoder.patch_embed.proj, RoundedPatches)
+    assert isinstance(both.image_encoder.blocks[0].mlp.act, RoundedGELU)
     assert set(sam.state_dict()) <= set(both.state_dict())
 
     decoder = insert_quantizers(sam, make_scheme(4), quantize_encoder=False)

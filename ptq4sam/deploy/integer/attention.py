@@ -2,7 +2,7 @@
 
 Projections give the codes of query, key and value. The product of query and key is a sum of
 integers; its logits, the relative positions (float tables applied to the quantized query) and the
-softmax are float32. The softmax becomes codes again; its product with the values is a sum of
+softmax are floating point. The softmax becomes codes again; its product with the values is a sum of
 integers, which becomes the codes of the output projection's input as in `IntegerLayer`.
 """
 
@@ -24,6 +24,7 @@ from ptq4sam.model.attention import (
     QuantizedDecoderAttention,
     QuantizedEncoderAttention,
     logits_worth,
+    position_bias,
     softmax_pieces,
     values_worth,
 )
@@ -96,7 +97,7 @@ class AttentionProducts(nn.Module):
 
     def softmax_codes(self, logits: Tensor) -> Tensor:
         """Codes of the softmax of logits."""
-        return self.softmax_quantizer.codes(logits.softmax(dim=-1))
+        return self.softmax_quantizer.codes(logits.softmax(dim=-1, dtype=torch.float64).float())
 
     def accumulate_values(self, attention: Tensor, value: Tensor) -> Tensor:
         """Sums over keys of attention times value code less its zero point.
@@ -137,8 +138,8 @@ class AttentionProducts(nn.Module):
             part = query[:, head, tokens]
             logits = self.logits(self.accumulate_logits(part, key[:, head]))
             if bias is not None:
-                steps = (part - self.query_grid.zero_point).contiguous()
-                logits += bias(steps * self.query_step, first, last)
+                steps = part - self.query_grid.zero_point
+                logits += bias((steps * self.query_step).double(), first, last)
             attention = self.softmax_codes(logits)
             sums = self.accumulate_values(attention, value[:, head])
             result[:, head, tokens] = self.requantize(sums)
@@ -164,14 +165,8 @@ class IntegerEncoderAttention(image_encoder.Attention):
     def forward(self, x: Tensor) -> Tensor:
         """As the float block: [batch, rows, columns, dim] to the same shape."""
         grid = (x.shape[1], x.shape[2])
-
-        def bias(part: Tensor, first: int, last: int) -> Tensor:
-            return self.position_bias(part, grid, first, last)
-
         attended = self.products(
-            *self.split_heads(_codes(self.qkv, x)),
-            bias if self.use_rel_pos else None,
-            columns=grid[1],
+            *self.split_heads(_codes(self.qkv, x)), position_bias(self, grid), columns=grid[1]
         )
         return _output(self.proj, self.merge_heads(attended, grid))
 

@@ -91,8 +91,8 @@ def attend(
     logits = graph.node("MatMul", [given.query, given.key], f"{path}.logits")
     if bias is not None:
         logits = bias(logits)
-    softmax = graph.node("Softmax", [logits], f"{path}.softmax", axis=-1)
     quantizer = attention_quantizer(attention, "softmax")
+    softmax = _softmax(graph, logits, quantizer is not None, path)
     parts = attention.num_heads if parts is None else parts
     weights = quantize(graph, softmax, quantizer, f"{path}.softmax_quantizer", parts)
     if quantizer is not None and _has_whole_points(attention):
@@ -110,3 +110,12 @@ def attend(
         return graph.node("Mul", [sums, graph.number(float(worth.step))], f"{path}.attended")
     factors = [dequantize(graph, weights, f"{path}.softmax"), given.value]
     return graph.node("MatMul", factors, f"{path}.attended")
+
+
+def _softmax(graph: Graph, logits: str, quantized: bool, path: str) -> str:
+    """In float64, rounded once, where it is quantized and the runtime has float64."""
+    if not (quantized and graph.has_float64):
+        return graph.node("Softmax", [logits], f"{path}.softmax", axis=-1)
+    logits = graph.cast(logits, np.float64, f"{path}.logits.float64")
+    softmax = graph.node("Softmax", [logits], f"{path}.softmax.float64", axis=-1)
+    return graph.cast(softmax, np.float32, f"{path}.softmax")

@@ -62,7 +62,7 @@ def _block(graph: Graph, block: Block, x: str, side: int, path: str) -> str:
     attended = _attention(graph, block.attn, normalized, side, block.window_size, f"{path}.attn")
     x = graph.node("Add", [x, attended], f"{path}.attended")
     normalized = layer_norm(graph, block.norm2, x, f"{path}.norm2")
-    changed = mlp_block(graph, block.mlp, normalized, f"{path}.mlp")
+    changed = mlp_block(graph, block.mlp, normalized, f"{path}.mlp", parts=side)
     return graph.node("Add", [x, changed], path)
 
 

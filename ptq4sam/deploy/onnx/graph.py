@@ -111,9 +111,9 @@ class Graph:
         uint4 = self._onnx.helper.tensor_dtype_to_np_dtype(self._onnx.TensorProto.UINT4)
         return self.cast(self.constant(name, codes.astype(uint4)), np.int32, f"{name}.int32")
 
-    def number(self, value: float) -> str:
-        """A float32 constant of no dimensions; equal ones are kept once."""
-        return self.shared(f"number.{value!r}", np.array(value, np.float32))
+    def number(self, value: float, dtype: type[np.floating[Any]] = np.float32) -> str:
+        """A constant of no dimensions; equal ones are kept once."""
+        return self.shared(f"number.{np.dtype(dtype)}.{value!r}", np.array(value, dtype))
 
     def integers(self, *values: int) -> str:
         """A vector of int64; equal ones are kept once."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
-from ptq4sam.deploy.onnx.attention import Operands, attend
+from ptq4sam.deploy.onnx.attention import Operands, attend, attention_quantizer
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.layers import array
 from ptq4sam.sam.image_encoder import Attention, relative_rows, table_of_size
@@ -100,22 +101,32 @@ def _positions(
         return ()
     tokens, head_dim = side * side, attention.proj.in_features // attention.num_heads
     grid = graph.reshape(query, (0, 0, side, side, head_dim), f"{path}.query.grid")
-    by_row = graph.node(
-        "MatMul",
-        [grid, _table(graph, attention.rel_pos_h, side, f"{path}.rel_pos_h")],
-        f"{path}.bias_h",
-    )
     turned = graph.transpose(grid, (0, 1, 3, 2, 4), f"{path}.query.turned")
-    by_column = graph.node(
-        "MatMul",
-        [turned, _table(graph, attention.rel_pos_w, side, f"{path}.rel_pos_w")],
-        f"{path}.bias_w.turned",
-    )
+    tables = [
+        _table(graph, positions, side, f"{path}.{name}")
+        for name, positions in (
+            ("rel_pos_h", attention.rel_pos_h),
+            ("rel_pos_w", attention.rel_pos_w),
+        )
+    ]
+    double = attention_quantizer(attention, "query") is not None and graph.has_float64
+    by_row = _sums(graph, grid, tables[0], double, f"{path}.bias_h")
+    by_column = _sums(graph, turned, tables[1], double, f"{path}.bias_w.turned")
     by_column = graph.transpose(by_column, (0, 1, 3, 2, 4), f"{path}.bias_w")
     return (
         graph.reshape(by_row, (0, 0, tokens, side, 1), f"{path}.bias_h.flat"),
         graph.reshape(by_column, (0, 0, tokens, 1, side), f"{path}.bias_w.flat"),
     )
+
+
+def _sums(graph: Graph, query: str, table: str, double: bool, path: str) -> str:
+    """Their product; in float64, rounded once, where asked for."""
+    if not double:
+        return graph.node("MatMul", [query, table], path)
+    factors = [
+        graph.cast(x, np.float64, f"{path}.float64.{n}") for n, x in enumerate((query, table))
+    ]
+    return graph.cast(graph.node("MatMul", factors, f"{path}.unrounded"), np.float32, path)
 
 
 def _table(graph: Graph, table: Tensor, side: int, path: str) -> str:

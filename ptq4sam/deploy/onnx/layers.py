@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.values import Value, dequantize, dequantized_weight, quantize
+from ptq4sam.deploy.onnx.steps import quantized_gelu
+from ptq4sam.deploy.onnx.values import (
+    Value,
+    dequantize,
+    dequantized_weight,
+    held_weight,
+    quantize,
+)
 from ptq4sam.errors import DeployError
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
-from ptq4sam.model.rounding_once import RoundedLayerNorm, RoundedLayerNorm2d, RoundedPatches
+from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, step_of_sums
+from ptq4sam.model.rounding_once import (
+    RoundedGELU,
+    RoundedLayerNorm,
+    RoundedLayerNorm2d,
+    RoundedPatches,
+)
 from ptq4sam.quantization.base import Quantizer
 from ptq4sam.sam.common import LayerNorm2d, MLPBlock
 from ptq4sam.sam.mask_decoder import MLP
 
-_ACTIVATIONS = {nn.GELU: "Gelu", nn.ReLU: "Relu"}
+_ACTIVATIONS = {nn.GELU: "Gelu", RoundedGELU: "Gelu", nn.ReLU: "Relu"}
 
 
 def array(tensor: Tensor) -> NDArray[np.float32]:
@@ -65,11 +78,11 @@ def _matrix(graph: Graph, layer: nn.Linear, path: str, outputs: slice) -> str:
 
 def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
     """A convolution or transposed convolution, float or quantized, of [batch, channels, h, w]."""
-    if isinstance(layer, QuantizedConv2d):
-        weight = dequantized_weight(graph, layer, path)
-    elif type(layer) in (nn.Conv2d, nn.ConvTranspose2d, RoundedPatches):
-        weight = graph.parameter(f"{path}.weight", array(layer.weight))  # type: ignore[arg-type]
-    else:
+    if not isinstance(layer, QuantizedConv2d) and type(layer) not in (
+        nn.Conv2d,
+        nn.ConvTranspose2d,
+        RoundedPatches,
+    ):
         raise _unknown(layer, path)
     assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
     plain = (
@@ -80,20 +93,58 @@ def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
     )
     if not plain:
         raise DeployError(f"{path} is a convolution with groups or padding that SAM has not")
-    value = dequantize(graph, quantize_input(graph, layer, x, path), f"{path}.input")
+    value = quantize_input(graph, layer, x, path)
+    if isinstance(layer, QuantizedConv2d) and not graph.signed:
+        return _integer_convolution(graph, layer, value, path)
+    weight = (
+        dequantized_weight(graph, layer, path)
+        if isinstance(layer, QuantizedConv2d)
+        else graph.parameter(f"{path}.weight", array(layer.weight))
+    )
     kind = "ConvTranspose" if isinstance(layer, nn.ConvTranspose2d) else "Conv"
-    inputs = [value, weight]
+    inputs = [dequantize(graph, value, f"{path}.input"), weight]
     if layer.bias is not None:
         inputs.append(graph.constant(f"{path}.bias", array(layer.bias)))
-    return graph.node(
-        kind,
-        inputs,
-        path,
-        kernel_shape=list(layer.kernel_size),
-        strides=list(layer.stride),
-        dilations=list(layer.dilation),
-        pads=[*layer.padding, *layer.padding],
-    )
+    return graph.node(kind, inputs, path, **_geometry(layer))
+
+
+def _geometry(layer: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, list[int]]:
+    padding = [int(size) for size in layer.padding]
+    return {
+        "kernel_shape": list(layer.kernel_size),
+        "strides": list(layer.stride),
+        "dilations": list(layer.dilation),
+        "pads": [*padding, *padding],
+    }
+
+
+def _integer_convolution(graph: Graph, layer: QuantizedConv2d, x: Value, path: str) -> str:
+    """A quantized convolution by exact sums, as in the simulation.
+
+    ONNX Runtime computes one of dequantized factors in float32. A zero point of the weights, which
+    its integer one has not for each channel, is taken off by the sum of the inputs alone.
+    """
+    assert x.affine is not None
+    held = held_weight(graph, layer, path)
+    zero = graph.constant(f"{path}.input.zero_point", x.affine.zero_point)
+    geometry = _geometry(layer)
+    sums = graph.node("ConvInteger", [x.name, held.name, zero], f"{path}.sums.held", **geometry)
+    if held.zero_point.any():
+        ones = graph.constant(
+            f"{path}.ones", np.ones((1, layer.in_channels, *layer.kernel_size), np.int8)
+        )
+        inputs = graph.node("ConvInteger", [x.name, ones, zero], f"{path}.inputs", **geometry)
+        zeros = held.zero_point.to(torch.int32).reshape(-1, 1, 1).numpy()
+        shares = graph.node(
+            "Mul", [inputs, graph.constant(f"{path}.weight.zeros", zeros)], f"{path}.shares"
+        )
+        sums = graph.node("Sub", [sums, shares], f"{path}.sums")
+    worth = graph.constant(f"{path}.worth", array(step_of_sums(layer)).reshape(-1, 1, 1))
+    sums = graph.cast(sums, np.float32, f"{path}.sums.float32")
+    if layer.bias is None:
+        return graph.node("Mul", [sums, worth], path)
+    bias = graph.constant(f"{path}.bias", array(layer.bias).reshape(-1, 1, 1))
+    return graph.node("Add", [graph.node("Mul", [sums, worth], f"{path}.scaled"), bias], path)
 
 
 def layer_norm(graph: Graph, layer: nn.LayerNorm | LayerNorm2d, x: str, path: str) -> str:
@@ -145,11 +196,23 @@ def activation(graph: Graph, module: nn.Module, x: str, path: str) -> str:
     return graph.node(kind, [x], path)
 
 
-def mlp_block(graph: Graph, block: MLPBlock, x: str, path: str) -> str:
-    """Two linear layers with an activation between them."""
+def mlp_block(graph: Graph, block: MLPBlock, x: str, path: str, parts: int = 1) -> str:
+    """Two linear layers with an activation between them; `parts` as for `values.quantize`."""
     hidden = linear(graph, block.lin1, x, f"{path}.lin1")
+    activated = _activated(graph, block, hidden, path, parts)
+    return apply_linear(graph, block.lin2, activated, f"{path}.lin2")
+
+
+def _activated(graph: Graph, block: MLPBlock, hidden: str, path: str, parts: int) -> Value:
+    """The input of a block's second layer, by steps where these make it that of the simulation."""
+    quantizer = input_quantizer(block.lin2)
+    # OpenVINO makes integer products of its own quantization nodes only.
+    if isinstance(block.act, RoundedGELU) and quantizer is not None and not graph.signed:
+        value = quantized_gelu(graph, hidden, block.act, quantizer, f"{path}.act", parts)
+        if value is not None:
+            return value
     hidden = activation(graph, block.act, hidden, f"{path}.act")
-    return linear(graph, block.lin2, hidden, f"{path}.lin2")
+    return quantize_input(graph, block.lin2, hidden, f"{path}.lin2")
 
 
 def perceptron(graph: Graph, module: MLP, x: str, path: str) -> str:

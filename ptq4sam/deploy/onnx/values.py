@@ -97,13 +97,13 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str, parts
     """
     if quantizer is None:
         return Value(x)
-    _require_quantizing(quantizer, path)
+    require_quantizing(quantizer, path)
     grid = softmax_grid(quantizer)
     if isinstance(grid, LogGrid):
         quantizer = cast(AdaptiveGranularityQuantizer, quantizer)
         points = point_table(grid.grid.levels, grid.tau, quantizer.fraction_bits())
         return Value(_powers(graph, x, grid, points, path, parts), step=float(quantizer.step))
-    affine = _activation_format(grid, graph.signed, path)
+    affine = activation_format(grid, graph.signed, path)
     if grid.grid.bits < _CONTAINER_BITS:
         bounds = [
             graph.number(float(np.float32(code - grid.zero_point) * np.float32(grid.scale)))
@@ -118,12 +118,27 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str, parts
     return Value(graph.node("QuantizeLinear", inputs, f"{path}.codes"), affine)
 
 
-def dequantized_weight(
-    graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = slice(None)
-) -> str:
-    """The float weight of a layer, from integers: [in, out] of a linear one, else as it is.
+@dataclass(frozen=True)
+class HeldWeight:
+    """A weight as integers: (code - zero_point) * scale.
 
-    `outputs` are those of its output channels that are wanted.
+    Attributes:
+        name: of the int8 tensor, [in, out] of a linear layer, else as the layer's.
+        scale: [] or [out].
+        zero_point: in the shape of `scale`, int32; in the range of int8.
+        axis: of the output channels.
+    """
+
+    name: str
+    scale: Tensor
+    zero_point: Tensor
+    axis: int
+
+
+def held_weight(
+    graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = slice(None)
+) -> HeldWeight:
+    """The weight of a layer as integers; `outputs` are those of its channels that are wanted.
 
     Codes of up to 4 bits are held two in a byte, others in one each. What is multiplied are their
     distances from the zero point where these fit into int8, up to 7 bits and for symmetric grids:
@@ -133,13 +148,13 @@ def dequantized_weight(
         DeployError: the weight is not on a grid of at most 8 bits.
     """
     name = f"{path}.weight"
-    _require_quantizing(layer.weight_quantizer, name)
+    require_quantizing(layer.weight_quantizer, name)
     weight = layer_codes(layer)
     _check_bits(weight.grid, name)
-    codes, scale, zeros = weight.codes[outputs], weight.scale, weight.zero_point
+    codes, scale, zero_point = weight.codes[outputs], weight.scale, weight.zero_point
     if scale.dim():
-        scale, zeros = scale[outputs], zeros[outputs]
-    zeros = along_channels(zeros, codes.dim(), 0)
+        scale, zero_point = scale[outputs], zero_point[outputs]
+    zeros = along_channels(zero_point, codes.dim(), 0)
     axis = 0
     if codes.dim() == 2:
         codes, axis = codes.t(), 1
@@ -148,20 +163,26 @@ def dequantized_weight(
         held = graph.nibbles(name, (codes - weight.grid.qmin).numpy())
         below = graph.constant(f"{name}.zero", (zeros - weight.grid.qmin).numpy())
         difference = graph.node("Sub", [held, below], f"{name}.distance")
-        held, zero_point = graph.cast(difference, np.int8, f"{name}.int8"), torch.zeros_like(zeros)
-    else:
-        distance, zero_point = codes - zeros, torch.zeros_like(zeros)
-        if int(distance.min()) < -128 or int(distance.max()) > 127:
-            distance, zero_point = codes - 128, zeros - 128
-        held = graph.constant(name, _int8(distance))
-    inputs = [held, graph.constant(f"{name}.scale", _float32(scale))]
-    if zero_point.any():
-        zero_point = zero_point.reshape(scale.shape)
-        inputs.append(graph.constant(f"{name}.zero_point", _int8(zero_point)))
-    return graph.node("DequantizeLinear", inputs, f"{name}.dequantized", axis=axis)
+        held = graph.cast(difference, np.int8, f"{name}.int8")
+        return HeldWeight(held, scale, torch.zeros_like(zero_point), axis)
+    distance, zero_point_held = codes - zeros, torch.zeros_like(zero_point)
+    if int(distance.min()) < -128 or int(distance.max()) > 127:
+        distance, zero_point_held = codes - _UNSIGNED, zero_point - _UNSIGNED
+    return HeldWeight(graph.constant(name, _int8(distance)), scale, zero_point_held, axis)
 
 
-def _activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
+def dequantized_weight(
+    graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = slice(None)
+) -> str:
+    """The float weight of a layer, from integers; see `held_weight`."""
+    held, name = held_weight(graph, layer, path, outputs), f"{path}.weight"
+    inputs = [held.name, graph.constant(f"{name}.scale", _float32(held.scale))]
+    if held.zero_point.any():
+        inputs.append(graph.constant(f"{name}.zero_point", _int8(held.zero_point)))
+    return graph.node("DequantizeLinear", inputs, f"{name}.dequantized", axis=held.axis)
+
+
+def activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
     """What codes are in the graph: signed ones are distances from the zero point where these fit.
 
     Rounding x / scale and adding the zero point, as the simulation does, gives the same points.
@@ -177,21 +198,25 @@ def _activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
 def _powers(graph: Graph, x: str, grid: LogGrid, points: Tensor, path: str, parts: int) -> str:
     """Softmax outputs moved to powers of 2^(1/tau): the code by a logarithm, the value by a table.
 
-    The table holds whole numbers (see `granularity_table`); its last entry, one beyond the grid, is
-    the 0 of what is too small. ONNX Runtime copies single numbers slowly in a Gather, and fast in a
-    GatherElements, which it spreads over rows.
+    The logarithm is one of float64 where the runtime has it. The table holds whole numbers (see
+    `granularity_table`); its last entry, one beyond the grid, is the 0 of what is too small. ONNX
+    Runtime copies single numbers slowly in a Gather, and fast in a GatherElements, which it spreads
+    over rows.
     """
     levels = grid.grid.levels
     table = graph.constant(f"{path}.points", _float32(points))
+    kind = np.float64 if graph.has_float64 else np.float32
     largest = float(np.finfo(np.float32).max)
     bounds = [graph.number(FLOOR), graph.number(largest)]
     floored = graph.node("Clip", [x, *bounds], f"{path}.floored")
     ratio = graph.node("Div", [floored, graph.number(grid.scale)], f"{path}.ratio")
+    if graph.has_float64:
+        ratio = graph.cast(ratio, kind, f"{path}.ratio.float64")
     logarithm = graph.node("Log", [ratio], f"{path}.logarithm")
-    step = graph.number(-grid.tau / math.log(2))
+    step = graph.number(-grid.tau / math.log(2), kind)
     steps = graph.node("Mul", [logarithm, step], f"{path}.steps")
     rounded = graph.node("Round", [steps], f"{path}.rounded")
-    ends = [graph.number(0.0), graph.number(float(levels))]
+    ends = [graph.number(0.0, kind), graph.number(float(levels), kind)]
     codes = graph.node("Clip", [rounded, *ends], f"{path}.within")
     indices = graph.cast(codes, np.int32, f"{path}.codes")
     if graph.signed:
@@ -203,7 +228,12 @@ def _powers(graph: Graph, x: str, grid: LogGrid, points: Tensor, path: str, part
     return graph.node("Reshape", [values, shape], f"{path}.values")
 
 
-def _require_quantizing(quantizer: Quantizer, path: str) -> None:
+def require_quantizing(quantizer: Quantizer, path: str) -> None:
+    """Make sure that a quantizer quantizes all that passes it.
+
+    Raises:
+        DeployError: it does not.
+    """
     if quantizer.mode is not Mode.QUANTIZE or quantizer.drop_probability > 0:
         raise DeployError(
             f"{path} is off or lets elements through at random: only a frozen model (compat: "
