@@ -34,7 +34,7 @@ from ptq4sam.deploy.backends import open_backend
 from ptq4sam.deploy.storage import load
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.experiments.evaluate import evaluate_sam
-from ptq4sam.experiments.run import versions
+from ptq4sam.experiments.reproducibility import versions
 from ptq4sam.experiments.verifying import GOAL
 from ptq4sam.files import replacing, write_json
 from ptq4sam.prompts import GroundTruth

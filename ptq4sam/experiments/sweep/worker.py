@@ -17,9 +17,10 @@ import torch
 
 from ptq4sam.data import ImageSet, open_images
 from ptq4sam.errors import CalibrationError, ConfigError, Ptq4samError, is_out_of_memory
+from ptq4sam.experiments.auditing import audit_model
 from ptq4sam.experiments.calibration import CalibrationPictures, calibration_pictures
 from ptq4sam.experiments.evaluate import evaluate_sam
-from ptq4sam.experiments.run import audit_model, fix_seeds, versions
+from ptq4sam.experiments.reproducibility import fix_seeds, versions
 from ptq4sam.experiments.settings import DataSettings, find_device
 from ptq4sam.experiments.stages import Stages
 from ptq4sam.experiments.sweep.float_results import Agreement, FloatResults
