@@ -22,7 +22,7 @@ from ptq4sam.evaluation import mask_ious
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import segment
 from ptq4sam.experiments.evaluate import has_truth, select
-from ptq4sam.experiments.needed import look_for_data, look_for_sam
+from ptq4sam.experiments.needed import look_for_data, look_for_sam, look_for_validation
 from ptq4sam.experiments.settings import DEFAULT_MODEL, AccuracySettings, DataSettings
 from ptq4sam.prompts import GroundTruth
 from ptq4sam.sam.checkpoint import load_sam
@@ -107,9 +107,7 @@ def _require_inputs(request: NncfRequest) -> None:
     missing = Missing()
     look_for_sam(missing, request.model, request.checkpoint)
     look_for_data(missing, request.calibration, "calibration ")
-    if request.accuracy is not None and request.accuracy.images is not None:
-        validation = DataSettings(request.accuracy.images, request.accuracy.annotations)
-        look_for_data(missing, validation, "validation ")
+    look_for_validation(missing, request.accuracy)
     missing.report()
 
 
