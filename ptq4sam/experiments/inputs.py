@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from ptq4sam.data import CocoDataset, ImageSet, open_images
+from ptq4sam.data import ImageSet, open_images
 from ptq4sam.errors import ConfigError
 from ptq4sam.experiments.calibration import CalibrationPictures, calibration_pictures
 from ptq4sam.experiments.context import RunContext
-from ptq4sam.experiments.evaluate import has_truth
+from ptq4sam.experiments.evaluate import has_truth, require_truth
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.validation import Validation
 from ptq4sam.model.cache import ActivationCache
@@ -80,12 +80,8 @@ class Inputs:
         annotations = pair.annotations if evaluated else accuracy.annotations
         with self._context.stages.stage("validation data"):
             limit = accuracy.limit or (settings.limit if evaluated else None)
-            dataset = self._dataset(DataSettings(pair.images, annotations), limit)
-            if not isinstance(dataset, CocoDataset) or not has_truth(dataset):
-                raise ConfigError(
-                    f"accuracy is measured on annotated pictures, but {annotations} has no "
-                    "annotations of those: give others"
-                )
+            opened = self._dataset(DataSettings(pair.images, annotations), limit)
+            dataset = require_truth(opened, annotations)
             prompts = "ground-truth" if accuracy.metric == "mean_iou" else settings.prompts
             source = self._source(prompts, dataset)
         cache = ActivationCache(self._context.device, settings.memory_budget, settings.work_dir)

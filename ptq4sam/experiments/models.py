@@ -111,7 +111,7 @@ class ModelSource:
             )
         with self._stages.stage("load"):
             quantized = load(checkpoint, self._context.device)
-            self._check_name(quantized.name)
+            require_name(self._settings.model, quantized.name, checkpoint)
             return RunModels(quantized, self._origin(quantized.name, origin(quantized)))
 
     def _deployed(self, checkpoint: Path) -> RunModels:
@@ -119,17 +119,9 @@ class ModelSource:
         settings = self._settings
         with self._stages.stage("load"):
             model = open_backend(checkpoint, settings.backend, settings.precision)
-            self._check_name(model.name)
+            require_name(settings.model, model.name, checkpoint)
             made_of = model.manifest.origin if isinstance(model, ExportedSam) else origin(model)
             return RunModels(model, self._origin(model.name, made_of))
-
-    def _check_name(self, found: str) -> None:
-        asked, checkpoint = self._settings.model, self._settings.checkpoint
-        if asked not in (None, found):
-            raise CheckpointError(
-                f"asked for {asked}, but {checkpoint} is a quantized {found}: give another file, "
-                "or leave the model's name away"
-            )
 
     def _origin(self, name: str, made_of: str) -> Sam | None:
         """The float model that a quantized one was made of, where it is at hand."""
@@ -146,3 +138,21 @@ class ModelSource:
             )
         _log.info("no agreement: the model was made of other weights than the embedded ones")
         return None
+
+
+def require_name(asked: str | None, found: str, checkpoint: Path) -> None:
+    """Refuse a file with another model than was asked for.
+
+    Args:
+        asked: name of the SAM; None for whichever there is.
+        found: that of the file's.
+        checkpoint: the file.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if asked not in (None, found):
+        raise CheckpointError(
+            f"asked for {asked}, but {checkpoint} is a quantized {found}: give another file, "
+            "or leave the model's name away"
+        )

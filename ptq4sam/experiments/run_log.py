@@ -14,25 +14,35 @@ ENDED = "the run has ended"
 
 
 @contextlib.contextmanager
+def package_log_to(handler: logging.Handler, level: int) -> Iterator[None]:
+    """Give what the package logs, from a level on, to a handler too."""
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("ptq4sam")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Also write the package's log into a file, the first process's."""
     if not parallel.is_first():
         yield
         return
     handler = logging.FileHandler(path, mode="w")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("ptq4sam")
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(min(logging.INFO, before) if before else logging.INFO)
+    before = logging.getLogger("ptq4sam").level
     try:
-        yield
+        with package_log_to(handler, min(logging.INFO, before) if before else logging.INFO):
+            yield
     except BaseException as error:
         # On the terminal it is told by whoever catches it.
         what = f"stopped: {' '.join(str(error).split()) or type(error).__name__}"
         handler.handle(logging.LogRecord(__name__, logging.ERROR, "", 0, what, None, None))
         raise
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
         handler.close()
