@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ptq4sam.cli import main
 from ptq4sam.quantization.scheme import Scheme
 
@@ -15,6 +17,8 @@ SCHEMES = REPOSITORY / "exp"
 
 # A search for the best grid of every weight takes most of a short run, and is tested elsewhere.
 QUICK = ("w_qconfig.observer=MinMaxObserver",)
+
+AP = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,18 @@ class Quantized:
 def run(*arguments: object) -> None:
     """The `ptq4sam` command, which must succeed."""
     assert main([str(argument) for argument in arguments]) == 0
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that the command ends with."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    told = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert errors.splitlines()[-1] == told[0]
+    assert len(told) == 1
+    return told[0]
 
 
 def read_metrics(work_dir: Path) -> dict[str, Any]:

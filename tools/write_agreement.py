@@ -17,24 +17,22 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from data_sets import Data, data_sets, machine
 from torch import Tensor
-from write_results import machine
 
 from ptq4sam.allocator import keep_freed_memory
 from ptq4sam.cli import main as ptq4sam
 from ptq4sam.data import CocoDataset
-from ptq4sam.data.scenes import write_scenes
 from ptq4sam.deploy.backends import open_backend
 from ptq4sam.deploy.storage import load
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.experiments.evaluate import evaluate_sam
-from ptq4sam.experiments.run import versions
+from ptq4sam.experiments.reproducibility import versions
 from ptq4sam.experiments.verifying import GOAL
 from ptq4sam.files import replacing, write_json
 from ptq4sam.prompts import GroundTruth
@@ -62,17 +60,6 @@ GOAL_AP = 0.2
 """How far the AP of a deployed model may be from the simulation's."""
 FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
 BOXES_TIMED = 16
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set with pictures to calibrate on."""
-
-    name: str
-    images: Path
-    annotations: Path
-    calibration_images: Path
-    calibration_annotations: Path
 
 
 class Noisy:
@@ -288,25 +275,6 @@ the AP moves by several tenths for one mask.
 """
 
 
-def data_sets(arguments: argparse.Namespace) -> list[Data]:
-    """The data sets that are at hand; the scenes are written first."""
-    scenes = arguments.work_dir / "scenes"
-    train, val = write_scenes(scenes, 32, 0, "train"), write_scenes(scenes, 100, 1, "val")
-    found = [Data("generated scenes", *val, *train)]
-    if arguments.coco_mini is not None:
-        images, notes = arguments.coco_mini / "images", arguments.coco_mini / "annotations"
-        found.append(
-            Data(
-                "coco_mini val",
-                images / "val2017",
-                notes / "instances_val.json",
-                images / "train2017",
-                notes / "instances_train.json",
-            )
-        )
-    return found
-
-
 def main() -> None:
     """Measure everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -322,7 +290,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     keep_freed_memory()
-    sections = [section(data, arguments) for data in data_sets(arguments)]
+    available = data_sets(arguments.work_dir, arguments.coco_mini)
+    sections = [section(data, arguments) for data in available]
     used = ", ".join(f"{name} {version}" for name, version in sorted(versions().items()))
     introduction = _INTRODUCTION.format(
         calibration=arguments.calibration,

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from write_agreement import Data, data_sets, mask_agreement
-from write_results import machine
+from data_sets import Data, data_sets, machine
+from write_agreement import mask_agreement
 
 from ptq4sam.allocator import keep_freed_memory
 from ptq4sam.cli import main as ptq4sam
@@ -33,7 +33,7 @@ from ptq4sam.evaluation import best_ious
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.everything import EverythingSettings, MaskGenerator
 from ptq4sam.experiments.evaluate import evaluate_sam
-from ptq4sam.experiments.run import versions
+from ptq4sam.experiments.reproducibility import versions
 from ptq4sam.files import replacing, write_json
 from ptq4sam.prompts import GroundTruth
 from ptq4sam.sam.predictor import Predictor
@@ -265,7 +265,8 @@ def main() -> None:
         parser.error(f"--models needs {FLOAT}, which the others are compared with")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     keep_freed_memory()
-    chosen = data_sets(arguments)[1 if arguments.without_scenes else 0 :]
+    available = data_sets(arguments.work_dir, arguments.coco_mini)
+    chosen = available[1:] if arguments.without_scenes else available
     sections = [section(data, arguments) for data in chosen]
     used = ", ".join(f"{name} {version}" for name, version in sorted(versions().items()))
     introduction = _INTRODUCTION.format(

@@ -13,15 +13,14 @@ import argparse
 import concurrent.futures
 import json
 import logging
-import os
-import platform
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptq4sam.data.scenes import write_scenes
+from data_sets import Data, data_sets, machine
+
 from ptq4sam.files import replacing
 from ptq4sam.quantization.scheme import Scheme
 
@@ -40,14 +39,9 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(Data):
     """A data set with a calibration split and a detector."""
 
-    name: str
-    images: Path
-    annotations: Path
-    calibration_images: Path
-    calibration_annotations: Path
     detector: str
     detector_name: str
 
@@ -164,33 +158,16 @@ def page(sections: list[list[str]], arguments: argparse.Namespace, versions: dic
 
 
 def benchmarks(arguments: argparse.Namespace) -> list[Benchmark]:
-    """The data sets that are at hand; the scenes are written first."""
-    scenes = arguments.work_dir / "scenes"
-    train = write_scenes(scenes, 32, 0, "train")
-    val = write_scenes(scenes, 100, 1, "val")
-    found = [Benchmark("generated scenes", *val, *train, "scene-detector", "the scene detector")]
-    if arguments.coco_mini is not None:
-        images, notes = arguments.coco_mini / "images", arguments.coco_mini / "annotations"
-        found.append(
-            Benchmark(
-                "coco_mini val",
-                images / "val2017",
-                notes / "instances_val.json",
-                images / "train2017",
-                notes / "instances_train.json",
-                f"onnx:{arguments.yolox}",
-                "YOLOX-Nano",
-            )
-        )
-    return found
-
-
-def machine() -> str:
-    """Number of cores and kind of processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
+    """The data sets that are at hand, each with its detector."""
+    detectors = [
+        ("scene-detector", "the scene detector"),
+        (f"onnx:{arguments.yolox}", "YOLOX-Nano"),
+    ]
+    found = data_sets(arguments.work_dir, arguments.coco_mini)
+    return [
+        Benchmark(**vars(data), detector=detector, detector_name=name)
+        for data, (detector, name) in zip(found, detectors, strict=False)
+    ]
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptq4sam.commands.flags import add_decoder_only
+
 if TYPE_CHECKING:
     from ptq4sam.deploy.cost import Cost, PartCost
 
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam cost`."""
     parser.add_argument("--model", default="vit_nano", help="vit_nano, vit_b, vit_l or vit_h")
     parser.add_argument("--scheme", type=Path, help="quantize by this file; default: float")
-    parser.add_argument("--decoder-only", action="store_true", help="leave the image encoder float")
+    add_decoder_only(parser)
     parser.add_argument("--boxes", type=int, default=1, metavar="N", help="prompts on the picture")
     parser.add_argument("--file", type=Path, help="also show the sizes in this quantized file")
     parser.add_argument("--json", action="store_true", help="for programs")

@@ -6,7 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from ptq4sam.commands.flags import add_backend_arguments
+from ptq4sam.commands.flags import (
+    add_backend_arguments,
+    add_device,
+    add_limit,
+    add_skip_bad,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "lists them",
     )
     parser.add_argument("--memory-budget", metavar="SIZE", help="of the decoder, as 512MiB")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
-    parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
-    parser.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
+    add_limit(parser, "the first N pictures only")
+    add_skip_bad(parser)
+    add_device(parser)
     add_backend_arguments(parser)
 
 

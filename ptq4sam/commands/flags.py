@@ -34,7 +34,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) ->
         metavar="KEY=VALUE",
         help="override the scheme, e.g. recon.iters=500",
     )
-    parser.add_argument("--decoder-only", action="store_true", help="leave the image encoder float")
+    add_decoder_only(parser)
     parser.add_argument("--images", type=Path, required=images_required, help="folder of pictures")
     parser.add_argument(
         "--annotations",
@@ -56,8 +56,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) ->
         metavar="N",
         help="calibrate in the scheme: how many pictures",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N pictures only")
-    parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+    add_limit(parser, "evaluate the first N pictures only")
+    add_skip_bad(parser)
     parser.add_argument(
         "--score-threshold",
         type=float,
@@ -79,7 +79,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) ->
         help="prompt again with the box and the mask",
     )
     parser.add_argument("--no-sam-iou", action="store_true", help="score without predicted IoUs")
-    parser.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
+    add_device(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs"))
     add_engine_arguments(parser)
@@ -117,3 +117,23 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="of what is not integer under --backend openvino: f32 (the default) or bf16",
     )
+
+
+def add_decoder_only(parser: argparse.ArgumentParser) -> None:
+    """The flag of which part is quantized."""
+    parser.add_argument("--decoder-only", action="store_true", help="leave the image encoder float")
+
+
+def add_limit(parser: argparse.ArgumentParser, told: str) -> None:
+    """The flag of how many pictures there are, and what is told of it."""
+    parser.add_argument("--limit", type=int, metavar="N", help=told)
+
+
+def add_skip_bad(parser: argparse.ArgumentParser) -> None:
+    """The flag of what becomes of damaged pictures."""
+    parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The flag of where torch computes."""
+    parser.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")

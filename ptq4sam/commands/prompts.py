@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ptq4sam.commands.flags import SOURCES
+from ptq4sam.commands.flags import SOURCES, add_limit, add_skip_bad
 from ptq4sam.errors import ConfigError
 
 
@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, help="instead of --dataset: folder of pictures")
     parser.add_argument("--annotations", type=Path, metavar="A.json", help="COCO instances file")
     parser.add_argument("--out", type=Path, required=True, metavar="BOXES.json")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
-    parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+    add_limit(parser, "the first N pictures only")
+    add_skip_bad(parser)
     parser.add_argument("--device", help="cpu or cuda:0; default: cpu")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ptq4sam.commands.flags import add_limit
 from ptq4sam.errors import ConfigError
 from ptq4sam.records import split_assignment
 
@@ -64,7 +65,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", type=Path, metavar="A.json", help="COCO instances file")
     parser.add_argument("--calibration-images", type=Path)
     parser.add_argument("--calibration-annotations", type=Path, metavar="B.json")
-    parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N pictures only")
+    add_limit(parser, "evaluate the first N pictures only")
 
 
 def run(parsed: argparse.Namespace) -> int:

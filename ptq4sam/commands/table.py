@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ptq4sam.commands.flags import add_decoder_only, add_device
 from ptq4sam.commands.sweep import (
     add_crew_arguments,
     add_picture_arguments,
@@ -58,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-size", type=int, metavar="N", help="calibration pictures; default: 32"
     )
-    parser.add_argument("--decoder-only", action="store_true", help="leave the image encoder float")
-    parser.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
+    add_decoder_only(parser)
+    add_device(parser)
     parser.add_argument("--seed", type=int, default=0)
     add_crew_arguments(parser)
     parser.add_argument(

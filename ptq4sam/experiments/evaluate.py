@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from ptq4sam import parallel
 from ptq4sam.data import CocoDataset, ImageRecord, ImageSet
-from ptq4sam.errors import DataError
+from ptq4sam.errors import ConfigError, DataError
 from ptq4sam.evaluation import MaskScores, mask_ious, mask_results
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import Segmented, segment
@@ -93,6 +94,24 @@ def select(prompts: Prompts, prompting: Prompting) -> Prompts:
 def has_truth(dataset: ImageSet) -> bool:
     """Whether masks on a data set can be scored."""
     return isinstance(dataset, CocoDataset) and bool(dataset.annotated_images())
+
+
+def require_truth(dataset: ImageSet, annotations: Path | None) -> CocoDataset:
+    """A data set that accuracy can be measured on.
+
+    Args:
+        dataset: the pictures.
+        annotations: their file, for the message.
+
+    Raises:
+        ConfigError: no picture is annotated.
+    """
+    if not isinstance(dataset, CocoDataset) or not has_truth(dataset):
+        raise ConfigError(
+            f"accuracy is measured on annotated pictures, but {annotations} has no "
+            "annotations of those: give others"
+        )
+    return dataset
 
 
 def evaluate_sam(

@@ -18,10 +18,11 @@ from ptq4sam.data.images import check_limit, read_size
 from ptq4sam.deploy.backends import open_backend
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.storage import load
-from ptq4sam.errors import CheckpointError, ConfigError
+from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation import write_json
 from ptq4sam.evaluation.pictures import draw_segments, write_picture
 from ptq4sam.everything import EverythingSettings, FoundMasks, MaskGenerator, Tally
+from ptq4sam.experiments.models import require_name
 from ptq4sam.experiments.pictures import file_names
 from ptq4sam.experiments.settings import DEFAULT_MODEL
 from ptq4sam.progress import Progress, silent
@@ -124,11 +125,7 @@ def open_model(
         if backend == TORCH
         else open_backend(checkpoint, backend, precision)
     )
-    if name not in (None, sam.name):
-        raise CheckpointError(
-            f"asked for {name}, but {checkpoint} is a quantized {sam.name}: give another file, or "
-            "leave the model's name away"
-        )
+    require_name(name, sam.name, checkpoint)
     return sam
 
 

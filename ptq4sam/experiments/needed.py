@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptq4sam.downloads import Missing
-from ptq4sam.experiments.settings import DEFAULT_MODEL, DataSettings, RunSettings
+from ptq4sam.experiments.settings import (
+    DEFAULT_MODEL,
+    AccuracySettings,
+    DataSettings,
+    RunSettings,
+)
 from ptq4sam.prompts.spec import look_for_prompts
 from ptq4sam.sam.checkpoint import OFFICIAL_FILES
 
@@ -34,9 +39,7 @@ def require_inputs(settings: RunSettings) -> None:
     look_for_data(missing, settings.data)
     if settings.scheme is not None:
         look_for_data(missing, settings.calibration, "calibration ")
-    if settings.accuracy is not None and settings.accuracy.images is not None:
-        validation = DataSettings(settings.accuracy.images, settings.accuracy.annotations)
-        look_for_data(missing, validation, "validation ")
+    look_for_validation(missing, settings.accuracy)
     missing.report(otherwise)
 
 
@@ -60,3 +63,9 @@ def look_for_data(missing: Missing, data: DataSettings | None, whose: str = "") 
     if data is not None:
         missing.look_for(f"{whose}pictures", data.images)
         missing.look_for(f"{whose}annotations", data.annotations)
+
+
+def look_for_validation(missing: Missing, accuracy: AccuracySettings | None) -> None:
+    """Note pictures and annotations of their own, that accuracy is measured on and that lack."""
+    if accuracy is not None and accuracy.images is not None:
+        look_for_data(missing, DataSettings(accuracy.images, accuracy.annotations), "validation ")

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ptq4sam.data import CocoDataset, ImageSet, open_images
+from ptq4sam.data import ImageSet, open_images
 from ptq4sam.deploy.export import export
 from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.deploy.manifest import Manifest
@@ -21,8 +21,8 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation import mask_ious
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import segment
-from ptq4sam.experiments.evaluate import has_truth, select
-from ptq4sam.experiments.needed import look_for_data, look_for_sam
+from ptq4sam.experiments.evaluate import require_truth, select
+from ptq4sam.experiments.needed import look_for_data, look_for_sam, look_for_validation
 from ptq4sam.experiments.settings import DEFAULT_MODEL, AccuracySettings, DataSettings
 from ptq4sam.prompts import GroundTruth
 from ptq4sam.sam.checkpoint import load_sam
@@ -107,9 +107,7 @@ def _require_inputs(request: NncfRequest) -> None:
     missing = Missing()
     look_for_sam(missing, request.model, request.checkpoint)
     look_for_data(missing, request.calibration, "calibration ")
-    if request.accuracy is not None and request.accuracy.images is not None:
-        validation = DataSettings(request.accuracy.images, request.accuracy.annotations)
-        look_for_data(missing, validation, "validation ")
+    look_for_validation(missing, request.accuracy)
     missing.report()
 
 
@@ -140,17 +138,13 @@ class _Pixels(Sequence[Pixels]):
 def _validation(request: NncfRequest, accuracy: AccuracySettings) -> NncfValidation:
     if accuracy.images is None:
         raise ValueError("NncfRequest has validation pictures where it has an accuracy")
-    dataset = open_images(
+    opened = open_images(
         accuracy.images,
         accuracy.annotations,
         skip_bad=request.skip_bad,
         limit=accuracy.limit,
     )
-    if not isinstance(dataset, CocoDataset) or not has_truth(dataset):
-        raise ConfigError(
-            f"accuracy is measured on annotated pictures, but {accuracy.annotations} has no "
-            "annotations of those: give others"
-        )
+    dataset = require_truth(opened, accuracy.annotations)
     source = GroundTruth(dataset)
     records = [
         record

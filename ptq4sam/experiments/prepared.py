@@ -9,9 +9,15 @@ from dataclasses import dataclass
 from ptq4sam import parallel
 from ptq4sam.data import ImageSet
 from ptq4sam.errors import ConfigError
+from ptq4sam.experiments.context import RunContext
+from ptq4sam.experiments.inputs import Inputs
+from ptq4sam.experiments.models import ModelSource
+from ptq4sam.experiments.outputs import make_folders
 from ptq4sam.experiments.quantizing import JOURNAL
-from ptq4sam.experiments.run import Run, fix_seeds
+from ptq4sam.experiments.reproducibility import fix_seeds
+from ptq4sam.experiments.settings import RunSettings
 from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import PromptSource
 from ptq4sam.sam.model import Sam
 
@@ -33,8 +39,14 @@ class Prepared:
     source: PromptSource
 
 
-class Preparation(Run):
+class Preparation:
     """Quantizes or loads a model as a run does, and opens the pictures."""
+
+    def __init__(self, settings: RunSettings, progress: Progress = silent) -> None:
+        self.settings = settings
+        context = RunContext.of(settings, progress)
+        self._inputs = Inputs(context)
+        self._models = ModelSource(context, self._inputs)
 
     def pictures(self) -> tuple[ImageSet, PromptSource]:
         """The pictures and their boxes.
@@ -42,7 +54,7 @@ class Preparation(Run):
         Raises:
             ConfigError: none were asked for.
         """
-        data = self._data()
+        data = self._inputs.evaluated()
         if data is None:
             raise ConfigError("a study measures on pictures: give --images")
         return data
@@ -54,9 +66,10 @@ class Preparation(Run):
             ConfigError: nothing is to be quantized, or the float model is not at hand.
         """
         fix_seeds(self.settings.seed)
-        self._make_folders()
+        make_folders(self.settings)
         dataset, source = self.pictures()
-        sam, float_sam = self._models()
+        models = self._models.open()
+        sam, float_sam = models.sam, models.reference
         if not isinstance(sam, QuantizedSam):
             raise ConfigError(
                 "the model is not quantized: give --scheme exp/ptq4sam-s44.yaml, or a quantized "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -29,6 +30,24 @@ def file_digest(path: Path) -> str:
     except OSError as error:
         raise CheckpointError(f"detector file {path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()[:16]
+
+
+def package_version(name: str, install: str) -> str:
+    """Version of the package that a kind of prompts is named after.
+
+    Args:
+        name: of both.
+        install: the command that installs the package.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError as error:
+        raise DependencyError(
+            f"prompts of {name}:... need {name}, which is not installed here: {install}"
+        ) from error
 
 
 def candidates(scores: Tensor, threshold: float) -> Tensor:

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import pickle
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ptq4sam.data.images import ImageRecord, reason
-from ptq4sam.errors import CheckpointError, ConfigError, DependencyError
-from ptq4sam.prompts.detections import candidates, file_digest
+from ptq4sam.errors import CheckpointError, ConfigError
+from ptq4sam.prompts.detections import candidates, file_digest, package_version
 from ptq4sam.prompts.record import Prompts, clean
 
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
@@ -135,10 +134,4 @@ def _state_digest(model: nn.Module) -> str:
 
 
 def _version() -> str:
-    try:
-        return metadata.version("torchvision")
-    except metadata.PackageNotFoundError as error:
-        raise DependencyError(
-            "prompts of torchvision:... need torchvision, which is not installed here: "
-            "pip install torchvision"
-        ) from error
+    return package_version("torchvision", "pip install torchvision")

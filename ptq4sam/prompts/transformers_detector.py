@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import CheckpointError, DependencyError
 from ptq4sam.prompts.categories import NO_CATEGORY, category_ids_of
-from ptq4sam.prompts.detections import file_digest
+from ptq4sam.prompts.detections import file_digest, package_version
 from ptq4sam.prompts.record import Prompts, clean
 
 _FOLDER = "give a folder that save_pretrained has written"
@@ -182,10 +181,4 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _version() -> str:
-    try:
-        return metadata.version("transformers")
-    except metadata.PackageNotFoundError as error:
-        raise DependencyError(
-            "prompts of transformers:... need transformers, which is not installed here: "
-            "pip install 'ptq4sam[transformers]'"
-        ) from error
+    return package_version("transformers", "pip install 'ptq4sam[transformers]'")

@@ -12,7 +12,7 @@ from ptq4sam.downloads import asset_at
 from ptq4sam.errors import ConfigError
 from ptq4sam.experiments.sweep.settings import Pictures, TrialSettings
 from ptq4sam.experiments.table.published import BITS, FLOAT, METHODS, published
-from ptq4sam.experiments.table.rows import Cell, Missing
+from ptq4sam.experiments.table.rows import Cell, MissingInput
 from ptq4sam.prompts.spec import PACKAGES, parse_spec
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.solver.experiment import DataConfig, ExperimentConfig
@@ -126,7 +126,7 @@ class Request:
 class _Found:
     source: Source
     config: ExperimentConfig
-    missing: tuple[Missing, ...]
+    missing: tuple[MissingInput, ...]
     data: tuple[Pictures, Pictures] | None
 
 
@@ -194,7 +194,7 @@ class Table:
         packages, install = PACKAGES.get(parse_spec(config.detector.prompts).kind, ((), ""))
         absent = ", ".join(name for name in packages if find_spec(name) is None)
         if absent:
-            missing.insert(0, Missing(absent, remedy=f"{absent}: {install}"))
+            missing.insert(0, MissingInput(absent, remedy=f"{absent}: {install}"))
         return _Found(source, config, tuple(dict.fromkeys(missing)), data)
 
     def _data(self, config: ExperimentConfig) -> tuple[Pictures, Pictures]:
@@ -258,9 +258,9 @@ def _annotated(data: DataConfig | None) -> Pictures:
     return Pictures(data.images, data.annotations)
 
 
-def _missing(path: Path) -> Missing:
+def _missing(path: Path) -> MissingInput:
     asset = asset_at(path)
-    return Missing(str(path), None if asset is None else asset.name)
+    return MissingInput(str(path), None if asset is None else asset.name)
 
 
 def _find_root() -> Path:

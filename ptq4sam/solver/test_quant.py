@@ -18,7 +18,7 @@ if __name__ == "__main__":
     # be taken for another package's; the package's own parent belongs there.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from ptq4sam.commands.flags import add_engine_arguments
+from ptq4sam.commands.flags import add_engine_arguments, add_skip_bad
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.errors import ConfigError
 from ptq4sam.experiments.requests import engine_settings, execute, with_preset
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", help="boxes of any detector instead of the configured one")
     parser.add_argument("--device", help="torch device, e.g. cpu; goes before --gpu-id")
-    parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+    add_skip_bad(parser)
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],

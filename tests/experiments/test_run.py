@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 
 from ptq4sam.errors import ConfigError, DataError
-from ptq4sam.experiments import run as runs
 from ptq4sam.experiments.run import Run
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.stages import Stages
@@ -67,7 +67,7 @@ def test_no_permission_on_an_output_is_found_at_once(
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Tests may run as root, for whom every folder is open.
-    monkeypatch.setattr(runs.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ConfigError, match="no permission"):
         Run(settings).execute()
 

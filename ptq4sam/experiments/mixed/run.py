@@ -20,7 +20,8 @@ from ptq4sam.experiments.mixed.allocation import Option, allocate
 from ptq4sam.experiments.mixed.prices import Bits, Budget, Prices, prices_of, read_budget
 from ptq4sam.experiments.prepared import Preparation
 from ptq4sam.experiments.quantizing import JOURNAL
-from ptq4sam.experiments.run import logging_to, versions
+from ptq4sam.experiments.reproducibility import versions
+from ptq4sam.experiments.run_log import logging_to
 from ptq4sam.experiments.sensitivity.effects import Effect
 from ptq4sam.experiments.sensitivity.study import ONLY, Study
 from ptq4sam.experiments.sensitivity.targets import targets_of

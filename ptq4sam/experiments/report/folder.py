@@ -10,7 +10,7 @@ from typing import Any
 from ptq4sam.errors import DataError
 from ptq4sam.experiments.quantizing import JOURNAL
 from ptq4sam.experiments.record import RECORD, RunRecord, UnitRecord, unit_records
-from ptq4sam.experiments.run import ENDED
+from ptq4sam.experiments.run_log import ENDED
 from ptq4sam.files import read_json
 from ptq4sam.model.journal import INDEX
 

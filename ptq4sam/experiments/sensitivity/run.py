@@ -15,7 +15,8 @@ from ptq4sam.experiments.evaluate import has_truth
 from ptq4sam.experiments.measurements import Measurements
 from ptq4sam.experiments.prepared import Preparation, Prepared, digest
 from ptq4sam.experiments.quantizing import JOURNAL
-from ptq4sam.experiments.run import logging_to, versions
+from ptq4sam.experiments.reproducibility import versions
+from ptq4sam.experiments.run_log import logging_to
 from ptq4sam.experiments.sensitivity.effects import METRICS, Effect
 from ptq4sam.experiments.sensitivity.report import Row, Sensitivities
 from ptq4sam.experiments.sensitivity.study import ALL_BUT, FLOAT, ONLY, QUANTIZED, Key, Study

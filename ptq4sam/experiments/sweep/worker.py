@@ -17,9 +17,11 @@ import torch
 
 from ptq4sam.data import ImageSet, open_images
 from ptq4sam.errors import CalibrationError, ConfigError, Ptq4samError, is_out_of_memory
+from ptq4sam.experiments.auditing import audit_model
 from ptq4sam.experiments.calibration import CalibrationPictures, calibration_pictures
 from ptq4sam.experiments.evaluate import evaluate_sam
-from ptq4sam.experiments.run import audit_model, fix_seeds, versions
+from ptq4sam.experiments.reproducibility import fix_seeds, versions
+from ptq4sam.experiments.run_log import package_log_to
 from ptq4sam.experiments.settings import DataSettings, find_device
 from ptq4sam.experiments.stages import Stages
 from ptq4sam.experiments.sweep.float_results import Agreement, FloatResults
@@ -286,14 +288,5 @@ def _in_one_line(error: Exception) -> str:
 def _logged() -> Iterator[io.StringIO]:
     """What the package logs within the `with` block, as text."""
     text = io.StringIO()
-    handler = logging.StreamHandler(text)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("ptq4sam")
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
+    with package_log_to(logging.StreamHandler(text), logging.INFO):
         yield text
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)

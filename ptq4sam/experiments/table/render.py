@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ptq4sam.errors import ConfigError
 from ptq4sam.experiments.table.published import MARKS, METHODS
-from ptq4sam.experiments.table.rows import Missing, Row
+from ptq4sam.experiments.table.rows import MissingInput, Row
 from ptq4sam.files import replacing
 
 _INFLATED = "*"
@@ -95,7 +95,7 @@ def legend(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def how_to_get(missing: Iterable[Missing]) -> list[str]:
+def how_to_get(missing: Iterable[MissingInput]) -> list[str]:
     """What to do for all that is missing, a line each."""
     unique = list(dict.fromkeys(missing))
     names = list(dict.fromkeys(one.asset for one in unique if one.asset is not None))

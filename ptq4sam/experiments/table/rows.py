@@ -18,7 +18,7 @@ Status = Literal["done", "failed", "open", "missing"]
 
 
 @dataclass(frozen=True)
-class Missing:
+class MissingInput:
     """Something that a cell needs and that is not there.
 
     Attributes:
@@ -58,7 +58,7 @@ class Cell:
     method: str
     settings: TrialSettings
     published: Published
-    missing: tuple[Missing, ...] = ()
+    missing: tuple[MissingInput, ...] = ()
 
     @property
     def width(self) -> str:

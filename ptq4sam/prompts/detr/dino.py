@@ -26,8 +26,7 @@ from ptq4sam.prompts.detr.transformer import (
     InputProjection,
     Mlp,
     encode,
-    pick,
-    proposals,
+    first_stage,
     refine,
     sines,
 )
@@ -92,13 +91,14 @@ class _Transformer(nn.Module):
 
     def propose(self, memory: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         """The best boxes that single cells propose, cx, cy, w, h in 0-1 [batch, queries, 4]."""
-        logits, usable = proposals(shapes, memory.device)
-        cells = self.enc_output_norm(self.enc_output(memory * usable))
-        scores = self.enc_out_class_embed(cells).amax(dim=-1)
-        count = min(self.tgt_embed.num_embeddings, scores.shape[1])
-        places = scores.topk(count, dim=1).indices
-        boxes: Tensor = (self.enc_out_bbox_embed(pick(cells, places)) + logits[places]).sigmoid()
-        return boxes
+        return first_stage(
+            memory,
+            shapes,
+            read=lambda cells: self.enc_output_norm(self.enc_output(cells)),
+            score=lambda cells: self.enc_out_class_embed(cells).amax(dim=-1),
+            head=self.enc_out_bbox_embed,
+            count=self.tgt_embed.num_embeddings,
+        )
 
 
 class FocalNetDino(nn.Module):

@@ -25,8 +25,7 @@ from ptq4sam.prompts.detr.transformer import (
     InputProjection,
     Mlp,
     encode,
-    pick,
-    proposals,
+    first_stage,
     refine,
     sines,
 )
@@ -180,11 +179,13 @@ class HDetr(nn.Module):
 
     def _first_stage(self, memory: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         """The best boxes that single cells propose, cx, cy, w, h in 0-1 [batch, queries, 4]."""
-        logits, usable = proposals(shapes, memory.device)
         transformer = self.transformer
-        cells = transformer.enc_output_norm(transformer.enc_output(memory * usable))
-        # This stage knows one class, "object", which is the first.
-        scores = self.class_embed[-1](cells)[..., 0]
-        places = scores.topk(min(self.config.queries, scores.shape[1]), dim=1).indices
-        boxes: Tensor = (self.bbox_embed[-1](pick(cells, places)) + logits[places]).sigmoid()
-        return boxes
+        return first_stage(
+            memory,
+            shapes,
+            read=lambda cells: transformer.enc_output_norm(transformer.enc_output(cells)),
+            # This stage knows one class, "object", which is the first.
+            score=lambda cells: self.class_embed[-1](cells)[..., 0],
+            head=self.bbox_embed[-1],
+            count=self.config.queries,
+        )

@@ -8,7 +8,7 @@ H-Deformable-DETR and DINO go back to.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -230,6 +230,34 @@ def proposals(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
 def pick(values: Tensor, places: Tensor) -> Tensor:
     """Rows of [batch, n, c] at places [batch, k]: [batch, k, c]."""
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def first_stage(
+    memory: Tensor,
+    shapes: Shapes,
+    read: Callable[[Tensor], Tensor],
+    score: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor], Tensor],
+    count: int,
+) -> Tensor:
+    """The best boxes that single cells propose (Zhu et al., 2021, two-stage Deformable DETR).
+
+    Args:
+        memory: the encoder's cells [batch, n, dim].
+        shapes: of the levels.
+        read: makes of the usable cells what the heads look at [batch, n, dim].
+        score: how likely each of those is an object [batch, n].
+        head: says how the boxes [batch, k, 4] of chosen cells [batch, k, dim] are to be moved.
+        count: at most so many boxes.
+
+    Returns:
+        cx, cy, w, h in 0-1 [batch, k, 4].
+    """
+    logits, usable = proposals(shapes, memory.device)
+    cells = read(memory * usable)
+    scores = score(cells)
+    places = scores.topk(min(count, scores.shape[1]), dim=1).indices
+    return (head(pick(cells, places)) + logits[places]).sigmoid()
 
 
 def refine(boxes: Tensor, delta: Tensor, epsilon: float) -> Tensor:

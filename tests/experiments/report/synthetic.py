@@ -11,7 +11,7 @@ from ptq4sam.evaluation.segmentation import Segmented
 from ptq4sam.experiments.evaluate import Picture
 from ptq4sam.experiments.record import PictureScore, RunRecord, UnitRecord
 from ptq4sam.experiments.recording import PictureRecorder
-from ptq4sam.experiments.run import ENDED
+from ptq4sam.experiments.run_log import ENDED
 from ptq4sam.files import write_json
 from ptq4sam.model.distributions import (
     AttentionRecord,

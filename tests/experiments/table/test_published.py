@@ -14,7 +14,7 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.experiments.sweep.settings import TrialSettings
 from ptq4sam.experiments.table import render
 from ptq4sam.experiments.table.published import METHODS, Figure, Published, published
-from ptq4sam.experiments.table.rows import Cell, Missing, Row
+from ptq4sam.experiments.table.rows import Cell, MissingInput, Row
 from ptq4sam.quantization.scheme import Scheme
 from tests.tiny_runs import SCHEMES
 
@@ -36,7 +36,9 @@ ROWS = [
         "failed",
         problem="no | memory",
     ),
-    Row(replace(CELL, missing=(Missing("a.pth", "sam-vit-b"),)), "missing", problem="sam-vit-b"),
+    Row(
+        replace(CELL, missing=(MissingInput("a.pth", "sam-vit-b"),)), "missing", problem="sam-vit-b"
+    ),
 ]
 
 
@@ -104,9 +106,13 @@ def test_every_form_shows_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_one_command_gets_all_that_is_missing() -> None:
-    missing = [Missing("a", "sam-vit-b"), Missing("b", "coco-val"), Missing("a", "sam-vit-b")]
-    library = Missing("mmdetection", remedy="needs mmdetection: ./environment.sh mmdet")
-    assert render.how_to_get([*missing, library, Missing("data/x")]) == [
+    missing = [
+        MissingInput("a", "sam-vit-b"),
+        MissingInput("b", "coco-val"),
+        MissingInput("a", "sam-vit-b"),
+    ]
+    library = MissingInput("mmdetection", remedy="needs mmdetection: ./environment.sh mmdet")
+    assert render.how_to_get([*missing, library, MissingInput("data/x")]) == [
         "missing: ptq4sam download sam-vit-b coco-val",
         "missing: needs mmdetection: ./environment.sh mmdet",
         "missing: data/x is not there: give your own by --images and the like, or --coco-mini",

@@ -1,0 +1,48 @@
+"""The log of a run in its work directory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from ptq4sam import parallel
+
+ENDED = "the run has ended"
+"""Begins the last line of the log of a run that came to its end."""
+
+
+@contextlib.contextmanager
+def package_log_to(handler: logging.Handler, level: int) -> Iterator[None]:
+    """Give what the package logs, from a level on, to a handler too."""
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("ptq4sam")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Also write the package's log into a file, the first process's."""
+    if not parallel.is_first():
+        yield
+        return
+    handler = logging.FileHandler(path, mode="w")
+    before = logging.getLogger("ptq4sam").level
+    try:
+        with package_log_to(handler, min(logging.INFO, before) if before else logging.INFO):
+            yield
+    except BaseException as error:
+        # On the terminal it is told by whoever catches it.
+        what = f"stopped: {' '.join(str(error).split()) or type(error).__name__}"
+        handler.handle(logging.LogRecord(__name__, logging.ERROR, "", 0, what, None, None))
+        raise
+    finally:
+        handler.close()

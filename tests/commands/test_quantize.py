@@ -1,0 +1,42 @@
+"""`ptq4sam quantize`: what it reports, and what it needs."""
+
+from __future__ import annotations
+
+import pytest
+
+from ptq4sam.quantization.scheme import Scheme
+from tests.tiny_runs import AP, QUICK, SCHEMES, Quantized, Tiny, refusal
+
+pytest_plugins = ("tests.tiny_fixtures",)
+
+# Nothing is written beside the repository.
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def test_quantizing_reports_agreement_audit_and_scheme(quantized: Quantized) -> None:
+    metrics = quantized.metrics
+    assert metrics["quantized"] is True
+    assert metrics["audit"]["passed"] is True
+    assert 0 <= metrics["agreement"] <= 1
+    assert {*AP, "mean_iou"} <= metrics.keys()
+    assert {*AP, "mean_iou"} == metrics["float"].keys()
+    assert {"calibration boxes", "quantize", "audit", "save", "evaluate"} <= set(metrics["stages"])
+    scheme = Scheme.from_yaml(quantized.work_dir / "scheme.yaml")
+    asked = Scheme.from_yaml(SCHEMES / "ptq4sam-s44.yaml").with_overrides(*QUICK, "calibrate=2")
+    assert scheme == asked
+
+
+def test_float_scores_beside_quantized_ones_are_those_of_a_float_run(
+    quantized: Quantized, truth_metrics: dict[str, object]
+) -> None:
+    assert quantized.metrics["float"]["mean_iou"] == truth_metrics["mean_iou"]
+
+
+def test_quantize_needs_a_scheme_and_a_name_for_its_output(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["quantize", *tiny.model(), "--work-dir", "w"]
+    assert "--scheme" in refusal(capsys, *asked, "--output", "q.safetensors")
+    scheme = tiny.scheme("config44", "compat=published")
+    assert "*.safetensors" in refusal(capsys, *asked, *scheme, "--output", "q.pth")
+    assert "published" in refusal(capsys, *asked, *scheme, "--output", "q.safetensors")
