@@ -266,7 +266,7 @@ a machine that was shared, {threads} thread(s): ratios in docs/benchmarks.md are
 
 The goal is an IoU of masks with the simulation of {goal}, and an AP within {goal_ap} of its own.
 The last column says which rows meet it. Every product of codes is a sum of whole numbers that is
-exact wherever it is computed, and what lies between them is computed in float64 and rounded once: the
+exact wherever it is computed, and what lies between them is float64 and rounded once: the
 integer reference, torch-int8 and ONNX Runtime have the simulation's codes. OpenVINO has no float64:
 its norms, softmaxes, GELUs and patch embedding differ in the last bit, a few codes of a picture in
 the middle of two are rounded the other way, and the network amplifies each. Rows of the simulation

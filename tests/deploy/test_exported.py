@@ -51,6 +51,8 @@ def test_predictions_are_those_of_the_simulation(
     expected, found = simulated.embed(picture), deployed.embed(picture)
     assert found.input_size == expected.input_size
     assert close(found.features, expected.features)
+    exact = runtime == "onnxruntime"
+    assert torch.equal(found.features, expected.features) or not exact
     masks = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     for prompts in (
         {"boxes": BOXES},
@@ -65,6 +67,9 @@ def test_predictions_are_those_of_the_simulation(
             ours = deployed.predict(**prompts, multimask=multimask, embedding=expected)
             assert close(ours.low_res, theirs.low_res)
             assert close(ours.iou_predictions, theirs.iou_predictions)
+            if exact:
+                # The same codes: only last bits of the float layers behind them differ.
+                torch.testing.assert_close(ours.low_res, theirs.low_res, rtol=1e-4, atol=1e-4)
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
