@@ -27,8 +27,6 @@ _FEW_ROWS = 4096
 """Rows of attention (heads times queries) below which all are looked at."""
 _TOLERANCE = 1e-3
 """Where a search that is not exact stops, as a share of the largest attention."""
-_AROUND = 1.08
-"""Factor around the best scale on some queries within which that on all is looked for first."""
 _EXACT_TOLERANCE = 1e-5
 """Where an exact one stops: scipy's own."""
 _MANTISSA_BITS = 23
@@ -112,7 +110,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
             return _doubles(scales), _doubles(errors)
         best = errors.index(min(errors))
         whole = _ScaleSearch(x, value, levels, tolerance)
-        scale = whole.best_scale_near(self._taus[best], largest, scales[best])
+        scale, _ = whole.best_scale(self._taus[best], largest)
         return _doubles((*scales[:best], scale, *scales[best + 1 :])), _doubles(errors)
 
     def merge(self, statistics: Statistics) -> None:
@@ -371,25 +369,9 @@ class _ScaleSearch:
 
     def best_scale(self, tau: int, largest: float) -> tuple[float, float]:
         """The scale of least error up to the largest attention, and that error."""
-        return self._best_between(tau, min(0.1, 0.01 * largest), largest)
-
-    def best_scale_near(self, tau: int, largest: float, near: float) -> float:
-        """As `best_scale`, where the best scale on some queries is known: half the evaluations.
-
-        The whole range is searched where the least error around it is at an end. Scales a factor of
-        2^(1 / tau) apart have nearly the same points, so that each has its own minimum.
-        """
-        low, high = near / _AROUND, min(near * _AROUND, largest)
-        found, _ = self._best_between(tau, low, high)
-        near_low, near_high = (abs(found - end) < 2 * self._tolerance for end in (low, high))
-        if near_low or (near_high and high < largest):
-            found, _ = self.best_scale(tau, largest)
-        return found
-
-    def _best_between(self, tau: int, low: float, high: float) -> tuple[float, float]:
         found = minimize_scalar(
             lambda scale: self.error(tau, scale),
-            bounds=(low, high),
+            bounds=(min(0.1, 0.01 * largest), largest),
             method="bounded",
             options={"xatol": self._tolerance},
         )
