@@ -10,7 +10,13 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
-from ptq4sam.methods.granularity_table import MOST_BITS, code_middles, fraction_bits, point_table
+from ptq4sam.methods.granularity_table import (
+    MOST_BITS,
+    code_middles,
+    fraction_bits,
+    point_table,
+    power_table,
+)
 from ptq4sam.quantization.base import Statistics
 from ptq4sam.quantization.dropping import Choice, chosen, stays_float
 from ptq4sam.quantization.fused import fused
@@ -30,6 +36,8 @@ _TOLERANCE = 1e-3
 _EXACT_TOLERANCE = 1e-5
 """Where an exact one stops: scipy's own."""
 _MANTISSA_BITS = 23
+_MANTISSA = (1 << _MANTISSA_BITS) - 1
+_EXPONENT = 255 << _MANTISSA_BITS
 # Attention elements quantized at once in the search: one of ViT-B's global attentions at 1024 px
 # has 201 million, of which no copy may be held.
 _PIECE = {"cpu": 2**21, "cuda": 2**25}
@@ -134,11 +142,11 @@ class AdaptiveGranularityQuantizer(Quantizer):
 
     def _quantize(self, x: Tensor, choice: Choice | None) -> Tensor:
         scale = self._positive_scale()
-        end = _end(scale, self.tau, self.grid.levels)
+        points = _point_parameters(scale, self.tau, self.grid.levels)
         if choice is None and not torch.is_grad_enabled():
-            return _quantize(x, scale, self.tau, end)
+            return _quantize(x, *points)
         result: Tensor = _AdaptiveGranularity.apply(  # type: ignore[no-untyped-call]
-            x, scale, self.tau, end, choice
+            x, *points, choice
         )
         return result
 
@@ -193,19 +201,14 @@ def _doubles(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _log_codes(x: Tensor, scale: Tensor, tau: Tensor) -> Tensor:
-    """round(-tau * log2(x / scale)), not clamped."""
-    return x.clamp(min=FLOOR).div_(scale).log2_().mul_(-tau).round_()
-
-
 def _clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels: int) -> Tensor:
-    """As `_log_codes`, of `x` rounded to float32, exactly: clamped to 0 .. levels, int32.
+    """round(-tau * log2(x / scale)) of `x` rounded to float32, exactly: 0 .. levels, int32.
 
     The logarithm of 2^e m, m from 1 to 2, is e and that of m, which `middles` rounds. What is not a
     number has code 0.
     """
     bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
-    exponent, mantissa = (bits >> _MANTISSA_BITS) - 127, bits & ((1 << _MANTISSA_BITS) - 1)
+    exponent, mantissa = (bits >> _MANTISSA_BITS) - 127, bits & _MANTISSA
     above = (mantissa >= middles[0]).to(torch.int32)
     for index in range(1, max(TAUS)):
         above = above + (mantissa >= middles[index]).to(torch.int32)
@@ -224,23 +227,50 @@ def _table_steps(
     return points + (x - x).to(table.dtype)
 
 
-def _end(scale: Tensor, tau: Tensor, levels: int) -> Tensor:
-    """Half a step below the last point.
+def _point_parameters(
+    scale: Tensor, tau: Tensor, levels: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What kernels need of the points: scale, rows of `power_table`, half a step below the last.
 
-    Not within a kernel, which would compute it anew for every few elements.
+    The end is not computed within a kernel, which would do so anew for every few elements.
     """
-    return scale.detach() * torch.exp2((0.5 - levels) / tau)
+    # Without asking the device for tau.
+    row = tau.to(torch.int64).reshape(1)
+    middles, powers = (table.index_select(0, row)[0] for table in power_table(scale.device))
+    end = scale.detach() * torch.exp2((0.5 - levels) / tau)
+    return scale, middles, powers, end
+
+
+def _nearest_power(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor) -> Tensor:
+    """The power of 2^(1 / tau) that is nearest to x / scale in the logarithm, float32.
+
+    From the bits of float32 numbers, as in `_clamped_codes`: logarithm and power take twice as
+    long.
+    """
+    bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
+    mantissa = bits & _MANTISSA
+    factor = (mantissa >= middles[0]).to(torch.float32) * powers[0]
+    for index in range(1, max(TAUS)):
+        factor = factor.maximum((mantissa >= middles[index]).to(torch.float32) * powers[index])
+    return (bits & _EXPONENT).view(torch.float32) * factor.clamp(min=1)
+
+
+def _on_points(
+    x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The points of `x`, and 1 where it is above the largest one, else 0; both float32."""
+    power = _nearest_power(x, scale, middles, powers)
+    points = power.clamp(max=1) * scale
+    # Numbers, not booleans: on a CPU a choice by booleans takes ten times as long. What is not a
+    # number stays so, to be found.
+    points = points * (points > end).to(points.dtype) + (x - x)
+    return points, (power > 1).to(points.dtype)
 
 
 @fused
-def _quantize(x: Tensor, scale: Tensor, tau: Tensor, end: Tensor) -> Tensor:
-    return _points(precise(x), scale, tau, end).to(x.dtype)
-
-
-def _points(x: Tensor, scale: Tensor, tau: Tensor, end: Tensor) -> Tensor:
-    points = _log_codes(x, scale, tau).clamp_(min=0).div_(-tau).exp2_().mul_(scale)
-    # Those beyond the last are recognised by their value, in half the time of keeping a mask.
-    return points.mul_((points > end).to(points.dtype))
+def _quantize(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor) -> Tensor:
+    points, _ = _on_points(precise(x), scale, middles, powers, end)
+    return points.to(x.dtype)
 
 
 @fused
@@ -251,35 +281,37 @@ def _quantize_some(
     mask: int,
     limit: int,
     scale: Tensor,
-    tau: Tensor,
+    middles: Tensor,
+    powers: Tensor,
     end: Tensor,
     like: Tensor,
 ) -> Tensor:
-    points = _points(precise(x), scale, tau, end)
+    points, _ = _on_points(precise(x), scale, middles, powers, end)
     kept = stays_float(drawn, shift, mask, limit)
     return chosen(points, precise(x), kept).to(like.dtype)
 
 
-def _slopes(x: Tensor, scale: Tensor, tau: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+def _slopes(
+    x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
     """Derivatives of the points by attention and scale.
 
     Straight through the rounding of the code, cut where the code is clamped or vanishes. Within the
     grid s * 2^(log2(a / s)) does not depend on s, so that only attentions above the largest point
     move the scale.
     """
-    # As 0 and 1 in floating point: on a CPU a choice by booleans takes ten times as long.
-    above = _log_codes(x, scale, tau).lt_(0)
-    slope = _points(x, scale, tau, end).div_(x.clamp(min=FLOOR))
-    return slope.mul_((x > FLOOR).to(x.dtype).sub_(above).clamp_(min=0)), above
+    points, above = _on_points(x, scale, middles, powers, end)
+    slope = points / x.clamp(min=FLOOR)
+    return slope * ((x > FLOOR).to(x.dtype) - above).clamp(min=0), above
 
 
 @fused
 def _gradients(
-    x: Tensor, gradient: Tensor, scale: Tensor, tau: Tensor, end: Tensor
+    x: Tensor, gradient: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of attention and scale."""
-    slope, above = _slopes(precise(x), scale, tau, end)
-    return slope.mul_(gradient).to(x.dtype), above.mul_(gradient).sum()
+    slope, above = _slopes(precise(x), scale, middles, powers, end)
+    return (slope * gradient).to(x.dtype), (above * gradient).sum()
 
 
 @fused
@@ -291,14 +323,15 @@ def _gradients_of_some(
     mask: int,
     limit: int,
     scale: Tensor,
-    tau: Tensor,
+    middles: Tensor,
+    powers: Tensor,
     end: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of attention and scale where some elements stay float."""
     kept = stays_float(drawn, shift, mask, limit)
-    slope, above = _slopes(precise(x), scale, tau, end)
-    for_x = (slope * (1 - kept) + kept).mul_(gradient)
-    return for_x.to(x.dtype), above.mul_(1 - kept).mul_(gradient).sum()
+    slope, above = _slopes(precise(x), scale, middles, powers, end)
+    for_x = (slope * (1 - kept) + kept) * gradient
+    return for_x.to(x.dtype), (above * (1 - kept) * gradient).sum()
 
 
 class _AdaptiveGranularity(torch.autograd.Function):
@@ -310,28 +343,33 @@ class _AdaptiveGranularity(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, tau: Tensor, end: Tensor, choice: Choice | None
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        middles: Tensor,
+        powers: Tensor,
+        end: Tensor,
+        choice: Choice | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, tau, end)
+        points = scale, middles, powers, end
+        ctx.save_for_backward(x, *points)
         ctx.choice = choice
         if choice is None:
-            return _quantize(x, scale, tau, end)
-        parameters = (*choice.parts(), scale, tau, end, in_products(x))
-        some = _quantize_some(choice.rows(x), *parameters)
+            return _quantize(x, *points)
+        some = _quantize_some(choice.rows(x), *choice.parts(), *points, in_products(x))
         return some.reshape(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        x, scale, tau, end = ctx.saved_tensors
+        x, *points = ctx.saved_tensors
         choice: Choice | None = ctx.choice
         if choice is None:
-            for_x, for_scale = _gradients(x, gradient, scale, tau, end)
+            for_x, for_scale = _gradients(x, gradient, *points)
         else:
             rows, gradient = choice.rows(x), choice.rows(gradient)
-            parameters = (*choice.parts(), scale, tau, end)
-            for_x, for_scale = _gradients_of_some(rows, gradient, *parameters)
-        return for_x.reshape(x.shape), for_scale, None, None, None
+            for_x, for_scale = _gradients_of_some(rows, gradient, *choice.parts(), *points)
+        return for_x.reshape(x.shape), for_scale, None, None, None, None
 
 
 def _some_queries(attention: Tensor) -> Tensor:
@@ -379,12 +417,11 @@ class _ScaleSearch:
 
     def error(self, tau: int, scale: float) -> float:
         """Mean |Q(A) V - A V|^2.4."""
-        scale_tensor = self._attention.new_tensor(scale)
-        tau_tensor = self._attention.new_tensor(tau)
-        end = _end(scale_tensor, tau_tensor, self._levels)
+        numbers = self._attention.new_tensor([scale, tau])
+        points = _point_parameters(*numbers.unbind(), self._levels)
         total = torch.zeros((), dtype=torch.float64, device=self._attention.device)
         for part, piece, values in self._pieces():
-            quantized = _quantize(piece, scale_tensor, tau_tensor, end)
+            quantized = _quantize(piece, *points)
             difference = (quantized @ values).sub_(self._exact[part])
             total += difference.abs_().pow_(POWER).sum(dtype=torch.float64)
         return float(total) / self._exact.numel()

@@ -65,6 +65,23 @@ def code_middles(tau: int) -> Tensor:
     return torch.tensor(found + [one] * (max(TAUS) - tau), dtype=torch.int32)
 
 
+@functools.cache
+def power_table(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each granularity, where a mantissa counts as the next power of 2^(1 / tau), and that.
+
+    In tensors, since whoever learns on a GPU must not wait for it to tell tau.
+
+    Returns:
+        `code_middles`, int32, and powers 2^((k + 1) / tau), float32, 0 for k beyond tau; both
+        [max(TAUS) + 1, max(TAUS)] with a row for each tau. They are shared: do not change them.
+    """
+    middles = torch.stack([code_middles(max(1, tau)) for tau in range(max(TAUS) + 1)])
+    powers = torch.zeros(middles.shape)
+    for tau in range(1, max(TAUS) + 1):
+        powers[tau, :tau] = torch.exp2(torch.arange(1, tau + 1, dtype=torch.float64) / tau)
+    return middles.to(device), powers.to(device)
+
+
 def _shifted(number: int, places: int) -> int:
     """The number / 2^places, half to even."""
     quotient, rest = divmod(number, 1 << places)

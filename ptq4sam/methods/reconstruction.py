@@ -75,7 +75,9 @@ class UnitLosses:
 
 def output_error(output: Tensor, target: Tensor) -> Tensor:
     """Squared error summed over axis 1, averaged over the others (QDrop's objective)."""
-    return (output - target).pow(2).sum(dim=1).mean()
+    # One kernel each way: written out, a step passes over memory five times more often.
+    total = nn.functional.mse_loss(output, target, reduction="sum")
+    return total * (target.shape[1] / target.numel())
 
 
 class Schedule:
