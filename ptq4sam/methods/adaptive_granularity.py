@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
-from ptq4sam.methods.granularity_table import (
-    MOST_BITS,
-    code_middles,
-    fraction_bits,
-    point_table,
-    power_table,
+from ptq4sam.methods.granularity_points import (
+    clamped_codes,
+    point_parameters,
+    quantize_points,
+    table_steps,
 )
+from ptq4sam.methods.granularity_search import ScaleSearch, some_queries
+from ptq4sam.methods.granularity_table import MOST_BITS, code_middles, fraction_bits, point_table
 from ptq4sam.quantization.base import Statistics
-from ptq4sam.quantization.dropping import Choice, chosen, stays_float
-from ptq4sam.quantization.fused import fused
-from ptq4sam.quantization.grid import Grid, in_products, precise
-from ptq4sam.quantization.mse import POWER
+from ptq4sam.quantization.dropping import Choice
+from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.quantizers import EPS, Quantizer
 from ptq4sam.quantization.scheme import TAUS
 
-FLOOR = 1e-20
-"""Smallest attention that a logarithm is taken of."""
-_SHARE = 8
-"""A search that is not exact compares granularities on one query of so many."""
-_FEW_ROWS = 4096
-"""Rows of attention (heads times queries) below which all are looked at."""
 _TOLERANCE = 1e-3
 """Where a search that is not exact stops, as a share of the largest attention."""
 _EXACT_TOLERANCE = 1e-5
 """Where an exact one stops: scipy's own."""
-_MANTISSA_BITS = 23
-_MANTISSA = (1 << _MANTISSA_BITS) - 1
-_EXPONENT = 255 << _MANTISSA_BITS
-# Attention elements quantized at once in the search: one of ViT-B's global attentions at 1024 px
-# has 201 million, of which no copy may be held.
-_PIECE = {"cpu": 2**21, "cuda": 2**25}
 
 
 class AdaptiveGranularityQuantizer(Quantizer):
@@ -111,13 +96,13 @@ class AdaptiveGranularityQuantizer(Quantizer):
         levels, largest = self.grid.levels, float(high)
         tolerance = _EXACT_TOLERANCE if self._exact else _TOLERANCE * largest
         # Where there is nothing to choose there is nothing to compare either.
-        compared = x if self._exact or len(self._taus) == 1 else _some_queries(x)
-        search = _ScaleSearch(compared, value, levels, tolerance)
+        compared = x if self._exact or len(self._taus) == 1 else some_queries(x)
+        search = ScaleSearch(compared, value, levels, tolerance)
         scales, errors = zip(*(search.best_scale(tau, largest) for tau in self._taus), strict=True)
         if compared is x:
             return _doubles(scales), _doubles(errors)
         best = errors.index(min(errors))
-        whole = _ScaleSearch(x, value, levels, tolerance)
+        whole = ScaleSearch(x, value, levels, tolerance)
         scale, _ = whole.best_scale(self._taus[best], largest)
         return _doubles((*scales[:best], scale, *scales[best + 1 :])), _doubles(errors)
 
@@ -142,13 +127,8 @@ class AdaptiveGranularityQuantizer(Quantizer):
 
     def _quantize(self, x: Tensor, choice: Choice | None) -> Tensor:
         scale = self._positive_scale()
-        points = _point_parameters(scale, self.tau, self.grid.levels)
-        if choice is None and not torch.is_grad_enabled():
-            return _quantize(x, *points)
-        result: Tensor = _AdaptiveGranularity.apply(  # type: ignore[no-untyped-call]
-            x, *points, choice
-        )
-        return result
+        points = point_parameters(scale, self.tau, self.grid.levels)
+        return quantize_points(x, points, choice)
 
     @torch.no_grad()
     def scale_in_use(self) -> Tensor:
@@ -174,7 +154,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
         dtype = torch.float64 if bits == MOST_BITS else torch.float32
         table = point_table(levels, tau, bits).to(x.device, dtype)
         parameters = (*self._code_parameters(), table, levels)
-        return _table_steps(x.reshape(-1), *parameters).reshape(x.shape)
+        return table_steps(x.reshape(-1), *parameters).reshape(x.shape)
 
     def _code_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
         tau = self.tau.to(torch.int32)
@@ -193,244 +173,9 @@ class AdaptiveGranularityQuantizer(Quantizer):
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int32; code 2^bits, one beyond the grid, stands for zero."""
         flat, levels = x.reshape(-1), self.grid.levels
-        codes = _clamped_codes_at_once(flat, *self._code_parameters(), levels)
+        codes = clamped_codes(flat, *self._code_parameters(), levels)
         return codes.reshape(x.shape)
 
 
 def _doubles(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-def _clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels: int) -> Tensor:
-    """round(-tau * log2(x / scale)) of `x` rounded to float32, exactly: 0 .. levels, int32.
-
-    The logarithm of 2^e m, m from 1 to 2, is e and that of m, which `middles` rounds. What is not a
-    number has code 0.
-    """
-    bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
-    exponent, mantissa = (bits >> _MANTISSA_BITS) - 127, bits & _MANTISSA
-    above = (mantissa >= middles[0]).to(torch.int32)
-    for index in range(1, max(TAUS)):
-        above = above + (mantissa >= middles[index]).to(torch.int32)
-    return (-exponent * tau - above).clamp(0, levels)
-
-
-_clamped_codes_at_once = fused(_clamped_codes)
-
-
-@fused
-def _table_steps(
-    x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, table: Tensor, levels: int
-) -> Tensor:
-    points = table[_clamped_codes(x, scale, middles, tau, levels).to(torch.int64)]
-    # What is not a number stays so, to be found.
-    return points + (x - x).to(table.dtype)
-
-
-def _point_parameters(
-    scale: Tensor, tau: Tensor, levels: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What kernels need of the points: scale, rows of `power_table`, half a step below the last.
-
-    The end is not computed within a kernel, which would do so anew for every few elements.
-    """
-    # Without asking the device for tau.
-    row = tau.to(torch.int64).reshape(1)
-    middles, powers = (table.index_select(0, row)[0] for table in power_table(scale.device))
-    end = scale.detach() * torch.exp2((0.5 - levels) / tau)
-    return scale, middles, powers, end
-
-
-def _nearest_power(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor) -> Tensor:
-    """The power of 2^(1 / tau) that is nearest to x / scale in the logarithm, float32.
-
-    From the bits of float32 numbers, as in `_clamped_codes`: logarithm and power take twice as
-    long.
-    """
-    bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
-    mantissa = bits & _MANTISSA
-    factor = (mantissa >= middles[0]).to(torch.float32) * powers[0]
-    for index in range(1, max(TAUS)):
-        factor = factor.maximum((mantissa >= middles[index]).to(torch.float32) * powers[index])
-    return (bits & _EXPONENT).view(torch.float32) * factor.clamp(min=1)
-
-
-def _on_points(
-    x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The points of `x`, and 1 where it is above the largest one, else 0; both float32."""
-    power = _nearest_power(x, scale, middles, powers)
-    points = power.clamp(max=1) * scale
-    # Numbers, not booleans: on a CPU a choice by booleans takes ten times as long. What is not a
-    # number stays so, to be found.
-    points = points * (points > end).to(points.dtype) + (x - x)
-    return points, (power > 1).to(points.dtype)
-
-
-@fused
-def _quantize(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor) -> Tensor:
-    points, _ = _on_points(precise(x), scale, middles, powers, end)
-    return points.to(x.dtype)
-
-
-@fused
-def _quantize_some(
-    x: Tensor,
-    drawn: Tensor,
-    shift: Tensor,
-    mask: int,
-    limit: int,
-    scale: Tensor,
-    middles: Tensor,
-    powers: Tensor,
-    end: Tensor,
-    like: Tensor,
-) -> Tensor:
-    points, _ = _on_points(precise(x), scale, middles, powers, end)
-    kept = stays_float(drawn, shift, mask, limit)
-    return chosen(points, precise(x), kept).to(like.dtype)
-
-
-def _slopes(
-    x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Derivatives of the points by attention and scale.
-
-    Straight through the rounding of the code, cut where the code is clamped or vanishes. Within the
-    grid s * 2^(log2(a / s)) does not depend on s, so that only attentions above the largest point
-    move the scale.
-    """
-    points, above = _on_points(x, scale, middles, powers, end)
-    slope = points / x.clamp(min=FLOOR)
-    return slope * ((x > FLOOR).to(x.dtype) - above).clamp(min=0), above
-
-
-@fused
-def _gradients(
-    x: Tensor, gradient: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of attention and scale."""
-    slope, above = _slopes(precise(x), scale, middles, powers, end)
-    return (slope * gradient).to(x.dtype), (above * gradient).sum()
-
-
-@fused
-def _gradients_of_some(
-    x: Tensor,
-    gradient: Tensor,
-    drawn: Tensor,
-    shift: Tensor,
-    mask: int,
-    limit: int,
-    scale: Tensor,
-    middles: Tensor,
-    powers: Tensor,
-    end: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of attention and scale where some elements stay float."""
-    kept = stays_float(drawn, shift, mask, limit)
-    slope, above = _slopes(precise(x), scale, middles, powers, end)
-    for_x = (slope * (1 - kept) + kept) * gradient
-    return for_x.to(x.dtype), (above * (1 - kept) * gradient).sum()
-
-
-class _AdaptiveGranularity(torch.autograd.Function):
-    """Quantization of all or some elements; points are computed again for the gradients.
-
-    Keeping those of a decoder's attention under 100 boxes would take as much memory as the
-    attention itself.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        middles: Tensor,
-        powers: Tensor,
-        end: Tensor,
-        choice: Choice | None,
-    ) -> Tensor:
-        points = scale, middles, powers, end
-        ctx.save_for_backward(x, *points)
-        ctx.choice = choice
-        if choice is None:
-            return _quantize(x, *points)
-        some = _quantize_some(choice.rows(x), *choice.parts(), *points, in_products(x))
-        return some.reshape(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        x, *points = ctx.saved_tensors
-        choice: Choice | None = ctx.choice
-        if choice is None:
-            for_x, for_scale = _gradients(x, gradient, *points)
-        else:
-            rows, gradient = choice.rows(x), choice.rows(gradient)
-            for_x, for_scale = _gradients_of_some(rows, gradient, *choice.parts(), *points)
-        return for_x.reshape(x.shape), for_scale, None, None, None, None
-
-
-def _some_queries(attention: Tensor) -> Tensor:
-    """One query in _SHARE of [..., n, m], the same ones each time; all where rows are few."""
-    queries = attention.shape[-2]
-    if attention[..., 0].numel() < _FEW_ROWS:
-        return attention
-    order = torch.randperm(queries, generator=torch.Generator().manual_seed(0))
-    chosen = order[: -(-queries // _SHARE)].sort().values
-    return attention.index_select(-2, chosen.to(attention.device))
-
-
-class _ScaleSearch:
-    """Error of one batch's product with the values as a function of tau and scale.
-
-    Args:
-        attention: [..., n, m].
-        value: [..., m, channels], the same leading axes.
-        levels: number of points.
-        tolerance: how near to the best scale the search stops.
-    """
-
-    def __init__(self, attention: Tensor, value: Tensor, levels: int, tolerance: float) -> None:
-        self._tolerance = tolerance
-        self._attention = attention.detach().reshape(-1, *attention.shape[-2:])
-        self._value = value.detach().reshape(-1, *value.shape[-2:])
-        self._levels = levels
-        heads, queries, keys = self._attention.shape
-        elements = _PIECE.get(self._attention.device.type, 2**20)
-        self._rows = min(queries, max(1, elements // keys))
-        self._heads = max(1, elements // (queries * keys)) if self._rows == queries else 1
-        self._exact = self._value.new_empty(heads, queries, value.shape[-1])
-        for part, piece, values in self._pieces():
-            self._exact[part] = piece @ values
-
-    def best_scale(self, tau: int, largest: float) -> tuple[float, float]:
-        """The scale of least error up to the largest attention, and that error."""
-        found = minimize_scalar(
-            lambda scale: self.error(tau, scale),
-            bounds=(min(0.1, 0.01 * largest), largest),
-            method="bounded",
-            options={"xatol": self._tolerance},
-        )
-        return float(found.x), float(found.fun)
-
-    def error(self, tau: int, scale: float) -> float:
-        """Mean |Q(A) V - A V|^2.4."""
-        numbers = self._attention.new_tensor([scale, tau])
-        points = _point_parameters(*numbers.unbind(), self._levels)
-        total = torch.zeros((), dtype=torch.float64, device=self._attention.device)
-        for part, piece, values in self._pieces():
-            quantized = _quantize(piece, *points)
-            difference = (quantized @ values).sub_(self._exact[part])
-            total += difference.abs_().pow_(POWER).sum(dtype=torch.float64)
-        return float(total) / self._exact.numel()
-
-    def _pieces(self) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
-        """Where a piece of the attention is, the piece, and the values it is multiplied with."""
-        heads, queries, _ = self._attention.shape
-        for first in range(0, heads, self._heads):
-            head = slice(first, first + self._heads)
-            for start in range(0, queries, self._rows):
-                row = slice(start, start + self._rows)
-                yield (head, row), self._attention[head, row], self._value[head]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ptq4sam.errors import CalibrationError
-from ptq4sam.methods import adaptive_granularity
+from ptq4sam.methods import granularity_search
 from ptq4sam.methods.adaptive_granularity import TAUS, AdaptiveGranularityQuantizer
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.quantizers import Mode
@@ -109,7 +109,7 @@ def test_batches_average_scales_and_add_errors() -> None:
 @pytest.mark.parametrize("elements", [16, 100, 500, 10**6])
 def test_pieces_do_not_change_the_search(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = calibrated()
-    monkeypatch.setitem(adaptive_granularity._PIECE, "cpu", elements)
+    monkeypatch.setitem(granularity_search._PIECE, "cpu", elements)
     actual = calibrated()
     assert actual.tau_errors == pytest.approx(expected.tau_errors, rel=1e-3)
     assert actual.tau_scales == pytest.approx(expected.tau_scales, rel=1e-3)

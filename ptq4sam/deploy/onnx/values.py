@@ -14,7 +14,8 @@ from torch import Tensor
 from ptq4sam.deploy.codes import LogGrid, UniformGrid, layer_codes, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.errors import DeployError
-from ptq4sam.methods.adaptive_granularity import FLOOR, AdaptiveGranularityQuantizer
+from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.methods.granularity_points import FLOOR
 from ptq4sam.methods.granularity_table import point_table
 from ptq4sam.model.layers import QuantizedLayer
 from ptq4sam.quantization.base import Mode, Quantizer

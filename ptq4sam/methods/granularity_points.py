@@ -1,0 +1,219 @@
+"""Moving softmax outputs to the points of an adaptive granularity, and gradients through it.
+
+Kernels work on the bits of float32 numbers: s 2^e m lies nearest to s 2^e times a power of
+2^(1 / tau), which the mantissa m tells. Logarithm and power would take twice as long.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq4sam.methods.granularity_table import power_table
+from ptq4sam.quantization.dropping import Choice, chosen, stays_float
+from ptq4sam.quantization.fused import fused
+from ptq4sam.quantization.grid import in_products, precise
+from ptq4sam.quantization.scheme import TAUS
+
+FLOOR = 1e-20
+"""Smallest attention that has a point of its own; others vanish."""
+_MANTISSA_BITS = 23
+_MANTISSA = (1 << _MANTISSA_BITS) - 1
+_EXPONENT = 255 << _MANTISSA_BITS
+
+PointParameters = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Scale, middles and powers of `power_table`, and half a step below the last point."""
+
+
+def _clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels: int) -> Tensor:
+    """round(-tau * log2(x / scale)) of `x` rounded to float32, exactly: 0 .. levels, int32.
+
+    The logarithm of 2^e m, m from 1 to 2, is e and that of m, which `middles` rounds. What is not a
+    number has code 0.
+    """
+    bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
+    exponent, mantissa = (bits >> _MANTISSA_BITS) - 127, bits & _MANTISSA
+    above = (mantissa >= middles[0]).to(torch.int32)
+    for index in range(1, max(TAUS)):
+        above = above + (mantissa >= middles[index]).to(torch.int32)
+    return (-exponent * tau - above).clamp(0, levels)
+
+
+@fused
+def clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels: int) -> Tensor:
+    """Codes of `x`, 0 to `levels`, int32; the last one stands for zero.
+
+    Args:
+        x: any shape.
+        scale: [] largest point.
+        middles: `code_middles` of tau.
+        tau: [] int32.
+        levels: number of points.
+    """
+    return _clamped_codes(x, scale, middles, tau, levels)
+
+
+@fused
+def table_steps(
+    x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, table: Tensor, levels: int
+) -> Tensor:
+    """Points of `x` from the table of `point_table`, in its type; see `clamped_codes`."""
+    points = table[_clamped_codes(x, scale, middles, tau, levels).to(torch.int64)]
+    # What is not a number stays so, to be found.
+    return points + (x - x).to(table.dtype)
+
+
+def point_parameters(scale: Tensor, tau: Tensor, levels: int) -> PointParameters:
+    """What kernels need of the points of a scale [] and tau [].
+
+    The end is not computed within a kernel, which would do so anew for every few elements.
+    """
+    # Without asking the device for tau.
+    row = tau.to(torch.int64).reshape(1)
+    middles, powers = (table.index_select(0, row)[0] for table in power_table(scale.device))
+    end = scale.detach() * torch.exp2((0.5 - levels) / tau)
+    return scale, middles, powers, end
+
+
+def _nearest_power(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor) -> Tensor:
+    """The power of 2^(1 / tau) that is nearest to x / scale in the logarithm, float32.
+
+    From the bits of float32 numbers, as in `_clamped_codes`: logarithm and power take twice as
+    long.
+    """
+    bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
+    mantissa = bits & _MANTISSA
+    factor = (mantissa >= middles[0]).to(torch.float32) * powers[0]
+    for index in range(1, max(TAUS)):
+        factor = factor.maximum((mantissa >= middles[index]).to(torch.float32) * powers[index])
+    return (bits & _EXPONENT).view(torch.float32) * factor.clamp(min=1)
+
+
+def _on_points(
+    x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The points of `x`, and 1 where it is above the largest one, else 0; both float32."""
+    power = _nearest_power(x, scale, middles, powers)
+    points = power.clamp(max=1) * scale
+    # Numbers, not booleans: on a CPU a choice by booleans takes ten times as long. What is not a
+    # number stays so, to be found.
+    points = points * (points > end).to(points.dtype) + (x - x)
+    return points, (power > 1).to(points.dtype)
+
+
+@fused
+def to_points(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor) -> Tensor:
+    """`x` at its points, in its shape and type; see `point_parameters`."""
+    points, _ = _on_points(precise(x), scale, middles, powers, end)
+    return points.to(x.dtype)
+
+
+@fused
+def _quantize_some(
+    x: Tensor,
+    drawn: Tensor,
+    shift: Tensor,
+    mask: int,
+    limit: int,
+    scale: Tensor,
+    middles: Tensor,
+    powers: Tensor,
+    end: Tensor,
+    like: Tensor,
+) -> Tensor:
+    points, _ = _on_points(precise(x), scale, middles, powers, end)
+    kept = stays_float(drawn, shift, mask, limit)
+    return chosen(points, precise(x), kept).to(like.dtype)
+
+
+def _slopes(
+    x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Derivatives of the points by attention and scale.
+
+    Straight through the rounding of the code, cut where the code is clamped or vanishes. Within the
+    grid s * 2^(log2(a / s)) does not depend on s, so that only attentions above the largest point
+    move the scale.
+    """
+    points, above = _on_points(x, scale, middles, powers, end)
+    slope = points / x.clamp(min=FLOOR)
+    return slope * ((x > FLOOR).to(x.dtype) - above).clamp(min=0), above
+
+
+@fused
+def _gradients(
+    x: Tensor, gradient: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of attention and scale."""
+    slope, above = _slopes(precise(x), scale, middles, powers, end)
+    return (slope * gradient).to(x.dtype), (above * gradient).sum()
+
+
+@fused
+def _gradients_of_some(
+    x: Tensor,
+    gradient: Tensor,
+    drawn: Tensor,
+    shift: Tensor,
+    mask: int,
+    limit: int,
+    scale: Tensor,
+    middles: Tensor,
+    powers: Tensor,
+    end: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of attention and scale where some elements stay float."""
+    kept = stays_float(drawn, shift, mask, limit)
+    slope, above = _slopes(precise(x), scale, middles, powers, end)
+    for_x = (slope * (1 - kept) + kept) * gradient
+    return for_x.to(x.dtype), (above * (1 - kept) * gradient).sum()
+
+
+class _AdaptiveGranularity(torch.autograd.Function):
+    """Quantization of all or some elements; points are computed again for the gradients.
+
+    Keeping those of a decoder's attention under 100 boxes would take as much memory as the
+    attention itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        middles: Tensor,
+        powers: Tensor,
+        end: Tensor,
+        choice: Choice | None,
+    ) -> Tensor:
+        points = scale, middles, powers, end
+        ctx.save_for_backward(x, *points)
+        ctx.choice = choice
+        if choice is None:
+            return to_points(x, *points)
+        some = _quantize_some(choice.rows(x), *choice.parts(), *points, in_products(x))
+        return some.reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, *points = ctx.saved_tensors
+        choice: Choice | None = ctx.choice
+        if choice is None:
+            for_x, for_scale = _gradients(x, gradient, *points)
+        else:
+            rows, gradient = choice.rows(x), choice.rows(gradient)
+            for_x, for_scale = _gradients_of_some(rows, gradient, *choice.parts(), *points)
+        return for_x.reshape(x.shape), for_scale, None, None, None, None
+
+
+def quantize_points(x: Tensor, points: PointParameters, choice: Choice | None) -> Tensor:
+    """`x` at its points, but for the elements of a choice, with gradients of `x` and the scale."""
+    if choice is None and not torch.is_grad_enabled():
+        return to_points(x, *points)
+    result: Tensor = _AdaptiveGranularity.apply(  # type: ignore[no-untyped-call]
+        x, *points, choice
+    )
+    return result
