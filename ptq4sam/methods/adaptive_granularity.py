@@ -12,10 +12,10 @@ from ptq4sam.methods.granularity_points import (
     clamped_codes,
     point_parameters,
     quantize_points,
-    table_steps,
+    whole_points,
 )
 from ptq4sam.methods.granularity_search import ScaleSearch, some_queries
-from ptq4sam.methods.granularity_table import MOST_BITS, code_middles, fraction_bits, point_table
+from ptq4sam.methods.granularity_table import MOST_BITS, code_middles, fraction_bits
 from ptq4sam.quantization.base import Statistics
 from ptq4sam.quantization.dropping import Choice
 from ptq4sam.quantization.grid import Grid
@@ -150,11 +150,10 @@ class AdaptiveGranularityQuantizer(Quantizer):
 
         In float64 where their sums need it.
         """
-        tau, levels, bits = int(self.tau), self.grid.levels, self.fraction_bits()
+        bits = self.fraction_bits()
         dtype = torch.float64 if bits == MOST_BITS else torch.float32
-        table = point_table(levels, tau, bits).to(x.device, dtype)
-        parameters = (*self._code_parameters(), table, levels)
-        return table_steps(x.reshape(-1), *parameters).reshape(x.shape)
+        points = point_parameters(self.scale_in_use(), self.tau, self.grid.levels)
+        return whole_points(x, *points, x.new_full((), 2.0**bits, dtype=dtype))
 
     def _code_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
         tau = self.tau.to(torch.int32)

@@ -24,7 +24,8 @@ _MANTISSA = (1 << _MANTISSA_BITS) - 1
 _EXPONENT = 255 << _MANTISSA_BITS
 
 PointParameters = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Scale, middles and powers of `power_table`, and half a step below the last point."""
+"""Scale, middles and powers of `power_table`, and half a step below the last point as a share of
+the scale."""
 
 
 def _clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels: int) -> Tensor:
@@ -55,16 +56,6 @@ def clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels
     return _clamped_codes(x, scale, middles, tau, levels)
 
 
-@fused
-def table_steps(
-    x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, table: Tensor, levels: int
-) -> Tensor:
-    """Points of `x` from the table of `point_table`, in its type; see `clamped_codes`."""
-    points = table[_clamped_codes(x, scale, middles, tau, levels).to(torch.int64)]
-    # What is not a number stays so, to be found.
-    return points + (x - x).to(table.dtype)
-
-
 def point_parameters(scale: Tensor, tau: Tensor, levels: int) -> PointParameters:
     """What kernels need of the points of a scale [] and tau [].
 
@@ -73,8 +64,7 @@ def point_parameters(scale: Tensor, tau: Tensor, levels: int) -> PointParameters
     # Without asking the device for tau.
     row = tau.to(torch.int64).reshape(1)
     middles, powers = (table.index_select(0, row)[0] for table in power_table(scale.device))
-    end = scale.detach() * torch.exp2((0.5 - levels) / tau)
-    return scale, middles, powers, end
+    return scale, middles, powers, torch.exp2((0.5 - levels) / tau)
 
 
 def _nearest_power(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor) -> Tensor:
@@ -94,13 +84,35 @@ def _nearest_power(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor) ->
 def _on_points(
     x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The points of `x`, and 1 where it is above the largest one, else 0; both float32."""
+    """The points of `x`, and 1 where it is above the largest one, else 0."""
     power = _nearest_power(x, scale, middles, powers)
-    points = power.clamp(max=1) * scale
     # Numbers, not booleans: on a CPU a choice by booleans takes ten times as long. What is not a
     # number stays so, to be found.
-    points = points * (points > end).to(points.dtype) + (x - x)
-    return points, (power > 1).to(points.dtype)
+    points = power.clamp(max=1) * (power > end).to(power.dtype) * scale + (x - x)
+    return points, (power > 1).to(power.dtype)
+
+
+@fused
+def whole_points(
+    x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor, unit: Tensor
+) -> Tensor:
+    """Points of `x` as whole numbers: those of `point_table`, in the type of `unit`.
+
+    Powers are as exact as that table's entries, and rounded alike.
+
+    Args:
+        x: any shape.
+        scale: as the others of `point_parameters`.
+        middles: see there.
+        powers: see there.
+        end: see there.
+        unit: [] what the scale is, 2^bits; float64 where sums of points are.
+    """
+    power = _nearest_power(x, scale, middles, powers)
+    kept = (power > end).to(torch.float32)
+    points = (power.clamp(max=1) * kept).to(unit.dtype).mul(unit).round()
+    # What is not a number stays so, to be found.
+    return points + (x - x).to(unit.dtype)
 
 
 @fused

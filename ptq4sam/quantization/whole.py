@@ -3,11 +3,14 @@
 A float32 holds every whole number up to 2^24. While no partial sum of a product can be larger, its
 additions round nothing, so that each order of them, on any number of threads, in any kernel, with
 or without fused multiplications, gives the integers that a device's accumulators hold. Where a sum
-could be larger, a product is cut into pieces that are added in float64, or is float64 itself.
+could be larger, a product is cut into pieces that are added in float64, or is float64 itself. In a
+linear layer numbers that fit into int8 are multiplied so where the processor is fast at it: the
+integers are the same.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -18,6 +21,7 @@ from ptq4sam.quantization.fused import fused
 
 EXACT = 2.0**24
 """Largest sum that float32 holds with all whole numbers below it."""
+_INT8 = torch.iinfo(torch.int8)
 _MOST_PIECES = 8
 """Pieces of a product; what needs more is float64."""
 
@@ -41,6 +45,25 @@ def _cut(x: Tensor, pieces: int) -> tuple[Tensor, ...]:
     return (x,) if pieces == 1 else x.chunk(pieces, dim=-1)
 
 
+@functools.cache
+def has_int8_products(device: torch.device) -> bool:
+    """Whether int8 products here are exact and several times as fast as float32 ones.
+
+    On a CPU with instructions that add four int8 products into an int32; without them sums of two
+    may be cut to 16 bits.
+    """
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    return device.type == "cpu" and supported is not None and bool(supported())
+
+
+def _fits_int8(x: Tensor) -> bool:
+    """Not where something is not a number, which a product has to show."""
+    if x.numel() == 0:
+        return False
+    low, high = torch.aminmax(x)
+    return float(low) >= _INT8.min and float(high) <= _INT8.max
+
+
 def whole_linear(x: Tensor, weight: Tensor, largest: float) -> Tensor:
     """Sums over k of x and weight, rounded to float32 once.
 
@@ -52,6 +75,9 @@ def whole_linear(x: Tensor, weight: Tensor, largest: float) -> Tensor:
     Returns:
         [..., n].
     """
+    if has_int8_products(x.device) and _fits_int8(x) and _fits_int8(weight):
+        sums = torch._int_mm(x.reshape(-1, x.shape[-1]).to(torch.int8), weight.to(torch.int8).t())
+        return sums.float().reshape(*x.shape[:-1], -1)
     pieces = exact_pieces(weight, largest)
     if pieces == 1:
         return F.linear(x, weight)

@@ -95,3 +95,15 @@ def test_what_is_tiny_or_no_number_has_an_end_code() -> None:
     x = torch.tensor([0.0, 1e-38, 1e-20, 0.5, 3e38, torch.inf, torch.nan])
     assert agq.codes(x).tolist() == [16, 16, 16, 0, 0, 0, 0]
     assert agq.steps(x)[-1].isnan()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("scale", [1.0, 0.3, 0.001])
+def test_steps_are_those_of_the_table_of_points(bits: int, tau: int, scale: float) -> None:
+    agq = quantizer(bits, tau, scale)
+    exponents = torch.linspace(-(1 << bits) / tau - 3, 2, 20_001)
+    # Subnormal numbers are below the smallest attention.
+    x = scale * torch.exp2(exponents.clamp(min=-100))
+    table = point_table(1 << bits, tau, fraction_bits(1 << bits, tau, scale))
+    assert torch.equal(agq.steps(x).long(), table[agq.codes(x).long()])

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ptq4sam.quantization import whole as whole_module
 from ptq4sam.quantization.fused import FEWEST_ELEMENTS
 from ptq4sam.quantization.whole import (
     exact_pieces,
+    has_int8_products,
     rescaled,
     whole_convolution,
     whole_linear,
@@ -37,6 +39,31 @@ def test_linear_is_that_of_integers(terms: int, largest: int) -> None:
     # All of one sign: the largest sums that there can be.
     weight[0], x[0, 0] = largest, largest
     assert torch.equal(whole_linear(x, weight, largest), exact(x, weight.t()))
+
+
+@pytest.mark.parametrize("terms", [3, 768, 3072])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_int8_products_are_those_of_integers_at_their_largest(terms: int, sign: int) -> None:
+    if not has_int8_products(torch.device("cpu")):
+        pytest.skip("this processor has no int8 products")
+    x, weight = torch.full((9, terms), 127.0), torch.full((5, terms), sign * 127.0)
+    x[1] = -128
+    assert torch.equal(whole_linear(x, weight, 128), exact(x, weight.t()))
+
+
+def test_both_kinds_of_products_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = whole(0, 2, 50, 300, largest=63), whole(1, 40, 300, largest=63)
+    found = whole_linear(x, weight, 63)
+    monkeypatch.setattr(whole_module, "has_int8_products", lambda device: False)
+    assert torch.equal(found, whole_linear(x, weight, 63))
+
+
+def test_a_product_shows_what_is_no_number() -> None:
+    x, weight = whole(0, 4, 30, largest=15), whole(1, 6, 30, largest=15)
+    x[2, 3] = torch.nan
+    found = whole_linear(x, weight, 15)
+    assert found[2].isnan().all()
+    assert found[[0, 1, 3]].isfinite().all()
 
 
 def test_the_order_of_the_terms_does_not_matter() -> None:
