@@ -1,7 +1,8 @@
 """Moving softmax outputs to the points of an adaptive granularity, and gradients through it.
 
-Kernels work on the bits of float32 numbers: s 2^e m lies nearest to s 2^e times a power of
-2^(1 / tau), which the mantissa m tells. Logarithm and power would take twice as long.
+Kernels work on the bits of float32 numbers. Of the points s 2^(-c / tau) the one nearest to a share
+2^e m of the scale s, m from 1 to 2, is 2^e times one of tau + 1 numbers, which m tells by tau
+comparisons. Logarithm and power would take twice as long.
 """
 
 from __future__ import annotations
@@ -28,23 +29,13 @@ PointParameters = tuple[Tensor, Tensor, Tensor, Tensor]
 the scale."""
 
 
-def _clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels: int) -> Tensor:
-    """round(-tau * log2(x / scale)) of `x` rounded to float32, exactly: 0 .. levels, int32.
-
-    The logarithm of 2^e m, m from 1 to 2, is e and that of m, which `middles` rounds. What is not a
-    number has code 0.
-    """
-    bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
-    exponent, mantissa = (bits >> _MANTISSA_BITS) - 127, bits & _MANTISSA
-    above = (mantissa >= middles[0]).to(torch.int32)
-    for index in range(1, max(TAUS)):
-        above = above + (mantissa >= middles[index]).to(torch.int32)
-    return (-exponent * tau - above).clamp(0, levels)
-
-
 @fused
 def clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels: int) -> Tensor:
     """Codes of `x`, 0 to `levels`, int32; the last one stands for zero.
+
+    They are round(-tau * log2(x / scale)) of `x` rounded to float32, exactly. The logarithm of
+    2^e m, m from 1 to 2, is e and that of m, which `middles` rounds. What is not a number has
+    code 0.
 
     Args:
         x: any shape.
@@ -53,7 +44,12 @@ def clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels
         tau: [] int32.
         levels: number of points.
     """
-    return _clamped_codes(x, scale, middles, tau, levels)
+    bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
+    exponent, mantissa = (bits >> _MANTISSA_BITS) - 127, bits & _MANTISSA
+    above = (mantissa >= middles[0]).to(torch.int32)
+    for index in range(1, max(TAUS)):
+        above = above + (mantissa >= middles[index]).to(torch.int32)
+    return (-exponent * tau - above).clamp(0, levels)
 
 
 def point_parameters(scale: Tensor, tau: Tensor, levels: int) -> PointParameters:
@@ -70,8 +66,7 @@ def point_parameters(scale: Tensor, tau: Tensor, levels: int) -> PointParameters
 def _nearest_power(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor) -> Tensor:
     """The power of 2^(1 / tau) that is nearest to x / scale in the logarithm, float32.
 
-    From the bits of float32 numbers, as in `_clamped_codes`: logarithm and power take twice as
-    long.
+    It may be above 1. What is not a number gives infinity.
     """
     bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
     mantissa = bits & _MANTISSA

@@ -84,7 +84,8 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(
     for row in rows:
         assert row["status"] == "done"
         own = sum(float(value) for key, value in row.items() if key.endswith(" seconds"))
-        assert float(row["seconds"]) - own < 3
+        # How much more is measured by benchmarks/sweep_jobs.py.
+        assert 0 < own <= float(row["seconds"])
     page = (work / "sweep.md").read_text()
     assert "6 of 6 trials done." in page
     assert page.count("| done |") == 6
