@@ -116,6 +116,15 @@ def _softmax(graph: Graph, logits: str, quantized: bool, path: str) -> str:
     """In float64, rounded once, where it is quantized and the runtime has float64."""
     if not (quantized and graph.has_float64):
         return graph.node("Softmax", [logits], f"{path}.softmax", axis=-1)
-    logits = graph.cast(logits, np.float64, f"{path}.logits.float64")
-    softmax = graph.node("Softmax", [logits], f"{path}.softmax.float64", axis=-1)
-    return graph.cast(softmax, np.float32, f"{path}.softmax")
+    # By its parts: ONNX Runtime's own softmax of float64 takes one number after the other.
+    last = graph.integers(-1)
+    largest = graph.node("ReduceMax", [logits, last], f"{path}.largest", keepdims=1)
+    logits, largest = (
+        graph.cast(x, np.float64, f"{path}.{name}.float64")
+        for x, name in ((logits, "logits"), (largest, "largest"))
+    )
+    below = graph.node("Sub", [logits, largest], f"{path}.below")
+    powers = graph.node("Exp", [below], f"{path}.powers")
+    total = graph.node("ReduceSum", [powers, last], f"{path}.total", keepdims=1)
+    shares = graph.node("Div", [powers, total], f"{path}.shares")
+    return graph.cast(shares, np.float32, f"{path}.softmax")

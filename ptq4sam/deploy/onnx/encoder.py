@@ -85,7 +85,8 @@ def _attention(
         for n, role in enumerate(("query", "key", "value"))
     ]
     given = operands(graph, attention, parts, size * size, path)
-    attended = attend_in_grid(graph, attention, given, size, path)
+    grids = (-(-side // window)) ** 2 if window else 1
+    attended = attend_in_grid(graph, attention, given, size, grids, path)
     merged = quantize_input(graph, attention.proj, attended, f"{path}.proj")
     name = graph.transpose(merged.name, (0, 2, 1, 3), f"{path}.by_token")
     name = graph.reshape(name, (-1, size, size, dim), f"{path}.merged")

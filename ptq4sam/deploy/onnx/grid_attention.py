@@ -20,26 +20,29 @@ _PIECE_BYTES = 16 * 2**20
 
 
 def attend_in_grid(
-    graph: Graph, attention: Attention, given: Operands, side: int, path: str
+    graph: Graph, attention: Attention, given: Operands, side: int, grids: int, path: str
 ) -> str:
     """Attend in square grids of one side; logits of too many bytes piece by piece.
 
-    A piece is some rows of the grid in one head.
+    A piece is some rows of the grid in one head, or some of many small grids.
 
     Args:
         graph: where nodes go.
         attention: owner of the relative positions and of the softmax quantizer.
         given: the operands, [grids, heads, side * side, head_dim] for query and value.
         side: of a grid.
+        grids: how many there are.
         path: of the attention.
 
     Returns:
-        [grids, heads, side * side, head_dim]; one grid where there are pieces.
+        [grids, heads, side * side, head_dim]; one grid where its own logits are too many.
     """
     positions = _positions(graph, attention, given.query, side, path)
     heads, tokens = attention.num_heads, side * side
-    if _FLOAT_BYTES * heads * tokens * tokens <= _WHOLE_BYTES:
-        return _attend(graph, attention, given, positions, side, path)
+    grid_bytes = _FLOAT_BYTES * heads * tokens * tokens
+    if grid_bytes <= _WHOLE_BYTES:
+        groups = _groups(grids, grid_bytes) if graph.has_float64 else 1
+        return _attend_in_groups(graph, attention, given, positions, side, groups, path)
     allowed = max(1, _PIECE_BYTES // (_FLOAT_BYTES * side * tokens))
     rows = max(number for number in range(1, side + 1) if side % number == 0 and number <= allowed)
     by_query = [given.query, *positions]
@@ -64,6 +67,40 @@ def attend_in_grid(
         ]
         attended.append(graph.node("Concat", pieces, f"{inner}.attended", axis=2))
     return graph.node("Concat", attended, f"{path}.attended", axis=1)
+
+
+def _groups(grids: int, grid_bytes: int) -> int:
+    """The fewest groups of as many grids whose logits are a piece; in float64 they are twice it."""
+    return next(
+        groups
+        for groups in range(1, grids + 1)
+        if grids % groups == 0 and (grids // groups * grid_bytes <= _PIECE_BYTES or groups == grids)
+    )
+
+
+def _attend_in_groups(
+    graph: Graph,
+    attention: Attention,
+    given: Operands,
+    positions: Sequence[str],
+    side: int,
+    groups: int,
+    path: str,
+) -> str:
+    """Attend in some of the grids after the other."""
+    if groups == 1:
+        return _attend(graph, attention, given, positions, side, path)
+    by_group = [
+        graph.split(x, groups, 0, f"{path}.groups.{number}")
+        for number, x in enumerate([given.query, given.key, given.value, *positions])
+    ]
+    attended = [
+        _attend(graph, attention, Operands(*three), terms, side, f"{path}.groups.{index}")
+        for index, (*three, terms) in enumerate(
+            (*parts[:3], parts[3:]) for parts in zip(*by_group, strict=True)
+        )
+    ]
+    return graph.node("Concat", attended, f"{path}.attended", axis=0)
 
 
 def _attend(

@@ -25,6 +25,8 @@ _FLAT = -8.0
 _TURNS = (-0.7517916,)
 """Where GELU is least."""
 _MOST_CELLS = 2**16
+_PIECES = 4
+"""Into so many pieces a large tensor is cut."""
 _PROBES = 16
 """Inputs in each cell at which a step function is compared with what it stands for."""
 
@@ -163,33 +165,41 @@ def quantized_gelu(
 
 
 def _step_codes(graph: Graph, x: str, steps: Steps, parts: int, path: str) -> str:
-    """Codes of a float tensor, uint8."""
+    """Codes of a float tensor, uint8; a quarter at a time, since it takes several of its size."""
+    flat = graph.reshape(x, (parts, -1), f"{path}.input.rows")
+    pieces = _PIECES if parts % _PIECES == 0 else 1
+    if pieces == 1:
+        codes = _codes_of_rows(graph, flat, steps, parts, path)
+    else:
+        found = [
+            _codes_of_rows(graph, piece, steps, parts // pieces, f"{path}.{index}")
+            for index, piece in enumerate(graph.split(flat, pieces, 0, f"{path}.input.pieces"))
+        ]
+        codes = graph.node("Concat", found, f"{path}.codes.pieces", axis=0)
+    shape = graph.node("Shape", [x], f"{path}.shape")
+    return graph.node("Reshape", [codes, shape], f"{path}.codes")
+
+
+def _codes_of_rows(graph: Graph, x: str, steps: Steps, parts: int, path: str) -> str:
+    """Codes of a float tensor [parts, n], uint8."""
     scaled = graph.node("Mul", [x, graph.number(1 / steps.width)], f"{path}.scaled")
     floored = graph.node("Floor", [scaled], f"{path}.floored")
     last = steps.first + len(steps.threshold) - 1
     ends = [graph.number(float(steps.first)), graph.number(float(last))]
     within = graph.node("Clip", [floored, *ends], f"{path}.within")
     cells = graph.cast(within, np.int32, f"{path}.cells")
-    rows = graph.reshape(cells, (parts, -1), f"{path}.rows")
 
     def look_up(table: Tensor, dtype: type[np.generic], name: str) -> str:
         # Cells below 0 count from the table's end, as ONNX has it for indices.
         rolled = torch.roll(table, steps.first).numpy().astype(dtype)
         held = graph.constant(f"{path}.{name}.table", rolled)
         tables = graph.node("Expand", [held, graph.integers(parts, 1)], f"{path}.{name}.tables")
-        return graph.node("GatherElements", [tables, rows], f"{path}.{name}", axis=1)
+        return graph.node("GatherElements", [tables, cells], f"{path}.{name}", axis=1)
 
     threshold = look_up(steps.threshold, np.float32, "threshold")
-    flat = graph.reshape(x, (parts, -1), f"{path}.input.rows")
-    is_after = graph.node("GreaterOrEqual", [flat, threshold], f"{path}.is_after")
-    codes = graph.node(
-        "Where",
-        [
-            is_after,
-            look_up(steps.after, np.uint8, "after"),
-            look_up(steps.before, np.uint8, "before"),
-        ],
-        f"{path}.codes.rows",
+    is_after = graph.node("GreaterOrEqual", [x, threshold], f"{path}.is_after")
+    after, before = (
+        look_up(table, np.uint8, name)
+        for table, name in ((steps.after, "after"), (steps.before, "before"))
     )
-    shape = graph.node("Shape", [x], f"{path}.shape")
-    return graph.node("Reshape", [codes, shape], f"{path}.codes")
+    return graph.node("Where", [is_after, after, before], f"{path}.codes.rows")
