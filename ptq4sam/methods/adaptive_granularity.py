@@ -155,10 +155,6 @@ class AdaptiveGranularityQuantizer(Quantizer):
         points = point_parameters(self.scale_in_use(), self.tau, self.grid.levels)
         return whole_points(x, *points, x.new_full((), 2.0**bits, dtype=dtype))
 
-    def _code_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
-        tau = self.tau.to(torch.int32)
-        return self.scale_in_use(), code_middles(int(tau)).to(tau.device), tau
-
     @property
     def step(self) -> Tensor:
         """What the last fraction bit is worth."""
@@ -171,9 +167,9 @@ class AdaptiveGranularityQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int32; code 2^bits, one beyond the grid, stands for zero."""
-        flat, levels = x.reshape(-1), self.grid.levels
-        codes = clamped_codes(flat, *self._code_parameters(), levels)
-        return codes.reshape(x.shape)
+        tau = self.tau.to(torch.int32)
+        middles = code_middles(int(tau)).to(tau.device)
+        return clamped_codes(x, self.scale_in_use(), middles, tau, self.grid.levels)
 
 
 def _doubles(values: Sequence[float]) -> Tensor:

@@ -2,7 +2,8 @@
 
 Kernels work on the bits of float32 numbers. Of the points s 2^(-c / tau) the one nearest to a share
 2^e m of the scale s, m from 1 to 2, is 2^e times one of tau + 1 numbers, which m tells by tau
-comparisons. Logarithm and power would take twice as long.
+comparisons. Logarithm and power would take twice as long. Kernels see tensors flat, or as `Choice`
+gives them, so that one serves all shapes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ PointParameters = tuple[Tensor, Tensor, Tensor, Tensor]
 the scale."""
 
 
-@fused
 def clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels: int) -> Tensor:
     """Codes of `x`, 0 to `levels`, int32; the last one stands for zero.
 
@@ -44,6 +44,11 @@ def clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels
         tau: [] int32.
         levels: number of points.
     """
+    return _clamped_codes(x.reshape(-1), scale, middles, tau, levels).reshape(x.shape)
+
+
+@fused
+def _clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels: int) -> Tensor:
     bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
     exponent, mantissa = (bits >> _MANTISSA_BITS) - 127, bits & _MANTISSA
     above = (mantissa >= middles[0]).to(torch.int32)
@@ -87,7 +92,6 @@ def _on_points(
     return points, (power > 1).to(power.dtype)
 
 
-@fused
 def whole_points(
     x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor, unit: Tensor
 ) -> Tensor:
@@ -103,6 +107,13 @@ def whole_points(
         end: see there.
         unit: [] what the scale is, 2^bits; float64 where sums of points are.
     """
+    return _whole_points(x.reshape(-1), scale, middles, powers, end, unit).reshape(x.shape)
+
+
+@fused
+def _whole_points(
+    x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor, unit: Tensor
+) -> Tensor:
     power = _nearest_power(x, scale, middles, powers)
     kept = (power > end).to(torch.float32)
     points = (power.clamp(max=1) * kept).to(unit.dtype).mul(unit).round()
@@ -110,9 +121,13 @@ def whole_points(
     return points + (x - x).to(unit.dtype)
 
 
-@fused
 def to_points(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor) -> Tensor:
     """`x` at its points, in its shape and type; see `point_parameters`."""
+    return _to_points(x.reshape(-1), scale, middles, powers, end).reshape(x.shape)
+
+
+@fused
+def _to_points(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor) -> Tensor:
     points, _ = _on_points(precise(x), scale, middles, powers, end)
     return points.to(x.dtype)
 
@@ -209,7 +224,7 @@ class _AdaptiveGranularity(torch.autograd.Function):
         x, *points = ctx.saved_tensors
         choice: Choice | None = ctx.choice
         if choice is None:
-            for_x, for_scale = _gradients(x, gradient, *points)
+            for_x, for_scale = _gradients(x.reshape(-1), gradient.reshape(-1), *points)
         else:
             rows, gradient = choice.rows(x), choice.rows(gradient)
             for_x, for_scale = _gradients_of_some(rows, gradient, *choice.parts(), *points)

@@ -189,3 +189,22 @@ def test_the_switch(
     else:
         monkeypatch.setenv(fused.SWITCH, setting)
     assert fused._Compiler().usable() is usable
+
+
+def test_one_kernel_of_adaptive_granularity_serves_all_shapes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """More shapes than torch.compile makes kernels for: else it gives up for the whole process."""
+    quantizer = AdaptiveGranularityQuantizer(Grid(4))
+    quantizer._set_parameters(torch.tensor(0.7), torch.tensor(0.0))
+    flat = torch.rand(FEWEST_ELEMENTS, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = [
+            function(flat) for function in (quantizer.quantize, quantizer.steps, quantizer.codes)
+        ]
+        for axes in range(2, 14):
+            x = flat.reshape(*(2,) * (axes - 1), -1)
+            assert torch.equal(quantizer.quantize(x).flatten(), expected[0])
+            assert torch.equal(quantizer.steps(x).flatten(), expected[1])
+            assert torch.equal(quantizer.codes(x).flatten(), expected[2])
+    assert "no kernel could be compiled" not in caplog.text
