@@ -70,6 +70,21 @@ class Clock:
             self.seconds.append(time.perf_counter() - started)
 
 
+def four_bits(steps: int, precision: str) -> dict[str, object]:
+    """A scheme with everything learned that can be."""
+    return {
+        "a_qconfig": {"quantizer": "LSQFakeQuantize", "observer": "MinMaxObserver", "bit": 4},
+        "w_qconfig": {
+            "quantizer": "AdaRoundFakeQuantize",
+            "observer": "MinMaxObserver",
+            "bit": 4,
+            "ch_axis": 0,
+        },
+        "ptq4sam": {"AGQ": True},
+        "recon": {"iters": steps, "precision": precision},
+    }
+
+
 def measure(side: str, name: str, steps: int, threads: int, precision: str) -> dict[str, float]:
     """Reconstruct one unit in this process."""
     import torch
@@ -89,19 +104,7 @@ def measure(side: str, name: str, steps: int, threads: int, precision: str) -> d
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     path, shapes = SHAPES[name]
-    scheme = Scheme.from_dict(
-        {
-            "a_qconfig": {"quantizer": "LSQFakeQuantize", "observer": "MinMaxObserver", "bit": 4},
-            "w_qconfig": {
-                "quantizer": "AdaRoundFakeQuantize",
-                "observer": "MinMaxObserver",
-                "bit": 4,
-                "ch_axis": 0,
-            },
-            "ptq4sam": {"AGQ": True},
-            "recon": {"iters": steps, "precision": precision},
-        }
-    )
+    scheme = Scheme.from_dict(four_bits(steps, precision))
     settings = scheme.recon
     sam = insert_quantizers(build_sam("vit_b"), scheme)
     unit = sam.get_submodule(path)

@@ -2,15 +2,17 @@
 
     python benchmarks/sweep_jobs.py [--jobs 2] [--trials 4] [--steps 60]
 
-Trials are seeds of PTQ4SAM-L at 4 bits on vit_nano and generated scenes. What they share and the
-kernels of both numbers of threads are made by a round that is not measured. The time is from the
-start of the first trial to the end of the last one; overhead is what a trial took beside its
-stages (quantization, audit, evaluation).
+Trials are seeds of PTQ4SAM-L at 4 bits on vit_nano and generated scenes: with one worker on one
+core, with one worker that has all cores, and with so many workers that share them. What trials
+share and the kernels of each number of threads are made by a round that is not measured. The time
+is from the start of the first trial to the end of the last one; overhead is what a trial took
+beside its stages (quantization, audit, evaluation).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,9 +25,9 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def sweep(
-    folder: Path, seeds: range, jobs: int, arguments: argparse.Namespace
+    folder: Path, seeds: range, jobs: int, cores: set[int], arguments: argparse.Namespace
 ) -> list[TrialRecord]:
-    """The records of a sweep over seeds."""
+    """The records of a sweep over seeds, run on these cores."""
     file = folder / "seeds.yaml"
     file.write_text(
         f"base:\n  scheme: {_ROOT / 'exp' / 'ptq4sam-l44.yaml'}\n  steps: {arguments.steps}\n"
@@ -34,7 +36,12 @@ def sweep(
     )
     work = folder / "work"
     command = [sys.executable, "-m", "ptq4sam", "sweep", str(file), "--work-dir", str(work)]
-    subprocess.run([*command, "--jobs", str(jobs)], check=True, capture_output=True)
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        subprocess.run([*command, "--jobs", str(jobs)], check=True, capture_output=True)
+    finally:
+        os.sched_setaffinity(0, allowed)
     with Store(work / "sweep.sqlite") as store:
         return [record for record in store.latest().values() if record.seed in seeds]
 
@@ -62,20 +69,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of reconstruction, a unit")
     parser.add_argument("--pictures", type=int, default=8, help="to calibrate and to evaluate on")
     arguments = parser.parse_args()
-    lines = ["| jobs | trials | seconds | trials per hour | overhead s |", "|---|---|---|---|---|"]
+    lines = ["| jobs | cores | trials | seconds | trials per hour | overhead s |", "|---" * 6 + "|"]
+    every = os.sched_getaffinity(0)
+    rounds = ((1, {min(every)}), (1, every), (arguments.jobs, every))
     first = 0
     with tempfile.TemporaryDirectory() as folder:
         for measured in (False, True):
-            for jobs in (1, arguments.jobs):
+            for jobs, cores in rounds:
                 count = arguments.trials if measured else jobs
                 seeds = range(first, first + count)
                 first += count
-                records = sweep(Path(folder), seeds, jobs, arguments)
+                records = sweep(Path(folder), seeds, jobs, cores, arguments)
                 took = seconds(records)
                 if measured:
                     lines.append(
-                        f"| {jobs} | {count} | {took:.1f} | {3600 * count / took:.0f} | "
-                        f"{overhead(records):.2f} |"
+                        f"| {jobs} | {len(cores)} | {count} | {took:.1f} | "
+                        f"{3600 * count / took:.0f} | {overhead(records):.2f} |"
                     )
     sys.stdout.write("\n".join(lines) + "\n")
 

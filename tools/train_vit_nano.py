@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from nano_data import Photographs, WindowDataset, collate
 from nano_losses import sample_points, separation_loss, total_loss
+from nano_model import build_model, resize_encoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ptq4sam.allocator import keep_freed_memory
-from ptq4sam.sam.model import Sam
-from ptq4sam.sam.registry import VARIANTS, build_variant
 
 _log = logging.getLogger("train_vit_nano")
 
@@ -62,47 +61,6 @@ def rate_at(phase: Phase, step: int) -> float:
     warm = min(1.0, (step + 1) / 200)
     cosine = 0.5 + 0.5 * np.cos(np.pi * step / phase.steps)
     return float(warm * (phase.final_rate + (phase.peak_rate - phase.final_rate) * cosine))
-
-
-def position_frequencies(count: int) -> Tensor:
-    """Frequencies [2, count] of the position encoding, in cycles per half side of the input.
-
-    SAM draws them at random. Here they are the harmonics of each axis, of which a step at a box's
-    edge is a sum; their effect was not measured apart from other changes.
-    """
-    harmonics = torch.cat([torch.arange(1, 25) / 4, torch.logspace(0.83, 1.25, count // 2 - 24)])
-    zeros = torch.zeros(count // 2)
-    return torch.stack([torch.cat([harmonics, zeros]), torch.cat([zeros, harmonics])])
-
-
-def build_model(window: int) -> Sam:
-    """vit_nano whose encoder takes windows; the prompt encoder keeps the whole input's frame."""
-    whole = build_variant("vit_nano", VARIANTS["vit_nano"])
-    matrix = whole.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
-    matrix.copy_(position_frequencies(matrix.shape[1]))
-    if window != whole.image_size:
-        small = dataclasses.replace(VARIANTS["vit_nano"], image_size=window)
-        whole.image_encoder = build_variant("vit_nano", small).image_encoder
-    return whole
-
-
-def resize_encoder(state: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Carry the weights of an encoder over to another input size.
-
-    Position embeddings are tiled or cut (they know the place in a window only), relative tables
-    keep their offsets and repeat or lose their ends.
-    """
-    moved = {}
-    for name, value in state.items():
-        wanted = target[name].shape
-        if name.endswith("pos_embed"):
-            times = [-(-new // old) for new, old in zip(wanted, value.shape, strict=True)]
-            value = value.repeat(*times)[:, : wanted[1], : wanted[2]]
-        elif value.shape != wanted:
-            side = (wanted[0] - value.shape[0]) // 2
-            value = F.pad(value.t()[None], (side, side), mode="replicate")[0].t()
-        moved[name] = value
-    return moved
 
 
 class Trainer:

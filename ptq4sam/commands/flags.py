@@ -58,6 +58,15 @@ def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) ->
     )
     add_limit(parser, "evaluate the first N pictures only")
     add_skip_bad(parser)
+    _add_prompting(parser)
+    add_device(parser)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs"))
+    add_engine_arguments(parser)
+
+
+def _add_prompting(parser: argparse.ArgumentParser) -> None:
+    """How boxes prompt, and which masks they get."""
     parser.add_argument(
         "--score-threshold",
         type=float,
@@ -79,10 +88,6 @@ def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) ->
         help="prompt again with the box and the mask",
     )
     parser.add_argument("--no-sam-iou", action="store_true", help="score without predicted IoUs")
-    add_device(parser)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs"))
-    add_engine_arguments(parser)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -162,34 +162,46 @@ def evaluate_sam(
             continue
         # Annotated boxes all score 1, so that what `select` leaves are the first ones.
         truth = source.truth(record)[: len(prompts)] if isinstance(source, GroundTruth) else None
-        segmented = _segment(predictor, image, prompts, prompting)
-        scored = score_picture(record, prompts, segmented, truth)
-        expected: Segmented | None = None
-        scored_expected: Scored | None = None
-        agreement: list[float] = []
-        if reference_predictor is not None:
-            expected = _segment(reference_predictor, image, prompts, prompting)
-            scored_expected = score_picture(record, prompts, expected, truth)
-            agreement = mask_ious(segmented.masks, expected.masks).tolist()
-        outcomes.append(_Outcome(scored, scored_expected, agreement))
+        outcome, picture = _compare(
+            (predictor, reference_predictor), record, image, prompts, truth, prompting
+        )
+        outcomes.append(outcome)
         if on_picture is not None:
-            float_ious = [] if scored_expected is None else scored_expected.ious
-            on_picture(
-                Picture(
-                    record, image, prompts, segmented, expected, agreement, scored.ious, float_ious
-                )
-            )
+            on_picture(picture)
     every = parallel.gather(outcomes)
-    for record, outcome in zip(images, every, strict=True):
-        if outcome is None:
+    for record, found in zip(images, every, strict=True):
+        if found is None:
             dataset.leave_out(record)
+    evaluation = _summarize(dataset, every, score, reference is not None)
     # Boxes of a file were looked at when it was opened.
     if parallel.is_first() and not isinstance(source, CocoResults):
-        parts = [outcome.model for outcome in every if outcome is not None]
-        results = [result for part in parts if part is not None for result in part.results]
-        used = Counter(result["category_id"] for result in results)
+        used = Counter(result["category_id"] for result in evaluation.results)
         warn_of_categories(source.name, used, dataset)
-    return _summarize(dataset, every, score, reference is not None)
+    return evaluation
+
+
+def _compare(
+    predictors: tuple[Predictor, Predictor | None],
+    record: ImageRecord,
+    image: NDArray[np.uint8],
+    prompts: Prompts,
+    truth: NDArray[np.bool_] | None,
+    prompting: Prompting,
+) -> tuple[_Outcome, Picture]:
+    """One picture by the model and, where there is one, by that to agree with."""
+    predictor, reference = predictors
+    segmented = _segment(predictor, image, prompts, prompting)
+    scored = score_picture(record, prompts, segmented, truth)
+    if reference is None:
+        picture = Picture(record, image, prompts, segmented, None, ious=scored.ious)
+        return _Outcome(scored), picture
+    expected = _segment(reference, image, prompts, prompting)
+    scored_expected = score_picture(record, prompts, expected, truth)
+    agreement = mask_ious(segmented.masks, expected.masks).tolist()
+    picture = Picture(
+        record, image, prompts, segmented, expected, agreement, scored.ious, scored_expected.ious
+    )
+    return _Outcome(scored, scored_expected, agreement), picture
 
 
 def _summarize(

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ptq4sam.cli import main
-from ptq4sam.deploy.cost import Cost, count, meta_sam, operations
+from ptq4sam.deploy.cost import Cost, count, meta_sam
+from ptq4sam.deploy.operations import operations
 from ptq4sam.deploy.size_report import size_report
 from ptq4sam.quantization.scheme import Scheme
 from tests.tiny_runs import SCHEMES, Quantized, run

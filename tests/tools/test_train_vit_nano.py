@@ -6,16 +6,10 @@ import numpy as np
 import torch
 from nano_data import NEAR_POINTS, WIDE_POINTS, Object, Picture, WindowDataset, collate
 from nano_losses import near_box, separation_loss, total_loss
+from nano_model import build_model, position_frequencies, resize_encoder
 from PIL import Image
 from torch.nn import functional as F
-from train_vit_nano import (
-    Phase,
-    Trainer,
-    build_model,
-    position_frequencies,
-    rate_at,
-    resize_encoder,
-)
+from train_vit_nano import Phase, Trainer, rate_at
 
 from ptq4sam.sam.registry import build_sam
 

@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ptq4sam.deploy.cost import count, meta_sam, operations, storage
+from ptq4sam.deploy.cost import count, meta_sam, storage
+from ptq4sam.deploy.operations import operations
 from ptq4sam.errors import ConfigError
 from ptq4sam.model.insertion import QuantizedSam, model_units
 from ptq4sam.quantization.scheme import Scheme

@@ -194,7 +194,8 @@ def cost_section(model: str, scheme: str, quantize_encoder: bool) -> Section:
     """Size and operations against the float model, counted from the scheme."""
     import yaml
 
-    from ptq4sam.deploy.cost import FLOAT_BITS, count
+    from ptq4sam.deploy.cost import count
+    from ptq4sam.deploy.operations import FLOAT_BITS
     from ptq4sam.quantization.scheme import Scheme
 
     found = count(
