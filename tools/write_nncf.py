@@ -86,7 +86,7 @@ class Comparison:
                 if name == ENCODER_ONLY:
                     more += ["--scheme-options", f"units={{{_FLOAT_DECODER}}}"]
                 _run("quantize", *self._calibration(), *more, "--output", packed)
-            _run("export", packed, "--format", "openvino", "--output", folder)
+            _run("export", packed, "--format", "openvino", "--fast", "--output", folder)
         else:
             # Built apart and moved at the end: an export says it is whole before NNCF comes.
             building = folder.with_name(f"{folder.name}.building")
@@ -223,7 +223,8 @@ calibration pictures for each way. NNCF quantizes the image encoder (model type 
 preset) and leaves the decoder float, as OpenVINO's notebooks do; "controlled" is its
 accuracy-controlled variant, which may lose {max_drop} points of mean IoU on the calibration
 pictures. PTQ4SAM quantizes encoder and decoder by statistics (PTQ4SAM-S), in one row the encoder
-alone, as NNCF does.
+alone, as NNCF does; its files are of the fast form (`ptq4sam export --fast`), float operators
+being OpenVINO's own in all rows.
 Codes of 4 and 6 bits run as bytes; in the encoder's files weights of up to 4 bits take half a byte,
 in the packed file, which `ptq4sam quantize` writes, all take their bits. "Everything" is automatic
 mask generation on {everything} pictures: the mean IoU of each annotated object with the mask that

@@ -120,7 +120,8 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         default="f32",
         metavar="P",
-        help="of what is not integer under --backend openvino: f32 (the default) or bf16",
+        help="of what is not integer under --backend openvino: f32 (the default) or, for a float "
+        "model or one exported with --fast, bf16",
     )
 
 

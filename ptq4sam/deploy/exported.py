@@ -29,6 +29,11 @@ class ExportedSam:
     def __init__(self, folder: Path, runtime: str, precision: Precision = "f32") -> None:
         """Open the files of a folder; see `open_exported`."""
         self.manifest: Manifest = read_manifest(folder, RUNTIMES[runtime])
+        if self.manifest.exact and precision != "f32":
+            raise ConfigError(
+                f"precision {precision!r} was asked for, but {folder} holds an exact model, which "
+                "is one in f32: write it with ptq4sam export --fast"
+            )
         self.runtime = runtime
         self.name = self.manifest.model
         suffix = SUFFIXES[RUNTIMES[runtime]][0]
@@ -126,7 +131,7 @@ def open_exported(folder: str | Path, runtime: str, precision: Precision = "f32"
             is faster in OpenVINO on a processor that has it.
 
     Raises:
-        ConfigError: there is no such runtime, or it has no such precision.
+        ConfigError: there is no such runtime, or it or the export has no such precision.
         CheckpointError: the folder has no export of the runtime's format, or a damaged one.
         DependencyError: the runtime is not installed.
     """

@@ -45,6 +45,7 @@ class Manifest:
         encoder_quantized: whether the encoder is quantized; None for a float model.
         scheme: the quantization; None for a float model.
         files: checksum (SHA-256) by name.
+        exact: whether it is quantized and computes the simulation's codes, in float32 alone.
         nncf: what NNCF was asked for, where it quantized the encoder.
         ptq4sam: version that wrote it.
     """
@@ -58,6 +59,7 @@ class Manifest:
     encoder_quantized: bool | None
     scheme: dict[str, Any] | None
     files: dict[str, str] = field(default_factory=dict)
+    exact: bool = False
     nncf: dict[str, Any] | None = None
     pixel_mean: tuple[float, ...] = PIXEL_MEAN
     pixel_std: tuple[float, ...] = PIXEL_STD
@@ -69,8 +71,8 @@ class Manifest:
         write_json(content, _path(folder, self.runtime_format))
 
 
-def describe(sam: Sam, runtime_format: Format, files: dict[str, str]) -> Manifest:
-    """The manifest of a model's export."""
+def describe(sam: Sam, runtime_format: Format, files: dict[str, str], exact: bool) -> Manifest:
+    """The manifest of a model's export; `exact` as there."""
     quantized = sam if isinstance(sam, QuantizedSam) else None
     encoder = sam.prompt_encoder
     return Manifest(
@@ -83,6 +85,7 @@ def describe(sam: Sam, runtime_format: Format, files: dict[str, str]) -> Manifes
         encoder_quantized=None if quantized is None else quantized.encoder_quantized,
         scheme=None if quantized is None else quantized.scheme.to_dict(),
         files=files,
+        exact=exact,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ptq4sam.deploy.runtimes import require
 
 _BETWEEN_TAGS = re.compile(r">\s+<")
+_NAMES = re.compile(r' names="([^"]*)"')
 
 
 def write_openvino(source: Path, target: Path, *, quantized: bool) -> None:
@@ -29,6 +30,10 @@ def write_openvino(source: Path, target: Path, *, quantized: bool) -> None:
     if not quantized:
         openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=False)
         return
-    openvino.serialize(openvino.Core().read_model(source), target)
-    # A quarter of the description is indentation.
-    target.write_text(_BETWEEN_TAGS.sub("><", target.read_text(encoding="utf-8")), encoding="utf-8")
+    model = openvino.Core().read_model(source)
+    asked = {name for port in (*model.inputs, *model.outputs) for name in port.get_names()}
+    openvino.serialize(model, target)
+    # Half of the description is indentation, and names of tensors that nobody asks for.
+    text = _BETWEEN_TAGS.sub("><", target.read_text(encoding="utf-8"))
+    text = _NAMES.sub(lambda found: found[0] if asked & set(found[1].split(",")) else "", text)
+    target.write_text(text, encoding="utf-8")

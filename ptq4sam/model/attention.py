@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 
 from ptq4sam.methods.granularity_table import LARGEST_ROW
 from ptq4sam.model.layers import computes_whole
+from ptq4sam.model.portable_layers import portable_softmax
+from ptq4sam.model.relative_positions import RelativePositions
 from ptq4sam.quantization.quantizers import Mode, Quantizer
 from ptq4sam.quantization.whole import EXACT, whole_product
 from ptq4sam.sam import image_encoder, transformer
@@ -19,9 +20,6 @@ from ptq4sam.sam import image_encoder, transformer
 # 1024 px is 805 MB for ViT-B, of which quantization needs several copies. A CPU's pieces stay in
 # its cache.
 _SOFTMAX_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-
-Bias = Callable[[Tensor, int, int], Tensor]
-"""Logits to add for the grid rows first to last of some heads of the quantized query."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ class _QuantizedAttentionMixin(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        bias: Bias | None = None,
+        positions: RelativePositions | None = None,
         columns: int = 1,
     ) -> Tensor:
         """Attend with quantized operands.
@@ -152,7 +150,7 @@ class _QuantizedAttentionMixin(nn.Module):
             query: [batch, heads, rows * columns, head_dim] after projection, not yet scaled.
             key: [batch, heads, m, head_dim].
             value: [batch, heads, m, head_dim].
-            bias: gives the logits to add.
+            positions: give logits to add.
             columns: queries in a row of their grid.
 
         Returns:
@@ -160,7 +158,7 @@ class _QuantizedAttentionMixin(nn.Module):
         """
         three = self.query_quantizer, self.key_quantizer, self.value_quantizer
         if computes_whole(query, *three, self.softmax_quantizer):
-            return self._whole_attention(query, key, value, bias, columns)
+            return self._whole_attention(query, key, value, positions, columns)
         query = self.query_quantizer(query)
         key = self.key_quantizer(key)
         value = self.value_quantizer(value)
@@ -168,8 +166,8 @@ class _QuantizedAttentionMixin(nn.Module):
         def attend(head: slice, first: int, last: int) -> Tensor:
             part = query[:, head, first * columns : last * columns]
             logits: Tensor = self.query_key(part, key[:, head])
-            if bias is not None:
-                logits.add_(bias(part, first, last))
+            if positions is not None:
+                logits.add_(positions.of_query(part, first, last))
             attention = self.softmax_quantizer(logits.softmax(dim=-1), value[:, head])
             attended: Tensor = self.attention_value(attention, value[:, head])
             return attended
@@ -182,9 +180,14 @@ class _QuantizedAttentionMixin(nn.Module):
         return result
 
     def _whole_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Bias | None, columns: int
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: RelativePositions | None,
+        columns: int,
     ) -> Tensor:
-        """As `_quantized_attention`, with products of whole numbers."""
+        """As `_quantized_attention`, with products of whole numbers and portable softmax."""
         logits_of = logits_worth(
             self.query_quantizer, self.key_quantizer, self.scale, query.shape[-1]
         )
@@ -197,26 +200,19 @@ class _QuantizedAttentionMixin(nn.Module):
             tokens = slice(first * columns, last * columns)
             part = query[:, head, tokens]
             logits: Tensor = self.query_key(part, key[:, head], logits_of)
-            if bias is not None:
-                # In float64, rounded once: the same numbers on every device.
-                logits.add_(bias((part * self.query_quantizer.step).double(), first, last))
-            # In float64 too: its steps are those of the number rounded to float32.
-            softmax = logits.softmax(dim=-1, dtype=torch.float64)
-            attention = self.softmax_quantizer(softmax, steps=True)
+            if positions is not None:
+                step = self.query_quantizer.step
+                logits.add_(positions.of_steps(part, step, first, last))
+            attention = self.softmax_quantizer(portable_softmax(logits), steps=True)
             result[:, head, tokens] = self.attention_value(attention, value[:, head], values_of)
         return result
 
 
-def position_bias(attention: image_encoder.Attention, grid: tuple[int, int]) -> Bias | None:
-    """What gives an attention's relative positions, in the precision of the query; None without."""
-    if not attention.use_rel_pos:
-        return None
-    tables = functools.cache(functools.partial(attention.position_tables, grid))
-
-    def bias(part: Tensor, first: int, last: int) -> Tensor:
-        return attention.position_bias(part, tables(part.dtype), first, last)
-
-    return bias
+def positions_of(
+    attention: image_encoder.Attention, grid: tuple[int, int]
+) -> RelativePositions | None:
+    """The relative positions of an attention to a grid of keys; None without."""
+    return RelativePositions(attention, grid) if attention.use_rel_pos else None
 
 
 class QuantizedEncoderAttention(image_encoder.Attention, _QuantizedAttentionMixin):
@@ -243,7 +239,7 @@ class QuantizedEncoderAttention(image_encoder.Attention, _QuantizedAttentionMixi
         query, key, value = self.split_heads(self.qkv(x))
 
         attended = self._quantized_attention(
-            query, key, value, position_bias(self, grid), columns=grid[1]
+            query, key, value, positions_of(self, grid), columns=grid[1]
         )
         projected: Tensor = self.proj(self.merge_heads(attended, grid))
         return projected

@@ -22,7 +22,7 @@ from ptq4sam.model.attention import (
 )
 from ptq4sam.model.float_weights import round_float_weights
 from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
-from ptq4sam.model.rounding_once import round_once
+from ptq4sam.model.portable_layers import make_portable
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import QUANTIZERS, Quantizer
@@ -122,7 +122,7 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
         insert_into_encoder(quantized.image_encoder, factory)
     insert_into_transformer(quantized.mask_decoder.transformer, factory)
     name_quantizers(quantized)
-    round_once(quantized, quantize_encoder)
+    make_portable(quantized, quantize_encoder)
     if scheme.float_weights == "float16":
         round_float_weights(quantized)
     return quantized.eval().requires_grad_(False)

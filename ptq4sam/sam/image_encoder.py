@@ -76,18 +76,10 @@ class Attention(nn.Module):
         batch = x.shape[0]
         return x.transpose(1, 2).reshape(batch, grid[0], grid[1], -1)
 
-    def position_tables(
-        self, grid: tuple[int, int], dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Relative positions of a (rows, columns) grid: see `relative_table`, of either axis.
-
-        `dtype` is theirs, by default that of the parameters.
-        """
+    def position_tables(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Relative positions of a (rows, columns) grid: see `relative_table`, of either axis."""
         rows, columns = grid
-        return (
-            relative_table(self.rel_pos_h, rows).to(dtype),
-            relative_table(self.rel_pos_w, columns).to(dtype),
-        )
+        return relative_table(self.rel_pos_h, rows), relative_table(self.rel_pos_w, columns)
 
     def position_bias(
         self,
@@ -100,26 +92,15 @@ class Attention(nn.Module):
 
         Args:
             query: [batch, heads, (last_row - first_row) * columns, head_dim], unscaled.
-            tables: of the grid of keys, in the dtype of `query`. Sums in float64 are rounded to
-                that of the parameters, each of the two on its own.
+            tables: of the grid of keys.
             first_row: first query row.
             last_row: row after the last query row; None for all.
 
         Returns:
             [batch, heads, queries, rows * columns].
         """
-        table_h, table_w = tables
-        rows, columns = len(table_h), len(table_w)
-        last_row = rows if last_row is None else last_row
-        batch, heads, _, head_dim = query.shape
-        grid_query = query.reshape(batch * heads, last_row - first_row, columns, head_dim)
-        bias_h = torch.einsum("brcd,rkd->brck", grid_query, table_h[first_row:last_row])
-        bias_w = torch.einsum("brcd,ckd->brck", grid_query, table_w)
-        if table_h.dtype == torch.float64:
-            bias_h, bias_w = bias_h.to(self.rel_pos_h.dtype), bias_w.to(self.rel_pos_w.dtype)
-        # Contiguous terms make a contiguous sum, which the reshape need not copy.
-        bias = bias_h.contiguous()[..., :, None] + bias_w.contiguous()[..., None, :]
-        return bias.reshape(batch, heads, -1, rows * columns)
+        by_row, by_column = position_terms(query, tables, first_row, last_row)
+        return joined_terms(by_row, by_column, query.shape[1])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
         if not self.use_rel_pos:
@@ -257,6 +238,31 @@ class ImageEncoderViT(nn.Module):
 
 def _channels_first(state: State) -> tuple[Tensor, ...]:
     return (state[0].permute(0, 3, 1, 2),)
+
+
+def position_terms(
+    query: Tensor, tables: tuple[Tensor, Tensor], first_row: int = 0, last_row: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """What relative positions of each axis add to logits; arguments as for `position_bias`.
+
+    Returns:
+        [batch * heads, query rows, columns, rows] and [batch * heads, query rows, columns,
+        columns].
+    """
+    table_h, table_w = tables
+    columns, head_dim = len(table_w), query.shape[-1]
+    grid_query = query.reshape(-1, query.shape[2] // columns, columns, head_dim)
+    by_row = torch.einsum("brcd,rkd->brck", grid_query, table_h[first_row:last_row])
+    by_column = torch.einsum("brcd,ckd->brck", grid_query, table_w)
+    return by_row, by_column
+
+
+def joined_terms(by_row: Tensor, by_column: Tensor, heads: int) -> Tensor:
+    """The sum of the terms of both axes: [batch, heads, queries, rows * columns]."""
+    rows, columns = by_row.shape[-1], by_column.shape[-1]
+    # Contiguous terms make a contiguous sum, which the reshape need not copy.
+    bias = by_row.contiguous()[..., :, None] + by_column.contiguous()[..., None, :]
+    return bias.reshape(len(by_row) // heads, heads, -1, rows * columns)
 
 
 def relative_table(table: Tensor, size: int) -> Tensor:

@@ -73,8 +73,9 @@ def test_a_float_unit_gives_the_float_answer(
 ) -> None:
     names = [name for name, _ in model_units(insert_quantizers(sam, make_scheme()))]
     scheme = make_scheme(units=dict.fromkeys(names, "float"))
-    # But for last bits: norms of a quantized model are rounded once.
-    torch.testing.assert_close(forward(quantize_sam(sam, items[:1], scheme)), forward(sam))
+    # But for last bits: what lies between its units is portable.
+    found = forward(quantize_sam(sam, items[:1], scheme))
+    torch.testing.assert_close(found, forward(sam), rtol=1e-4, atol=1e-4)
 
 
 def test_the_audit_finds_bits_that_the_scheme_does_not_say(

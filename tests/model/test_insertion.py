@@ -25,7 +25,8 @@ def test_float_mode_is_the_float_model(sam: Sam, make_scheme: MakeScheme, forwar
     with quantizer_mode(quantized, Mode.FLOAT):
         found = forward(quantized)
     for ours, reference in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+        # Portable functions are not torch's own, patches have 21 bits.
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
 
 
 def test_insertion_leaves_the_float_model_alone(sam: Sam, make_scheme: MakeScheme) -> None:

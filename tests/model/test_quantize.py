@@ -133,7 +133,7 @@ def test_bimodal_folding_leaves_the_float_output(
     key_bias = quantized.mask_decoder.transformer.final_attn_token_to_image.k_proj.bias
     assert (key_bias > 0).all()
     for ours, reference in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
 
 
 def test_calibration_without_pictures_is_refused(sam: Sam, make_scheme: MakeScheme) -> None:

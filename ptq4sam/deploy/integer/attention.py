@@ -20,15 +20,16 @@ from ptq4sam.deploy.integer.layers import IntegerLinear
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.methods.granularity_table import point_table
 from ptq4sam.model.attention import (
-    Bias,
     QuantizedDecoderAttention,
     QuantizedEncoderAttention,
     logits_worth,
-    position_bias,
+    positions_of,
     softmax_pieces,
     values_worth,
 )
 from ptq4sam.model.layers import QuantizedLinear
+from ptq4sam.model.portable_layers import portable_softmax
+from ptq4sam.model.relative_positions import RelativePositions
 from ptq4sam.quantization.quantizers import Quantizer
 from ptq4sam.sam import image_encoder, transformer
 
@@ -97,7 +98,7 @@ class AttentionProducts(nn.Module):
 
     def softmax_codes(self, logits: Tensor) -> Tensor:
         """Codes of the softmax of logits."""
-        return self.softmax_quantizer.codes(logits.softmax(dim=-1, dtype=torch.float64).float())
+        return self.softmax_quantizer.codes(portable_softmax(logits))
 
     def accumulate_values(self, attention: Tensor, value: Tensor) -> Tensor:
         """Sums over keys of attention times value code less its zero point.
@@ -126,7 +127,7 @@ class AttentionProducts(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        bias: Bias | None = None,
+        positions: RelativePositions | None = None,
         columns: int = 1,
     ) -> Tensor:
         """Attend with codes; arguments as for the simulation, the result as codes."""
@@ -137,9 +138,9 @@ class AttentionProducts(nn.Module):
             tokens = slice(first * columns, last * columns)
             part = query[:, head, tokens]
             logits = self.logits(self.accumulate_logits(part, key[:, head]))
-            if bias is not None:
-                steps = part - self.query_grid.zero_point
-                logits += bias((steps * self.query_step).double(), first, last)
+            if positions is not None:
+                steps = (part - self.query_grid.zero_point).float()
+                logits += positions.of_steps(steps, self.query_step, first, last)
             attention = self.softmax_codes(logits)
             sums = self.accumulate_values(attention, value[:, head])
             result[:, head, tokens] = self.requantize(sums)
@@ -166,7 +167,7 @@ class IntegerEncoderAttention(image_encoder.Attention):
         """As the float block: [batch, rows, columns, dim] to the same shape."""
         grid = (x.shape[1], x.shape[2])
         attended = self.products(
-            *self.split_heads(_codes(self.qkv, x)), position_bias(self, grid), columns=grid[1]
+            *self.split_heads(_codes(self.qkv, x)), positions_of(self, grid), columns=grid[1]
         )
         return _output(self.proj, self.merge_heads(attended, grid))
 

@@ -6,14 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 from torch import nn
 
+from ptq4sam.deploy.codes import LogGrid, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.values import dequantize, quantize
+from ptq4sam.deploy.onnx.points import cut_points, looked_up, point_codes, points_of
+from ptq4sam.deploy.onnx.traced import Traced
+from ptq4sam.deploy.onnx.values import dequantize, quantize, require_quantizing, steps_of
+from ptq4sam.errors import DeployError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.model.attention import values_worth
+from ptq4sam.model.attention import Whole, logits_worth, values_worth
+from ptq4sam.quantization import portable
 from ptq4sam.quantization.base import Quantizer
+from ptq4sam.quantization.portable import MOST_TERMS, apart, rounded_sum
 from ptq4sam.quantization.whole import EXACT
 from ptq4sam.sam.image_encoder import Attention as EncoderAttention
 from ptq4sam.sam.transformer import Attention as DecoderAttention
@@ -26,11 +31,20 @@ Bias = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Operands:
-    """Query, scaled key and value by head: [batch, heads, n, d], [.., d, m] and [.., m, d]."""
+    """Query, key and value by head, as products take them.
+
+    Attributes:
+        query: [batch, heads, n, d].
+        key: [batch, heads, d, m], times the attention's scale where it is float or ONNX Runtime's.
+        value: [batch, heads, m, d].
+        steps: the query in steps where it is quantized and the graph exact, else float; for
+            relative positions.
+    """
 
     query: str
     key: str
     value: str
+    steps: str
 
 
 def attention_quantizer(attention: nn.Module, role: str) -> Quantizer | None:
@@ -63,17 +77,37 @@ def operands(
         path: of the attention.
     """
     heads, found = attention.num_heads, []
-    for role, x in zip(_ROLES, projected, strict=True):
-        quantizer = attention_quantizer(attention, role)
-        value = quantize(graph, x, quantizer, f"{path}.{role}_quantizer")
-        is_key = role == "key"
-        if role == "value" and _has_whole_points(attention):
-            value = value.in_steps()
-        x = dequantize(graph, value, f"{path}.{role}", attention.scale if is_key else 1.0)
-        x = graph.reshape(x, (0, tokens, heads, -1), f"{path}.{role}.split")
+
+    def by_head(x: str, role: str, path: str) -> str:
+        x = graph.reshape(x, (0, tokens, heads, -1), f"{path}.split")
         # Keys lie as the product takes them.
-        found.append(graph.transpose(x, (0, 2, 3, 1) if is_key else (0, 2, 1, 3), f"{path}.{role}"))
-    return Operands(*found)
+        return graph.transpose(x, (0, 2, 3, 1) if role == "key" else (0, 2, 1, 3), path)
+
+    steps = ""
+    for role, x in zip(_ROLES, projected, strict=True):
+        inner = f"{path}.{role}"
+        value = quantize(graph, x, attention_quantizer(attention, role), f"{inner}_quantizer")
+        whole = value.affine is not None and (
+            graph.multiplies_steps or (role == "value" and _has_whole_points(attention))
+        )
+        if whole:
+            x = steps_of(graph, value, inner)
+        elif role == "key" and value.affine is None:
+            x = graph.node("Mul", [value.name, graph.number(attention.scale)], f"{inner}.scaled")
+        else:
+            x = dequantize(graph, value, inner, attention.scale if role == "key" else 1.0)
+        found.append(by_head(x, role, inner))
+        if role == "query":
+            steps = found[0]
+            if graph.exact and value.affine is not None and not whole and has_positions(attention):
+                inner = f"{inner}.steps"
+                steps = by_head(steps_of(graph, value, inner), role, inner)
+    return Operands(found[0], found[1], found[2], steps)
+
+
+def has_positions(attention: nn.Module) -> bool:
+    """Whether an attention has relative positions."""
+    return bool(getattr(attention, "use_rel_pos", False))
 
 
 def attend(
@@ -81,50 +115,86 @@ def attend(
     attention: EncoderAttention | DecoderAttention,
     given: Operands,
     path: str,
+    keys: int,
     bias: Bias | None = None,
     parts: int | None = None,
 ) -> str:
     """softmax(query key scale + bias) value: [batch, heads, n, d].
 
-    `parts` is a divisor of batch * heads * n, see `quantize`; by default the number of heads.
+    Args:
+        graph: where nodes go.
+        attention: owner of the quantizers.
+        given: the operands.
+        path: of the attention.
+        keys: how many there are at most.
+        bias: adds relative positions.
+        parts: a divisor of batch * heads * n, see `points.looked_up`; by default the number of
+            heads.
+
+    Raises:
+        DeployError: there are too many keys for exact sums.
     """
     logits = graph.node("MatMul", [given.query, given.key], f"{path}.logits")
+    query, key, value, softmax = (
+        attention_quantizer(attention, role) for role in (*_ROLES, "softmax")
+    )
+    if graph.multiplies_steps and query is not None and key is not None:
+        worth = logits_worth(query, key, attention.scale, terms=1)
+        logits = _worth(Traced(graph, logits, f"{path}.logits"), worth)
     if bias is not None:
         logits = bias(logits)
-    quantizer = attention_quantizer(attention, "softmax")
-    softmax = _softmax(graph, logits, quantizer is not None, path)
-    parts = attention.num_heads if parts is None else parts
-    weights = quantize(graph, softmax, quantizer, f"{path}.softmax_quantizer", parts)
-    if quantizer is not None and _has_whole_points(attention):
-        # Sums of whole numbers are those of the simulation in whatever order.
-        worth = values_worth(quantizer, cast(Quantizer, attention.value_quantizer))
-        factors, double = [weights.name, given.value], worth.largest > EXACT and graph.has_float64
-        if double:
-            # Without float64, in OpenVINO, sums are nearly exact.
-            factors = [
-                graph.cast(x, np.float64, f"{path}.double.{n}") for n, x in enumerate(factors)
-            ]
-        sums = graph.node("MatMul", factors, f"{path}.sums")
-        if double:
-            sums = graph.cast(sums, np.float32, f"{path}.sums.float32")
-        return graph.node("Mul", [sums, graph.number(float(worth.step))], f"{path}.attended")
+    shares = _softmax(graph, logits, softmax is not None, keys, path)
+    if softmax is None or value is None:
+        return graph.node("MatMul", [shares, given.value], f"{path}.attended")
+    inner, parts = f"{path}.softmax_quantizer", attention.num_heads if parts is None else parts
+    worth = values_worth(softmax, value)
+    if isinstance(softmax, AdaptiveGranularityQuantizer):
+        require_quantizing(softmax, inner)
+        cut = (worth.largest, keys, value.grid.largest_step)
+        return _worth(_sums_of_points(graph, softmax, shares, given.value, cut, path, parts), worth)
+    weights = quantize(graph, shares, softmax, inner)
+    if graph.multiplies_steps:
+        factors = [steps_of(graph, weights, f"{path}.softmax"), given.value]
+        product = graph.node("MatMul", factors, f"{path}.sums")
+        return _worth(Traced(graph, product, path), worth)
     factors = [dequantize(graph, weights, f"{path}.softmax"), given.value]
     return graph.node("MatMul", factors, f"{path}.attended")
 
 
-def _softmax(graph: Graph, logits: str, quantized: bool, path: str) -> str:
-    """In float64, rounded once, where it is quantized and the runtime has float64."""
-    if not (quantized and graph.has_float64):
+def _softmax(graph: Graph, logits: str, quantized: bool, keys: int, path: str) -> str:
+    if not (quantized and graph.exact):
         return graph.node("Softmax", [logits], f"{path}.softmax", axis=-1)
-    # By its parts: ONNX Runtime's own softmax of float64 takes one number after the other.
-    last = graph.integers(-1)
-    largest = graph.node("ReduceMax", [logits, last], f"{path}.largest", keepdims=1)
-    logits, largest = (
-        graph.cast(x, np.float64, f"{path}.{name}.float64")
-        for x, name in ((logits, "logits"), (largest, "largest"))
-    )
-    below = graph.node("Sub", [logits, largest], f"{path}.below")
-    powers = graph.node("Exp", [below], f"{path}.powers")
-    total = graph.node("ReduceSum", [powers, last], f"{path}.total", keepdims=1)
-    shares = graph.node("Div", [powers, total], f"{path}.shares")
-    return graph.cast(shares, np.float32, f"{path}.softmax")
+    if keys > MOST_TERMS:
+        raise DeployError(
+            f"{path} attends to {keys} places, sums are exact for {MOST_TERMS}: export a model "
+            "of smaller pictures"
+        )
+    return portable.softmax(Traced(graph, logits, f"{path}.softmax")).name
+
+
+def _sums_of_points(
+    graph: Graph,
+    quantizer: AdaptiveGranularityQuantizer,
+    shares: str,
+    value: str,
+    cut: tuple[float, int, float],
+    path: str,
+    parts: int,
+) -> Traced:
+    """Sums over keys of whole points times values in steps; `cut` is what `cut_points` needs."""
+    inner, grid = f"{path}.softmax_quantizer", cast(LogGrid, softmax_grid(quantizer))
+    codes = point_codes(graph, shares, quantizer, grid, inner, parts)
+    points = points_of(quantizer, grid)
+    pieces = cut_points(points, *cut) if graph.exact and cut[0] > EXACT else [(points, 1.0)]
+    sums = []
+    for number, (table, unit) in enumerate(pieces):
+        piece = looked_up(graph, codes, table, shares, f"{inner}.points.{number}", parts)
+        product = graph.node("MatMul", [piece, value], f"{path}.sums.{number}")
+        found = Traced(graph, product, path)
+        sums.append(found if unit == 1.0 else found * unit)
+    return rounded_sum(sums)
+
+
+def _worth(sums: Traced, worth: Whole) -> str:
+    # Apart, or OpenVINO multiplies one of the operands with what the sums are worth.
+    return apart(apart(sums) * float(worth.step)).name

@@ -21,6 +21,7 @@ from ptq4sam.deploy.onnx.layers import (
     sequential,
 )
 from ptq4sam.deploy.onnx.prompts import dense_prompts, sparse_prompts
+from ptq4sam.quantization.portable import MOST_TERMS
 from ptq4sam.sam.mask_decoder import MLP, MaskDecoder
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.transformer import Attention, TwoWayAttentionBlock
@@ -29,7 +30,7 @@ _PATH = "mask_decoder"
 _TRANSFORMER = f"{_PATH}.transformer"
 
 
-def decoder_graph(sam: Sam, signed: bool = False) -> Graph:
+def decoder_graph(sam: Sam, signed: bool = False, exact: bool = True) -> Graph:
     """The prompt encoder and the mask decoder, float or quantized, for prompts on one picture.
 
     Inputs, float32 unless said otherwise, in pixels of the encoder's (resized) input:
@@ -49,12 +50,12 @@ def decoder_graph(sam: Sam, signed: bool = False) -> Graph:
     - `iou` [prompts, M], the model's estimate of each mask's IoU.
     - `masks` [prompts, M, *original_size], logits of the picture; a pixel above 0 is in the mask.
 
-    `signed` is as for `Graph`.
+    `signed` and `exact` are as for `Graph`.
 
     Raises:
         DeployError: a part has no exact form.
     """
-    graph = Graph("mask_decoder", signed)
+    graph = Graph("mask_decoder", signed, exact)
     encoder, decoder = sam.prompt_encoder, sam.mask_decoder
     rows, columns = encoder.image_embedding_size
     height, width = encoder.mask_input_size
@@ -179,7 +180,7 @@ def _attention(graph: Graph, attention: Attention, q: str, k: str, v: str, path:
         for role, x in (("q", q), ("k", k), ("v", v))
     ]
     given = operands(graph, attention, projected, 0, path)
-    attended = attend(graph, attention, given, path)
+    attended = attend(graph, attention, given, path, MOST_TERMS)
     merged = quantize_input(graph, attention.out_proj, attended, f"{path}.out_proj")
     name = graph.transpose(merged.name, (0, 2, 1, 3), f"{path}.by_token")
     name = graph.reshape(name, (0, 0, attention.q_proj.out_features), f"{path}.merged")

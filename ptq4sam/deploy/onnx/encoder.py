@@ -29,17 +29,17 @@ from ptq4sam.sam.image_encoder import (
 _PATH = "image_encoder"
 
 
-def encoder_graph(encoder: ImageEncoderViT, signed: bool = False) -> Graph:
+def encoder_graph(encoder: ImageEncoderViT, signed: bool = False, exact: bool = True) -> Graph:
     """The encoder, float or quantized, for one normalised and padded picture.
 
     Input `image` [1, 3, side, side], output `embedding` [1, channels, rows, columns], float32.
 
-    `signed` is as for `Graph`.
+    `signed` and `exact` are as for `Graph`.
 
     Raises:
         DeployError: a part has no exact form.
     """
-    graph = Graph("image_encoder", signed)
+    graph = Graph("image_encoder", signed, exact)
     side = encoder.img_size
     embedding = encoder.patch_embed.proj
     rows = side // embedding.stride[0]
@@ -62,7 +62,7 @@ def _block(graph: Graph, block: Block, x: str, side: int, path: str) -> str:
     attended = _attention(graph, block.attn, normalized, side, block.window_size, f"{path}.attn")
     x = graph.node("Add", [x, attended], f"{path}.attended")
     normalized = layer_norm(graph, block.norm2, x, f"{path}.norm2")
-    changed = mlp_block(graph, block.mlp, normalized, f"{path}.mlp", parts=side)
+    changed = mlp_block(graph, block.mlp, normalized, f"{path}.mlp")
     return graph.node("Add", [x, changed], path)
 
 

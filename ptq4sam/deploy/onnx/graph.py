@@ -61,11 +61,13 @@ class Graph:
         signed: activations have codes of int8 around 0 where their grid fits (symmetric ones, and
             up to 7 bits), which OpenVINO multiplies with each other; else all are of uint8, which
             ONNX Runtime takes (1.31 fails to load some graphs with signed ones).
+        exact: what lies between products of codes is computed as in the simulation, bit for bit;
+            else by the runtime's own operators, which are faster in OpenVINO.
     """
 
-    def __init__(self, name: str, signed: bool = False) -> None:
+    def __init__(self, name: str, signed: bool = False, exact: bool = True) -> None:
         self._onnx = require_onnx()
-        self.signed = signed
+        self.signed, self.exact = signed, exact
         self._name = name
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
@@ -84,9 +86,13 @@ class Graph:
         self._outputs.append(self._info(name, dtype, shape))
 
     @property
-    def has_float64(self) -> bool:
-        """Whether the runtime computes in float64: OpenVINO, whose graphs are signed, does not."""
-        return not self.signed
+    def multiplies_steps(self) -> bool:
+        """Whether products are of whole steps; else of what these are worth.
+
+        ONNX Runtime's integer products multiply sums with scales as the simulation does; OpenVINO
+        has its own order.
+        """
+        return self.signed and self.exact
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """Add a constant tensor; returns its name."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-import numpy as np
 from torch import Tensor
 
 from ptq4sam.deploy.onnx.attention import Operands, attend, attention_quantizer
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.layers import array
+from ptq4sam.deploy.onnx.traced import Traced
+from ptq4sam.model.relative_positions import of_terms, table_digits
 from ptq4sam.sam.image_encoder import Attention, relative_rows, table_of_size
 
 _FLOAT_BYTES = 4
@@ -17,6 +19,9 @@ _WHOLE_BYTES = 64 * 2**20
 """Logits up to this size are one tensor."""
 _PIECE_BYTES = 16 * 2**20
 """Size of the pieces of larger ones: a global attention at 1024 px has 805 MB for ViT-B."""
+_CHAIN_BYTES = 32 * 2**20
+"""The same where OpenVINO has a long chain of nodes for each, whose compilation takes a second for
+some thousand of them."""
 
 
 def attend_in_grid(
@@ -37,13 +42,15 @@ def attend_in_grid(
     Returns:
         [grids, heads, side * side, head_dim]; one grid where its own logits are too many.
     """
-    positions = _positions(graph, attention, given.query, side, path)
+    positions = _positions(graph, attention, given.steps, side, path)
     heads, tokens = attention.num_heads, side * side
     grid_bytes = _FLOAT_BYTES * heads * tokens * tokens
     if grid_bytes <= _WHOLE_BYTES:
-        groups = _groups(grids, grid_bytes) if graph.has_float64 else 1
+        # OpenVINO joins the chain of a softmax's operations, ONNX Runtime goes through memory.
+        groups = 1 if graph.signed else _groups(grids, grid_bytes)
         return _attend_in_groups(graph, attention, given, positions, side, groups, path)
-    allowed = max(1, _PIECE_BYTES // (_FLOAT_BYTES * side * tokens))
+    piece = _CHAIN_BYTES if graph.multiplies_steps else _PIECE_BYTES
+    allowed = max(1, piece // (_FLOAT_BYTES * side * tokens))
     rows = max(number for number in range(1, side + 1) if side % number == 0 and number <= allowed)
     by_query = [given.query, *positions]
     by_head = [
@@ -54,7 +61,14 @@ def attend_in_grid(
     for head, (key, value, *parts) in enumerate(zip(*by_head, strict=True)):
         inner = f"{path}.heads.{head}"
         pieces = [
-            _attend(graph, attention, Operands(query, key, value), terms, side, f"{inner}.{index}")
+            _attend(
+                graph,
+                attention,
+                replace(given, query=query, key=key, value=value),
+                terms,
+                side,
+                f"{inner}.{index}",
+            )
             for index, (query, *terms) in enumerate(
                 zip(
                     *(
@@ -70,7 +84,7 @@ def attend_in_grid(
 
 
 def _groups(grids: int, grid_bytes: int) -> int:
-    """The fewest groups of as many grids whose logits are a piece; in float64 they are twice it."""
+    """The fewest groups of as many grids whose logits are a piece."""
     return next(
         groups
         for groups in range(1, grids + 1)
@@ -95,10 +109,15 @@ def _attend_in_groups(
         for number, x in enumerate([given.query, given.key, given.value, *positions])
     ]
     attended = [
-        _attend(graph, attention, Operands(*three), terms, side, f"{path}.groups.{index}")
-        for index, (*three, terms) in enumerate(
-            (*parts[:3], parts[3:]) for parts in zip(*by_group, strict=True)
+        _attend(
+            graph,
+            attention,
+            replace(given, query=query, key=key, value=value),
+            terms,
+            side,
+            f"{path}.groups.{index}",
         )
+        for index, (query, key, value, *terms) in enumerate(zip(*by_group, strict=True))
     ]
     return graph.node("Concat", attended, f"{path}.attended", axis=0)
 
@@ -112,8 +131,9 @@ def _attend(
     path: str,
 ) -> str:
     """Attend from some rows of the grid, in one head or all, to all of it."""
+    keys = side * side
     if not positions:
-        return attend(graph, attention, given, path, parts=side)
+        return attend(graph, attention, given, path, keys, parts=side)
 
     def placed(logits: str) -> str:
         # [grids, heads, queries, key row, key column]
@@ -122,13 +142,20 @@ def _attend(
         both = graph.node("Add", [grid, bias], f"{path}.logits.placed")
         return graph.reshape(both, (0, 0, 0, side * side), f"{path}.logits.all")
 
-    return attend(graph, attention, given, path, placed, parts=side)
+    return attend(graph, attention, given, path, keys, placed, parts=side)
 
 
 def _positions(
     graph: Graph, attention: Attention, query: str, side: int, path: str
 ) -> tuple[str, ...]:
     """Relative-position logits of both axes (ViTDet, section 3), from the unscaled query.
+
+    Args:
+        graph: where nodes go.
+        attention: owner of the tables.
+        query: in steps where it is quantized.
+        side: of the grid.
+        path: of the attention.
 
     Returns:
         By key row [grids, heads, queries, side, 1] and by key column [.., 1, side], to be added to
@@ -139,16 +166,8 @@ def _positions(
     tokens, head_dim = side * side, attention.proj.in_features // attention.num_heads
     grid = graph.reshape(query, (0, 0, side, side, head_dim), f"{path}.query.grid")
     turned = graph.transpose(grid, (0, 1, 3, 2, 4), f"{path}.query.turned")
-    tables = [
-        _table(graph, positions, side, f"{path}.{name}")
-        for name, positions in (
-            ("rel_pos_h", attention.rel_pos_h),
-            ("rel_pos_w", attention.rel_pos_w),
-        )
-    ]
-    double = attention_quantizer(attention, "query") is not None and graph.has_float64
-    by_row = _sums(graph, grid, tables[0], double, f"{path}.bias_h")
-    by_column = _sums(graph, turned, tables[1], double, f"{path}.bias_w.turned")
+    by_row = _terms(graph, attention, grid, attention.rel_pos_h, side, f"{path}.rel_pos_h")
+    by_column = _terms(graph, attention, turned, attention.rel_pos_w, side, f"{path}.rel_pos_w")
     by_column = graph.transpose(by_column, (0, 1, 3, 2, 4), f"{path}.bias_w")
     return (
         graph.reshape(by_row, (0, 0, tokens, side, 1), f"{path}.bias_h.flat"),
@@ -156,14 +175,25 @@ def _positions(
     )
 
 
-def _sums(graph: Graph, query: str, table: str, double: bool, path: str) -> str:
-    """Their product; in float64, rounded once, where asked for."""
-    if not double:
-        return graph.node("MatMul", [query, table], path)
-    factors = [
-        graph.cast(x, np.float64, f"{path}.float64.{n}") for n, x in enumerate((query, table))
+def _terms(
+    graph: Graph, attention: Attention, query: str, positions: Tensor, side: int, path: str
+) -> str:
+    """What positions on one axis add, from a query whose grid has that axis third."""
+    table, quantizer = table_of_size(positions, side), attention_quantizer(attention, "query")
+    if quantizer is None or not graph.exact:
+        return graph.node("MatMul", [query, _table(graph, table, side, path)], f"{path}.terms")
+    digits, worth = table_digits(table)
+    sums = [
+        Traced(
+            graph,
+            graph.node(
+                "MatMul", [query, _table(graph, digit, side, f"{path}.{place}")], f"{path}.sums"
+            ),
+            path,
+        )
+        for place, digit in enumerate(digits)
     ]
-    return graph.cast(graph.node("MatMul", factors, f"{path}.unrounded"), np.float32, path)
+    return of_terms(sums, worth, float(quantizer.step)).name
 
 
 def _table(graph: Graph, table: Tensor, side: int, path: str) -> str:
@@ -171,7 +201,7 @@ def _table(graph: Graph, table: Tensor, side: int, path: str) -> str:
 
     The file holds one row a distance; runtimes pick rows out once, when they load it.
     """
-    distances = graph.constant(path, array(table_of_size(table, side)))
+    distances = graph.parameter(path, array(table))
     rows = graph.shared(f"distances.{side}", relative_rows(side).numpy())
     chosen = graph.node("Gather", [distances, rows], f"{path}.rows", axis=0)
     return graph.transpose(chosen, (0, 2, 1), f"{path}.table")

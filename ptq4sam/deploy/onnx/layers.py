@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.steps import quantized_gelu
+from ptq4sam.deploy.onnx.traced import Traced
 from ptq4sam.deploy.onnx.values import (
     Value,
     dequantize,
     dequantized_weight,
     held_weight,
     quantize,
+    steps_of,
 )
 from ptq4sam.errors import DeployError
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, step_of_sums
-from ptq4sam.model.rounding_once import (
-    RoundedGELU,
-    RoundedLayerNorm,
-    RoundedLayerNorm2d,
-    RoundedPatches,
+from ptq4sam.model.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, step_of_sums
+from ptq4sam.model.portable_layers import (
+    PortableGELU,
+    PortableLayerNorm,
+    PortableLayerNorm2d,
+    PortablePatches,
+    pixel_digits,
+    weight_digits,
 )
 from ptq4sam.quantization.base import Quantizer
+from ptq4sam.quantization.portable import apart, gelu, of_digits
+from ptq4sam.quantization.portable import layer_norm as layer_norm_of
 from ptq4sam.sam.common import LayerNorm2d, MLPBlock
 from ptq4sam.sam.mask_decoder import MLP
 
-_ACTIVATIONS = {nn.GELU: "Gelu", RoundedGELU: "Gelu", nn.ReLU: "Relu"}
+_ACTIVATIONS = {nn.GELU: "Gelu", PortableGELU: "Gelu", nn.ReLU: "Relu"}
 
 
 def array(tensor: Tensor) -> NDArray[np.float32]:
@@ -56,15 +63,37 @@ def apply_linear(
     graph: Graph, layer: nn.Linear, x: Value, path: str, outputs: slice = slice(None)
 ) -> str:
     """A linear layer, or some of its outputs, of an input that is quantized where the layer is."""
-    factors = [dequantize(graph, x, f"{path}.input"), _matrix(graph, layer, path, outputs)]
-    if layer.bias is None:
+    whole = graph.multiplies_steps and x.affine is not None
+    given = (steps_of if whole else dequantize)(graph, x, f"{path}.input")
+    factors = [given, _matrix(graph, layer, path, outputs)]
+    if layer.bias is None and not whole:
         return graph.node("MatMul", factors, path)
     product = graph.node("MatMul", factors, f"{path}.product")
+    if whole:
+        product = _of_steps(graph, cast(QuantizedLinear, layer), product, path, outputs)
+    if layer.bias is None:
+        return product
     bias = array(layer.bias)[outputs]
     if x.affine is not None:
         # With a bias of one dimension ONNX Runtime would make a float Gemm of the integer product.
         bias = bias[None, None]
     return graph.node("Add", [product, graph.constant(f"{path}.bias", bias)], path)
+
+
+def _of_steps(
+    graph: Graph,
+    layer: QuantizedLayer,
+    sums: str,
+    path: str,
+    outputs: slice = slice(None),
+    axes_behind: int = 0,
+) -> str:
+    """What sums of steps are worth, rounded before a bias is added."""
+    step = array(step_of_sums(layer))
+    if step.ndim:
+        step = step[outputs].reshape(-1, *[1] * axes_behind)
+    worth = graph.constant(f"{path}.worth", step)
+    return apart(Traced(graph, sums, f"{path}.scaled").node("Mul", worth)).name
 
 
 def _matrix(graph: Graph, layer: nn.Linear, path: str, outputs: slice) -> str:
@@ -81,7 +110,7 @@ def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
     if not isinstance(layer, QuantizedConv2d) and type(layer) not in (
         nn.Conv2d,
         nn.ConvTranspose2d,
-        RoundedPatches,
+        PortablePatches,
     ):
         raise _unknown(layer, path)
     assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
@@ -96,13 +125,21 @@ def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
     value = quantize_input(graph, layer, x, path)
     if isinstance(layer, QuantizedConv2d) and not graph.signed:
         return _integer_convolution(graph, layer, value, path)
-    weight = (
-        dequantized_weight(graph, layer, path)
-        if isinstance(layer, QuantizedConv2d)
-        else graph.parameter(f"{path}.weight", array(layer.weight))
-    )
     kind = "ConvTranspose" if isinstance(layer, nn.ConvTranspose2d) else "Conv"
-    inputs = [dequantize(graph, value, f"{path}.input"), weight]
+    whole = graph.multiplies_steps and value.affine is not None
+    given = (steps_of if whole else dequantize)(graph, value, f"{path}.input")
+    if isinstance(layer, QuantizedConv2d):
+        weight = dequantized_weight(graph, layer, path)
+    else:
+        weight = graph.parameter(f"{path}.weight", array(layer.weight))
+    inputs = [given, weight]
+    if whole:
+        x = graph.node(kind, inputs, f"{path}.product", **_geometry(layer))
+        x = _of_steps(graph, cast(QuantizedConv2d, layer), x, path, axes_behind=2)
+        if layer.bias is None:
+            return x
+        bias = graph.constant(f"{path}.bias", array(layer.bias).reshape(-1, 1, 1))
+        return graph.node("Add", [x, bias], path)
     if layer.bias is not None:
         inputs.append(graph.constant(f"{path}.bias", array(layer.bias)))
     return graph.node(kind, inputs, path, **_geometry(layer))
@@ -156,63 +193,67 @@ def layer_norm(graph: Graph, layer: nn.LayerNorm | LayerNorm2d, x: str, path: st
 
 
 def _normalized(graph: Graph, layer: nn.LayerNorm | LayerNorm2d, x: str, path: str) -> str:
-    double = isinstance(layer, RoundedLayerNorm | RoundedLayerNorm2d) and graph.has_float64
-    parameters = {"weight": array(layer.weight), "bias": array(layer.bias)}
-    if double:
-        x = graph.cast(x, np.float64, f"{path}.float64")
-    inputs = [x] + [
-        graph.constant(f"{path}.{name}", value.astype(np.float64) if double else value)
-        for name, value in parameters.items()
+    parameters = [
+        graph.constant(f"{path}.{name}", array(value))
+        for name, value in (("weight", layer.weight), ("bias", layer.bias))
     ]
-    name = f"{path}.unrounded" if double else path
-    x = graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=layer.eps)
-    return graph.cast(x, np.float32, path) if double else x
+    if not (graph.exact and isinstance(layer, PortableLayerNorm | PortableLayerNorm2d)):
+        inputs = [x, *parameters]
+        return graph.node("LayerNormalization", inputs, path, axis=-1, epsilon=layer.eps)
+    traced, weight, bias = (Traced(graph, name, path) for name in (x, *parameters))
+    return layer_norm_of(traced, len(layer.weight), weight, bias, layer.eps).name
 
 
 def patches(graph: Graph, layer: nn.Conv2d, x: str, side: int, path: str) -> str:
     """The patch embedding of [1, channels, side, side] as [1, rows, columns, out_channels]."""
-    if not (isinstance(layer, RoundedPatches) and graph.has_float64):
-        return graph.transpose(convolution(graph, layer, x, path), (0, 2, 3, 1), f"{path}.last")
-    # A product of matrices, since ONNX Runtime has no convolution in float64.
-    size = layer.kernel_size[0]
-    rows, channels = side // size, layer.in_channels
-    x = graph.reshape(x, (1, channels, rows, size, rows, size), f"{path}.cut")
-    x = graph.transpose(x, (0, 2, 4, 1, 3, 5), f"{path}.cells")
-    x = graph.reshape(x, (1, rows, rows, channels * size * size), f"{path}.patches")
-    factors = [x, graph.parameter(f"{path}.weight", array(layer.weight.flatten(1).t()))]
-    factors = [graph.cast(y, np.float64, f"{path}.float64.{n}") for n, y in enumerate(factors)]
-    x = graph.node("MatMul", factors, f"{path}.product")
+    if graph.exact and isinstance(layer, PortablePatches):
+        embedded = _patches_of_digits(graph, layer, x, path)
+    else:
+        embedded = convolution(graph, layer, x, path)
+    return graph.transpose(embedded, (0, 2, 3, 1), f"{path}.last")
+
+
+def _patches_of_digits(graph: Graph, layer: PortablePatches, x: str, path: str) -> str:
+    pixels = pixel_digits(Traced(graph, x, f"{path}.pixels"))
+    weights, worth = weight_digits(layer.weight)
+    sums = []
+    one = graph.constant(f"{path}.one", np.array(1, np.float32))
+    for count in (1, 2, 3):
+        inner = f"{path}.{count}"
+        names = [digit.name for digit in pixels[:count]]
+        given = graph.node("Concat", names, f"{inner}.pixels", axis=1)
+        if graph.signed:
+            # OpenVINO has integer kernels behind quantization nodes.
+            zero = graph.constant(f"{inner}.zero", np.array(0, np.int8))
+            given = graph.node("QuantizeLinear", [given, one, zero], f"{inner}.codes")
+            given = graph.node("DequantizeLinear", [given, one], f"{inner}.steps")
+        weight = array(torch.cat(weights[:count][::-1], 1)).astype(np.int8)
+        held = [graph.constant(f"{inner}.weight", weight), one]
+        factor = graph.node("DequantizeLinear", held, f"{inner}.weight.steps")
+        product = graph.node("Conv", [given, factor], f"{inner}.sums", **_geometry(layer))
+        sums.append(Traced(graph, product, path))
+    patches = of_digits(*sums) * worth
     if layer.bias is not None:
-        bias = graph.constant(f"{path}.bias", array(layer.bias).astype(np.float64))
-        x = graph.node("Add", [x, bias], f"{path}.unrounded")
-    return graph.cast(x, np.float32, path)
+        bias = graph.constant(f"{path}.bias", array(layer.bias).reshape(-1, 1, 1))
+        patches = patches.node("Add", bias)
+    return patches.name
 
 
 def activation(graph: Graph, module: nn.Module, x: str, path: str) -> str:
     """GELU (exact) or ReLU."""
+    if graph.exact and isinstance(module, PortableGELU):
+        return gelu(Traced(graph, x, path)).name
     kind = _ACTIVATIONS.get(type(module))
     if kind is None or getattr(module, "approximate", "none") != "none":
         raise _unknown(module, path)
     return graph.node(kind, [x], path)
 
 
-def mlp_block(graph: Graph, block: MLPBlock, x: str, path: str, parts: int = 1) -> str:
-    """Two linear layers with an activation between them; `parts` as for `values.quantize`."""
+def mlp_block(graph: Graph, block: MLPBlock, x: str, path: str) -> str:
+    """Two linear layers with an activation between them."""
     hidden = linear(graph, block.lin1, x, f"{path}.lin1")
-    activated = _activated(graph, block, hidden, path, parts)
-    return apply_linear(graph, block.lin2, activated, f"{path}.lin2")
-
-
-def _activated(graph: Graph, block: MLPBlock, hidden: str, path: str, parts: int) -> Value:
-    """The input of a block's second layer, by steps where these make it that of the simulation."""
-    quantizer = input_quantizer(block.lin2)
-    # OpenVINO makes integer products of its own quantization nodes only.
-    if isinstance(block.act, RoundedGELU) and quantizer is not None and not graph.signed:
-        value = quantized_gelu(graph, hidden, block.act, quantizer, f"{path}.act", parts)
-        if value is not None:
-            return value
     hidden = activation(graph, block.act, hidden, f"{path}.act")
-    return quantize_input(graph, block.lin2, hidden, f"{path}.lin2")
+    return linear(graph, block.lin2, hidden, f"{path}.lin2")
 
 
 def perceptron(graph: Graph, module: MLP, x: str, path: str) -> str:

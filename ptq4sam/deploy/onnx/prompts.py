@@ -9,7 +9,8 @@ import torch
 
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.layers import array, sequential
-from ptq4sam.model.rounding_once import RoundedPositions
+from ptq4sam.deploy.onnx.traced import Traced
+from ptq4sam.model.portable_layers import PortablePositions, waves
 from ptq4sam.sam.prompt_encoder import PromptEncoder
 
 _PATH = "prompt_encoder"
@@ -69,16 +70,20 @@ def _positions(graph: Graph, encoder: PromptEncoder, points: str, path: str) -> 
     unit = graph.node("Div", [centred, size], f"{path}.unit")
     doubled = graph.node("Mul", [unit, graph.number(2.0)], f"{path}.doubled")
     signed = graph.node("Sub", [doubled, graph.number(1.0)], f"{path}.signed")
-    double = isinstance(encoder.pe_layer, RoundedPositions) and graph.has_float64
-    kind = np.float64 if double else np.float32
-    matrix = array(encoder.pe_layer.positional_encoding_gaussian_matrix).astype(kind)
-    if double:
-        signed = graph.cast(signed, kind, f"{path}.signed.float64")
+    matrix = array(encoder.pe_layer.positional_encoding_gaussian_matrix)
+    if graph.exact and isinstance(encoder.pe_layer, PortablePositions):
+        place = Traced(graph, signed, path)
+        turns = (
+            Traced(graph, graph.constant(f"{path}.turns.{axis}", row), path)
+            for axis, row in zip("xy", matrix, strict=True)
+        )
+        names = [
+            wave.name for wave in waves(place.narrow(-1, 0, 1), place.narrow(-1, 1, 1), *turns)
+        ]
+        return graph.node("Concat", names, f"{path}.encoded", axis=-1)
     product = graph.node(
         "MatMul", [signed, graph.constant(f"{path}.frequencies", matrix)], f"{path}.product"
     )
-    angles = graph.node("Mul", [product, graph.number(2 * math.pi, kind)], f"{path}.angles")
-    waves = [graph.node(name, [angles], f"{path}.{name.lower()}") for name in ("Sin", "Cos")]
-    encoded = f"{path}.encoded"
-    both = graph.node("Concat", waves, f"{encoded}.float64" if double else encoded, axis=-1)
-    return graph.cast(both, np.float32, encoded) if double else both
+    angles = graph.node("Mul", [product, graph.number(2 * math.pi)], f"{path}.angles")
+    names = [graph.node(name, [angles], f"{path}.{name.lower()}") for name in ("Sin", "Cos")]
+    return graph.node("Concat", names, f"{path}.encoded", axis=-1)

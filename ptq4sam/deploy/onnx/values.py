@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +12,12 @@ from torch import Tensor
 
 from ptq4sam.deploy.codes import LogGrid, UniformGrid, layer_codes, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
+from ptq4sam.deploy.onnx.traced import Traced
 from ptq4sam.errors import DeployError
-from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.methods.granularity_points import FLOOR
-from ptq4sam.methods.granularity_table import point_table
 from ptq4sam.model.layers import QuantizedLayer
 from ptq4sam.quantization.base import Mode, Quantizer
 from ptq4sam.quantization.grid import Grid, along_channels
+from ptq4sam.quantization.portable import quotient
 
 _CONTAINER_BITS = 8
 _NIBBLE_BITS = 4
@@ -47,18 +45,10 @@ class Value:
     Attributes:
         name: of the tensor.
         affine: what its codes mean.
-        step: what 1 is worth; not 1 for the whole points of an adaptive granularity.
     """
 
     name: str
     affine: Affine | None = None
-    step: float = 1.0
-
-    def in_steps(self) -> Value:
-        """The same codes, each step of which is worth 1."""
-        if self.affine is None:
-            return self
-        return replace(self, affine=replace(self.affine, scale=np.array(1, np.float32)))
 
     def renamed(self, name: str) -> Value:
         """The same numbers at other places (reshaped, transposed, sliced)."""
@@ -68,30 +58,30 @@ class Value:
 def dequantize(graph: Graph, value: Value, path: str, factor: float = 1.0) -> str:
     """The float tensor of a value, times a factor."""
     if value.affine is None:
-        factor *= value.step
-        if factor == 1.0:
-            return value.name
-        return graph.node("Mul", [value.name, graph.number(factor)], f"{path}.scaled")
+        return value.name
     scale = np.asarray(value.affine.scale * np.float32(factor), np.float32)
-    inputs = [value.name, graph.constant(f"{path}.scale", scale)]
-    if value.affine.zero_point.any():
-        inputs.append(graph.constant(f"{path}.zero_point", value.affine.zero_point))
+    return _dequantized(graph, value.name, value.affine, scale, path)
+
+
+def steps_of(graph: Graph, value: Value, path: str) -> str:
+    """The whole numbers that codes are less their zero point, as a float tensor."""
+    assert value.affine is not None
+    return _dequantized(graph, value.name, value.affine, np.array(1, np.float32), path)
+
+
+def _dequantized(
+    graph: Graph, name: str, affine: Affine, scale: NDArray[np.float32], path: str
+) -> str:
+    inputs = [name, graph.constant(f"{path}.scale", scale)]
+    if affine.zero_point.any():
+        inputs.append(graph.constant(f"{path}.zero_point", affine.zero_point))
     return graph.node("DequantizeLinear", inputs, f"{path}.dequantized")
 
 
-def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str, parts: int = 1) -> Value:
-    """A float tensor on the quantizer's grid; None leaves it as it is.
+def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Value:
+    """Codes of a float tensor on the quantizer's grid; None leaves it as it is.
 
-    Evenly spaced grids give codes, in 8 bits also where they have fewer: the tensor is cut to their
-    range first. Powers of 2 (adaptive granularity) give a float tensor of whole numbers of steps.
-
-    Args:
-        graph: where nodes go.
-        x: the tensor.
-        quantizer: of it.
-        path: of the quantizer.
-        parts: a divisor of the number of its elements, in so many parts of which a runtime may look
-            up powers at the same time.
+    They have 8 bits also where the grid has fewer: the tensor is cut to its range first.
 
     Raises:
         DeployError: the quantizer's grid has no exact form.
@@ -101,22 +91,37 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str, parts
     require_quantizing(quantizer, path)
     grid = softmax_grid(quantizer)
     if isinstance(grid, LogGrid):
-        quantizer = cast(AdaptiveGranularityQuantizer, quantizer)
-        points = point_table(grid.grid.levels, grid.tau, quantizer.fraction_bits())
-        return Value(_powers(graph, x, grid, points, path, parts), step=float(quantizer.step))
+        raise DeployError(f"{path} has an adaptive granularity, which is for softmax outputs alone")
     affine = activation_format(grid, graph.signed, path)
+    if graph.multiplies_steps:
+        return _rounded_codes(graph, x, grid, affine, path)
     if grid.grid.bits < _CONTAINER_BITS:
         bounds = [
             graph.number(float(np.float32(code - grid.zero_point) * np.float32(grid.scale)))
             for code in (grid.grid.qmin, grid.grid.qmax)
         ]
         x = graph.node("Clip", [x, *bounds], f"{path}.clipped")
+    return Value(_quantize_linear(graph, x, affine, path), affine)
+
+
+def _quantize_linear(graph: Graph, x: str, affine: Affine, path: str) -> str:
     inputs = [
         x,
         graph.constant(f"{path}.scale", affine.scale),
         graph.constant(f"{path}.zero_point", affine.zero_point),
     ]
-    return Value(graph.node("QuantizeLinear", inputs, f"{path}.codes"), affine)
+    return graph.node("QuantizeLinear", inputs, f"{path}.codes")
+
+
+def _rounded_codes(graph: Graph, x: str, grid: UniformGrid, affine: Affine, path: str) -> Value:
+    """Codes of a scale of 1, for OpenVINO, which would multiply with the reciprocal of another.
+
+    It takes them into its integer kernels like those of any scale.
+    """
+    steps = quotient(Traced(graph, x, path), grid.scale).round()
+    low, high = (float(code - grid.zero_point) for code in (grid.grid.qmin, grid.grid.qmax))
+    whole = replace(affine, scale=np.array(1, np.float32))
+    return Value(_quantize_linear(graph, steps.clamp(low, high).name, whole, path), affine)
 
 
 @dataclass(frozen=True)
@@ -175,9 +180,10 @@ def held_weight(
 def dequantized_weight(
     graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = slice(None)
 ) -> str:
-    """The float weight of a layer, from integers; see `held_weight`."""
+    """The float weight of a layer, from integers; see `held_weight`; or its steps."""
     held, name = held_weight(graph, layer, path, outputs), f"{path}.weight"
-    inputs = [held.name, graph.constant(f"{name}.scale", _float32(held.scale))]
+    scale = torch.ones_like(held.scale) if graph.multiplies_steps else held.scale
+    inputs = [held.name, graph.constant(f"{name}.scale", _float32(scale))]
     if held.zero_point.any():
         inputs.append(graph.constant(f"{name}.zero_point", _int8(held.zero_point)))
     return graph.node("DequantizeLinear", inputs, f"{name}.dequantized", axis=held.axis)
@@ -194,39 +200,6 @@ def activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
         return Affine(scale, np.array(0, np.int8))
     shift = _UNSIGNED if grid.grid.symmetric else 0
     return Affine(scale, np.array(grid.zero_point + shift, np.uint8))
-
-
-def _powers(graph: Graph, x: str, grid: LogGrid, points: Tensor, path: str, parts: int) -> str:
-    """Softmax outputs moved to powers of 2^(1/tau): the code by a logarithm, the value by a table.
-
-    The logarithm is one of float64 where the runtime has it. The table holds whole numbers (see
-    `granularity_table`); its last entry, one beyond the grid, is the 0 of what is too small. ONNX
-    Runtime copies single numbers slowly in a Gather, and fast in a GatherElements, which it spreads
-    over rows.
-    """
-    levels = grid.grid.levels
-    table = graph.constant(f"{path}.points", _float32(points))
-    kind = np.float64 if graph.has_float64 else np.float32
-    largest = float(np.finfo(np.float32).max)
-    bounds = [graph.number(FLOOR), graph.number(largest)]
-    floored = graph.node("Clip", [x, *bounds], f"{path}.floored")
-    ratio = graph.node("Div", [floored, graph.number(grid.scale)], f"{path}.ratio")
-    if graph.has_float64:
-        ratio = graph.cast(ratio, kind, f"{path}.ratio.float64")
-    logarithm = graph.node("Log", [ratio], f"{path}.logarithm")
-    step = graph.number(-grid.tau / math.log(2), kind)
-    steps = graph.node("Mul", [logarithm, step], f"{path}.steps")
-    rounded = graph.node("Round", [steps], f"{path}.rounded")
-    ends = [graph.number(0.0, kind), graph.number(float(levels), kind)]
-    codes = graph.node("Clip", [rounded, *ends], f"{path}.within")
-    indices = graph.cast(codes, np.int32, f"{path}.codes")
-    if graph.signed:
-        return graph.node("Gather", [table, indices], f"{path}.values", axis=0)
-    rows = graph.reshape(indices, (parts, -1), f"{path}.rows")
-    tables = graph.node("Expand", [table, graph.integers(parts, 1)], f"{path}.tables")
-    values = graph.node("GatherElements", [tables, rows], f"{path}.looked_up", axis=1)
-    shape = graph.node("Shape", [x], f"{path}.shape")
-    return graph.node("Reshape", [values, shape], f"{path}.values")
 
 
 def require_quantizing(quantizer: Quantizer, path: str) -> None:
