@@ -38,13 +38,13 @@ class Operands:
         key: [batch, heads, d, m], times the attention's scale where it is float or ONNX Runtime's.
         value: [batch, heads, m, d].
         steps: the query in steps where it is quantized and the graph exact, else float; for
-            relative positions.
+            relative positions, which pieces of an attention have already.
     """
 
     query: str
     key: str
     value: str
-    steps: str
+    steps: str = ""
 
 
 def attention_quantizer(attention: nn.Module, role: str) -> Quantizer | None:

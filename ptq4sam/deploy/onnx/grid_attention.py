@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -61,14 +60,7 @@ def attend_in_grid(
     for head, (key, value, *parts) in enumerate(zip(*by_head, strict=True)):
         inner = f"{path}.heads.{head}"
         pieces = [
-            _attend(
-                graph,
-                attention,
-                replace(given, query=query, key=key, value=value),
-                terms,
-                side,
-                f"{inner}.{index}",
-            )
+            _attend(graph, attention, Operands(query, key, value), terms, side, f"{inner}.{index}")
             for index, (query, *terms) in enumerate(
                 zip(
                     *(
@@ -110,12 +102,7 @@ def _attend_in_groups(
     ]
     attended = [
         _attend(
-            graph,
-            attention,
-            replace(given, query=query, key=key, value=value),
-            terms,
-            side,
-            f"{path}.groups.{index}",
+            graph, attention, Operands(query, key, value), terms, side, f"{path}.groups.{index}"
         )
         for index, (query, key, value, *terms) in enumerate(zip(*by_group, strict=True))
     ]
