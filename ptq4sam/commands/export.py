@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="openvino: its own softmax, norms and roundings, in about half the time; masks are "
+        help="openvino: its own softmax, norms and roundings, in 0.6 of the time; masks are "
         "near the simulation's, not equal",
     )
 

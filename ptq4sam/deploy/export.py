@@ -40,7 +40,7 @@ def export(sam: Sam, folder: str | Path, runtime_format: Format, *, fast: bool =
         folder: made if it is missing.
         runtime_format: "onnx" (encoder.onnx, decoder.onnx) or "openvino" (.xml and .bin of each).
         fast: leave what lies between products of codes to OpenVINO's own operators, which takes
-            about half the time, but not to the simulation's codes: some of them are the next ones.
+            0.6 of the time, but not to the simulation's codes: some of them are the next ones.
 
     Raises:
         ConfigError: there is no such format, or no fast form of it.
