@@ -1,4 +1,4 @@
-"""Training samples for vit_nano: photographs in COCO format and generated scenes, augmented.
+"""Training samples for small SAMs: photographs in COCO format and generated scenes, augmented.
 
 A sample is a square window of SAM's padded input, with boxes and masks of the objects in it. It
 depends only on (seed, index), so that a training run is reproducible and can resume.
@@ -6,12 +6,14 @@ depends only on (seed, index), so that a training run is reproducible and can re
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from nano_teacher import DetectorFeatures
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 from pycocotools import mask as rle
@@ -31,13 +33,14 @@ class Sample:
 
     Attributes:
         pixels: int16 [3, s, s], -1 is padding.
-        boxes: [n, 4] in pixels of the window.
+        boxes: [n, 4] tight ones, in pixels of the window.
         masks: uint8 [n, s, s], 255 is the object.
         points: [n, NEAR_POINTS + WIDE_POINTS, 2] places in pixels of the window, the near ones in
             and around the box, the others anywhere.
         labels: [n, points] 1 where the object is there in the picture's own resolution, which has
             more of a small object than the window.
         offset: (x, y) of the window in SAM's input.
+        features: float16 [channels, s / 8, s / 8] of a detector; no channels without a detector.
     """
 
     pixels: Tensor
@@ -46,6 +49,58 @@ class Sample:
     points: Tensor
     labels: Tensor
     offset: tuple[int, int]
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of b windows with n objects in all.
+
+    Attributes:
+        pixels: int16 [b, 3, s, s], -1 is padding.
+        boxes: [n, 4].
+        masks: uint8 [n, s, s].
+        points: [n, points, 2].
+        labels: [n, points].
+        owner: [n] window of each object.
+        offsets: [b, 2] of the windows in SAM's input.
+        features: [b, channels, s / 8, s / 8].
+    """
+
+    pixels: Tensor
+    boxes: Tensor
+    masks: Tensor
+    points: Tensor
+    labels: Tensor
+    owner: Tensor
+    offsets: Tensor
+    features: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(
+            **{
+                field.name: getattr(self, field.name).to(device, non_blocking=True)
+                for field in dataclasses.fields(self)
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Photographs of one annotation file, and how often they are shown.
+
+    Attributes:
+        images: folder.
+        annotations: instances file in COCO format.
+        weight: how often a photograph is shown, against 1.
+        weights: the same for those whose `source` in the file is named.
+    """
+
+    images: str
+    annotations: str
+    weight: float = 1.0
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,24 +131,27 @@ class Picture:
 class Photographs:
     """COCO-format photographs, held in memory as RGB arrays with compressed masks."""
 
-    def __init__(self, sources: list[tuple[Path, Path]]) -> None:
+    def __init__(self, root: Path, sources: list[Source]) -> None:
         self._items: list[tuple[NDArray[np.uint8], list[dict[str, object]]]] = []
-        for images, instances in sources:
-            coco = COCO(str(instances))
-            for image_id in coco.getImgIds():
-                known = coco.loadAnns(coco.getAnnIds(imgIds=[image_id], iscrowd=False))
+        weights = []
+        for source in sources:
+            coco = COCO(str(root / source.annotations))
+            for record in coco.loadImgs(coco.getImgIds()):
+                known = coco.loadAnns(coco.getAnnIds(imgIds=[record["id"]], iscrowd=False))
                 objects = [coco.annToRLE(a) for a in known if a["area"] >= MIN_VISIBLE_PIXELS]
                 if objects:
-                    path = images / coco.loadImgs([image_id])[0]["file_name"]
-                    with Image.open(path) as picture:
+                    with Image.open(root / source.images / record["file_name"]) as picture:
                         self._items.append((np.asarray(picture.convert("RGB")), objects))
+                    weights.append(source.weights.get(record.get("source", ""), source.weight))
+        self._until = np.cumsum(weights)
 
     def __len__(self) -> int:
         return len(self._items)
 
     def picture(self, rng: np.random.Generator) -> Picture:
-        """A random photograph."""
-        pixels, objects = self._items[int(rng.integers(len(self._items)))]
+        """A random photograph, drawn by its weight."""
+        place = rng.random() * self._until[-1]
+        pixels, objects = self._items[int(np.searchsorted(self._until, place, side="right"))]
         return Picture(Image.fromarray(pixels), [_encoded(item) for item in objects])
 
 
@@ -127,8 +185,9 @@ class WindowDataset(torch.utils.data.Dataset[Sample]):
         boxes: int,
         seed: int,
         length: int,
+        teacher: DetectorFeatures | None = None,
     ) -> None:
-        self.photographs = photographs
+        self.photographs, self.teacher = photographs, teacher
         self.scene_share = scene_share if photographs is not None else 1.0
         self.window, self.side, self.boxes = window, side, boxes
         self.seed, self.length = seed, length
@@ -191,13 +250,15 @@ class WindowDataset(torch.utils.data.Dataset[Sample]):
         tight = np.stack([seen.box for seen in found])
         points = _sample_points(tight, (width, height), rng)
         labels = np.stack([seen.labels(near) for seen, near in zip(found, points, strict=True)])
-        boxes = _jitter_boxes(tight, rng, (width, height))
         room = (self.side - self.window) // 8
         offset = (8 * int(rng.integers(0, room + 1)), 8 * int(rng.integers(0, room + 1)))
         padded = np.full((3, self.window, self.window), -1, np.int16)
         padded[:, :height, :width] = pixels.transpose(2, 0, 1)
-        arrays = (padded, boxes, canvas, points, labels)
-        return Sample(*map(torch.from_numpy, arrays), offset)
+        arrays = (padded, tight, canvas, points, labels)
+        features = torch.empty(0, self.window // 8, self.window // 8)
+        if self.teacher is not None:
+            features = self.teacher(padded)
+        return Sample(*map(torch.from_numpy, arrays), offset, features)
 
 
 @dataclass(frozen=True)
@@ -265,18 +326,6 @@ def _sample_points(
     return np.concatenate([near, wide], axis=1).astype(np.float32)
 
 
-def _jitter_boxes(
-    boxes: NDArray[np.float32], rng: np.random.Generator, size: tuple[int, int]
-) -> NDArray[np.float32]:
-    """Half of the boxes stay exact, half move like a detector's (5 % of the side, at most 10)."""
-    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
-    noise = np.clip(rng.normal(size=boxes.shape) * 0.05 * sides, -10, 10)
-    noise += rng.uniform(-0.5, 0.5, boxes.shape)
-    moved = boxes + noise * (rng.random((len(boxes), 1)) < 0.5)
-    limit = np.array([size[0], size[1]] * 2, np.float32)
-    return np.clip(moved, 0, limit).astype(np.float32)
-
-
 def _jitter_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         if rng.random() < 0.5:
@@ -284,15 +333,10 @@ def _jitter_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image
     return image
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, ...]:
-    """Stack samples.
-
-    Returns:
-        pixels [b, 3, s, s], then of all n objects boxes, masks, points, labels and the index [n] of
-        the window each is in, last the offsets [b, 2] of the windows.
-    """
+def collate(samples: list[Sample]) -> Batch:
+    """Stack samples."""
     owner = [index for index, sample in enumerate(samples) for _ in sample.boxes]
-    return (
+    return Batch(
         torch.stack([sample.pixels for sample in samples]),
         torch.cat([sample.boxes for sample in samples]),
         torch.cat([sample.masks for sample in samples]),
@@ -300,4 +344,5 @@ def collate(samples: list[Sample]) -> tuple[Tensor, ...]:
         torch.cat([sample.labels for sample in samples]),
         torch.tensor(owner),
         torch.tensor([sample.offset for sample in samples]),
+        torch.stack([sample.features for sample in samples]),
     )

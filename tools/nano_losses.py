@@ -1,4 +1,4 @@
-"""What vit_nano is trained by: masks at sampled points, predicted IoUs, separable features."""
+"""What small SAMs are trained by: masks at sampled points, predicted IoUs, separable features."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from nano_data import NEAR_POINTS, WIDE_POINTS
 from torch import Tensor
 from torch.nn import functional as F
 
-_SINGLE_WEIGHT = 1.5
+_SINGLE_WEIGHTS = (1.5, 0.5)
+_BEST_WEIGHTS = (0.4, 1.5)
+_IOU_WEIGHT = 2.0
 
 
 def mask_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -31,40 +33,82 @@ def mask_loss(logits: Tensor, labels: Tensor) -> Tensor:
     certainty = logits[..., :NEAR_POINTS].detach().abs()
     uncertain = certainty.topk(NEAR_POINTS // 3, largest=False).indices
     outline = near.gather(-1, uncertain).mean(-1)
-    return dice + near.mean(-1) + outline + 0.5 * wide.mean(-1)
+    return dice + near.mean(-1) + outline + wide.mean(-1)
 
 
-def near_box(boxes: Tensor, size: int) -> Tensor:
-    """1 within boxes [n, 4] grown by a fifth of their sides and two cells; [n, size, size]."""
+def near_box(boxes: Tensor, size: int, stride: float) -> Tensor:
+    """1 within boxes [n, 4] grown by a fifth of their sides and two pixels; [n, size, size]."""
     margin = 0.2 * (boxes[:, 2:] - boxes[:, :2]) + 2
     low, high = boxes[:, :2] - margin, boxes[:, 2:] + margin
-    cell = torch.arange(size) + 0.5
+    cell = stride * (torch.arange(size, device=boxes.device) + 0.5)
     inside_x = (cell > low[:, :1]) & (cell < high[:, :1])
     inside_y = (cell > low[:, 1:]) & (cell < high[:, 1:])
     return (inside_y[:, :, None] & inside_x[:, None, :]).float()
 
 
 def total_loss(
-    logits: Tensor, ious: Tensor, places: Tensor, labels: Tensor
-) -> tuple[Tensor, float]:
-    """Loss of the single mask, of the best of three, and of the predicted IoUs; mean single IoU.
+    logits: Tensor,
+    ious: Tensor,
+    places: Tensor,
+    labels: Tensor,
+    measured: Tensor,
+    ambiguous: Tensor,
+) -> Tensor:
+    """Loss of the single mask, of the best of three, and of the predicted IoUs.
+
+    The single mask is what a clear prompt asks for, the best of three what a lone click does.
 
     Args:
         logits: masks [n, m, h, w].
         ious: predicted [n, m].
         places: [n, points, 2] in -1..1 of the masks, where they are compared with the object.
         labels: [n, points].
+        measured: IoU [n, m] of the masks with the object.
+        ambiguous: [n] whether the prompt is a lone click.
     """
-    logits = F.grid_sample(logits, places[:, None], padding_mode="border", align_corners=False)
-    logits = logits[:, :, 0]
-    losses = mask_loss(logits, labels)
-    with torch.no_grad():
-        predicted, true = logits[..., :NEAR_POINTS] > 0, labels[:, None, :NEAR_POINTS] > 0.5
-        union = (predicted | true).sum(-1).clamp(min=1)
-        measured = (predicted & true).sum(-1) / union
+    sampled = F.grid_sample(logits, places[:, None], padding_mode="border", align_corners=False)
+    losses = mask_loss(sampled[:, :, 0], labels)
     best = losses[:, 1:].min(dim=1).values
-    loss = (_SINGLE_WEIGHT * losses[:, 0] + 0.4 * best + F.mse_loss(ious, measured)).mean()
-    return loss, float(measured[:, 0].mean())
+    single, three = (
+        torch.where(ambiguous, weights[1], weights[0])
+        for weights in (_SINGLE_WEIGHTS, _BEST_WEIGHTS)
+    )
+    return (single * losses[:, 0] + three * best).mean() + _IOU_WEIGHT * F.mse_loss(ious, measured)
+
+
+@torch.no_grad()
+def measured_iou(
+    logits: Tensor, places: Tensor, labels: Tensor, boxes: Tensor, seen: Tensor, stride: float
+) -> Tensor:
+    """IoU [n, m] of masks with objects.
+
+    Near the box by points of the picture's own resolution, of which a small object fills few cells
+    of the mask; farther away, where there is nothing of the object, by the mask's cells.
+
+    Args:
+        logits: [n, m, h, w].
+        places: [n, points, 2] in -1..1, the near ones first.
+        labels: [n, points].
+        boxes: tight ones [n, 4] in pixels of the window.
+        seen: [n, h, w], 1 where the window is not padding.
+        stride: pixels a cell.
+    """
+    near = places[:, None, :NEAR_POINTS]
+    sampled = F.grid_sample(logits, near, padding_mode="border", align_corners=False)[:, :, 0]
+    predicted, true = sampled > 0, labels[:, None, :NEAR_POINTS] > 0.5
+    inside = near_box(boxes, logits.shape[-1], stride)
+    area = (inside * seen).flatten(1).sum(1, keepdim=True).clamp(min=1)
+    away = (logits > 0) & (seen * (1 - inside) > 0)[:, None]
+    both = (predicted & true).float().mean(-1) * area
+    either = (predicted | true).float().mean(-1) * area + away.flatten(2).sum(-1)
+    return both / either.clamp(min=1e-6)
+
+
+def feature_loss(features: Tensor, target: Tensor) -> Tensor:
+    """Squared error of foretold feature maps [b, c, h, w], a channel's variance being one."""
+    mean = target.mean(dim=(0, 2, 3), keepdim=True)
+    spread = target.std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-3)
+    return F.mse_loss(features, ((target - mean) / spread).clamp(-5, 5))
 
 
 def separation_loss(features: Tensor, target: Tensor, boxes: Tensor, stride: float) -> Tensor:
@@ -79,7 +123,7 @@ def separation_loss(features: Tensor, target: Tensor, boxes: Tensor, stride: flo
         boxes: [n, 4] in pixels of the window.
         stride: pixels a cell.
     """
-    near = near_box(boxes / stride, target.shape[-1])
+    near = near_box(boxes, target.shape[-1], stride)
     inside, outside = (target * near).flatten(1), ((1 - target) * near).flatten(1)
     flat = F.instance_norm(features).flatten(2)
     front = (flat * inside[:, None]).sum(-1) / inside.sum(-1, keepdim=True).clamp(min=1)
@@ -92,15 +136,3 @@ def separation_loss(features: Tensor, target: Tensor, boxes: Tensor, stride: flo
         -1, keepdim=True
     ).clamp(min=1)
     return (entropy * weight).sum(-1).mean() / 2
-
-
-def sample_points(
-    target: Tensor, stride: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """One to three random object points of each mask, in window pixels, and their labels."""
-    count = int(torch.randint(1, 4, (), generator=generator))
-    weight = target.flatten(1) + 1e-9
-    index = torch.multinomial(weight, count, replacement=True, generator=generator)
-    size = target.shape[-1]
-    points = torch.stack([index % size, index // size], dim=-1) * stride + stride / 2
-    return points, torch.ones(points.shape[:2])

@@ -1,10 +1,10 @@
-"""Train vit_nano, the small SAM that ships with the package, from a seed.
+"""Train a small SAM, vit_nano by default, from a seed or from weights.
 
-    python tools/train_vit_nano.py --coco IMAGES ANNOTATIONS --coco ... --out ptq4sam/assets/...
+    python tools/train_vit_nano.py tools/vit_nano.yaml --data FOLDER --out FILE.safetensors
 
-First on 128 px windows of SAM's 256 px input (same scale, a quarter of the work), then on whole
-inputs. Without --coco it trains on generated scenes alone. A killed run resumes from --state.
-`torchrun --nproc-per-node 2 tools/train_vit_nano.py ...` shares each batch between two processes.
+The file says what it learns from and for how long. A killed run resumes from --state, with the same
+bits on a CPU. `torchrun --nproc-per-node 2 tools/train_vit_nano.py ...` shares each batch between
+two processes.
 """
 
 from __future__ import annotations
@@ -14,28 +14,38 @@ import dataclasses
 import logging
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+# Before torch, which then knows how its threads wait.
+import ptq4sam  # noqa: F401
+
+# isort: split
 import numpy as np
 import torch
-from nano_data import Photographs, WindowDataset, collate
-from nano_losses import sample_points, separation_loss, total_loss
+import yaml
+from nano_data import Batch, Photographs, Source, WindowDataset, collate
+from nano_losses import feature_loss, measured_iou, separation_loss, total_loss
 from nano_model import build_model, resize_encoder
+from nano_prompts import Prompts
+from nano_teacher import DetectorFeatures
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ptq4sam.allocator import keep_freed_memory
+from ptq4sam.sam.common import LayerNorm2d
 
 _log = logging.getLogger("train_vit_nano")
 
 _DECAY = 0.999
-_POINT_SHARE = 0.08
-_REFINE_SHARE = 0.08
+_ROUNDS = (1.0, 0.35, 0.35)
+_FEATURE_CHANNELS = 192
+_AUXILIARY = "foretold."
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Phase:
     """One stretch of training at one window size.
 
@@ -49,11 +59,38 @@ class Phase:
     final_rate: float
 
 
-PHASES = (
-    Phase(128, 8, 8000, 1e-3, 5e-5),
-    Phase(256, 4, 500, 2e-4, 1e-5),
-)
-"""Windows first, then whole inputs."""
+@dataclass(frozen=True)
+class Detector:
+    """A detector as ONNX, and the names of its feature maps."""
+
+    file: str
+    maps: list[str]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a settings file holds; paths are below --data."""
+
+    phases: list[Phase]
+    sources: list[Source] = dataclasses.field(default_factory=list)
+    detector: Detector | None = None
+    objects: int = 6
+    scene_share: float = 0.25
+    seed: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> Settings:
+        """Read a YAML file.
+
+        Raises:
+            TypeError: it names a setting that there is not.
+        """
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given["phases"] = [Phase(**phase) for phase in given["phases"]]
+        given["sources"] = [Source(**source) for source in given.get("sources", [])]
+        if given.get("detector") is not None:
+            given["detector"] = Detector(**given["detector"])
+        return cls(**given)
 
 
 def rate_at(phase: Phase, step: int) -> float:
@@ -66,108 +103,160 @@ def rate_at(phase: Phase, step: int) -> float:
 class Trainer:
     """Model, optimiser and moving average of one phase."""
 
-    def __init__(self, phase: Phase, index: int, seed: int) -> None:
+    def __init__(self, phase: Phase, index: int, seed: int, device: str = "cpu") -> None:
         torch.manual_seed(seed)
-        self.phase, self.index = phase, index
+        self.phase, self.index, self.device = phase, index, torch.device(device)
         self.model = build_model(phase.window).train()
         for parameter in self.model.parameters():
             if parameter.dim() == 4 and parameter.shape[0] == 1:
-                torch.nn.init.normal_(parameter, std=0.02)
-        decayed = [p for p in self.model.parameters() if p.dim() > 1]
-        plain = [p for p in self.model.parameters() if p.dim() <= 1]
+                nn.init.normal_(parameter, std=0.02)
+        neck = self.model.image_encoder.neck[0]
+        self.foretell = nn.Sequential(
+            LayerNorm2d(neck.in_channels), nn.Conv2d(neck.in_channels, _FEATURE_CHANNELS, 1)
+        )
+        self.model.to(self.device)
+        self.foretell.to(self.device)
+        trained = [*self.model.parameters(), *self.foretell.parameters()]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+            [
+                {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.05},
+                {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+            ],
             lr=phase.peak_rate,
             betas=(0.9, 0.98),
             fused=True,
         )
-        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.average = {k: v.detach().clone() for k, v in self._weights().items()}
         self.step = 0
-        self.separation: list[float] = []
-        self.early: list[float] = []
-        self.overlap: list[float] = []
-        self.features = torch.empty(0)
-        self.model.mask_decoder.output_upscaling.register_forward_hook(self._keep_features)
+        self.log: list[dict[str, float]] = []
+        self._upscaled = self._blocks = torch.empty(0)
+        self.model.mask_decoder.output_upscaling.register_forward_hook(self._keep_upscaled)
+        neck.register_forward_pre_hook(self._keep_blocks)
 
-    def _keep_features(self, _module: object, _inputs: object, output: Tensor) -> None:
-        self.features = output
+    def _keep_upscaled(self, _module: object, _inputs: object, output: Tensor) -> None:
+        self._upscaled = output
+
+    def _keep_blocks(self, _module: object, inputs: tuple[Tensor, ...]) -> None:
+        self._blocks = inputs[0]
+
+    def _weights(self) -> dict[str, Tensor]:
+        heads = {_AUXILIARY + name: value for name, value in self.foretell.state_dict().items()}
+        return {**self.model.state_dict(), **heads}
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        heads = {
+            k.removeprefix(_AUXILIARY): v for k, v in state.items() if k.startswith(_AUXILIARY)
+        }
+        if heads:
+            self.foretell.load_state_dict(heads)
+        own = {k: v for k, v in state.items() if not k.startswith(_AUXILIARY)}
+        self.model.load_state_dict(resize_encoder(own, self.model.state_dict()))
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
-        """Start from the averaged weights of an earlier phase."""
-        moved = resize_encoder(state, self.model.state_dict())
-        self.model.load_state_dict(moved)
-        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        """Start from the averaged weights of an earlier phase, or from those of a file."""
+        self._load(state)
+        self.average = {k: v.detach().clone() for k, v in self._weights().items()}
 
-    def train_step(self, batch: tuple[Tensor, ...]) -> float:
+    def train_step(self, batch: Batch) -> float:
         """One optimiser step; returns the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.phase, self.step)
         generator = torch.Generator().manual_seed(self.step)
-        loss = self.loss(batch, generator)
+        loss = self.loss(batch.to(self.device), generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(self.model)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        average_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
         self.step += 1
         decay = min(_DECAY, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for name, value in self.model.state_dict().items():
+            for name, value in self._weights().items():
                 self.average[name].lerp_(value, 1 - decay)
         return float(loss.detach())
 
-    def loss(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
-        """Loss of one batch: boxes mostly, at times points, at times a second pass with a mask."""
-        pixels, boxes, masks, points, labels, owner, offsets = batch
-        model = self.model
-        # Before all that depends on the data, for processes must take the same branches.
-        by_points, refine = (
-            bool(torch.rand((), generator=generator) < share)
-            for share in (_POINT_SHARE, _REFINE_SHARE)
-        )
-        embedding = self._embedding(pixels)[owner]
+    def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Loss of one batch: all objects once, some again with one more click and the mask."""
+        embedding = self._embedding(batch.pixels)
         stride = self.phase.window / (4 * embedding.shape[-1])
-        target = F.avg_pool2d(masks[:, None].float() / 255, int(stride))[:, 0]
-        shift = offsets[owner].float()
-        positions = self._positions(offsets // 8, embedding.shape[-1])[owner]
-        if by_points:
-            clicks, kinds = sample_points(target, stride, generator)
-            prompt = {"points": (clicks + shift[:, None], kinds)}
-        else:
-            prompt = {"boxes": boxes + shift.repeat(1, 2)}
-        # Prompts stay in float32: bfloat16 would round a box to whole pixels.
-        sparse = model.prompt_encoder(**prompt)[0]
-        dense = model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        dense = dense.expand_as(embedding)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, ious = model.mask_decoder.predict_all(embedding, positions, sparse, dense)
-        places = 2 * points / self.phase.window - 1
-        loss, overlap = total_loss(logits.float(), ious.float(), places, labels)
-        self.overlap.append(overlap)
-        loss = loss + self._separation(embedding, target, boxes, stride)
-        if refine:
-            with torch.autocast("cpu", torch.bfloat16):
-                dense = model.prompt_encoder.mask_downscaling(logits[:, :1].detach())
-                logits, ious = model.mask_decoder.predict_all(embedding, positions, sparse, dense)
-            loss = loss + total_loss(logits.float(), ious.float(), places, labels)[0]
+        target = F.avg_pool2d(batch.masks[:, None].float() / 255, int(stride))[:, 0]
+        seen = F.avg_pool2d((batch.pixels[:, :1] >= 0).float(), int(stride))[batch.owner, 0]
+        noted: dict[str, float] = {}
+        loss = self._foretold(batch, noted)
+        prompts = Prompts.first(batch.boxes, target, stride, self.phase.window, generator)
+        chosen = torch.arange(len(batch.boxes), device=self.device)
+        logits: Tensor | None = None
+        for number, share in enumerate(_ROUNDS):
+            if number:
+                kept = torch.randperm(len(chosen), generator=generator)
+                kept = kept[: max(1, round(share * len(chosen)))].to(self.device)
+                chosen, logits = chosen[kept], logits[kept]
+                prompts = prompts[kept].refined(logits[:, 0], target[chosen], stride, generator)
+            masks, ious, truth, term = self._round(
+                batch, embedding, seen, prompts, chosen, logits, stride
+            )
+            loss = loss + term * (1.0 if number == 0 else share)
+            if number == 0:
+                loss = loss + self._separation(batch, embedding, target, stride)
+            note_round(noted, number, prompts.by_box, ious, truth)
+            best = 1 + ious[:, 1:].argmax(1)
+            lone = ~prompts.by_box if number == 0 else torch.zeros_like(prompts.by_box)
+            picked = torch.where(lone, best, torch.zeros_like(best))
+            logits = masks[torch.arange(len(masks)), picked][:, None].detach()
+        self.log.append(noted)
         return loss
+
+    def _round(
+        self,
+        batch: Batch,
+        embedding: Tensor,
+        seen: Tensor,
+        prompts: Prompts,
+        chosen: Tensor,
+        logits: Tensor | None,
+        stride: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Masks of some objects, their predicted and measured IoUs, and the loss."""
+        owner = batch.owner[chosen]
+        features = embedding[owner]
+        offsets = batch.offsets[owner]
+        # Prompts stay in float32: bfloat16 would round a box to whole pixels.
+        sparse = prompts.embedded(self.model.prompt_encoder, offsets.float())
+        if logits is None:
+            dense = self.model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+            dense = dense.expand_as(features)
+        else:
+            dense = self.model.prompt_encoder.mask_downscaling(logits)
+        positions = self._positions(batch.offsets // 8, embedding.shape[-1])[owner]
+        with torch.autocast(self.device.type, torch.bfloat16):
+            masks, ious = self.model.mask_decoder.predict_all(features, positions, sparse, dense)
+        masks, ious = masks.float(), ious.float()
+        places = 2 * batch.points[chosen] / self.phase.window - 1
+        labels = batch.labels[chosen]
+        truth = measured_iou(masks, places, labels, batch.boxes[chosen], seen[chosen], stride)
+        lone = ~prompts.by_box if logits is None else torch.zeros_like(prompts.by_box)
+        return masks, ious, truth, total_loss(masks, ious, places, labels, truth, lone)
 
     def _embedding(self, pixels: Tensor) -> Tensor:
         model = self.model
         normalized = (pixels.float() - model.pixel_mean) / model.pixel_std
         normalized = torch.where(pixels < 0, 0.0, normalized)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16):
             return model.image_encoder(normalized)
 
-    def _separation(
-        self, embedding: Tensor, target: Tensor, boxes: Tensor, stride: float
-    ) -> Tensor:
+    def _foretold(self, batch: Batch, noted: dict[str, float]) -> Tensor:
+        if batch.features.shape[1] == 0:
+            return torch.zeros((), device=self.device)
+        loss = feature_loss(self.foretell(self._blocks.float()), batch.features.float())
+        noted["features"] = float(loss.detach())
+        return loss
+
+    def _separation(self, batch: Batch, embedding: Tensor, target: Tensor, stride: float) -> Tensor:
         coarse = F.avg_pool2d(target[:, None], 4)[:, 0]
-        separation = separation_loss(self.features.float(), target, boxes, stride)
-        early = separation_loss(embedding.float(), coarse, boxes, 4 * stride)
-        self.separation.append(float(separation.detach()))
-        self.early.append(float(early.detach()))
-        return 2 * separation + early
+        own = embedding[batch.owner].float()
+        early = separation_loss(own, coarse, batch.boxes, 4 * stride)
+        return separation_loss(self._upscaled.float(), target, batch.boxes, stride) + early
 
     def _positions(self, cells: Tensor, size: int) -> Tensor:
         whole = self.model.prompt_encoder.dense_positions()[0]
@@ -178,7 +267,7 @@ class Trainer:
         return {
             "phase": self.index,
             "step": self.step,
-            "model": self.model.state_dict(),
+            "model": self._weights(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
         }
@@ -186,16 +275,30 @@ class Trainer:
     def restore(self, state: dict[str, object]) -> None:
         """Continue from `state`."""
         self.step = state["step"]
-        self.model.load_state_dict(state["model"])
+        self._load(state["model"])
         self.average = state["average"]
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def average_gradients(model: torch.nn.Module) -> None:
+def note_round(
+    noted: dict[str, float], number: int, by_box: Tensor, ious: Tensor, truth: Tensor
+) -> None:
+    """Write down how good a round's masks are, and how wrong their predicted IoUs."""
+    best = truth.gather(1, 1 + ious[:, 1:].argmax(1, keepdim=True))[:, 0]
+    for name, chosen, values in (
+        (f"box{number}", by_box, truth[:, 0]),
+        (f"click{number}", ~by_box, best if number == 0 else truth[:, 0]),
+    ):
+        if chosen.any():
+            noted[name] = float(values[chosen].mean())
+    noted["off"] = float((ious.detach() - truth).abs().mean())
+
+
+def average_gradients(parameters: list[Tensor]) -> None:
     """Give every process the mean of all gradients; processes take the same branches of a step."""
     if world_size() == 1:
         return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients]) / world_size()
     torch.distributed.all_reduce(flat)
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -212,7 +315,7 @@ def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def run_phase(trainer: Trainer, dataset: WindowDataset, arguments: argparse.Namespace) -> None:
+def run_phase(trainer: Trainer, dataset: WindowDataset, state: Path) -> None:
     """Train to the end of the phase, saving the state every few minutes."""
     phase = trainer.phase
     share = phase.batch // world_size()
@@ -222,34 +325,30 @@ def run_phase(trainer: Trainer, dataset: WindowDataset, arguments: argparse.Name
         for index in range(share)
     ]
     loader = torch.utils.data.DataLoader(
-        dataset,
-        share,
-        sampler=order,
-        collate_fn=collate,
-        num_workers=1,
-        prefetch_factor=8,
+        dataset, share, sampler=order, collate_fn=collate, num_workers=1, prefetch_factor=8
     )
     started, saved, losses = time.monotonic(), time.monotonic(), []
     for batch in loader:
         losses.append(trainer.train_step(batch))
         if trainer.step % 100 == 0 and rank() == 0:
             pace = (time.monotonic() - started) / len(losses)
+            names = sorted({name for noted in trainer.log for name in noted})
+            means = {n: np.mean([e[n] for e in trainer.log if n in e]) for n in names}
             _log.info(
-                "window %d step %d/%d loss %.3f IoU %.3f separation %.3f early %.3f, %.2f s a step",
+                "window %d step %d/%d loss %.3f %s, %.2f s a step",
                 phase.window,
                 trainer.step,
                 phase.steps,
                 float(np.mean(losses[-100:])),
-                float(np.mean(trainer.overlap[-100:])),
-                float(np.mean(trainer.separation[-100:])),
-                float(np.mean(trainer.early[-100:])),
+                " ".join(f"{name} {value:.3f}" for name, value in means.items()),
                 pace,
             )
+            trainer.log.clear()
         if time.monotonic() - saved > 120 and rank() == 0:
-            write_atomically(trainer.state(), arguments.state)
+            write_atomically(trainer.state(), state)
             saved = time.monotonic()
     if rank() == 0:
-        write_atomically(trainer.state(), arguments.state)
+        write_atomically(trainer.state(), state)
 
 
 def write_atomically(state: dict[str, object], path: Path) -> None:
@@ -262,7 +361,8 @@ def write_atomically(state: dict[str, object], path: Path) -> None:
 def export(average: dict[str, Tensor], path: Path) -> None:
     """Write the averaged weights as float16 safetensors."""
     temporary = path.with_suffix(".tmp")
-    save_file({k: v.to(torch.float16).contiguous() for k, v in average.items()}, temporary)
+    own = {k: v for k, v in average.items() if not k.startswith(_AUXILIARY)}
+    save_file({k: v.to(torch.float16).contiguous() for k, v in own.items()}, temporary)
     os.replace(temporary, path)
     _log.info("wrote %s", path)
 
@@ -270,14 +370,13 @@ def export(average: dict[str, Tensor], path: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--coco", nargs=2, action="append", default=[], type=Path)
+    parser.add_argument("settings", type=Path, help="YAML file")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the sources")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="start from these weights (safetensors)")
     parser.add_argument("--state", type=Path, default=Path("train_vit_nano.pt"))
-    parser.add_argument("--scene-share", type=float, default=0.4)
-    parser.add_argument("--boxes", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 
 
@@ -285,37 +384,43 @@ def main() -> None:
     """Train all phases and export."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     arguments = parse_arguments()
+    settings = Settings.read(arguments.settings)
     keep_freed_memory()
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group("gloo")
     torch.set_num_threads(arguments.threads)
-    photographs = Photographs(arguments.coco) if arguments.coco else None
+    photographs = Photographs(arguments.data, settings.sources) if settings.sources else None
     _log.info("%d photographs", len(photographs) if photographs else 0)
+    teacher = None
+    if settings.detector is not None:
+        file = arguments.data / settings.detector.file
+        teacher = DetectorFeatures(file, settings.detector.maps)
     state = torch.load(arguments.state, weights_only=True) if arguments.state.exists() else None
     first = state["phase"] if state is not None else 0
     weights: dict[str, Tensor] | None = None
     if arguments.init is not None:
         weights = {name: value.float() for name, value in load_file(arguments.init).items()}
-    for index, phase in enumerate(PHASES):
+    for index, phase in enumerate(settings.phases):
         if index < first:
             continue
-        trainer = Trainer(phase, index, arguments.seed)
+        trainer = Trainer(phase, index, settings.seed, arguments.device)
         if weights is not None:
             trainer.load_weights(weights)
         if state is not None and index == first:
             trainer.restore(state)
         dataset = WindowDataset(
             photographs,
-            arguments.scene_share,
+            settings.scene_share,
             phase.window,
             trainer.model.prompt_encoder.input_image_size[0],
-            arguments.boxes,
-            arguments.seed + 1000 * index,
+            settings.objects,
+            settings.seed + 1000 * index,
             phase.steps * phase.batch,
+            teacher,
         )
         # The fused kernel's backward is slow where a few tokens attend to a few hundred.
         with sdpa_kernel(SDPBackend.MATH):
-            run_phase(trainer, dataset, arguments)
+            run_phase(trainer, dataset, arguments.state)
         weights = trainer.average
     if rank() == 0:
         export(weights, arguments.out)
