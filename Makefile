@@ -18,6 +18,8 @@ lint:
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
+	$(bin)/mypy --platform win32 --cache-dir .mypy_cache/win32
+	$(bin)/mypy --platform darwin --cache-dir .mypy_cache/darwin
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -9,6 +9,8 @@ turns, so that a busy machine slows all alike; memory is the peak of the residen
 process that loads one file and encodes one picture. NNCF quantizes the same float32 encoder: model
 type transformer, mixed preset, `--subset` pictures. Where other jobs cannot be stopped, `--clock
 cpu` with OMP_NUM_THREADS=1 measures processor time of one thread instead of the time on the clock.
+ONEDNN_MAX_CPU_ISA=AVX2 makes OpenVINO multiply as on a processor that has nothing newer, where the
+W8A8 encoder is exact with float32 products alone.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT, OURS, FAST, NNCF = "float32", "W8A8", "W8A8, fast", "NNCF INT8"
-FILES = {FLOAT: "float", OURS: "w8a8", FAST: "w8a8-fast", NNCF: "nncf"}
+FLOAT_PRODUCTS = "W8A8, float32 products"
+"""The file of W8A8, opened as on a processor whose int8 products saturate."""
+FILES = {FLOAT: "float", OURS: "w8a8", FLOAT_PRODUCTS: "w8a8", FAST: "w8a8-fast", NNCF: "nncf"}
+PRODUCTS = {OURS: "int8", FLOAT_PRODUCTS: "float32"}
 TORCH = "torch"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MEASURED = "measured.json"
@@ -125,6 +130,7 @@ def make_nncf(arguments: argparse.Namespace, folder: Path) -> None:
 MAKERS: dict[str, Callable[[argparse.Namespace, Path], None]] = {
     FLOAT: make_float,
     OURS: make_ours,
+    FLOAT_PRODUCTS: make_ours,
     FAST: make_fast,
     NNCF: make_nncf,
 }
@@ -144,7 +150,7 @@ def seconds(arguments: argparse.Namespace, runtime: str, precision: str) -> dict
     from ptq4sam.deploy.runtimes import open_session
 
     sessions = {
-        kind: open_session(runtime, path, ["embedding"], precision)
+        kind: open_session(runtime, path, ["embedding"], precision, PRODUCTS.get(kind))
         for kind, path in files_of(arguments, runtime, precision).items()
     }
     inputs = {"image": picture(_image_size(arguments.model)).numpy()}
@@ -169,12 +175,17 @@ def files_of(arguments: argparse.Namespace, runtime: str, precision: str) -> dic
     return {
         kind: path
         for kind, path in paths.items()
-        if path.exists() and (kind != OURS or precision == "f32")
+        if path.exists()
+        and (kind not in PRODUCTS or precision == "f32")
+        and (kind != FLOAT_PRODUCTS or runtime == "openvino")
     }
 
 
 def peak_mib(arguments: argparse.Namespace, what: str, precision: str) -> float:
-    """Peak of this process's memory after loading one encoder and encoding a picture, in MiB."""
+    """Peak of this process's memory after loading one encoder and encoding a picture, in MiB.
+
+    `what` is a file, with "#float32" behind it for float32 products, or TORCH.
+    """
     if what == TORCH:
         import torch
 
@@ -182,12 +193,13 @@ def peak_mib(arguments: argparse.Namespace, what: str, precision: str) -> float:
         with torch.inference_mode():
             sam.image_encoder(picture(sam.image_size))
     else:
-        _encode_without_torch(Path(what), precision)
+        path, _, products = what.partition("#")
+        _encode_without_torch(Path(path), precision, products)
     # Linux gives kilobytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def _encode_without_torch(path: Path, precision: str) -> None:
+def _encode_without_torch(path: Path, precision: str, products: str) -> None:
     """Encode noise with nothing but the runtime, as a program that only runs the file would."""
     import numpy as np
 
@@ -204,8 +216,14 @@ def _encode_without_torch(path: Path, precision: str) -> None:
         return
     import openvino
 
+    from ptq4sam.deploy.float_products import with_float_products
+
     settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    core = openvino.Core()
+    model = core.read_model(path)
+    if products == "float32":
+        model = with_float_products(model)
+    compiled = core.compile_model(model, "CPU", settings)
     shape = list(compiled.inputs[0].shape)
     compiled({"image": np.random.default_rng(0).normal(size=shape).astype(np.float32)})
 
@@ -230,6 +248,7 @@ class Measurements:
     def seconds(self, runtime: str, precision: str) -> dict[str, float]:
         """`seconds` of a process of its own."""
         there = "+".join(files_of(self._arguments, runtime, precision))
+        there += os.environ.get("ONEDNN_MAX_CPU_ISA", "")
         found: dict[str, float] = self._get(
             f"{self._arguments.clock} seconds {runtime} {precision} {there}",
             "seconds",
@@ -279,7 +298,8 @@ def table(arguments: argparse.Namespace, runtime: str, precision: str) -> list[s
         "|---|---|---|---|---|---|---|",
     ]
     for kind, path in paths.items():
-        peak = known.peak(str(path), precision)
+        what = f"{path}#float32" if kind == FLOAT_PRODUCTS else str(path)
+        peak = known.peak(what, precision)
         cells = [
             kind,
             f"{measured[kind]:.2f}",

@@ -14,10 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 
+# Before torch, which then knows how its threads wait.
+from ptq4sam.allocator import keep_freed_memory
+
+# isort: split
 import torch
 from torch import Tensor
 
-from ptq4sam.allocator import keep_freed_memory
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.mse import POWER, WIDTHS, Side, grid_search
@@ -81,7 +84,7 @@ def main(write: Callable[[str], object] = sys.stdout.write) -> None:
     weight, grid = 0.02 * torch.randn(arguments.side, arguments.side), Grid(arguments.bits)
 
     def our_search() -> tuple[float, float]:
-        low, high = grid_search(weight.reshape(1, -1), grid, Side.BOTH, per_channel=False)
+        low, high = grid_search(weight.reshape(1, -1), grid, Side.BOTH)
         return float(low), float(high)
 
     row(

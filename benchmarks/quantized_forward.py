@@ -17,9 +17,12 @@ import time
 from collections.abc import Callable
 from typing import cast
 
+# Before torch, which then knows how its threads wait.
+from ptq4sam.allocator import keep_freed_memory
+
+# isort: split
 import torch
 
-from ptq4sam.allocator import keep_freed_memory
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.model.calibration import observing_activations
 from ptq4sam.model.insertion import insert_quantizers

@@ -14,9 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+# Before torch, which then knows how its threads wait.
+from ptq4sam.cli import main as ptq4sam
+
+# isort: split
 import torch
 
-from ptq4sam.cli import main as ptq4sam
 from ptq4sam.data.scenes import write_scenes
 from ptq4sam.sam.registry import build_sam
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ptq4sam.threads import wait_asleep
+
 if TYPE_CHECKING:
     from ptq4sam.api import evaluate, quantize
     from ptq4sam.data import CocoDataset, ImageFolder
@@ -45,6 +47,9 @@ _WHERE = {
     "quantize": "ptq4sam.api",
     "save": "ptq4sam.deploy.storage",
 }
+
+# Whatever imports anything of ours begins here, before torch is loaded.
+wait_asleep()
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import re
 
-_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
+_ON_GPU = re.compile(
+    r"CUDA (error: )?out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_(ALLOC_FAILED|"
+    r"INTERNAL_ERROR\w*)",
+    re.IGNORECASE,
+)
+"""cuBLAS and cuDNN have words of their own for no room; cuDNN's internal errors mostly are that."""
+_OUT_OF_MEMORY = re.compile(
+    rf"out of memory|not enough memory|can't allocate memory|{_ON_GPU.pattern}", re.IGNORECASE
+)
 
 
 class Ptq4samError(Exception):
@@ -51,8 +59,28 @@ class DownloadError(Ptq4samError):
     """A file cannot be had from its publisher, or another one came."""
 
 
+def reason(error: OSError) -> str:
+    """Why the system refused something, without the file's name."""
+    return error.strerror or " ".join(map(str, error.args)) or type(error).__name__
+
+
+def in_one_line(error: OSError) -> str:
+    """The file, where the error names one, and why the system refused it."""
+    return reason(error) if error.filename is None else f"{error.filename}: {reason(error)}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was used up: torch raises RuntimeErrors of all kinds."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    )
+
+
+def gpu_memory_advice(error: BaseException) -> str:
+    """What else helps where a GPU's memory was used up, to go behind other advice; else nothing."""
+    if _ON_GPU.search(str(error)) is None:
+        return ""
+    return (
+        "; where much is free but in pieces, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in "
+        "the environment helps"
     )

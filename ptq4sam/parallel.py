@@ -114,7 +114,10 @@ def copy_state_of_first(module: nn.Module) -> None:
     shapes = from_first(lambda: [(name, v.shape, v.dtype) for name, v in state.items()])
     received = {}
     for name, shape, dtype in shapes:
-        tensor = state[name].cpu().contiguous() if is_first() else torch.empty(shape, dtype=dtype)
+        if is_first():
+            tensor = state[name].cpu().contiguous()
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
         dist.broadcast(tensor, src=0)
         received[name] = tensor
     if not is_first():

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 
-from ptq4sam.errors import Ptq4samError, is_out_of_memory
+from ptq4sam.errors import Ptq4samError, gpu_memory_advice, in_one_line, is_out_of_memory
 
 
 def guarded(action: Callable[[], int], verbose: bool = False) -> int:
-    """Run an action with the log on stderr and named errors as one line."""
+    """Run an action with the log on stderr and named errors as one line.
+
+    What the terminal's encoding lacks, as Windows' own lack most letters, is written as an escape.
+    """
     from rich.console import Console
     from rich.logging import RichHandler
 
     from ptq4sam.allocator import keep_freed_memory
 
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_path=False, log_time_format="[%X]")
     logger = logging.getLogger("ptq4sam")
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
-        return action()
+        status = action()
+        sys.stdout.flush()
+        return status
     except Ptq4samError as error:
         return _refuse(str(error))
     except OSError as error:
         # A full disk, no permission: the user's to mend, wherever it happens.
         logger.debug("where it happened", exc_info=True)
-        what = error.strerror or str(error) or type(error).__name__
-        return _refuse(what if error.filename is None else f"{error.filename}: {what}")
+        lost = error.filename is None and _is_output_lost()
+        return _refuse(f"{'standard output: ' if lost else ''}{in_one_line(error)}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -39,12 +49,24 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
         return _refuse(
             f"out of memory ({what}): lower --memory-budget, or calibrate on fewer pictures "
             "(calibrate in the scheme); finished units are kept, go on with --resume"
+            f"{gpu_memory_advice(error)}"
         )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
     finally:
         logger.removeHandler(handler)
+
+
+def _is_output_lost() -> bool:
+    """Whether standard output takes no line; it is given up then, or Python would complain."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _refuse(problem: str) -> int:

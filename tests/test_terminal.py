@@ -24,6 +24,11 @@ def test_system_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to..."),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ],
 )
 def test_out_of_memory_names_the_knob(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,12 +39,16 @@ def test_out_of_memory_names_the_knob(error: Exception, capsys: pytest.CaptureFi
     told = capsys.readouterr().err
     assert told.startswith("error: out of memory")
     assert "--memory-budget" in told
+    assert ("expandable_segments:True" in told) is ("CU" in str(error))
     assert told.count("\n") == 1
 
 
-def test_other_runtime_errors_are_not_hidden() -> None:
+@pytest.mark.parametrize(
+    "message", ["shape mismatch", "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLt"]
+)
+def test_other_runtime_errors_are_not_hidden(message: str) -> None:
     def fail() -> int:
-        raise RuntimeError("shape mismatch")
+        raise RuntimeError(message)
 
-    with pytest.raises(RuntimeError, match="shape mismatch"):
+    with pytest.raises(RuntimeError, match=message):
         guarded(fail)

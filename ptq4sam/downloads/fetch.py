@@ -14,11 +14,14 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ptq4sam.contents import otherwise
 from ptq4sam.downloads.catalogue import Asset
 from ptq4sam.errors import DownloadError
+from ptq4sam.files import naming
 
 _CHUNK = 2**20
 _TIMEOUT = 30.0
+_WEIGHTS = (".pth", ".pt", ".safetensors")
 _CUT = (http.client.HTTPException, ConnectionError, TimeoutError)
 
 OnBytes = Callable[[int, int | None], None]
@@ -146,10 +149,13 @@ def _receive_some(asset: Asset, partial: Path, on_bytes: OnBytes) -> bool:
         _check_total(asset, partial, total, have)
         tag = response.headers.get("ETag")
         if tag and not tag.startswith("W/"):
-            tag_file.write_text(tag, encoding="ascii")
+            with naming(partial):
+                tag_file.write_text(tag, encoding="ascii")
         with partial.open("ab" if have else "wb") as file:
             while chunk := response.read(_CHUNK):
-                file.write(chunk)
+                with naming(partial):
+                    file.write(chunk)
+                    file.flush()
                 have += len(chunk)
                 on_bytes(have, total)
     wanted = asset.size if asset.size is not None else total
@@ -175,6 +181,7 @@ def _check_total(asset: Asset, partial: Path, total: int | None, have: int) -> N
 def _check(asset: Asset, partial: Path) -> None:
     """Compare size and checksum; a wrong file is deleted, for going on with it cannot mend it."""
     problem = None
+    instead = otherwise(partial) if asset.path.suffix in _WEIGHTS else None
     if asset.size is not None and _size(partial) != asset.size:
         problem = f"{_size(partial):,} bytes came, the publisher's file has {asset.size:,}"
     elif asset.digest is not None:
@@ -184,6 +191,8 @@ def _check(asset: Asset, partial: Path) -> None:
                 f"its {asset.digest.algorithm} is {found}, the publisher's begins with "
                 f"{asset.digest.beginning}"
             )
+    elif instead is not None:
+        problem = f"it {instead}"
     if problem is not None:
         partial.unlink()
         _tag_file(partial).unlink(missing_ok=True)
@@ -195,7 +204,7 @@ def _unpack(asset: Asset, archive: Path, folder: Path) -> Path:
     aside = folder / f".{archive.name}.unpacking"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        with zipfile.ZipFile(archive) as packed:
+        with naming(aside), zipfile.ZipFile(archive) as packed:
             packed.extractall(aside)
     except zipfile.BadZipFile as error:
         raise DownloadError(

@@ -15,7 +15,8 @@ import pytest
 
 from ptq4sam.downloads import Asset, Digest, State, fetch, state_of
 from ptq4sam.downloads.fetch import OnBytes
-from ptq4sam.errors import DownloadError
+from ptq4sam.errors import DownloadError, in_one_line
+from tests.full_disks import no_bytes
 
 CONTENT = bytes(range(256)) * 3000
 
@@ -104,6 +105,16 @@ def test_a_cut_connection_goes_on(url: str, behaviour: Behaviour, tmp_path: Path
     assert behaviour.asked == [None, "bytes=1000-", "bytes=51000-", "bytes=51001-"]
 
 
+def test_a_full_disk_names_the_file(url: str, behaviour: Behaviour, tmp_path: Path) -> None:
+    behaviour.tag = ""
+    # Free room was asked for before: this disk fills while the file comes.
+    what = dataclasses.replace(asset(url), path=Path("d/file.bin"))
+    (tmp_path / "d").mkdir()
+    with no_bytes() as reason, pytest.raises(OSError, match=reason) as caught:
+        get(what, tmp_path)
+    assert in_one_line(caught.value) == f"{tmp_path / 'd' / 'file.bin.partial'}: {reason}"
+
+
 def test_a_partial_file_of_before_goes_on(url: str, behaviour: Behaviour, tmp_path: Path) -> None:
     behaviour.cuts = [7000, 0, 0, 0]
     with pytest.raises(DownloadError, match="after 7,000 bytes, which are kept"):
@@ -151,6 +162,16 @@ def test_a_wrong_file_is_deleted(url: str, behaviour: Behaviour, tmp_path: Path)
     with pytest.raises(DownloadError, match=r"a wrong file came and was deleted .*sha256"):
         get(asset(url), tmp_path)
     assert list((tmp_path / "ckpt").iterdir()) == []
+
+
+def test_a_page_that_is_sent_as_weights_is_deleted(
+    url: str, behaviour: Behaviour, tmp_path: Path
+) -> None:
+    behaviour.content = b"<html><title>Sign in</title></html>"
+    unknown = dataclasses.replace(asset(url), path=Path("a.pth"), size=None, digest=None)
+    with pytest.raises(DownloadError, match=r'was deleted \(it is a web page \("Sign in"\)'):
+        get(unknown, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
