@@ -1,7 +1,8 @@
 """Pictures and their annotations: COCO-format data sets, image folders, generated scenes."""
 
-from ptq4sam.data.coco import CocoDataset, Instance, open_images
-from ptq4sam.data.images import ImageFolder, ImageRecord, ImageSet, read_image
+from ptq4sam.data.coco import CocoDataset, Instance
+from ptq4sam.data.folders import ImageFolder
+from ptq4sam.data.images import ImageRecord, ImageSet, read_image
 
 __all__ = [
     "CocoDataset",
@@ -9,6 +10,5 @@ __all__ = [
     "ImageRecord",
     "ImageSet",
     "Instance",
-    "open_images",
     "read_image",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq4sam.data.images import ImageFolder, ImageRecord, ImageSet, check_limit
-from ptq4sam.data.segmentation import (
-    are_numbers,
-    decode_segmentation,
-    encode_segmentation,
-    segmentation_problem,
-)
+from ptq4sam.data.annotations import TEXT_NUMBERS, ImageEntry, InstancesFile
+from ptq4sam.data.file_names import PictureFinder
+from ptq4sam.data.images import ImageRecord, ImageSet, check_limit, read_size
+from ptq4sam.data.objects import FLAT, UNUSABLE, AnnotatedObjects, UnusableObject
+from ptq4sam.data.segmentation import decode_segmentation
 from ptq4sam.downloads import where_from
 from ptq4sam.errors import DataError
 from ptq4sam.files import read_json
@@ -29,8 +28,7 @@ from ptq4sam.files import read_json
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
-_NO_SEGMENTATION = "annotation without segmentation"
-_UNUSABLE = "unusable annotation"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +41,7 @@ class Instance:
         category_id: its category.
         iscrowd: a region of many objects, not one: never a prompt, ignored in AP.
         area: pixels, as annotated.
-        segmentation: polygons or a run-length encoding.
+        segmentation: polygons or a run-length encoding; None where only a box is annotated.
         size: (height, width) of the picture.
     """
 
@@ -57,7 +55,13 @@ class Instance:
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        """The mask, bool [height, width], drawn at each call."""
+        """The mask, bool [height, width], drawn at each call.
+
+        Raises:
+            DataError: only a box is annotated.
+        """
+        if self.segmentation is None:
+            raise DataError(f"annotation id {self.annotation_id} has a box and no mask: add one")
         return decode_segmentation(self.segmentation, *self.size)
 
 
@@ -72,6 +76,8 @@ class CocoDataset(ImageSet):
         annotations: instances file; one without annotations (a test set's) has no ground truth.
         skip_bad: skip missing and damaged pictures and unusable annotations.
         limit: use the first pictures only.
+        masks: whether every object needs a mask, as for scores; without, as for calibration, a box
+            is enough.
 
     Raises:
         DataError: a file is missing or damaged or not in COCO format; a picture is missing or an
@@ -84,6 +90,7 @@ class CocoDataset(ImageSet):
         annotations: str | Path,
         skip_bad: bool = False,
         limit: int | None = None,
+        masks: bool = True,
     ) -> None:
         super().__init__(skip_bad)
         images, annotations = Path(images), Path(annotations)
@@ -92,12 +99,15 @@ class CocoDataset(ImageSet):
             raise DataError(f"there is no image folder {images}: {where_from(images)}")
         self.path = annotations
         content, self._digest = read_json(annotations, "annotations file")
-        if not isinstance(content, dict):
-            raise DataError(f"{annotations} is not in COCO format: it is not an object")
-        self.category_names = _categories(content, annotations)
-        every = _image_records(content, images, annotations)
-        self.images = self._present(every, limit)
-        self._annotations = self._usable(content, every)
+        file = InstancesFile(content, annotations)
+        self.category_names = file.categories()
+        entries = file.images()
+        self.images = self._present(entries, images, limit)
+        objects = AnnotatedObjects(annotations, self.category_names, masks)
+        self._annotations = self._usable(file.annotations(), {e.id for e in entries}, objects)
+        if file.text_number is not None:
+            _log.info(TEXT_NUMBERS, annotations, file.text_number)
+        objects.tell()
 
     def fingerprint(self) -> str:
         """Identifies the instances file by its bytes (which name every picture)."""
@@ -117,11 +127,24 @@ class CocoDataset(ImageSet):
                 category_id=annotation["category_id"],
                 iscrowd=bool(annotation["iscrowd"]),
                 area=float(annotation["area"]),
-                segmentation=annotation["segmentation"],
+                segmentation=annotation.get("segmentation"),
                 size=size,
             )
             for annotation in self._annotations[record.id]
         ]
+
+    def require_masks(self) -> None:
+        """Refuse objects that have a box alone.
+
+        Raises:
+            DataError: there is one.
+        """
+        for record in self.images:
+            for annotation in self._annotations[record.id]:
+                if "segmentation" not in annotation:
+                    raise DataError(
+                        self._told(annotation, "scores need its mask, it has a box alone", record)
+                    )
 
     def subset(self, records: Sequence[ImageRecord]) -> CocoDataset:
         """The same data set with some of its pictures only."""
@@ -136,48 +159,80 @@ class CocoDataset(ImageSet):
         annotations = [item for record in self.images for item in self._annotations[record.id]]
         return coco_index(self, annotations)
 
-    def _present(self, records: list[ImageRecord], limit: int | None) -> list[ImageRecord]:
+    def _present(
+        self, entries: Sequence[ImageEntry], folder: Path, limit: int | None
+    ) -> list[ImageRecord]:
         """The first `limit` pictures whose files are there."""
-        listings: dict[Path, set[str]] = {}
+        finder = PictureFinder(folder, [entry.file_name for entry in entries])
         present: list[ImageRecord] = []
-        missing: list[str] = []
-        for record in records:
+        missing: list[ImageEntry] = []
+        damaged: list[str] = []
+        unsized = 0
+        for entry in entries:
             if len(present) == limit:
                 break
-            # One listing instead of a hundred thousand look-ups, which network disks are slow at.
-            folder = record.path.parent
-            if folder not in listings:
-                listings[folder] = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-            if record.path.name in listings[folder] or record.path.is_file():
-                present.append(record)
-            else:
-                missing.append(f"image id {record.id}: there is no image file {record.path}")
-        self._skip("missing image", missing)
+            path = finder.find(entry.file_name)
+            if path is None:
+                missing.append(entry)
+                continue
+            width, height = entry.width, entry.height
+            if width is None or height is None:
+                unsized += 1
+                try:
+                    width, height = read_size(path)
+                except DataError as error:
+                    damaged.append(f"image id {entry.id}: {error}")
+                    continue
+            present.append(ImageRecord(entry.id, path, width, height))
+        self._skip("missing image", _absent(missing, finder))
+        self._skip("damaged image", damaged)
         if not present:
             found = (
-                f"none of its {len(records)} images is there" if records else "it lists no image"
+                f"none of its {len(entries)} images is there" if entries else "it lists no image"
             )
             raise DataError(f"{self.path}: {found}")
+        if finder.renamed:
+            name, path = next(iter(finder.renamed.items()))
+            _log.info(
+                "%s: %d of %d file names are not quite those of the files; the first, %s, is %s",
+                self.path,
+                len(finder.renamed),
+                len(present),
+                name,
+                path,
+            )
+        if unsized:
+            _log.info(
+                "%s: width and height of %d pictures are missing: read from the pictures",
+                self.path,
+                unsized,
+            )
         return present
 
     def _usable(
-        self, content: Mapping[str, Any], every: Sequence[ImageRecord]
+        self,
+        annotations: Sequence[dict[str, Any]],
+        known: set[int],
+        objects: AnnotatedObjects,
     ) -> defaultdict[int, list[dict[str, Any]]]:
         """Usable annotations of the used pictures, by image id."""
-        known = {record.id for record in every}
         used = {record.id: record for record in self.images}
         usable: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
-        problems: dict[str, list[str]] = {_NO_SEGMENTATION: [], _UNUSABLE: []}
-        for annotation in _annotation_entries(content, self.path):
+        problems: defaultdict[str, list[str]] = defaultdict(list)
+        for annotation in annotations:
             record = used.get(annotation["image_id"])
             if record is None:
                 if annotation["image_id"] not in known:
-                    problems[_UNUSABLE].append(self._told(annotation, "no such image"))
+                    problems[UNUSABLE].append(self._told(annotation, "no such image"))
                 continue
             try:
-                usable[record.id].append(self._complete(annotation, record))
-            except _Unusable as error:
+                usable[record.id].append(objects.complete(annotation, record))
+            except UnusableObject as error:
                 problems[error.kind].append(self._told(annotation, str(error), record))
+        flat = problems.pop(FLAT, [])
+        if flat:
+            self.skipped[FLAT] += len(flat)
+            _log.info("skipped %d x %s, first: %s", len(flat), FLAT, flat[0])
         for kind, texts in problems.items():
             self._skip(kind, texts)
         return usable
@@ -190,50 +245,15 @@ class CocoDataset(ImageSet):
             where += f" ({record.path.name})"
         return f"{self.path}: annotation id {annotation['id']} of {where}: {problem}"
 
-    def _complete(self, annotation: Mapping[str, Any], record: ImageRecord) -> dict[str, Any]:
-        """The annotation with what COCO lets one derive: crowd flag, area and box."""
-        category = annotation.get("category_id")
-        if not isinstance(category, int) or category not in self.category_names:
-            raise _Unusable(_UNUSABLE, f"no category {category!r}")
-        segmentation = annotation.get("segmentation")
-        problem = segmentation_problem(segmentation, record.height, record.width)
-        if problem is not None:
-            raise _Unusable(_UNUSABLE if segmentation else _NO_SEGMENTATION, problem)
-        complete = {"iscrowd": 0, **annotation}
-        if not {"area", "bbox"} <= complete.keys():
-            from pycocotools import mask as coco_mask
 
-            encoded = encode_segmentation(segmentation, record.height, record.width)
-            complete.setdefault("area", float(coco_mask.area(encoded)))
-            complete.setdefault("bbox", [float(side) for side in coco_mask.toBbox(encoded)])
-        if complete["iscrowd"] not in (0, 1):
-            raise _Unusable(_UNUSABLE, f"iscrowd is {complete['iscrowd']!r}, not 0 or 1")
-        if not are_numbers([complete["area"]]):
-            raise _Unusable(_UNUSABLE, f"area is {complete['area']!r}, not a number")
-        box = complete["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and are_numbers(box)):
-            raise _Unusable(_UNUSABLE, f"bbox is {box!r}, not [x, y, width, height]")
-        return complete
-
-
-class _Unusable(Exception):
-    """An annotation cannot be used."""
-
-    def __init__(self, kind: str, problem: str) -> None:
-        super().__init__(problem)
-        self.kind = kind
-
-
-def open_images(
-    images: Path, annotations: Path | None, *, skip_bad: bool = False, limit: int | None = None
-) -> ImageSet:
-    """A data set in COCO's format, or a plain folder where there are no annotations.
-
-    Arguments and errors are those of `CocoDataset` and `ImageFolder`.
-    """
-    if annotations is None:
-        return ImageFolder(images, skip_bad=skip_bad, limit=limit)
-    return CocoDataset(images, annotations, skip_bad=skip_bad, limit=limit)
+def _absent(missing: Sequence[ImageEntry], finder: PictureFinder) -> list[str]:
+    told = [
+        f"image id {entry.id}: there is no image file {finder.folder / entry.file_name}"
+        for entry in missing
+    ]
+    if told:
+        told[0] += finder.advice(missing[0].file_name)
+    return told
 
 
 def coco_index(dataset: ImageSet, annotations: list[dict[str, Any]]) -> COCO:
@@ -260,68 +280,6 @@ def coco_index(dataset: ImageSet, annotations: list[dict[str, Any]]) -> COCO:
         index.createIndex()
     indexed: COCO = index
     return indexed
-
-
-def _image_records(content: Mapping[str, Any], images: Path, path: Path) -> list[ImageRecord]:
-    records: dict[int, ImageRecord] = {}
-    for number, entry in enumerate(_list(content, "images", path)):
-        _check_fields(
-            entry,
-            {"id": int, "file_name": str, "width": int, "height": int},
-            path,
-            f"images[{number}]",
-        )
-        if entry["id"] in records:
-            raise DataError(f"{path} is not in COCO format: image id {entry['id']} is there twice")
-        if entry["width"] < 1 or entry["height"] < 1:
-            raise DataError(f"{path}: image id {entry['id']} has no pixels by its width and height")
-        records[entry["id"]] = ImageRecord(
-            entry["id"], images / entry["file_name"], entry["width"], entry["height"]
-        )
-    return list(records.values())
-
-
-def _categories(content: Mapping[str, Any], path: Path) -> dict[int, str]:
-    names: dict[int, str] = {}
-    for number, entry in enumerate(_list(content, "categories", path)):
-        _check_fields(entry, {"id": int, "name": str}, path, f"categories[{number}]")
-        if entry["id"] in names:
-            raise DataError(
-                f"{path} is not in COCO format: category id {entry['id']} is there twice"
-            )
-        names[entry["id"]] = entry["name"]
-    return names
-
-
-def _annotation_entries(content: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
-    entries = _list(content, "annotations", path) if "annotations" in content else []
-    seen: set[int] = set()
-    for number, entry in enumerate(entries):
-        _check_fields(entry, {"id": int, "image_id": int}, path, f"annotations[{number}]")
-        if entry["id"] in seen:
-            raise DataError(
-                f"{path} is not in COCO format: annotation id {entry['id']} is there twice"
-            )
-        seen.add(entry["id"])
-    return entries
-
-
-def _list(content: Mapping[str, Any], key: str, path: Path) -> list[Any]:
-    value = content.get(key)
-    if not isinstance(value, list):
-        raise DataError(f'{path} is not in COCO format: there is no list "{key}" in it')
-    return value
-
-
-def _check_fields(entry: Any, kinds: Mapping[str, type], path: Path, where: str) -> None:
-    if not isinstance(entry, dict):
-        raise DataError(f"{path} is not in COCO format: {where} is not an object")
-    for key, kind in kinds.items():
-        value = entry.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool) or value == "":
-            raise DataError(
-                f"{path} is not in COCO format: {where}.{key} is {value!r}, {kind.__name__} needed"
-            )
 
 
 def _xyxy(box: Sequence[float]) -> NDArray[np.float32]:

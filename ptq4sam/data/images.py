@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import logging
 import struct
+import threading
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
-from ptq4sam.downloads import where_from
+from ptq4sam.data.wide_values import has_wide_colours, narrow_colours, narrow_grey
 from ptq4sam.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
@@ -23,7 +25,14 @@ _log = logging.getLogger(__name__)
 _BAD_IMAGE = "damaged image"
 
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-_BOMB = (Image.DecompressionBombError,)
+
+_SCALED = "image file %s holds %s: values of more than 8 bits are scaled by the largest"
+
+MOST_PIXELS = 2**28
+"""Pixels of the largest picture that is read."""
+
+_LIMIT = threading.RLock()
+"""Held by the thread that has changed Pillow's limit."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,11 +56,33 @@ class ImageRecord:
     height: int
 
 
+class Decoded(NamedTuple):
+    """A picture as RGB, uint8 [height, width, 3], and what its file held if that was wider."""
+
+    pixels: NDArray[np.uint8]
+    held: str | None
+
+
 def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Reads a picture as RGB; see `decode`, whose arguments and errors it has.
+
+    What a file of more than 8 bits was taken for is logged.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    pixels, held = decode(path, size)
+    if held is not None:
+        _log.info(_SCALED, path, held)
+    return pixels
+
+
+def decode(path: Path, size: tuple[int, int] | None = None) -> Decoded:
     """Reads a picture as RGB.
 
     - Grey-scale, palette and CMYK pictures are converted. Transparent ones are laid on white, as
-      viewers show them. Of 16-bit pictures the upper 8 bits are kept. Of several frames the first.
+      viewers show them. Of several frames the first is taken.
+    - Values of more than 8 bits are scaled by the bits of the largest: 8, 10, 12, 14 or 16.
     - An EXIF orientation is applied, as viewers do, unless `size` is that of the stored picture
       and not that of the turned one: then the annotations were made on the stored picture.
 
@@ -59,49 +90,72 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.ui
         path: the file.
         size: (width, height) that the picture must have; None accepts any.
 
-    Returns:
-        uint8 [height, width, 3].
-
     Raises:
-        DataError: the file is missing, damaged or no picture, or of another size.
+        DataError: the file is missing, damaged or no picture, of another size, or too large.
     """
-    try:
-        with Image.open(path) as stored:
-            stored.load()
-            orientation = stored.getexif().get(ExifTags.Base.Orientation, 1)
-            picture = _to_rgb(stored)
-    except FileNotFoundError:
-        raise DataError(f"there is no image file {path}") from None
-    except (*_DAMAGED, *_BOMB) as error:
-        raise DataError(f"image file {path} cannot be read: {reason(error)}") from error
-    turned = picture.size[::-1] if orientation in _SIDEWAYS else picture.size
-    if orientation in _UPRIGHT and size in (None, turned):
-        picture = picture.transpose(_UPRIGHT[orientation])
-    if size is not None and picture.size != size:
-        raise DataError(
-            f"image file {path} has {_shape(picture.size)} pixels where its annotations say "
-            f"{_shape(size)}: they belong to another picture"
-        )
-    return np.array(picture)
+    with _readable(path), _opened(path) as stored:
+        wide = has_wide_colours(stored)
+        stored.load()
+        orientation = stored.getexif().get(ExifTags.Base.Orientation, 1)
+        eight_bits, colours = narrow_colours(stored, path) if wide else (stored, None)
+        picture, grey = _to_rgb(eight_bits)
+        turned = picture.size[::-1] if orientation in _SIDEWAYS else picture.size
+        if orientation in _UPRIGHT and size in (None, turned):
+            picture = picture.transpose(_UPRIGHT[orientation])
+        if size is not None and picture.size != size:
+            raise DataError(
+                f"image file {path} has {_shape(picture.size)} pixels where its annotations say "
+                f"{_shape(size)}: they belong to another picture"
+            )
+        return Decoded(np.array(picture), colours or grey)
 
 
 def read_size(path: Path) -> tuple[int, int]:
     """Width and height that `read_image` would give, from the file's header alone.
 
     Raises:
-        DataError: the file is missing or no picture.
+        DataError: the file is missing, no picture or too large.
     """
+    with _readable(path), _opened(path) as stored:
+        sideways = stored.getexif().get(ExifTags.Base.Orientation, 1) in _SIDEWAYS
+        width, height = stored.size
+        # Pillow turns TIFF pictures by itself.
+        turn = sideways and stored.format != "TIFF"
+        return (height, width) if turn else (width, height)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What Pillow raises of a file is one line within the `with` block."""
     try:
-        with Image.open(path) as stored:
-            sideways = stored.getexif().get(ExifTags.Base.Orientation, 1) in _SIDEWAYS
-            width, height = stored.size
-            # Pillow turns TIFF pictures by itself.
-            turn = sideways and stored.format != "TIFF"
-            return (height, width) if turn else (width, height)
+        yield
     except FileNotFoundError:
         raise DataError(f"there is no image file {path}") from None
-    except (*_DAMAGED, *_BOMB) as error:
+    except _DAMAGED as error:
         raise DataError(f"image file {path} cannot be read: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """Pillow's picture; our limit of pixels takes the place of Pillow's, a third of it.
+
+    Raises:
+        DataError: the picture is beyond the limit.
+    """
+    # Pillow has one limit for the whole process, and looks at it when it loads a TIFF, too.
+    with _LIMIT:
+        pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            with Image.open(path) as stored:
+                width, height = stored.size
+                if width * height > MOST_PIXELS:
+                    raise DataError(
+                        f"image file {path} has {_shape(stored.size)} pixels, more than "
+                        f"{MOST_PIXELS / 1e6:.0f} million: scale it down or cut it into pieces"
+                    )
+                yield stored
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillows
 
 
 class ImageSet:
@@ -119,6 +173,7 @@ class ImageSet:
         self.category_names: Mapping[int, str] = {}
         self.skip_bad = skip_bad
         self.skipped: Counter[str] = Counter()
+        self._noted: set[str] = set()
 
     @property
     def category_ids(self) -> list[int]:
@@ -136,9 +191,17 @@ class ImageSet:
             DataError: it cannot be read, or has another size than its record.
         """
         try:
-            return read_image(record.path, (record.width, record.height))
+            pixels, held = decode(record.path, (record.width, record.height))
         except DataError as error:
             raise DataError(f"image id {record.id}: {error}") from error.__cause__
+        if held is not None and _SCALED not in self._noted:
+            self._noted.add(_SCALED)
+            _log.info(_SCALED, record.path, held)
+        return pixels
+
+    def file_name(self, record: ImageRecord) -> str:
+        """How a file of annotations names the picture: from the folder that was given."""
+        return record.path.name
 
     def load_or_skip(self, record: ImageRecord) -> NDArray[np.uint8] | None:
         """The picture, or None where it is damaged and damaged ones are skipped.
@@ -177,44 +240,6 @@ class ImageSet:
         _log.warning("skipped %d x %s, first: %s", len(problems), reason, problems[0])
 
 
-class ImageFolder(ImageSet):
-    """The pictures of a folder, by name, without annotations; ids count from 1.
-
-    Args:
-        images: the folder; its subfolders are not searched.
-        skip_bad: skip files with a picture's name that are none.
-        limit: use the first pictures only.
-
-    Raises:
-        DataError: the folder is missing, holds no picture, or a file cannot be read.
-    """
-
-    def __init__(self, images: Path, skip_bad: bool = False, limit: int | None = None) -> None:
-        super().__init__(skip_bad)
-        check_limit(limit)
-        if not images.is_dir():
-            raise DataError(f"there is no image folder {images}: {where_from(images)}")
-        known = Image.registered_extensions()
-        files = sorted(path for path in images.iterdir() if path.suffix.lower() in known)
-        self._files = files
-        problems: list[str] = []
-        for number, path in enumerate(files, start=1):
-            if len(self.images) == limit:
-                break
-            try:
-                self.images.append(ImageRecord(number, path, *read_size(path)))
-            except DataError as error:
-                problems.append(f"image id {number}: {error}")
-        self._skip("damaged image", problems)
-        if not self.images:
-            raise DataError(f"image folder {images} holds no picture")
-
-    def fingerprint(self) -> str:
-        """Identifies the files by name and size in bytes."""
-        lines = [f"{path.name} {path.stat().st_size}" for path in self._files]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
 def check_limit(limit: int | None) -> None:
     """Refuse a limit that leaves nothing.
 
@@ -225,24 +250,17 @@ def check_limit(limit: int | None) -> None:
         raise ConfigError(f"asked for the first {limit} pictures: use 1 or more, or no limit")
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    """8-bit RGB of a picture in any of Pillow's modes."""
-    if picture.mode.startswith("I"):
-        return Image.fromarray(_upper_byte(np.asarray(picture))).convert("RGB")
-    if picture.mode == "F":
-        raise ValueError("its pixels are floating-point numbers; convert them to 8 bits")
-    if picture.has_transparency_data:
-        transparent = picture.convert("RGBA")
+def _to_rgb(stored: Image.Image) -> tuple[Image.Image, str | None]:
+    """8-bit RGB of a picture in any of Pillow's modes, and what it held if that was wider."""
+    if stored.mode.startswith(("I", "F")):
+        grey, held = narrow_grey(np.asarray(stored))
+        return Image.fromarray(grey).convert("RGB"), held
+    if stored.has_transparency_data:
+        transparent = stored.convert("RGBA")
         white = Image.new("RGBA", transparent.size, "white")
-        return Image.alpha_composite(white, transparent).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _upper_byte(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
-    wide = pixels.astype(np.int64)
-    if wide.size and (wide.min() < 0 or wide.max() > 65535):
-        raise ValueError("its pixels exceed 16 bits; convert them to 8 bits")
-    return (wide >> 8).astype(np.uint8)
+        return Image.alpha_composite(white, transparent).convert("RGB"), None
+    # Not copied where it need not be: the largest pictures take a gigabyte.
+    return stored if stored.mode == "RGB" else stored.convert("RGB"), None
 
 
 def reason(error: BaseException) -> str:

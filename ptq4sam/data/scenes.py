@@ -7,7 +7,6 @@ and the demonstration runs on them. `write_scenes` writes them as a COCO-format 
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ptq4sam.data.scene_textures import (
     surface,
 )
 from ptq4sam.errors import DataError
+from ptq4sam.files import save_picture, write_text
 
 SCENE_CATEGORIES: tuple[str, ...] = tuple(SHAPES)
 """Category names; an instance's category is an index here, its COCO id is that index plus one."""
@@ -277,9 +277,7 @@ def write_scenes(
         rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
         scene = generate_scene(rng, width, height)
         path = images / f"{index + 1:06d}.jpg"
-        temporary = path.with_suffix(".partial")
-        Image.fromarray(scene.image).save(temporary, format="JPEG", quality=95, subsampling=0)
-        os.replace(temporary, path)
+        save_picture(Image.fromarray(scene.image), path, quality=95, subsampling=0)
         records.append({"id": index + 1, "file_name": path.name, "width": width, "height": height})
         for instance in scene.instances:
             objects.append(_annotation(instance, len(objects) + 1, index + 1))
@@ -289,7 +287,5 @@ def write_scenes(
         "annotations": objects,
         "categories": [{"id": i + 1, "name": name} for i, name in enumerate(SCENE_CATEGORIES)],
     }
-    temporary = annotations.with_suffix(".partial")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, annotations)
+    write_text(json.dumps(content), annotations)
     return images, annotations

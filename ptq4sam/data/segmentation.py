@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_FLAT = 1e-6
+"""Distance from a line, in pixels, up to which a point is on it."""
+
 
 def segmentation_problem(segmentation: Any, height: int, width: int) -> str | None:
     """What makes a segmentation unusable for a picture of that size, or None."""
@@ -16,10 +19,9 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> str | No
         return "there is no segmentation"
     if isinstance(segmentation, list):
         usable = all(
-            isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and are_numbers(p)
-            for p in segmentation
+            isinstance(p, list) and len(p) % 2 == 0 and are_numbers(p) for p in segmentation
         )
-        return None if usable else "a polygon is not a list of at least three points"
+        return None if usable else "a polygon is not a list of at least three points x, y"
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "the segmentation is neither polygons nor a run-length encoding"
     if segmentation["size"] != [height, width]:
@@ -29,6 +31,41 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> str | No
     if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):
         return "its run lengths are not numbers of pixels"
     return None if sum(runs) == height * width else "its run lengths do not fill the picture"
+
+
+def enclosing(polygons: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """The polygons without flat ones: of fewer than three points, or with all on one line.
+
+    Args:
+        polygons: of a usable segmentation.
+    """
+    return [polygon for polygon in polygons if not _is_flat(polygon)]
+
+
+def _is_flat(polygon: Sequence[float]) -> bool:
+    across, down = 0.0, 0.0
+    # Mostly the third point decides: no slices, which would touch all of them.
+    for place in range(2, len(polygon), 2):
+        x, y = polygon[place] - polygon[0], polygon[place + 1] - polygon[1]
+        if across == down == 0:
+            across, down = x, y
+        elif abs(across * y - down * x) > _FLAT * (abs(across) + abs(down)):
+            return False
+    return True
+
+
+def bounding_box(segmentation: Any, height: int, width: int) -> list[float]:
+    """x, y, width and height of the smallest box around a usable segmentation, in pixels."""
+    if isinstance(segmentation, list):
+        left = min(min(polygon[::2]) for polygon in segmentation)
+        top = min(min(polygon[1::2]) for polygon in segmentation)
+        right = max(max(polygon[::2]) for polygon in segmentation)
+        bottom = max(max(polygon[1::2]) for polygon in segmentation)
+        return [left, top, right - left, bottom - top]
+    from pycocotools import mask as coco_mask
+
+    encoded = encode_segmentation(segmentation, height, width)
+    return [float(side) for side in coco_mask.toBbox(encoded)]
 
 
 def encode_segmentation(segmentation: Any, height: int, width: int) -> Any:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq4sam.data.annotations import TEXT_NUMBERS, repair
+from ptq4sam.data.boxes import suspicion
 from ptq4sam.data.images import ImageRecord, ImageSet
+from ptq4sam.data.segmentation import are_numbers
 from ptq4sam.errors import DataError
 from ptq4sam.files import read_json, write_json
-from ptq4sam.prompts.record import Prompts, clean, some_ids, warn_of_categories
+from ptq4sam.prompts.record import NOT_A_NUMBER, Prompts, clean, some_ids, warn_of_categories
 
 _log = logging.getLogger(__name__)
+
+_IDS = ("image_id", "category_id")
 
 
 class CocoResults:
@@ -25,8 +30,10 @@ class CocoResults:
     The file is a list of `{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`.
     A picture that it does not name has no boxes. Boxes of pictures outside of the data set are not
     used: a data set may be a part of what the detector saw. Boxes of a category that the data set
-    lacks cannot score, and equal results count as often as they are there: both with a warning. An
-    "id", which some writers give their results, means nothing here and may be there twice.
+    lacks cannot score, and equal results count as often as they are there: both with a warning, as
+    boxes that do not look like x, y, width and height in pixels. A result without a score has 1, as
+    annotated boxes have. An "id", which some writers give their results, means nothing here and may
+    be there twice.
 
     Args:
         path: the file.
@@ -51,8 +58,7 @@ class CocoResults:
             hint = "; this looks like annotations" if annotations else ""
             raise DataError(f"{path} is not a list of COCO results{hint}")
         self._entries: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
-        for number, entry in enumerate(entries):
-            _check(entry, number, path)
+        for entry in self._usable(entries):
             self._entries[entry["image_id"]].append(entry)
         self._check_fit(dataset)
 
@@ -73,8 +79,36 @@ class CocoResults:
             self.dropped,
         )
 
+    def _usable(self, entries: list[Any]) -> Iterator[dict[str, Any]]:
+        """The results that are made of numbers, in file order, each with a score."""
+        text_number, unscored = None, 0
+        for number, entry in enumerate(entries):
+            text = _check(entry, number, self.path)
+            text_number = text_number or text
+            unscored += "score" not in entry
+            entry.setdefault("score", 1.0)
+            if are_numbers([entry["score"], *entry["bbox"]]):
+                yield entry
+            else:
+                self.dropped[NOT_A_NUMBER] += 1
+        if text_number is not None:
+            _log.info(TEXT_NUMBERS, self.path, text_number)
+        if unscored:
+            _log.info(
+                "%s: %d of %d results have no score: each counts as 1",
+                self.path,
+                unscored,
+                len(entries),
+            )
+        for reason, count in self.dropped.items():
+            _log.warning("%s: dropped %d x %s", self.path, count, reason)
+
     def _check_fit(self, dataset: ImageSet) -> None:
         if not self._entries:
+            _log.warning(
+                "%s has no boxes at all: nothing is segmented, and every object counts as missed",
+                self.path,
+            )
             return
         here = [record.id for record in dataset.images if record.id in self._entries]
         if not here:
@@ -89,6 +123,7 @@ class CocoResults:
                 len(dataset.images) - len(here),
                 len(dataset.images),
             )
+        self._check_meaning([record for record in dataset.images if record.id in self._entries])
         repeated = self._repeated(here)
         if repeated:
             _log.warning(
@@ -106,6 +141,17 @@ class CocoResults:
                 f"{some_ids(known)}: write the data set's ids"
             )
         warn_of_categories(str(self.path), used, dataset)
+
+    def _check_meaning(self, records: Iterable[ImageRecord]) -> None:
+        pairs = [
+            (entry["bbox"], (record.width, record.height))
+            for record in records
+            for entry in self._entries[record.id]
+        ]
+        boxes, sizes = (np.array(values, np.float64) for values in zip(*pairs, strict=True))
+        odd = suspicion(boxes, sizes)
+        if odd is not None:
+            _log.warning("%s: %s", self.path, odd)
 
     def _repeated(self, image_ids: Iterable[int]) -> int:
         """How many results equal an earlier one."""
@@ -137,17 +183,20 @@ def write_results(prompts: Iterable[Prompts], path: Path) -> None:
     write_json([result for one in prompts for result in to_results(one)], path)
 
 
-def _check(entry: Any, number: int, path: Path) -> None:
+def _check(entry: Any, number: int, path: Path) -> str | None:
+    """Refuse what is no result; as `repair`, which is done in place."""
+    text = repair(entry, _IDS) if isinstance(entry, dict) else None
     box = entry.get("bbox") if isinstance(entry, dict) else None
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise DataError(f"{path}: result {number} has no bbox [x, y, width, height]")
-    for key in ("image_id", "category_id"):
+    for key in _IDS:
         if not isinstance(entry.get(key), int):
             raise DataError(f"{path}: result {number} has {key} {entry.get(key)!r}, not a number")
-    if not _is_number(entry.get("score")):
+    if not _is_number(entry.get("score", 1.0)):
         raise DataError(f"{path}: result {number} has score {entry.get('score')!r}, not a number")
+    return text
 
 
 def _is_number(value: object) -> bool:
-    # NaN is one here: detectors write it, and `clean` drops it.
+    # NaN is one here: detectors write it, and it is dropped.
     return isinstance(value, (int, float)) and not isinstance(value, bool)

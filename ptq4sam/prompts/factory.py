@@ -7,7 +7,7 @@ import torch
 from ptq4sam.data.images import ImageSet
 from ptq4sam.prompts.coco_results import CocoResults
 from ptq4sam.prompts.detr import DETR_VARIANTS, DetrDetector
-from ptq4sam.prompts.ground_truth import GroundTruth
+from ptq4sam.prompts.ground_truth import Clicks, GroundTruth
 from ptq4sam.prompts.mmdet_detector import MmdetDetector
 from ptq4sam.prompts.record import PromptSource
 from ptq4sam.prompts.spec import Spec, parse_spec
@@ -37,6 +37,8 @@ def open_prompts(
     kind, name, file = spec.kind, spec.name, spec.file
     if kind == "ground-truth":
         return GroundTruth(dataset)
+    if kind == "clicks":
+        return Clicks(dataset, int(name))
     if kind == "scene-detector":
         from ptq4sam.prompts.scene_detector import SceneDetector
 

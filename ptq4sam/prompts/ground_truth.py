@@ -1,4 +1,4 @@
-"""Boxes of the annotations themselves: what a perfect detector would find."""
+"""Prompts of the annotations themselves: boxes as a perfect detector finds them, and clicks."""
 
 from __future__ import annotations
 
@@ -51,3 +51,24 @@ class GroundTruth:
         places = np.arange(len(objects))
         found = clean(record, boxes, np.ones(len(objects)), places)
         return found, [objects[place] for place in found.category_ids]
+
+
+class Clicks(GroundTruth):
+    """Prompt source: annotated objects, found by clicks on them instead of by their boxes.
+
+    Its boxes say which objects there are. Where clicks go depends on the model's masks: see
+    `ptq4sam.evaluation.clicks`.
+
+    Args:
+        dataset: annotated pictures.
+        count: clicks an object.
+
+    Raises:
+        DataError: the data set has no annotations.
+    """
+
+    name = "clicks"
+
+    def __init__(self, dataset: ImageSet, count: int = 1) -> None:
+        super().__init__(dataset)
+        self.count = count

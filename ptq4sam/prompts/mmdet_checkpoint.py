@@ -7,25 +7,11 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ptq4sam.data.images import reason
 from ptq4sam.errors import CheckpointError
-
-_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
-
-_HISTORY = (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "builtins.getattr",  # its statistics' methods are kept as getattr(HistoryBuffer, "mean")
-    "numpy.ndarray",
-    "numpy.dtype",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-)
-"""Names in the training history that mmengine keeps beside the weights."""
+from ptq4sam.pickles import UNREADABLE, load_pickle, refused_name, short_reason
 
 _DINO_2 = tuple(
     (re.compile(pattern), replacement)
@@ -47,19 +33,6 @@ _DINO_2 = tuple(
 """How mmdetection 3 renamed the parameters of DINO, in the order of application."""
 
 
-class _Unread:
-    """Stands for whatever the history names: made and filled by the file, but with no effect.
-
-    So the file can name `getattr` and get this class, and no code but this runs.
-    """
-
-    def __init__(self, *arguments: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
 def read_state(path: Path) -> dict[str, Tensor]:
     """The parameters in a checkpoint of mmdetection, under the names of mmdetection 3.
 
@@ -75,14 +48,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
             history, or has no weights.
     """
     try:
-        with torch.serialization.safe_globals([(_Unread, name) for name in _HISTORY]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_pickle(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is damaged, or names more than weights and mmengine's training "
-            f"history ({_refusal(error)}); get the publisher's file"
+            f"history ({refused_name(error) or short_reason(error)}); get the publisher's file"
         ) from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason(error)}") from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
@@ -140,13 +112,6 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
             f"{path} does not fit {name}: missing {_some(missing)}, not known {_some(unexpected)}; "
             "give the checkpoint of this configuration"
         )
-
-
-def _refusal(error: pickle.UnpicklingError) -> str:
-    """What a file names, or torch's reason, out of a message of many lines of advice."""
-    text = str(error)
-    found = re.search(r"GLOBAL (\S+)", text) or re.search(r"Unpickler error: ([^\n]+)", text)
-    return reason(error) if found is None else found[1].strip()
 
 
 def _some(keys: Collection[str]) -> str:

@@ -45,8 +45,8 @@ class MmdetDetector:
         checkpoint: weights of mmdetection 2 or 3 for it.
         category_ids: the data set's ids of the detector's classes, in the classes' order; used
             where they are as many as the detector's classes.
-        limit: keep at most so many boxes a picture; None takes the configuration's `max_per_img`,
-            and 100 where it has none.
+        limit: keep at most so many boxes a picture; None takes the configuration's `max_per_img`
+            (-1: all, as mmdetection reads it), and 100 where it has none.
         device: where it runs.
 
     Raises:
@@ -101,11 +101,12 @@ class MmdetDetector:
         return category_ids_by_number(classes, self._given_ids, str(self.config))
 
     @property
-    def _limit(self) -> int:
+    def _limit(self) -> int | None:
         if self.limit is not None:
             return self.limit
         settings = self._model.cfg.model.test_cfg
-        return int(settings.get("rcnn", settings).get("max_per_img", _BOXES))
+        limit = int(settings.get("rcnn", settings).get("max_per_img", _BOXES))
+        return limit if limit >= 0 else None
 
 
 def build_detector(config: Path, device: torch.device | str = "cpu") -> Any:

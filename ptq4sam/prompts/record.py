@@ -16,6 +16,9 @@ from ptq4sam.errors import DataError
 
 _log = logging.getLogger(__name__)
 
+NOT_A_NUMBER = "box that is not a number"
+"""Why a box is dropped that has a NaN or infinity, or such a score."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
@@ -55,8 +58,8 @@ class Prompts:
         """Number of boxes."""
         return len(self.boxes)
 
-    def first(self, count: int) -> Prompts:
-        """The best boxes, at most so many."""
+    def first(self, count: int | None) -> Prompts:
+        """The best boxes, at most so many; None for all."""
         return self._select(slice(count))
 
     def above(self, threshold: float) -> Prompts:
@@ -130,7 +133,7 @@ def clean(
         extent = (inside[:, 2:] > inside[:, :2]).all(axis=1)
     counts = Counter(
         {
-            "box that is not a number": int((~finite).sum()),
+            NOT_A_NUMBER: int((~finite).sum()),
             "box without area in the picture": int((finite & ~extent).sum()),
         }
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ BOXES = "boxes"
 FORMS = {
     BOXES: "BOXES.json",
     "ground-truth": "ground-truth",
+    "clicks": "clicks[:N]",
     "scene-detector": "scene-detector",
     "onnx": "onnx:FILE",
     "yolox": "yolox:FILE.pth",
@@ -26,7 +28,11 @@ FORMS = {
 }
 """How each kind of source is named."""
 
+_PAIR = re.compile(r"(.+?):((?:[A-Za-z]:[\\/])?[^:]+)")
+"""Two names; the second may begin with a drive of Windows."""
+
 _ALONE = ("ground-truth", "scene-detector")
+_MOST_CLICKS = 20
 
 PACKAGES = {
     "onnx": (("onnxruntime",), "pip install 'ptq4sam[onnx]'"),
@@ -42,7 +48,8 @@ class Spec:
 
     Attributes:
         kind: a key of `FORMS`.
-        name: of the model in torchvision, the configuration for mmdet, the folder for transformers.
+        name: of the model in torchvision, the configuration for mmdet, the folder for transformers,
+            how many clicks.
         file: boxes or weights; None where there are none, or torchvision's own are meant.
     """
 
@@ -60,15 +67,33 @@ def parse_spec(text: str) -> Spec:
     kind, _, rest = text.partition(":")
     if text in _ALONE:
         return Spec(text)
+    if kind == "clicks":
+        return Spec(kind, str(_clicks(text, rest)))
     if kind in FORMS and kind not in (BOXES, *_ALONE):
         if not rest:
             raise ConfigError(f"prompts {text!r} name no detector: write {FORMS[kind]}")
         return _with_argument(kind, rest)
-    if text.endswith(".json"):
+    if is_boxes_file(text):
         return Spec(BOXES, file=Path(text).expanduser())
     raise ConfigError(
         f"no prompts are named {text!r}: {_hint(text)}known are {', '.join(FORMS.values())}"
     )
+
+
+def _clicks(text: str, count: str) -> int:
+    if text == "clicks":
+        return 1
+    if not count.isascii() or not count.isdigit() or not 1 <= int(count) <= _MOST_CLICKS:
+        raise ConfigError(
+            f"prompts {text!r}: write clicks, or clicks:N for up to N clicks an object, "
+            f"1 to {_MOST_CLICKS}"
+        )
+    return int(count)
+
+
+def is_boxes_file(text: str) -> bool:
+    """Whether a prompt source's name is that of a file of boxes."""
+    return text.endswith((".json", ".json.gz"))
 
 
 def _with_argument(kind: str, rest: str) -> Spec:
@@ -79,13 +104,13 @@ def _with_argument(kind: str, rest: str) -> Spec:
         return Spec(kind, name, Path(file).expanduser() if file else None)
     if kind != "mmdet":
         return Spec(kind, file=Path(rest).expanduser())
-    config, _, file = rest.rpartition(":")
-    if not config or not file:
+    pair = _PAIR.fullmatch(rest)
+    if pair is None:
         config = rest.strip(":")
         raise ConfigError(
             f"prompts 'mmdet:{rest}' name no weights: write mmdet:{config}:FILE{_weights(config)}"
         )
-    return Spec(kind, config, Path(file).expanduser())
+    return Spec(kind, pair[1], Path(pair[2]).expanduser())
 
 
 def _weights(config: str) -> str:

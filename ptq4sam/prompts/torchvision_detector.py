@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import pickle
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from torch import nn
 
 from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import CheckpointError, ConfigError
+from ptq4sam.pickles import UNREADABLE, load_pickle
 from ptq4sam.prompts.detections import candidates, file_digest, package_version
 from ptq4sam.prompts.record import Prompts, clean
-
-_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
 
 
 class TorchvisionDetector:
@@ -117,10 +115,10 @@ def _models(name: str) -> Any:
 def _build(name: str, checkpoint: Path) -> nn.Module:
     model: nn.Module = _models(name).get_model(name, weights=None, weights_backbone=None)
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = load_pickle(checkpoint)
         # torchvision's training script keeps the weights under "model".
         model.load_state_dict(state.get("model", state))
-    except (*_UNREADABLE, AttributeError, TypeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{checkpoint} has no weights of {name}: {reason(error)}") from error
     return model
 

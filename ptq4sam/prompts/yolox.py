@@ -128,9 +128,13 @@ class YoloxOnnx(Yolox):
             ) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        wanted = ["CUDAExecutionProvider"] if self._device.type == "cuda" else []
+        # Threads that spin while they wait take a processor from whoever else wants it.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         here = onnxruntime.get_available_providers()
-        providers = [name for name in [*wanted, "CPUExecutionProvider"] if name in here]
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self._device.type == "cuda" and "CUDAExecutionProvider" in here:
+            # Each process of several has a GPU of its own.
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": self._device.index or 0}))
         try:
             return onnxruntime.InferenceSession(str(self.path), options, providers=providers)
         except (
@@ -195,7 +199,7 @@ def letterbox(image: NDArray[np.uint8], height: int, width: int) -> tuple[Tensor
     bgr = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)[None].float()
     # Without anti-aliasing, and rounded, as OpenCV does in YOLOX's training.
     scaled = functional.interpolate(bgr, (rows, columns), mode="bilinear", align_corners=False)
-    canvas = torch.full((1, 3, height, width), _PADDING)
+    canvas = scaled.new_full((1, 3, height, width), _PADDING)
     canvas[..., :rows, :columns] = scaled.round()
     return canvas, ratio
 
@@ -205,10 +209,12 @@ def _grid(height: int, width: int) -> tuple[Tensor, Tensor]:
     corners, sizes = [], []
     for stride in STRIDES:
         y, x = torch.meshgrid(
-            torch.arange(height // stride), torch.arange(width // stride), indexing="ij"
+            torch.arange(height // stride, device="cpu"),
+            torch.arange(width // stride, device="cpu"),
+            indexing="ij",
         )
         corners.append(torch.stack([x, y], dim=-1).reshape(-1, 2).float())
-        sizes.append(torch.full((y.numel(), 1), float(stride)))
+        sizes.append(corners[-1].new_full((y.numel(), 1), float(stride)))
     return torch.cat(corners), torch.cat(sizes)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import struct
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,25 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4sam.data.images import reason
 from ptq4sam.errors import CheckpointError, ConfigError
+from ptq4sam.pickles import UNREADABLE, load_pickle, refused_name, short_reason
 from ptq4sam.prompts.yolox_network import SIZES, STRIDES, YoloxNetwork, YoloxSize
 
 _STEM = "backbone.backbone.stem.conv.conv.weight"
 _DEPTHWISE = "backbone.backbone.dark2.0.dconv.conv.weight"
 _CLASSES = "head.cls_preds.0.bias"
 _BOTTLENECK = re.compile(r"backbone\.backbone\.dark2\.1\.m\.(\d+)\.conv1\.conv\.weight")
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    struct.error,
-    pickle.UnpicklingError,
-)
 
 
 def load_yolox(path: Path, side: int | None = None) -> YoloxNetwork:
@@ -73,20 +59,18 @@ def load_yolox(path: Path, side: int | None = None) -> YoloxNetwork:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        content: Any = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        content: Any = load_pickle(path)
     except FileNotFoundError:
         raise CheckpointError(f"there is no YOLOX file {path}") from None
-    except _UNREADABLE as error:
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+    except UNREADABLE as error:
+        name = refused_name(error)
+        if name is not None:
             raise CheckpointError(
-                f"{path} holds more than tensors, and reading it could run code: "
+                f"{path} holds more than tensors (a {name}), and reading that could run code: "
                 'save what it has under "model" as a file of its own'
             ) from error
         raise CheckpointError(
-            f"{path} is damaged or no PyTorch file ({reason(error).partition('. ')[0][:100]}): "
-            "get it again"
+            f"{path} is damaged or no PyTorch file ({short_reason(error)}): get it again"
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
 
 from ptq4sam.errors import CheckpointError
 from ptq4sam.sam.registry import VARIANTS, SamVariant
+from ptq4sam.sam.weight_file import read_file
 
 _POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 _TIED_POSITIONS = (
     "shared_image_embedding.positional_embedding",
     "prompt_encoder.shared_embedding.positional_embedding",
 )
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_LISTED = 5
 
 # Every name starts with one of these; the longest that fits is replaced.
 _PREFIXES = {
@@ -103,48 +107,66 @@ def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_directory(name: str, directory: Path) -> dict[str, Tensor]:
-    """Read the SamModel that `save_pretrained` wrote, under official names.
+    """Read the SamModel that `save_pretrained` wrote, under its names.
 
     Args:
         name: the variant that was asked for.
-        directory: holds config.json and model.safetensors, or shards and their index.
+        directory: holds config.json and model.safetensors (pytorch_model.bin of earlier versions),
+            or shards and their index; where it has preprocessor_config.json, `pixel_mean` and
+            `pixel_std` are added from there.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the configuration is another model's.
     """
     _check_config(name, directory)
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index}: no weight_map; save or download the model again")
-        # Only the file name: an index must not lead out of its directory.
-        files = sorted({directory / Path(str(shard)).name for shard in weight_map.values()})
-    else:
-        files = [directory / "model.safetensors"]
-    state: dict[str, Tensor] = {}
-    for file in files:
+    state: dict[str, Tensor] = _constants(directory)
+    for file in _weight_files(directory):
         if not file.is_file():
             raise CheckpointError(
-                f"{directory}: {file.name} is missing; save the SamModel as safetensors "
-                "(save_pretrained) or download it again"
+                f"{directory}: {file.name} is missing; save the SamModel (save_pretrained) or "
+                "download it again"
             )
-        state |= read_safetensors(file)
-    return convert_names(state)
+        content = read_file(file)
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{file}: holds no tensors by name; download it again")
+        state |= content
+    return state
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+def _weight_files(directory: Path) -> list[Path]:
+    for name in _WEIGHTS:
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index}: no weight_map; save or download the model again")
+            # Only the file name: an index must not lead out of its directory.
+            return sorted({directory / Path(str(shard)).name for shard in weight_map.values()})
+        if (directory / name).is_file():
+            return [directory / name]
+    return [directory / _WEIGHTS[0]]
 
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+
+def _constants(directory: Path) -> dict[str, Tensor]:
+    """What a SamImageProcessor normalises by, for values of 0 to 255."""
+    path = directory / "preprocessor_config.json"
+    if not path.is_file():
+        return {}
+    config = _read_json(path)
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        scale = (
+            float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1
+        )
+        normalizes = config.get("do_normalize", True)
+        none = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+        given = config if normalizes else none
+        mean, std = (torch.tensor(given.get(name, ()), device="cpu") for name in none)
+        found = {"pixel_mean": mean / scale, "pixel_std": std / scale}
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{path}: damaged or not a safetensors file ({_first_line(error)}); download it again"
+            f"{path}: not what SamImageProcessor writes ({_first_line(error)}); download it again"
         ) from error
+    return {name: values for name, values in found.items() if len(values)}
 
 
 def _official_name(name: str) -> str:
@@ -171,8 +193,8 @@ def _check_config(name: str, directory: Path) -> None:
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{directory}: config.json is missing; give a Hugging Face SamModel directory "
-            "or a .pth or .safetensors file"
+            f"{directory}: config.json is missing, found {_listing(directory)}; give a Hugging "
+            "Face SamModel directory or a file of weights"
         )
     config = _read_json(path)
     if config.get("model_type") != "sam":
@@ -182,11 +204,16 @@ def _check_config(name: str, directory: Path) -> None:
         )
     found = _fields(config, "vision_config", _VISION_DEFAULTS)
     found |= _fields(config, "mask_decoder_config", _DECODER_DEFAULTS)
-    wanted = _expected_fields(VARIANTS[name])
+    # Of any size of pictures: the position embedding tells.
+    variants = {
+        other: _expected_fields(replace(variant, image_size=found["vision_config.image_size"]))
+        for other, variant in VARIANTS.items()
+    }
+    wanted = variants[name]
     different = [field for field in wanted if found[field] != wanted[field]]
     if not different:
         return
-    others = [other for other in VARIANTS if _expected_fields(VARIANTS[other]) == found]
+    others = [other for other, fields in variants.items() if fields == found]
     if others:
         raise CheckpointError(f"{path}: asked for {name}, but this is {others[0]}; ask for that")
     field = different[0]
@@ -194,6 +221,12 @@ def _check_config(name: str, directory: Path) -> None:
         f"{path}: asked for {name}, whose {field} is {wanted[field]}, but found {found[field]}; "
         f"this configuration is none of {', '.join(VARIANTS)}"
     )
+
+
+def _listing(directory: Path) -> str:
+    names = sorted(entry.name for entry in directory.iterdir())
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more if names else "nothing"
 
 
 def _fields(config: Mapping[str, Any], part: str, defaults: Mapping[str, Any]) -> dict[str, Any]:

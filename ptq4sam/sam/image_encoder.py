@@ -17,8 +17,9 @@ from ptq4sam.sam.common import LayerNorm2d, MLPBlock
 from ptq4sam.sam.stages import Stage, State, run_stages
 
 # Bytes of attention bias that one call of scaled_dot_product_attention may be given. The whole bias
-# of a global attention at 1024 px is 12 x 4096 x 4096 floats (805 MB); in pieces it costs nothing.
-_BIAS_BYTES = 32 * 2**20
+# of a global attention at 1024 px is 12 x 4096 x 4096 floats (805 MB); in pieces it costs nothing
+# on a CPU. A GPU stands idle between pieces that are small.
+_BIAS_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
 
 
 class PatchEmbed(nn.Module):
@@ -107,7 +108,8 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(query, key, value, scale=self.scale)
         rows, columns = grid
         row_bytes = query.shape[0] * self.num_heads * columns * rows * columns * query.itemsize
-        rows_at_once = max(1, min(rows, _BIAS_BYTES // row_bytes))
+        allowed = _BIAS_BYTES.get(query.device.type, _BIAS_BYTES["cpu"])
+        rows_at_once = max(1, min(rows, allowed // row_bytes))
         tables = self.position_tables(grid)
         # Written in place: results kept in a list would lie between the freed biases in memory.
         attended = torch.empty_like(query)

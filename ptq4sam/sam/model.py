@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,16 @@ from ptq4sam.sam.image_encoder import ImageEncoderViT
 from ptq4sam.sam.mask_decoder import MaskDecoder
 from ptq4sam.sam.prompt_encoder import PromptEncoder
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
-"""By channel (red, green, blue), of values 0 to 255."""
+
+class Normalization(NamedTuple):
+    """What pictures are normalised by, by channel (red, green, blue), of values 0 to 255."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+SAM_NORMALIZATION = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+"""SAM's own."""
 
 
 class PromptableModel(Protocol):
@@ -61,7 +68,12 @@ class PromptableModel(Protocol):
 
 
 class Sam(nn.Module):
-    """A Segment Anything model; parameter names are those of the official checkpoints."""
+    """A Segment Anything model; parameter names are those of the official checkpoints.
+
+    Attributes:
+        name: of its variant.
+        normalization: what pictures are normalised by.
+    """
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -72,13 +84,15 @@ class Sam(nn.Module):
         image_encoder: ImageEncoderViT,
         prompt_encoder: PromptEncoder,
         mask_decoder: MaskDecoder,
+        normalization: Normalization = SAM_NORMALIZATION,
     ) -> None:
         super().__init__()
         self.name = name
+        self.normalization = normalization
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
-        mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
+        mean, std = torch.tensor(normalization.mean), torch.tensor(normalization.std)
         self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
 

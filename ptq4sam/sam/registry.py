@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptq4sam.errors import ConfigError
 from ptq4sam.sam.image_encoder import ImageEncoderViT
@@ -51,15 +51,33 @@ VARIANTS: dict[str, SamVariant] = {
 }
 
 
-def build_sam(name: str) -> Sam:
-    """Build a SAM with random weights by its name.
+def variant_of(name: str, image_size: int | None = None) -> SamVariant:
+    """A SAM by its name.
+
+    Args:
+        name: a key of VARIANTS.
+        image_size: side of the input in pixels of a SAM that was fine-tuned for another; None for
+            the variant's own.
 
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError: the name is unknown, or there is no such size.
     """
     if name not in VARIANTS:
         raise ConfigError(f"unknown SAM {name!r}: choose one of {', '.join(VARIANTS)}")
-    return build_variant(name, VARIANTS[name])
+    variant = VARIANTS[name]
+    if image_size is None:
+        return variant
+    if image_size < variant.patch_size or image_size % variant.patch_size:
+        raise ConfigError(
+            f"asked for {name} with an input of {image_size} pixels: use a multiple of its "
+            f"patches' {variant.patch_size}"
+        )
+    return replace(variant, image_size=image_size)
+
+
+def build_sam(name: str, image_size: int | None = None) -> Sam:
+    """Build a SAM with random weights by its name; arguments and errors as for `variant_of`."""
+    return build_variant(name, variant_of(name, image_size))
 
 
 def build_variant(name: str, variant: SamVariant) -> Sam:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pycocotools.coco import COCO
 from ptq4sam.data import CocoDataset
 from ptq4sam.data.scenes import write_scenes
 from ptq4sam.errors import ConfigError, DataError
+from ptq4sam.evaluation import BoxScores, MaskScores
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -76,6 +78,200 @@ def test_what_can_be_derived_may_be_left_out(files: Any) -> None:
     assert not item.iscrowd
     assert item.area == 80.0
     assert item.box.tolist() == [4, 5, 14, 13]
+
+
+def test_null_counts_as_not_there(files: Any) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["annotations"][0].update(iscrowd=None, area=None, bbox=None, score=None)
+        content["images"][0].update(license=None)
+
+    dataset = files.write(change).open()
+    item = dataset.instances(dataset.images[0])[0]
+    assert (item.iscrowd, item.area, item.box.tolist()) == (False, 80.0, [4, 5, 14, 13])
+    assert len(dataset.ground_truth.anns) == 3
+    assert files.write(lambda c: c.update(annotations=None)).open().annotated_images() == []
+
+
+@pytest.mark.parametrize("number", [float, str])
+def test_whole_numbers_may_be_written_otherwise(
+    files: Any, number: Callable[[int], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def change(content: dict[str, Any]) -> None:
+        for key, fields in (
+            ("images", ("id", "width", "height")),
+            ("categories", ("id",)),
+            ("annotations", ("id", "image_id", "category_id", "iscrowd")),
+        ):
+            for entry in content[key]:
+                entry.update({field: number(entry[field]) for field in fields})
+
+    plain = files.open()
+    dataset = files.write(change).open()
+    assert dataset.images == plain.images
+    assert dataset.category_names == plain.category_names
+    assert dataset.ground_truth.anns == plain.ground_truth.anns
+    notes = [record.getMessage() for record in caplog.records]
+    assert notes == ([] if number is float else [notes[0]])
+    assert all("numbers are written as text" in note for note in notes)
+
+
+def test_gzip_and_byte_order_marks(files: Any) -> None:
+    text = json.dumps(files.content)
+    for written in (
+        gzip.compress(text.encode()),
+        text.encode("utf-8-sig"),
+        text.encode("utf-16"),
+    ):
+        files.annotations.write_bytes(written)
+        assert len(files.open().images) == 3
+    compressed = files.annotations.with_suffix(".json.gz")
+    compressed.write_bytes(gzip.compress(text.encode())[:-9])
+    with pytest.raises(
+        DataError, match=r"instances\.json\.gz is a damaged gzip file: .+"
+    ) as caught:
+        CocoDataset(files.images, compressed)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_size_is_read_from_the_picture(
+    files: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(files.images / "b.jpg", exif=exif)
+
+    def change(content: dict[str, Any]) -> None:
+        del content["images"][0]["width"], content["images"][1]["height"]
+        content["images"][1]["width"] = None
+
+    dataset = files.write(change).open()
+    assert [(r.width, r.height) for r in dataset.images] == [(40, 30), (30, 40), (40, 30)]
+    for record in dataset.images:
+        assert dataset.load(record).shape == (record.height, record.width, 3)
+    assert "width and height of 2 pictures are missing" in caplog.text
+    (files.images / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"image id 10: .*a\.jpg cannot be read.*--skip-bad"):
+        files.open()
+    lenient = files.open(skip_bad=True)
+    assert [r.id for r in lenient.images] == [11, 12]
+    assert lenient.skipped == {"damaged image": 1}
+
+
+@pytest.mark.parametrize(
+    "flat", [[5, 5], [5, 5] * 3, [2, 5, 20, 5, 9, 5], [2, 3, 4, 6, 8, 12], [1, 2, 3, 4]]
+)
+def test_a_flat_polygon_costs_itself_and_not_the_object(
+    files: Any, flat: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    whole = [item.mask for item in files.open().instances(files.open().images[0])]
+    dataset = files.write(lambda c: c["annotations"][0]["segmentation"].insert(0, flat)).open()
+    items = dataset.instances(dataset.images[0])
+    assert all(np.array_equal(item.mask, mask) for item, mask in zip(items, whole, strict=True))
+    assert "dropped 1 polygons" in caplog.text
+    assert not dataset.skipped
+    caplog.clear()
+    dataset = files.write(lambda c: c["annotations"][0].update(segmentation=[flat, flat])).open()
+    assert [item.annotation_id for item in dataset.instances(dataset.images[0])] == [2]
+    assert dataset.skipped == {"annotation of flat polygons": 1}
+    told = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    assert any("skipped 1 x annotation of flat polygons" in line for line in told)
+    assert len(told) == len(caplog.records) == 2
+
+
+@pytest.mark.parametrize(
+    "polygon",
+    [
+        [4, 4, 14, 14, 14, 4, 4, 14],  # Its signed areas cancel out.
+        [4, 4, 14, 4, 14, 14],
+        [4, 4, 14, 14, 14, 4],
+        [4, 4, 4, 4, 9, 4, 14, 4, 4, 14],
+    ],
+)
+def test_what_encloses_something_is_not_flat(files: Any, polygon: list[float]) -> None:
+    dataset = files.write(lambda c: c["annotations"][0].update(segmentation=[polygon])).open()
+    item, _ = dataset.instances(dataset.images[0])
+    assert item.mask.sum() > 30
+
+
+@pytest.mark.parametrize("segmentation", ["missing", None, [], [[]], [[5, 5]], "text"])
+def test_without_need_of_masks_a_box_is_enough(files: Any, segmentation: Any) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["annotations"][0].update(segmentation=segmentation, area=None)
+        if segmentation == "missing":
+            del content["annotations"][0]["segmentation"]
+
+    dataset = files.write(change).open(masks=False)
+    boxed, masked = dataset.instances(dataset.images[0])
+    assert (boxed.segmentation, boxed.area) == (None, 80.0)
+    assert boxed.box.tolist() == [4, 5, 14, 13]
+    assert masked.mask.sum() == 12 * 15
+    with pytest.raises(DataError, match="annotation id 1 has a box and no mask"):
+        _ = boxed.mask
+    with pytest.raises(DataError, match=r"annotation id 1 of .*a\.jpg\): scores need its mask"):
+        dataset.require_masks()
+    with pytest.raises(DataError, match="scores need its mask"):
+        MaskScores(dataset).summarize()
+    BoxScores(dataset).summarize()
+    files.open(masks=False).subset(dataset.images[1:]).require_masks()
+    assert not dataset.skipped
+
+
+def test_without_box_and_mask_there_is_nothing_to_use(files: Any) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["annotations"][0].update(segmentation=None, bbox=None)
+
+    files.write(change)
+    for masks in (True, False):
+        with pytest.raises(DataError, match=r"annotation id 1 .*: there is no segmentation"):
+            files.open(masks=masks)
+        lenient = files.open(masks=masks, skip_bad=True)
+        assert lenient.skipped == {"annotation without segmentation": 1}
+
+
+def test_boxes_that_contradict_their_masks_are_counted(
+    files: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def corners(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            x, y, w, h = annotation["bbox"]
+            annotation["bbox"] = [x, y, x + w, y + h]
+
+    def fractions(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            x1, y1, x2, y2 = annotation["bbox"]
+            annotation["bbox"] = [x1 / 40, y1 / 30, (x2 - x1) / 40, (y2 - y1) / 30]
+
+    before = files.open()
+    assert not caplog.records
+    dataset = files.write(corners).open()
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "2 of 3 boxes contradict their masks, first that of annotation id 1: they fit as" in told
+    assert "[x1, y1, x2, y2] (xyxy)" in told
+    for one, other in zip(before.images, dataset.images, strict=True):
+        areas = [[i.area for i in d.instances(r)] for d, r in ((before, one), (dataset, other))]
+        assert areas[0] == areas[1]
+    caplog.clear()
+    files.write(fractions).open()
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "3 of 3 boxes contradict" in told
+    assert "fractions [x, y, width, height]" in told
+
+
+def test_boxes_without_masks_are_looked_at_too(
+    files: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            annotation.update(segmentation=[], bbox=[20, 15, 35, 25])
+
+    files.write(change).open(masks=False)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "3 of 3 boxes run over the right or bottom border" in told
+    assert "xyxy" in told
 
 
 def test_annotations_of_a_stored_and_of_a_turned_picture(files: Any) -> None:
@@ -143,7 +339,7 @@ def test_an_annotation_without_segmentation(files: Any, empty: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"segmentation": [[1, 2, 3, 4]]}, "three points"),
+        ({"segmentation": [[1, 2, 3, 4, 5]]}, "three points"),
         ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "three points"),
         ({"segmentation": [[1, 2, 3, 4, 5, "6"]]}, "three points"),
         ({"segmentation": "text"}, "neither polygons"),
@@ -158,7 +354,8 @@ def test_an_annotation_without_segmentation(files: Any, empty: Any) -> None:
         ({"image_id": 99}, "no such image"),
         ({"bbox": [1, 2, 3]}, "bbox is"),
         ({"bbox": [1, 2, 3, float("inf")]}, "bbox is"),
-        ({"bbox": None}, "bbox is"),
+        ({"bbox": "1, 2, 3, 4"}, "bbox is"),
+        ({"category_id": "cat"}, "no category 'cat'"),
         ({"area": "large"}, "area is"),
         ({"iscrowd": 2}, "iscrowd is 2"),
     ],
@@ -199,11 +396,13 @@ def test_all_skipped_annotations_are_counted_in_one_warning(
         (lambda c: c.pop("categories"), 'no list "categories"'),
         (lambda c: c["images"].append(5), r"images\[3\] is not an object"),
         (lambda c: c["images"][1].update(id=10), "image id 10 is there twice"),
-        (lambda c: c["images"][1].update(id="11"), r"images\[1\]\.id is '11', int needed"),
+        (lambda c: c["images"][1].update(id="b"), r"images\[1\]\.id is 'b', int needed"),
+        (lambda c: c["images"][1].update(id=11.5), r"images\[1\]\.id is 11\.5, int needed"),
+        (lambda c: c["images"][1].update(id="10"), "image id 10 is there twice"),
         (lambda c: c["images"][1].pop("file_name"), r"images\[1\]\.file_name is None"),
         (lambda c: c["images"][1].update(file_name=""), r"images\[1\]\.file_name is ''"),
         (lambda c: c["images"][1].update(width=0), "image id 11 has no pixels"),
-        (lambda c: c["images"][1].update(height=None), r"images\[1\]\.height is None"),
+        (lambda c: c["images"][1].update(height="tall"), r"images\[1\]\.height is 'tall', int n"),
         (lambda c: c["annotations"][1].update(id=1), "annotation id 1 is there twice"),
         (
             lambda c: c["annotations"][1].update(image_id=None),

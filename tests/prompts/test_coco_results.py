@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gzip
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from ptq4sam.prompts import (
 NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 
 
-def _result(image_id: int = 1, **more: Any) -> dict[str, Any]:
+def _result(image_id: object = 1, **more: Any) -> dict[str, Any]:
     return {"image_id": image_id, "category_id": 1, "bbox": [10, 20, 30, 40], "score": 0.5, **more}
 
 
@@ -73,6 +76,85 @@ def test_numbers_that_are_none_are_dropped_and_counted(tmp_path: Path, scenes: C
     assert source.dropped == {"box that is not a number": 1, "box without area in the picture": 1}
 
 
+def test_numbers_that_are_none_are_told_in_one_line(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = [_result(record.id, score=float("nan")) for record in scenes.images for _ in range(9)]
+    CocoResults(
+        _write(tmp_path, [_result(record.id) for record in scenes.images] + entries), scenes
+    )
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "boxes.json: dropped 27 x box that is not a number" in told
+
+
+def test_a_result_without_a_score_has_1_with_a_note(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    entries = [_result(record.id) for record in scenes.images]
+    del entries[0]["score"]
+    entries[1]["score"] = None
+    source = CocoResults(_write(tmp_path, entries), scenes)
+    scores = [source.prompts(record, NO_PIXELS).scores.tolist() for record in scenes.images]
+    assert scores == [[1.0], [1.0], [0.5]]
+    (told,) = caplog.records
+    assert "boxes.json: 2 of 3 results have no score: each counts as 1" in told.getMessage()
+    assert told.levelname == "INFO"
+
+
+def test_whole_numbers_may_be_written_otherwise(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    entries = [_result(), _result("2"), _result(3.0, category_id="4")]
+    source = CocoResults(_write(tmp_path, entries), scenes)
+    found = [source.prompts(record, NO_PIXELS).category_ids.tolist() for record in scenes.images]
+    assert found == [[1], [1], [4]]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert 'numbers are written as text, as "2"' in told
+
+
+def test_a_file_compressed_by_gzip(tmp_path: Path, scenes: CocoDataset) -> None:
+    path = tmp_path / "boxes.json.gz"
+    path.write_bytes(gzip.compress(json.dumps([_result()]).encode()))
+    source = open_prompts(str(path), scenes)
+    assert isinstance(source, CocoResults)
+    assert len(source.prompts(scenes.images[0], NO_PIXELS)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda x, y, w, h: [x, y, x + w, y + h], "are they [x1, y1, x2, y2] (xyxy)"),
+        (lambda x, y, w, h: [x / 320, y / 256, w / 320, h / 256], "boxes lie within one pixel"),
+        (lambda x, y, w, h: [4 * x, 4 * y, 4 * w, 4 * h], "of pictures of another size"),
+        (lambda x, y, w, h: [x, y, w, h], None),
+    ],
+)
+def test_boxes_that_are_no_sizes_in_pixels_are_noticed(
+    tmp_path: Path,
+    scenes: CocoDataset,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[..., list[float]],
+    told: str | None,
+) -> None:
+    """Of the annotated boxes of the scenes, written otherwise; the boxes themselves stay so."""
+    entries = [
+        {**result, "bbox": change(*result["bbox"])}
+        for record in scenes.images
+        for result in to_results(GroundTruth(scenes).prompts(record, NO_PIXELS))
+    ]
+    source = CocoResults(_write(tmp_path, entries), scenes)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (told is not None)
+    assert told is None or (told in lines[0] and "Write [x, y, width, height]" in lines[0])
+    for record in scenes.images:
+        boxes = np.array([e["bbox"] for e in entries if e["image_id"] == record.id])
+        boxes[:, 2:] += boxes[:, :2]
+        expected = clean(record, boxes, np.ones(len(boxes)), np.ones(len(boxes)))
+        assert np.array_equal(source.prompts(record, NO_PIXELS).boxes, expected.boxes)
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
@@ -86,6 +168,7 @@ def test_numbers_that_are_none_are_dropped_and_counted(tmp_path: Path, scenes: C
         ([_result(score="high")], "result 0 has score 'high', not a number"),
         ([_result(score=True)], "result 0 has score True"),
         ([_result(image_id="a")], "result 0 has image_id 'a'"),
+        ([_result(score="0.9")], "result 0 has score '0.9', not a number"),
         ([_result(category_id=1.5)], "result 0 has category_id 1.5"),
         ([_result(77), _result(78)], "boxes of 2 images, none of which is among the"),
         ([_result(category_id=77)], "has category ids 77, the data set has 1, 2, 3"),
@@ -168,8 +251,13 @@ def test_what_the_cache_keeps_survives_export_and_import(
             assert np.array_equal(again.category_ids, expected.category_ids)
 
 
-def test_no_boxes_at_all_are_possible(tmp_path: Path, scenes: CocoDataset) -> None:
+def test_no_boxes_at_all_are_possible_with_a_warning(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture
+) -> None:
     source = CocoResults(_write(tmp_path, []), scenes)
+    (told,) = caplog.records
+    assert "boxes.json has no boxes at all" in told.getMessage()
+    assert told.levelname == "WARNING"
     assert len(source.prompts(scenes.images[0], NO_PIXELS)) == 0
 
 

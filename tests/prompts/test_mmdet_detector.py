@@ -52,11 +52,11 @@ def _picture(height: int, width: int) -> tuple[ImageRecord, NDArray[np.uint8]]:
 
 @pytest.mark.parametrize(
     ("config", "limit"),
-    [(YOLOX_L, 100), (FASTER_RCNN, 100), (DINO_R50, 300)],
+    [(YOLOX_L, None), (FASTER_RCNN, 100), (DINO_R50, 300)],
     ids=["yolox_l", "faster_rcnn", "dino_r50"],
 )
 def test_boxes_are_those_of_mmdetections_own_inference(
-    tmp_path: Path, config: Path, limit: int
+    tmp_path: Path, config: Path, limit: int | None
 ) -> None:
     """A flat picture, since these scale its shorter side to at most 800 pixels."""
     from mmdet.apis import inference_detector
@@ -123,7 +123,7 @@ def test_pipelines_are_the_published_ones(
         assert np.allclose(corner, (np.array([30, 20, 10]) - mean) / std, atol=1e-4)
     test = settings.model.test_cfg
     if config == YOLOX_L:
-        assert (test.score_thr, test.nms.iou_threshold) == (0.01, 0.65)
+        assert (test.score_thr, test.nms.iou_threshold, test.max_per_img) == (0.05, 0.65, -1)
     elif config == FASTER_RCNN:
         assert (test.rcnn.score_thr, test.rcnn.nms.iou_threshold) == (0.05, 0.5)
         assert test.rcnn.max_per_img == 100
@@ -168,10 +168,13 @@ def _variant(path: Path, text: str) -> Path:
 def test_spec_configurations_of_mmdet_and_limit(scenes: CocoDataset, nano: Path) -> None:
     record, image = _picture(120, 160)
     ours = open_prompts(f"mmdet:{YOLOX_NANO}:{nano}", scenes).prompts(record, image)
-    assert len(ours) == 100
+    # As published: in any number.
+    assert len(ours) > 100
     assert (np.diff(ours.scores) <= 0).all()
+    assert ours.scores[-1] > 0.05
     theirs = open_prompts(f"mmdet:yolox/yolox_nano_8xb8-300e_coco.py:{nano}", scenes)
-    assert np.array_equal(theirs.prompts(record, image).boxes, ours.boxes)
+    # mmdet's own sets no number: it is COCO's.
+    assert np.array_equal(theirs.prompts(record, image).boxes, ours.first(100).boxes)
     assert len(MmdetDetector(YOLOX_NANO, nano, limit=7).prompts(record, image)) == 7
 
 

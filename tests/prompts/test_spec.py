@@ -33,6 +33,9 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("torchvision:ssd300_vgg16:s.pth", Spec("torchvision", "ssd300_vgg16", Path("s.pth"))),
         ("transformers:me/mine", Spec("transformers", "me/mine")),
         ("mmdet:c.py:w.pth", Spec("mmdet", "c.py", Path("w.pth"))),
+        ("mmdet:mmdet::d/c.py:w.pth", Spec("mmdet", "mmdet::d/c.py", Path("w.pth"))),
+        ("mmdet:c.py:C:/w.pth", Spec("mmdet", "c.py", Path("C:/w.pth"))),
+        (r"mmdet:C:\c.py:D:\w.pth", Spec("mmdet", r"C:\c.py", Path(r"D:\w.pth"))),
         ("yolox:~/y.pth", Spec("yolox", file=Path.home() / "y.pth")),
     ],
 )

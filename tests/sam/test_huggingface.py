@@ -112,6 +112,12 @@ def test_the_file_alone_loads(directory: Path, nano: Any) -> None:
     assert sam.state_dict()[MATRIX].equal(nano.state_dict()[SHARED])
 
 
+def test_weights_as_earlier_versions_wrote_them_load(directory: Path, nano: Any) -> None:
+    (directory / "model.safetensors").unlink()
+    torch.save(nano.state_dict(), directory / "pytorch_model.bin")
+    assert load_sam("vit_nano", directory).state_dict()[MATRIX].equal(nano.state_dict()[SHARED])
+
+
 def test_either_position_matrix_will_do(directory: Path, nano: Any) -> None:
     matrix = nano.state_dict()[SHARED]
 

@@ -43,7 +43,7 @@ def test_attention_in_pieces_equals_the_whole(
     whole = attention(x)
     (whole_gradient,) = torch.autograd.grad(whole.square().sum(), x)
     # Two rows are 2 * 3 * 12 * 36 floats; a budget of 4 rows leaves an uneven last piece.
-    monkeypatch.setattr(image_encoder, "_BIAS_BYTES", 4 * 2 * 3 * 6 * 36 * 4)
+    monkeypatch.setitem(image_encoder._BIAS_BYTES, "cpu", 4 * 2 * 3 * 6 * 36 * 4)
     pieces = attention(x)
     (gradient,) = torch.autograd.grad(pieces.square().sum(), x)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-6)

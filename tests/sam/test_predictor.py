@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,12 @@ def predictor(sam: Sam, image: Any) -> Predictor:
     assert result.prompts_at_once == 3
     result.set_image(image)
     return result
+
+
+@pytest.mark.parametrize(("kind", "prompts"), [("cpu", 16), ("cuda", 85), ("xpu", 16)])
+def test_as_many_prompts_at_once_as_the_device_has_room_for(kind: str, prompts: int) -> None:
+    base = SimpleNamespace(device=torch.device(kind), embedding_bytes=256 * 64 * 64 * 4)
+    assert Predictor(base).prompts_at_once == prompts  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,25 +12,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ptq4sam.contents import is_safetensors
 from ptq4sam.data.images import reason
 from ptq4sam.errors import CheckpointError
-
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
+from ptq4sam.pickles import UNREADABLE, load_pickle
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a checkpoint of the authors' training, or of a plain state dict.
 
-    Such a checkpoint also holds the optimizer's state and the training's arguments, an
-    argparse.Namespace: the only object that is let in besides tensors and plain values.
+    Such a checkpoint also holds the optimizer's state and the training's arguments, which are
+    passed over.
 
     Args:
         path: .pth or .safetensors.
@@ -42,14 +31,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file is damaged, holds other objects, or no tensors by name.
     """
     try:
-        if path.suffix == ".safetensors":
+        if path.is_file() and is_safetensors(path):
             return load_file(path)
-        # Mapped where it can be: most of the file is the optimizer's, and is not wanted.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except _UNREADABLE as error:
+        content: Any = load_pickle(path)
+    except (*UNREADABLE, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as weights: {reason(error)}") from error
     state = content.get("model", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):

@@ -108,7 +108,7 @@ class DetrDetector:
         height, width = image.shape[:2]
         scores, boxes = self._model(prepare(image).to(self._device))
         best = choose(scores[0].float().cpu(), boxes[0].float().cpu(), self.limit)
-        xyxy = best[0] * torch.tensor([width, height, width, height])
+        xyxy = best[0] * best[0].new_tensor([width, height, width, height])
         return clean(record, xyxy.numpy(), best[1].numpy(), best[2].numpy())
 
     @cached_property
@@ -137,7 +137,7 @@ def prepare(image: NDArray[np.uint8]) -> Tensor:
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
     # Without anti-aliasing, and rounded, as OpenCV resizes 8-bit pictures.
     pixels = functional.interpolate(pixels, size, mode="bilinear", align_corners=False).round()
-    mean, deviation = (torch.tensor(x).reshape(1, 3, 1, 1) for x in (_MEAN, _DEVIATION))
+    mean, deviation = (pixels.new_tensor(x).reshape(1, 3, 1, 1) for x in (_MEAN, _DEVIATION))
     return (pixels - mean) / deviation
 
 
@@ -152,7 +152,7 @@ def choose(scores: Tensor, boxes: Tensor, limit: int) -> tuple[Tensor, Tensor, T
     Returns:
         Boxes xyxy in 0-1 [n, 4]; scores [n], falling; category ids [n].
     """
-    ids = torch.tensor(COCO_CATEGORY_IDS)
+    ids = torch.tensor(COCO_CATEGORY_IDS, device=scores.device)
     likely = scores[:, ids].sigmoid().flatten()
     # What is no number goes last, so that it drives out nothing that is one.
     order = likely.nan_to_num(-1.0).topk(min(limit, len(likely))).indices

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ptq4sam.data import ImageFolder, read_image
+from ptq4sam.errors import DataError
+
+Pixels = np.ndarray
+
+RGB, GREY_AND_ALPHA, RGBA = 2, 4, 6
+"""A PNG's colour types."""
+
+
+def _png(path: Path, pixels: Pixels, colour_type: int) -> Path:
+    """A PNG with 16 bits a channel, which Pillow writes in grey alone."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + check
+
+    height, width = pixels.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    signature = b"\x89PNG\r\n\x1a\n"
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(signature + body)
+    return path
+
+
+def _tiff(path: Path, pixels: Pixels, order: str, deflated: bool = False) -> Path:
+    """A TIFF with 16 bits a channel of RGB."""
+    height, width = pixels.shape[:2]
+    strip = pixels.astype(f"{order}u2").tobytes()
+    strip = zlib.compress(strip) if deflated else strip
+    count, first = 9, 8
+    depths = first + 2 + 12 * count + 4
+    entries = [
+        (256, 3, 1, width),
+        (257, 3, 1, height),
+        (258, 3, 3, depths),
+        (259, 3, 1, 8 if deflated else 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, depths + 6),
+        (277, 3, 1, 3),
+        (278, 3, 1, height),
+        (279, 4, 1, len(strip)),
+    ]
+    content = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", first, count)
+    for tag, kind, number, value in entries:
+        short = kind == 3 and number == 1
+        content += struct.pack(f"{order}HHI", tag, kind, number)
+        content += struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value)
+    path.write_bytes(content + struct.pack(f"{order}IHHH", 0, 16, 16, 16) + strip)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 1, 163, 255], [0, 1, 163, 255]),
+        ([0, 4, 256, 1023], [0, 1, 64, 255]),
+        ([0, 480, 2613, 4095], [0, 30, 163, 255]),
+        ([0, 64, 4096, 16383], [0, 1, 64, 255]),
+        ([0x00FF, 0x0100, 0x8000, 0xFFFF], [0, 1, 128, 255]),
+        ([0, 0, 0, 0], [0, 0, 0, 0]),
+    ],
+)
+def test_grey_of_16_bits_is_scaled_by_the_bits_of_the_largest(
+    tmp_path: Path, suffix: str, values: list[int], expected: list[int]
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(np.array([values], np.uint16)).save(path)
+    assert read_image(path).tolist() == [[[value] * 3 for value in expected]]
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "<", ">", "<deflated", ">deflated"])
+def test_colours_of_16_bits_are_scaled_by_the_bits_of_the_largest(
+    tmp_path: Path, bits: int, kind: str
+) -> None:
+    """The upper bytes alone, which Pillow gives, would be black at 8 bits."""
+    rng = np.random.default_rng(bits)
+    pixels = rng.integers(0, 2**bits, (5, 7, 3)).astype(np.uint16)
+    pixels[0, 0] = 2**bits - 1
+    if kind == "RGB":
+        path = _png(tmp_path / "a.png", pixels, RGB)
+    elif kind == "RGBA":
+        # Opaque: the largest value that the file's bits can say.
+        opaque = np.full((5, 7, 1), 0xFFFF, np.uint16)
+        path = _png(tmp_path / "a.png", np.concatenate([pixels, opaque], axis=2), RGBA)
+    else:
+        path = _tiff(tmp_path / "a.tif", pixels, kind[0], deflated="deflated" in kind)
+    assert np.array_equal(read_image(path), pixels >> (bits - 8))
+
+
+@pytest.mark.parametrize("most", [0xFFFF, 4095])
+def test_transparency_of_16_bits_is_scaled_by_itself(tmp_path: Path, most: int) -> None:
+    pixels = np.array([[[255, 128, 0, alpha] for alpha in (0, most // 2, most)]])
+    path = _png(tmp_path / "a.png", pixels, RGBA)
+    assert read_image(path)[0, :, 1].tolist() == pytest.approx([255, 191, 128], abs=1)
+
+
+def test_32_bits_and_floating_point_numbers(tmp_path: Path) -> None:
+    def read(values: list[float], kind: type) -> list[int]:
+        Image.fromarray(np.array([values], kind)).save(tmp_path / "a.tif")
+        return read_image(tmp_path / "a.tif")[0, :, 0].tolist()
+
+    assert read([0, 480, 2613], np.int32) == [0, 30, 163]
+    assert read([0, 255, 30.7], np.float32) == [0, 255, 30]
+    assert read([0, 0.5, 1, 1.01], np.float32) == [0, 128, 255, 255]
+    assert read([0, 65535, 256], np.float32) == [0, 255, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "told"),
+    [
+        ([0, 70000], np.int32, "exceed 16 bits: they go from 0 to 70000"),
+        ([-1, 5], np.int32, "exceed 16 bits: they go from -1 to 5"),
+        ([0, 70000], np.float32, "exceed 16 bits"),
+        ([-0.5, 1], np.float32, "floating-point numbers below 0"),
+        ([np.nan, 1], np.float32, "floating-point numbers below 0 or not finite"),
+        ([np.inf, 1], np.float32, "floating-point numbers below 0 or not finite"),
+    ],
+)
+def test_what_no_bits_are_known_of_is_refused(
+    tmp_path: Path, values: list[float], kind: type, told: str
+) -> None:
+    Image.fromarray(np.array([values], kind)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=rf"a\.tif cannot be read: .*{told}.*convert it to 8 bits"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_what_pillow_drops_is_not_black_without_a_word(tmp_path: Path) -> None:
+    """Of grey with alpha Pillow reads the upper bytes alone."""
+    pixels = np.array([[[0x1234, 0xFFFF], [0xFF00, 0xFFFF]]])
+    path = _png(tmp_path / "a.png", pixels, GREY_AND_ALPHA)
+    assert read_image(path).tolist() == [[[0x12] * 3, [0xFF] * 3]]
+    path = _png(tmp_path / "b.png", pixels >> 8, GREY_AND_ALPHA)
+    with pytest.raises(DataError, match=r"b\.png cannot be read: its 16-bit values use few"):
+        read_image(path)
+
+
+def test_it_is_noted_once_a_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for name, largest in (("a.png", 255), ("b.png", 4095)):
+        Image.fromarray(np.array([[0, largest]], np.uint16)).save(tmp_path / name)
+    Image.new("L", (2, 1)).save(tmp_path / "narrow.png")
+    folder = ImageFolder(tmp_path)
+    for record in [*folder.images, *folder.images]:
+        folder.load(record)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "a.png holds 8-bit values" in told
+    caplog.clear()
+    read_image(tmp_path / "b.png")
+    assert "b.png holds 12-bit values" in caplog.text
+    caplog.clear()
+    read_image(tmp_path / "narrow.png")
+    assert not caplog.records
