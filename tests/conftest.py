@@ -9,7 +9,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import ptq4sam  # noqa: F401 before torch, which then knows how its threads wait
+
+# isort: split
 import pytest
+import torch
 
 from ptq4sam.allocator import keep_freed_memory
 from tests import golden_cases
@@ -32,6 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "golden(*groups): run the test once for each golden case of these groups"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.granularity_points import (
+    PointParameters,
     clamped_codes,
     point_parameters,
     quantize_points,
@@ -19,6 +21,7 @@ from ptq4sam.methods.granularity_table import MOST_BITS, code_middles, fraction_
 from ptq4sam.quantization.base import Statistics
 from ptq4sam.quantization.dropping import Choice
 from ptq4sam.quantization.grid import Grid
+from ptq4sam.quantization.memo import Memo
 from ptq4sam.quantization.quantizers import EPS, Quantizer
 from ptq4sam.quantization.scheme import TAUS
 
@@ -26,6 +29,23 @@ _TOLERANCE = 1e-3
 """Where a search that is not exact stops, as a share of the largest attention."""
 _EXACT_TOLERANCE = 1e-5
 """Where an exact one stops: scipy's own."""
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What whole numbers of steps need of scale and tau.
+
+    Attributes:
+        bits: after the point, in units of the scale.
+        points: for kernels.
+        unit: [] what the scale is in steps, of the type of steps.
+        step: [] what a step is worth.
+    """
+
+    bits: int
+    points: PointParameters
+    unit: Tensor
+    step: Tensor
 
 
 class AdaptiveGranularityQuantizer(Quantizer):
@@ -47,6 +67,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
         scale: [] largest point, learned.
     """
 
+    scale: nn.Parameter
     tau: Tensor
 
     def __init__(self, grid: Grid, exact: bool = True, taus: Sequence[int] = TAUS) -> None:
@@ -55,9 +76,14 @@ class AdaptiveGranularityQuantizer(Quantizer):
         self._taus = tuple(taus)
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("tau", torch.ones(()))
+        self._whole: Memo[_Whole] = Memo()
         self._batches = 0
         self._scale_sums = [0.0] * len(self._taus)
         self._error_sums = [0.0] * len(self._taus)
+
+    def learned(self) -> list[nn.Parameter]:
+        """The scale."""
+        return [self.scale]
 
     @property
     def tau_scales(self) -> list[float]:
@@ -97,12 +123,12 @@ class AdaptiveGranularityQuantizer(Quantizer):
         tolerance = _EXACT_TOLERANCE if self._exact else _TOLERANCE * largest
         # Where there is nothing to choose there is nothing to compare either.
         compared = x if self._exact or len(self._taus) == 1 else some_queries(x)
-        search = ScaleSearch(compared, value, levels, tolerance)
+        search = ScaleSearch(compared, value, levels, tolerance, self._exact)
         scales, errors = zip(*(search.best_scale(tau, largest) for tau in self._taus), strict=True)
         if compared is x:
             return _doubles(scales), _doubles(errors)
         best = errors.index(min(errors))
-        whole = ScaleSearch(x, value, levels, tolerance)
+        whole = ScaleSearch(x, value, levels, tolerance, exact=False)
         scale, _ = whole.best_scale(self._taus[best], largest)
         return _doubles((*scales[:best], scale, *scales[best + 1 :])), _doubles(errors)
 
@@ -115,7 +141,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
         best = self._error_sums.index(min(self._error_sums))
         self.tau.fill_(self._taus[best])
         self._set_parameters(self.scale.new_tensor(self.tau_scales[best]), self.zero_point)
-        self.clamp_scale_()
+        self.constrain_()
 
     def quantize(self, x: Tensor) -> Tensor:
         """Move `x` to the nearest point in the logarithm; points below the last give zero."""
@@ -126,6 +152,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
         return self._quantize(x, choice)
 
     def _quantize(self, x: Tensor, choice: Choice | None) -> Tensor:
+        self._whole.clear()
         scale = self._positive_scale()
         points = point_parameters(scale, self.tau, self.grid.levels)
         return quantize_points(x, points, choice)
@@ -141,7 +168,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
         return self._positive_scale()
 
     def _positive_scale(self) -> Tensor:
-        # Whoever optimises calls clamp_scale_(); this keeps a step in between from harm.
+        # Whoever optimises calls constrain_(); this keeps a step in between from harm.
         return self.scale.abs().clamp(min=EPS)
 
     @torch.no_grad()
@@ -150,19 +177,29 @@ class AdaptiveGranularityQuantizer(Quantizer):
 
         In float64 where their sums need it.
         """
-        bits = self.fraction_bits()
-        dtype = torch.float64 if bits == MOST_BITS else torch.float32
-        points = point_parameters(self.scale_in_use(), self.tau, self.grid.levels)
-        return whole_points(x, *points, x.new_full((), 2.0**bits, dtype=dtype))
+        whole = self._of_steps()
+        return whole_points(x, *whole.points, whole.unit)
 
     @property
     def step(self) -> Tensor:
         """What the last fraction bit is worth."""
-        return self.scale_in_use() * 2.0 ** -self.fraction_bits()
+        return self._of_steps().step
 
     def fraction_bits(self) -> int:
         """Fraction bits of `steps`, in units of the scale."""
-        return fraction_bits(self.grid.levels, int(self.tau), float(self.scale_in_use()))
+        return self._of_steps().bits
+
+    def _of_steps(self) -> _Whole:
+        return self._whole.get(self._make_whole, self.tensors)
+
+    @torch.no_grad()
+    def _make_whole(self) -> _Whole:
+        scale, levels = self.scale_in_use(), self.grid.levels
+        bits = fraction_bits(levels, int(self.tau), float(scale))
+        dtype = torch.float64 if bits == MOST_BITS else torch.float32
+        points = point_parameters(scale, self.tau, levels)
+        unit = torch.full((), 2.0**bits, dtype=dtype, device=scale.device)
+        return _Whole(bits, points, unit, scale * 2.0**-bits)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
@@ -173,4 +210,4 @@ class AdaptiveGranularityQuantizer(Quantizer):
 
 
 def _doubles(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

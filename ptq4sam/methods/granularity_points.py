@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ptq4sam.methods.granularity_table import power_table
+from ptq4sam.quantization.division import divided
 from ptq4sam.quantization.dropping import Choice, chosen, stays_float
-from ptq4sam.quantization.fused import fused
-from ptq4sam.quantization.grid import in_products, precise
+from ptq4sam.quantization.fused import fused, fused_exactly
+from ptq4sam.quantization.grid import in_products, precise, summed
+from ptq4sam.quantization.hard_numbers import near_points
 from ptq4sam.quantization.scheme import TAUS
 
 FLOOR = 1e-20
@@ -47,9 +49,9 @@ def clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels
     return _clamped_codes(x.reshape(-1), scale, middles, tau, levels).reshape(x.shape)
 
 
-@fused
+@fused_exactly(near_points(scale_at=1))
 def _clamped_codes(x: Tensor, scale: Tensor, middles: Tensor, tau: Tensor, levels: int) -> Tensor:
-    bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
+    bits = divided(x.to(torch.float32).clamp(min=FLOOR), scale).view(torch.int32)
     exponent, mantissa = (bits >> _MANTISSA_BITS) - 127, bits & _MANTISSA
     above = (mantissa >= middles[0]).to(torch.int32)
     for index in range(1, max(TAUS)):
@@ -73,7 +75,7 @@ def _nearest_power(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor) ->
 
     It may be above 1. What is not a number gives infinity.
     """
-    bits = (x.to(torch.float32).clamp(min=FLOOR) / scale).view(torch.int32)
+    bits = divided(x.to(torch.float32).clamp(min=FLOOR), scale).view(torch.int32)
     mantissa = bits & _MANTISSA
     factor = (mantissa >= middles[0]).to(torch.float32) * powers[0]
     for index in range(1, max(TAUS)):
@@ -110,7 +112,7 @@ def whole_points(
     return _whole_points(x.reshape(-1), scale, middles, powers, end, unit).reshape(x.shape)
 
 
-@fused
+@fused_exactly(near_points(scale_at=1))
 def _whole_points(
     x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor, unit: Tensor
 ) -> Tensor:
@@ -126,13 +128,13 @@ def to_points(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Te
     return _to_points(x.reshape(-1), scale, middles, powers, end).reshape(x.shape)
 
 
-@fused
+@fused_exactly(near_points(scale_at=1))
 def _to_points(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor) -> Tensor:
     points, _ = _on_points(precise(x), scale, middles, powers, end)
     return points.to(x.dtype)
 
 
-@fused
+@fused_exactly(near_points(scale_at=5))
 def _quantize_some(
     x: Tensor,
     drawn: Tensor,
@@ -170,7 +172,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of attention and scale."""
     slope, above = _slopes(precise(x), scale, middles, powers, end)
-    return (slope * gradient).to(x.dtype), (above * gradient).sum()
+    return (slope * gradient).to(x.dtype), summed(above * gradient, scale.shape)
 
 
 @fused
@@ -190,7 +192,7 @@ def _gradients_of_some(
     kept = stays_float(drawn, shift, mask, limit)
     slope, above = _slopes(precise(x), scale, middles, powers, end)
     for_x = (slope * (1 - kept) + kept) * gradient
-    return for_x.to(x.dtype), (above * (1 - kept) * gradient).sum()
+    return for_x.to(x.dtype), summed(above * (1 - kept) * gradient, scale.shape)
 
 
 class _AdaptiveGranularity(torch.autograd.Function):

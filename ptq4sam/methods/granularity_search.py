@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from ptq4sam.methods.granularity_points import point_parameters, to_points
-from ptq4sam.quantization.mse import POWER
+from ptq4sam.quantization.mse import POWER, nearly_powered
 
 _SHARE = 8
 """A search that is not exact compares granularities on one query of so many."""
@@ -25,7 +25,8 @@ def some_queries(attention: Tensor) -> Tensor:
     queries = attention.shape[-2]
     if attention[..., 0].numel() < _FEW_ROWS:
         return attention
-    order = torch.randperm(queries, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    order = torch.randperm(queries, generator=generator, device="cpu")
     chosen = order[: -(-queries // _SHARE)].sort().values
     return attention.index_select(-2, chosen.to(attention.device))
 
@@ -38,10 +39,13 @@ class ScaleSearch:
         value: [..., m, channels], the same leading axes.
         levels: number of points.
         tolerance: how near to the best scale the search stops.
+        exact: powers of errors are torch's own, which take longer.
     """
 
-    def __init__(self, attention: Tensor, value: Tensor, levels: int, tolerance: float) -> None:
-        self._tolerance = tolerance
+    def __init__(
+        self, attention: Tensor, value: Tensor, levels: int, tolerance: float, exact: bool = True
+    ) -> None:
+        self._tolerance, self._exact_powers = tolerance, exact
         self._attention = attention.detach().reshape(-1, *attention.shape[-2:])
         self._value = value.detach().reshape(-1, *value.shape[-2:])
         self._levels = levels
@@ -71,7 +75,11 @@ class ScaleSearch:
         for part, piece, values in self._pieces():
             quantized = to_points(piece, *points)
             difference = (quantized @ values).sub_(self._exact[part])
-            total += difference.abs_().pow_(POWER).sum(dtype=torch.float64)
+            if self._exact_powers:
+                powers = difference.abs_().pow_(POWER)
+            else:
+                powers = nearly_powered(difference)
+            total += powers.sum(dtype=torch.float64)
         return float(total) / self._exact.numel()
 
     def _pieces(self) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:

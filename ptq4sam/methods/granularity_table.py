@@ -48,7 +48,7 @@ def point_table(levels: int, tau: int, bits: int) -> Tensor:
     """
     table = [round(2 ** (ENTRY_BITS - r / tau)) << bits for r in range(tau)]
     points = [_shifted(table[code % tau], code // tau + ENTRY_BITS) for code in range(levels)]
-    return torch.tensor([*points, 0])
+    return torch.tensor([*points, 0], device="cpu")
 
 
 @functools.cache
@@ -62,7 +62,8 @@ def code_middles(tau: int) -> Tensor:
     """
     one = 1 << 23
     found = [math.ceil(one * 2 ** ((2 * k + 1) / (2 * tau))) - one for k in range(tau)]
-    return torch.tensor(found + [one] * (max(TAUS) - tau), dtype=torch.int32)
+    ends = found + [one] * (max(TAUS) - tau)
+    return torch.tensor(ends, dtype=torch.int32, device="cpu")
 
 
 @functools.cache
@@ -76,9 +77,11 @@ def power_table(device: torch.device) -> tuple[Tensor, Tensor]:
         [max(TAUS) + 1, max(TAUS)] with a row for each tau. They are shared: do not change them.
     """
     middles = torch.stack([code_middles(max(1, tau)) for tau in range(max(TAUS) + 1)])
-    powers = torch.zeros(middles.shape)
+    powers = torch.zeros_like(middles, dtype=torch.float32)
     for tau in range(1, max(TAUS) + 1):
-        powers[tau, :tau] = torch.exp2(torch.arange(1, tau + 1, dtype=torch.float64) / tau)
+        powers[tau, :tau] = torch.exp2(
+            torch.arange(1, tau + 1, dtype=torch.float64, device=powers.device) / tau
+        )
     return middles.to(device), powers.to(device)
 
 

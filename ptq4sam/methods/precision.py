@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.numerics import products_of
 
 
 @contextlib.contextmanager
@@ -34,11 +35,7 @@ def product_precision(
                 f"recon.precision tf32 was asked for on {device}: only NVIDIA GPUs have it, use "
                 "float32 or bfloat16"
             )
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
+        with products_of("high"):
             yield
-        finally:
-            torch.set_float32_matmul_precision(before)
     else:
         yield

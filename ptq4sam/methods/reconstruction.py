@@ -8,6 +8,7 @@ captures the inputs and targets.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
-from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.methods.precision import product_precision
+from ptq4sam.methods.prefetch import prefetched
 from ptq4sam.quantization.dropping import keep_some_float
 from ptq4sam.quantization.modes import dropping, quantizers
-from ptq4sam.quantization.quantizers import LSQQuantizer, Quantizer
+from ptq4sam.quantization.quantizers import Quantizer
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Reconstruction
 
@@ -34,8 +35,6 @@ _LEAST_FALL = 1e-3
 
 CURVE_POINTS = 200
 """Most values that are kept of a unit's errors."""
-
-LearnedScale = LSQQuantizer | AdaptiveGranularityQuantizer
 
 
 @dataclass(frozen=True)
@@ -86,25 +85,27 @@ class Schedule:
     Without patience it goes evenly over all steps. With patience, a loss that has not fallen for so
     many steps makes the rest of the schedule pass within as many steps, so that the rounding still
     hardens and the learning rate still falls to 0.
-
-    Attributes:
-        position: 0 at the first step, 1 after the last.
     """
 
     def __init__(self, settings: Reconstruction) -> None:
         self._settings = settings
-        self.position = 0.0
-        self._pace = 1 / settings.iters
+        # Whole numbers: a sum of shares would reach the end of the warm-up a step late.
+        self._origin, self._made, self._length = 0.0, 0, settings.iters
         self._least, self._since, self._hurrying = math.inf, 0, False
 
     @property
+    def position(self) -> float:
+        """0 at the first step, 1 after the last."""
+        return self._origin + (1 - self._origin) * (self._made / self._length)
+
+    @property
     def ended(self) -> bool:
-        """Whether all steps were made (but for the rounding of a sum of paces)."""
-        return self.position > 1 - self._pace / 2
+        """Whether all steps were made."""
+        return self._made == self._length
 
     def advance(self) -> None:
         """One step was made."""
-        self.position += self._pace
+        self._made += 1
 
     def hear(self, loss: float, steps: int) -> None:
         """Take into account the mean loss of the last `steps` steps."""
@@ -117,7 +118,8 @@ class Schedule:
         self._since += steps
         if self._since >= patience:
             self._hurrying = True
-            self._pace = max(self._pace, (1 - self.position) / patience)
+            left = min(self._length - self._made, patience)
+            self._origin, self._made, self._length = self.position, 0, left
 
     def temperature(self) -> float | None:
         """Exponent beta of AdaRound's regulariser; None during the warm-up."""
@@ -172,9 +174,11 @@ def reconstruct_unit(
         weights: each weight of the unit with its quantizer.
         data: captured inputs and targets.
         settings: the scheme's `recon` section.
-        generator: source of every random choice.
+        generator: source of every random choice, in this order: the batches of all steps; then step
+            by step, which elements of each argument stay the float model's, and which of each
+            activation stay float, in the order of the forward pass.
         progress: wraps the range of steps to show how far it is.
-        fall_back: put a unit that learning made worse back to rounding to nearest, with a warning.
+        fall_back: put a unit that learning made worse back to rounding to nearest.
 
     Returns:
         The error before and after, both with everything quantized and nothing dropped.
@@ -190,23 +194,23 @@ def reconstruct_unit(
             if isinstance(quantizer, AdaRoundQuantizer):
                 quantizer.begin_learning(weight)
                 rounding.append(quantizer)
-    scales = _learned_scales(unit) if settings.learn_scale else []
+    grids = _learned_grids(unit) if settings.learn_scale else []
     alphas = [quantizer.alpha for quantizer in rounding]
     with (
         dropping(unit, settings.drop_prob, generator),
-        _learning([*alphas, *(quantizer.scale for quantizer in scales)]),
+        _learning([*alphas, *_parameters(grids)]),
     ):
         errors: list[float] = []
-        if alphas or scales:
-            errors = _optimize(name, unit, rounding, scales, data, settings, generator, progress)
-    for quantizer in rounding:
-        quantizer.finish_learning()
+        if alphas or grids:
+            errors = _optimize(name, unit, rounding, grids, data, settings, generator, progress)
+    for learner in (*rounding, *grids):
+        learner.finish_learning()
     after = mean_error(name, unit, data)
     if after <= before or not fall_back:
         return UnitLosses(before, after, len(errors), curve=_curve(errors))
-    _log.warning(
-        "%s became worse by learning (error %.4g, %.4g before): it is left rounded to nearest; "
-        "more steps (recon.iters) or a lower recon.scale_lr may help",
+    # One unit of many is no news; whoever sees all of them warns where it is.
+    _log.info(
+        "%s became worse by learning (error %.4g, %.4g before): it is left rounded to nearest",
         name,
         after,
         before,
@@ -226,7 +230,7 @@ def _optimize(
     name: str,
     unit: nn.Module,
     rounding: Sequence[AdaRoundQuantizer],
-    scales: Sequence[LearnedScale],
+    grids: Sequence[Quantizer],
     data: UnitData,
     settings: Reconstruction,
     generator: torch.Generator,
@@ -237,8 +241,8 @@ def _optimize(
     groups: list[dict[str, object]] = []
     if rounding:
         groups.append({"params": [q.alpha for q in rounding], "lr": settings.rounding_lr})
-    if scales:
-        groups.append({"params": [q.scale for q in scales], "lr": settings.scale_lr})
+    if grids:
+        groups.append({"params": _parameters(grids), "lr": settings.scale_lr})
     optimizer = torch.optim.Adam(groups, fused=True)
     # Drawn at once: a draw a step would make a GPU wait for the host.
     chosen = torch.randint(
@@ -247,22 +251,23 @@ def _optimize(
         generator=generator,
         device=generator.device,
     ).tolist()
+    batches = prefetched(functools.partial(_batch, data), chosen, generator.device)
     recent: list[Tensor] = []
     errors: list[float] = []
     for step in progress(range(settings.iters)):
-        if scales:
+        if grids:
             optimizer.param_groups[-1]["lr"] = schedule.scale_rate()
         optimizer.zero_grad(set_to_none=True)
         with product_precision(settings.precision, generator.device):
-            error = _step_error(unit, data, chosen[step], settings.drop_prob, generator)
+            error = _step_error(unit, next(batches), settings.drop_prob, generator)
             error.backward()  # type: ignore[no-untyped-call]
         temperature = schedule.temperature()
         if temperature is not None:
             for quantizer in rounding:
                 quantizer.add_regularizer_gradient_(settings.weight, temperature)
         optimizer.step()
-        for scale in scales:
-            scale.clamp_scale_()
+        for grid in grids:
+            grid.constrain_()
         schedule.advance()
         recent.append(error.detach())
         if len(recent) == _LOOK_EVERY or schedule.ended:
@@ -291,8 +296,12 @@ def _losses(name: str, recent: Sequence[Tensor], step: int) -> list[float]:
     return losses
 
 
-def _learned_scales(unit: nn.Module) -> list[LearnedScale]:
-    return [quantizer for _, quantizer in quantizers(unit) if isinstance(quantizer, LearnedScale)]
+def _learned_grids(unit: nn.Module) -> list[Quantizer]:
+    return [quantizer for _, quantizer in quantizers(unit) if quantizer.learned()]
+
+
+def _parameters(grids: Sequence[Quantizer]) -> list[nn.Parameter]:
+    return [parameter for quantizer in grids for parameter in quantizer.learned()]
 
 
 @contextlib.contextmanager
@@ -309,22 +318,26 @@ def _learning(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.grad = None
 
 
-def _step_error(
-    unit: nn.Module,
-    data: UnitData,
-    chosen: Sequence[int],
-    drop: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Output error of the chosen batches together."""
-    inputs = tuple(
-        _mix(quantized, exact, drop, generator)
-        for quantized, exact in zip(
-            _joined(data.inputs, chosen), _joined(data.float_inputs, chosen), strict=True
-        )
+def _batch(data: UnitData, chosen: Sequence[int]) -> tuple[Tensor, ...]:
+    """The chosen batches as one: inputs, as many inputs of the float model, and the target."""
+    return (
+        *_joined(data.inputs, chosen),
+        *_joined(data.float_inputs, chosen),
+        *_joined(data.targets, chosen),
     )
-    (target,) = _joined(data.targets, chosen)
-    return output_error(unit(*inputs), target)
+
+
+def _step_error(
+    unit: nn.Module, batch: Sequence[Tensor], drop: float, generator: torch.Generator
+) -> Tensor:
+    """Output error of a batch as `_batch` makes it."""
+    *inputs, target = batch
+    half = len(inputs) // 2
+    mixed = [
+        _mix(quantized, exact, drop, generator)
+        for quantized, exact in zip(inputs[:half], inputs[half:], strict=True)
+    ]
+    return output_error(unit(*mixed), target)
 
 
 def _joined(batches: Sequence[tuple[Tensor, ...]], chosen: Sequence[int]) -> tuple[Tensor, ...]:

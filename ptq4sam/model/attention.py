@@ -12,8 +12,9 @@ from ptq4sam.methods.granularity_table import LARGEST_ROW
 from ptq4sam.model.layers import computes_whole
 from ptq4sam.model.portable_layers import portable_softmax
 from ptq4sam.model.relative_positions import RelativePositions
+from ptq4sam.quantization.memo import Memo
 from ptq4sam.quantization.quantizers import Mode, Quantizer
-from ptq4sam.quantization.whole import EXACT, whole_product
+from ptq4sam.quantization.whole import operand, whole_product
 from ptq4sam.sam import image_encoder, transformer
 
 # Bytes of softmax output computed at once where nothing must see it whole: a global attention at
@@ -46,7 +47,7 @@ class Whole:
 
     def operand(self, x: Tensor) -> Tensor:
         """`x` as the product takes it, to be made once where it is multiplied in pieces."""
-        return x if self.largest <= EXACT else x.double()
+        return operand(x, self.largest)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """The product of a [..., n, K] and b [..., K, m], both in steps, in float32."""
@@ -135,6 +136,7 @@ class _QuantizedAttentionMixin(nn.Module):
         self.softmax_quantizer = quantizers.softmax
         self.query_key = QueryKeyProduct(self.scale)
         self.attention_value = AttentionValueProduct()
+        self._worths: Memo[tuple[Whole, Whole]] = Memo()
 
     def _quantized_attention(
         self,
@@ -159,6 +161,7 @@ class _QuantizedAttentionMixin(nn.Module):
         three = self.query_quantizer, self.key_quantizer, self.value_quantizer
         if computes_whole(query, *three, self.softmax_quantizer):
             return self._whole_attention(query, key, value, positions, columns)
+        self._worths.clear()
         query = self.query_quantizer(query)
         key = self.key_quantizer(key)
         value = self.value_quantizer(value)
@@ -188,10 +191,7 @@ class _QuantizedAttentionMixin(nn.Module):
         columns: int,
     ) -> Tensor:
         """As `_quantized_attention`, with products of whole numbers and portable softmax."""
-        logits_of = logits_worth(
-            self.query_quantizer, self.key_quantizer, self.scale, query.shape[-1]
-        )
-        values_of = values_worth(self.softmax_quantizer, self.value_quantizer)
+        logits_of, values_of = self._products_worth(query.shape[-1])
         query = self.query_quantizer(query, steps=True)
         key = self.key_quantizer(key, steps=True)
         value = values_of.operand(self.value_quantizer(value, steps=True))
@@ -202,10 +202,24 @@ class _QuantizedAttentionMixin(nn.Module):
             logits: Tensor = self.query_key(part, key[:, head], logits_of)
             if positions is not None:
                 step = self.query_quantizer.step
-                logits.add_(positions.of_steps(part, step, first, last))
+                largest = self.query_quantizer.grid.largest_step
+                logits.add_(positions.of_steps(part, step, largest, first, last))
             attention = self.softmax_quantizer(portable_softmax(logits), steps=True)
             result[:, head, tokens] = self.attention_value(attention, value[:, head], values_of)
         return result
+
+    def _products_worth(self, head_dim: int) -> tuple[Whole, Whole]:
+        """Worths of both products, made once: those of values ask for a number."""
+        query, key = self.query_quantizer, self.key_quantizer
+        softmax, value = self.softmax_quantizer, self.value_quantizer
+
+        def make() -> tuple[Whole, Whole]:
+            logits = logits_worth(query, key, self.scale, head_dim)
+            return logits, values_worth(softmax, value)
+
+        four = (query, key, softmax, value)
+        sources = [tensor for quantizer in four for tensor in quantizer.tensors]
+        return self._worths.get(make, sources, head_dim)
 
 
 def positions_of(
@@ -231,6 +245,7 @@ class QuantizedEncoderAttention(image_encoder.Attention, _QuantizedAttentionMixi
         if source.use_rel_pos:
             self.rel_pos_h, self.rel_pos_w = source.rel_pos_h, source.rel_pos_w
         self.qkv, self.proj = qkv, proj
+        self._positions: Memo[RelativePositions] = Memo()
         self._register(quantizers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -239,10 +254,17 @@ class QuantizedEncoderAttention(image_encoder.Attention, _QuantizedAttentionMixi
         query, key, value = self.split_heads(self.qkv(x))
 
         attended = self._quantized_attention(
-            query, key, value, positions_of(self, grid), columns=grid[1]
+            query, key, value, self._relative_positions(grid), columns=grid[1]
         )
         projected: Tensor = self.proj(self.merge_heads(attended, grid))
         return projected
+
+    def _relative_positions(self, grid: tuple[int, int]) -> RelativePositions | None:
+        """Kept where nothing is learned: to make digits of them asks for numbers."""
+        if torch.is_grad_enabled() or not self.use_rel_pos:
+            return positions_of(self, grid)
+        tables = self.rel_pos_h, self.rel_pos_w
+        return self._positions.get(lambda: RelativePositions(self, grid), tables, grid)
 
 
 class QuantizedDecoderAttention(transformer.Attention, _QuantizedAttentionMixin):

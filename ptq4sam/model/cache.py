@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptq4sam.errors import ResourceError
+from ptq4sam.errors import ResourceError, reason
+from ptq4sam.model.memory import free_memory
 
 _log = logging.getLogger(__name__)
 
@@ -29,22 +30,33 @@ class ActivationCache:
     """Keeps tensors for a while and hands them back on the device that computes.
 
     On a GPU tensors stay there within the budget, then move to host memory as far as half of that
-    is free, then to disk. On a CPU they stay in memory within the budget, then go to disk.
+    is free, then to disk. On a CPU they stay in memory within the budget, then go to disk. Host
+    memory that a CUDA device copies from is pinned: from other memory a copy would be slow, and the
+    host would wait for it.
 
     Args:
         device: where tensors are handed back.
-        budget: bytes of the device's memory; None for half of what is free.
+        budget: bytes of the device's memory; None for half of what is free, less if the rest were
+            not enough for `reserve`.
         folder: receives a temporary folder for what goes to disk, and loses what a killed run left
             there; None for the system's own place.
+        reserve: bytes of a GPU's memory that the model at work needs.
     """
 
     def __init__(
-        self, device: torch.device, budget: int | None = None, folder: Path | None = None
+        self,
+        device: torch.device,
+        budget: int | None = None,
+        folder: Path | None = None,
+        reserve: int = 0,
     ) -> None:
         self.device = device
-        free = free_memory(device)
-        self.budget = int(free * _SHARE_OF_FREE) if budget is None else budget
         on_device = device.type != "cpu"
+        if budget is None:
+            free = free_memory(device)
+            kept_free = reserve if on_device else 0
+            budget = max(0, min(int(free * _SHARE_OF_FREE), free - kept_free))
+        self.budget = budget
         host = int(free_memory(torch.device("cpu")) * _SHARE_OF_FREE) if on_device else 0
         self._memory = [_Memory(device, self.budget), _Memory(torch.device("cpu"), host)]
         self._parent = folder
@@ -145,7 +157,10 @@ class _InMemory(Kept):
         if tensor.untyped_storage().nbytes() > size:
             # A view would keep all that it is a view of, unseen by the budget.
             tensor = tensor.clone()
-        self._tensor, self._device = tensor.to(memory.device), device
+        tensor = tensor.to(memory.device)
+        if device.type == "cuda" and memory.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        self._tensor, self._device = tensor, device
         memory.take(size)
         weakref.finalize(self, memory.take, -size)
 
@@ -156,32 +171,22 @@ class _InMemory(Kept):
 class _OnDisk(Kept):
     def __init__(self, tensor: Tensor, folder: Path, device: torch.device) -> None:
         values = tensor.cpu().numpy()
-        handle, name = tempfile.mkstemp(suffix=".npy", dir=folder)
+        handle, name = tempfile.mkstemp(suffix=".bin", dir=folder)
         self._path, self._device = Path(name), device
+        self._shape, self._dtype = values.shape, values.dtype
         weakref.finalize(self, self._path.unlink, missing_ok=True)
         try:
             with open(handle, "wb") as file:
-                np.save(file, values)
+                # numpy's own writing does not say that the disk is full.
+                file.write(np.ascontiguousarray(values).data)
         except OSError as error:
             raise ResourceError(
-                f"activations of {values.nbytes} bytes do not fit on the disk of {folder} "
-                f"({error.strerror}): make room there, or raise --memory-budget"
+                f"{folder}: {reason(error)}: no room for activations of {values.nbytes} bytes: "
+                "make some, or raise --memory-budget"
             ) from error
 
     def load(self) -> Tensor:
-        return torch.from_numpy(np.load(self._path)).to(self._device)
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes of a device's memory, of the host's for the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    for line in _meminfo():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 4 * 2**30
-
-
-def _meminfo() -> list[str]:
-    path = Path("/proc/meminfo")
-    return path.read_text().splitlines() if path.exists() else []
+        values = torch.from_numpy(np.fromfile(self._path, self._dtype).reshape(self._shape))
+        if self._device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self._device, non_blocking=True)

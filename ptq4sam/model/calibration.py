@@ -127,10 +127,6 @@ def observe_pictures(
     What the pictures gave is merged in their order, however many processes looked at them.
     """
     with observing_activations(sam):
-        if not parallel.is_first():
-            # Some observers settle on the first picture how they look at the others.
-            with recording(sam):
-                run_item(sam, items[0])
         records = []
         for item in progress(parallel.share(items), "observing activations"):
             with recording(sam) as record:

@@ -7,11 +7,12 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.reconstruction import UnitData, reconstruct_unit
 from ptq4sam.model.cache import ActivationCache, Kept, KeptSequence, load_all
 from ptq4sam.model.calibration import CalibrationItem, box_groups
@@ -20,6 +21,7 @@ from ptq4sam.model.insertion import ENCODER, TRANSFORMER, QuantizedSam
 from ptq4sam.model.journal import Journal
 from ptq4sam.model.layers import quantized_layers, weight_quantizers
 from ptq4sam.model.plan import Plan
+from ptq4sam.model.published import keep_defects
 from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
@@ -30,6 +32,9 @@ from ptq4sam.sizes import format_seconds
 _log = logging.getLogger(__name__)
 
 KeptState = tuple[Kept, ...]
+
+_MANY = 1 / 3
+"""Share of the units from which on it is worth a warning that learning made them worse."""
 
 
 @dataclass
@@ -83,13 +88,13 @@ def reconstruct(
         plan: tells which share of the work is done.
 
     Raises:
-        CalibrationError: a unit diverged.
+        CalibrationError: a picture is not finite, or a unit diverged.
         ResourceError: activations fit nowhere.
     """
     cache = ActivationCache(sam.device) if cache is None else cache
     work = _Work(sam, settings, seed, progress, cache, journal, plan)
     if sam.encoder_quantized:
-        begun = [cache.keep(sam.image_encoder.begin(item.pixels.to(sam.device))) for item in items]
+        begun = [work.patches(number, item) for number, item in enumerate(items)]
         streams = _Streams(begun, list(begun))
         work.run_part(ENCODER, sam.image_encoder.stages(), streams)
     else:
@@ -103,6 +108,7 @@ def reconstruct(
     )
     streams = _Streams(quantized, exact)
     work.run_part(TRANSFORMER, sam.mask_decoder.transformer.stages(), streams)
+    work.warn_of_worse_units()
 
 
 @dataclass
@@ -118,6 +124,17 @@ class _Work:
     modules_done: int = 0
     learning: float = 0.0
     restored: int = 0
+    worse: list[str] = field(default_factory=list)
+
+    @torch.no_grad()
+    def patches(self, number: int, item: CalibrationItem) -> KeptState:
+        # The portable embedding cuts pixels off: nothing behind it would show what they were.
+        if not item.pixels.isfinite().all():
+            raise CalibrationError(
+                f"calibration picture {number} has pixels that are not finite: check it"
+            )
+        # With gradients it would be torch's own embedding, not the portable one that is evaluated.
+        return self.cache.keep(self.sam.image_encoder.begin(item.pixels.to(self.sam.device)))
 
     @torch.no_grad()
     def exact_features(self, item: CalibrationItem) -> Tensor:
@@ -203,15 +220,24 @@ class _Work:
             yield f"{stage.name}.{inner}", layer, part.data()
 
     def _finish(self, name: str, module: nn.Module, data: UnitData) -> None:
-        """Learn a module, or read it from the journal."""
+        """Learn a module, or read it from the journal; the units behind it see it as it is then."""
         seed = self.seed * 100_003 + self.modules_done
         self.modules_done += 1
         if self.journal is not None and self.journal.restore(name, module):
             _log.info("%s was reconstructed before", name)
             self.restored = self.units_done + 1
-            return
-        generator = torch.Generator(self.sam.device)
-        generator.manual_seed(seed)
+        else:
+            self._learn(name, module, data, self._generator(seed))
+        if self.sam.scheme.compat == "published":
+            # One of its own: that of the learning has not moved where the unit was read.
+            keep_defects(module, self.settings, self._generator(seed))
+
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.sam.device).manual_seed(seed)
+
+    def _learn(
+        self, name: str, module: nn.Module, data: UnitData, generator: torch.Generator
+    ) -> None:
         started = time.monotonic()
         losses = reconstruct_unit(
             name,
@@ -224,6 +250,8 @@ class _Work:
             # The published implementation knows no way back.
             fall_back=self.sam.scheme.compat == "faithful",
         )
+        if losses.fell_back:
+            self.worse.append(name)
         seconds = time.monotonic() - started
         self.learning += seconds
         _log.info(
@@ -235,6 +263,17 @@ class _Work:
         )
         if self.journal is not None:
             self.journal.record(name, module, losses)
+
+    def warn_of_worse_units(self) -> None:
+        """Warn where learning made so many units worse that its settings are to blame."""
+        if len(self.worse) > _MANY * self.modules_done:
+            _log.warning(
+                "learning made %d of %d units worse (%s, ...), which are left rounded to nearest: "
+                "more steps (recon.iters) or a lower recon.scale_lr may help",
+                len(self.worse),
+                self.modules_done,
+                self.worse[0],
+            )
 
     def _tell_time_left(self) -> None:
         """By the shares of the plan that were learned here; reading takes no time."""

@@ -19,8 +19,8 @@ def round_float_weights(sam: Sam) -> None:
     """
     for tensor in float_weights(sam).values():
         rounded = tensor.half().to(tensor.dtype)
-        if bool(rounded.isfinite().all()):
-            tensor.copy_(rounded)
+        # Chosen where the tensor is: nobody waits for an answer, and there may be no values at all.
+        tensor.copy_(torch.where(rounded.isfinite().all(), rounded, tensor))
 
 
 def float_weights(sam: Sam) -> dict[str, Tensor]:

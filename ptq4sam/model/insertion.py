@@ -102,7 +102,8 @@ class QuantizedSam(Sam):
     """
 
     def __init__(self, sam: Sam, scheme: Scheme, encoder_quantized: bool) -> None:
-        super().__init__(sam.name, sam.image_encoder, sam.prompt_encoder, sam.mask_decoder)
+        parts = (sam.image_encoder, sam.prompt_encoder, sam.mask_decoder)
+        super().__init__(sam.name, *parts, sam.normalization)
         self.to(sam.device)
         self.scheme = scheme
         self.encoder_quantized = encoder_quantized
@@ -125,7 +126,8 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
     make_portable(quantized, quantize_encoder)
     if scheme.float_weights == "float16":
         round_float_weights(quantized)
-    return quantized.eval().requires_grad_(False)
+    # Quantizers were made on torch's default device.
+    return quantized.eval().requires_grad_(False).to(sam.device)
 
 
 def _check_units(sam: QuantizedSam) -> None:

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ptq4sam
-from ptq4sam.errors import ConfigError, ResourceError
+from ptq4sam.errors import ConfigError, ResourceError, in_one_line
 from ptq4sam.files import read_json, replacing, write_json
 from ptq4sam.methods.reconstruction import UnitLosses
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.numerics import description
+from ptq4sam.quantization.fused import compiles
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 
@@ -115,9 +117,9 @@ class Journal:
                 save_file(state, temporary)
             self._parts[name] = {"file": file, **more}
             self._write_index()
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise ResourceError(
-                f"the journal of finished units cannot be written to {self.folder} ({error}): make "
+                f"{in_one_line(error)}: the journal of finished units cannot be written: make "
                 "room or choose another --work-dir, then go on with --resume; what was finished "
                 "before is kept"
             ) from error
@@ -144,16 +146,16 @@ def run_fingerprint(
     for item in items:
         data.update(_bytes(item.pixels))
         data.update(_bytes(item.boxes))
-    described = json.dumps(scheme.to_dict(), sort_keys=True)
     return {
         "model": f"{sam.name} {weights.hexdigest()[:16]}",
         "calibration data": f"{len(items)} pictures {data.hexdigest()[:16]}",
-        "scheme": described,
+        "scheme": json.dumps(scheme.to_dict(), sort_keys=True),
         "quantized encoder": str(quantize_encoder),
         "seed": str(seed),
-        "device": sam.device.type,
         "ptq4sam": ptq4sam.__version__,
         "torch": torch.__version__,
+        **description(sam.device),
+        "kernels": "compiled" if compiles(sam.device) else "one by one",
     }
 
 

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from ptq4sam.model.watching import unwatched
 from ptq4sam.progress import Progress, silent
+from ptq4sam.quantization.memo import Memo
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode, Quantizer
-from ptq4sam.quantization.whole import rescaled, whole_convolution, whole_linear
+from ptq4sam.quantization.whole import WholeConvolution, WholeLinear, Windows, rescaled
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What a forward on whole numbers needs of a layer's parameters.
+
+    Attributes:
+        product: sums of products with the weight, from the input's steps.
+        step: what a sum of 1 is worth, [channels] or [].
+    """
+
+    product: WholeLinear | WholeConvolution
+    step: Tensor
 
 
 class QuantizedLinear(nn.Linear):
@@ -21,15 +39,23 @@ class QuantizedLinear(nn.Linear):
         self.weight, self.bias = source.weight, source.bias
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
+        self._whole: Memo[_Whole] = Memo()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
         if computes_whole(x, self.weight_quantizer, self.input_quantizer):
-            steps, weight = _operands(self, x)
-            sums = whole_linear(steps, weight, self.input_quantizer.grid.largest_step)
-            return rescaled(sums, step_of_sums(self), self.bias)
+            whole = self._whole.get(self._make_whole, _sources(self))
+            sums = whole.product(self.input_quantizer(x, steps=True))
+            with unwatched():
+                return rescaled(sums, whole.step, self.bias)
+        self._whole.clear()
         weight = self.weight_quantizer(self.weight)
         return nn.functional.linear(self.input_quantizer(x), weight, self.bias)
+
+    def _make_whole(self) -> _Whole:
+        weight: Tensor = self.weight_quantizer(self.weight, steps=True)
+        product = WholeLinear(weight, *self.input_quantizer.step_bounds)
+        return _Whole(product, step_of_sums(self))
 
 
 class QuantizedConv2d(nn.Conv2d):
@@ -48,27 +74,32 @@ class QuantizedConv2d(nn.Conv2d):
         self.weight, self.bias = source.weight, source.bias
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
+        self._whole: Memo[_Whole] = Memo()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, in_channels, height, width] to [batch, out_channels, height', width']."""
         if computes_whole(x, self.weight_quantizer, self.input_quantizer) and self._is_plain:
-            steps, weight = _operands(self, x)
-            largest = self.input_quantizer.grid.largest_step
-            sums = whole_convolution(self._convolve, steps, weight, largest)
+            whole = self._whole.get(self._make_whole, _sources(self))
+            sums = whole.product(self.input_quantizer(x, steps=True))
             bias = None if self.bias is None else self.bias[:, None, None]
-            scaled = sums * step_of_sums(self).reshape(-1, 1, 1)
+            scaled = sums * whole.step.reshape(-1, 1, 1)
             return scaled if bias is None else scaled + bias
+        self._whole.clear()
         weight = self.weight_quantizer(self.weight)
         convolved: Tensor = self._conv_forward(self.input_quantizer(x), weight, self.bias)
         return convolved
 
-    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        convolved: Tensor = self._conv_forward(x, weight, None)
-        return convolved
+    def _make_whole(self) -> _Whole:
+        weight: Tensor = self.weight_quantizer(self.weight, steps=True)
+        pairs = (self.stride, self.padding, self.dilation)
+        windows = Windows(*(cast(tuple[int, int], pair) for pair in pairs))
+        product = WholeConvolution(weight, *self.input_quantizer.step_bounds, windows)
+        return _Whole(product, step_of_sums(self))
 
     @property
     def _is_plain(self) -> bool:
-        return self.groups == 1 and self.padding_mode == "zeros"
+        zeros_around = self.padding_mode == "zeros" and isinstance(self.padding, tuple)
+        return self.groups == 1 and zeros_around
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
@@ -93,11 +124,9 @@ def step_of_sums(layer: QuantizedLayer) -> Tensor:
     return layer.input_quantizer.step * layer.weight_quantizer.step
 
 
-def _operands(layer: QuantizedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and weight in steps."""
-    weight: Tensor = layer.weight_quantizer(layer.weight, steps=True)
-    steps: Tensor = layer.input_quantizer(x, steps=True)
-    return steps, weight
+def _sources(layer: QuantizedLayer) -> tuple[Tensor, ...]:
+    """What a forward on whole numbers depends on but for its input."""
+    return (layer.weight, *layer.weight_quantizer.tensors, *layer.input_quantizer.tensors)
 
 
 def quantized_layers(module: nn.Module) -> list[tuple[str, QuantizedLayer]]:

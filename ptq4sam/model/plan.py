@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
-from ptq4sam.model.calibration import CalibrationItem
+from ptq4sam.model.calibration import CalibrationItem, box_groups
 from ptq4sam.model.insertion import ENCODER, TRANSFORMER
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
@@ -99,11 +99,13 @@ def make_plan(
     state = sam.image_encoder.begin(first.pixels.to(sam.device))
     encoder, state = _walk(ENCODER, sam.image_encoder.stages(), state, len(items))
     boxes = sum(len(item.boxes) for item in items)
-    sparse, dense = sam.prompt_encoder(boxes=first.boxes.to(sam.device))
+    # A group at once, as reconstruction takes them.
+    group = box_groups(first.boxes)[0]
+    sparse, dense = sam.prompt_encoder(boxes=group.to(sam.device))
     positions = sam.prompt_encoder.dense_positions()
     state = sam.mask_decoder.begin(state[0], positions, sparse, dense)
     stages = sam.mask_decoder.transformer.stages()
-    decoder, _ = _walk(TRANSFORMER, stages, state, boxes / len(first.boxes))
+    decoder, _ = _walk(TRANSFORMER, stages, state, boxes / len(group))
     units = [*encoder, *decoder] if quantize_encoder else decoder
     steps = 0 if scheme.recon is None else scheme.recon.iters
     return Plan(units, len(items), steps, budget)
@@ -116,16 +118,23 @@ def _walk(
     units = []
     for stage in stages:
         arguments = stage.enter(state)
-        started = time.perf_counter()
-        answer = stage.unit(*arguments)
-        if answer.device.type == "cuda":
-            torch.cuda.synchronize(answer.device)
-        seconds = time.perf_counter() - started
+        answer, seconds = _timed(stage.unit, arguments)
+        if answer.device.type != "cpu":
+            # The first call on a GPU loads kernels, which takes a thousand times as long.
+            answer, seconds = _timed(stage.unit, arguments)
         # Of both models: the state and the inputs; of the float one the answer.
         held = 2 * _bytes(state) + 2 * _bytes(arguments) + _bytes((answer,))
         state = stage.leave(state, answer)
         units.append(UnitPlan(f"{path}.{stage.name}", int(held * times), seconds))
     return units, state
+
+
+def _timed(unit: nn.Module, arguments: State) -> tuple[Tensor, float]:
+    started = time.perf_counter()
+    answer: Tensor = unit(*arguments)
+    if answer.device.type in ("cuda", "xpu", "mps"):
+        torch.accelerator.synchronize()
+    return answer, time.perf_counter() - started
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -11,16 +11,27 @@ While something is learned, under autocast and where costs are counted these are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ptq4sam.model.watching import unwatched
 from ptq4sam.quantization import portable
-from ptq4sam.quantization.fused import fused
-from ptq4sam.quantization.portable import FIXED, digits, of_digits, power_of_two
+from ptq4sam.quantization.fused import fused_exactly
+from ptq4sam.quantization.hard_numbers import many_sizes, numbers, some_rows
+from ptq4sam.quantization.memo import Memo
+from ptq4sam.quantization.portable import (
+    FIXED,
+    LARGEST_DIGIT,
+    digits,
+    of_digits,
+    power_of_two,
+)
+from ptq4sam.quantization.whole import WholeConvolution, Windows
 from ptq4sam.sam.common import LayerNorm2d, MLPBlock
+from ptq4sam.sam.image_encoder import PatchEmbed
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.prompt_encoder import PositionEmbeddingRandom
 
@@ -80,18 +91,28 @@ class PortablePatches(nn.Conv2d):
         side = cast(tuple[int, int], source.kernel_size)
         super().__init__(source.in_channels, source.out_channels, side, side, device="meta")
         self.weight, self.bias = source.weight, source.bias
+        self._convolutions: Memo[tuple[list[WholeConvolution], float]] = Memo()
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [batch, in_channels, height, width] to [batch, out_channels, rows, columns]."""
         if not is_portable(input):
             return super().forward(input)
+        convolutions, worth = self._convolutions.get(self._make_convolutions, (self.weight,))
         pixels = pixel_digits(input)
-        stride = cast(tuple[int, int], self.stride)
-        weights, worth = weight_digits(self.weight)
-        with torch.backends.cudnn.flags(enabled=False):
-            sums = [F.conv2d(x, w, stride=stride) for x, w in digit_products(pixels, weights)]
+        sums = [
+            convolve(torch.cat(pixels[:count], 1)) for count, convolve in enumerate(convolutions, 1)
+        ]
         patches = of_digits(*sums) * worth
         return patches if self.bias is None else patches + self.bias[:, None, None]
+
+    def _make_convolutions(self) -> tuple[list[WholeConvolution], float]:
+        """For each digit of the product, and what the first one is worth."""
+        weights, worth = weight_digits(self.weight)
+        windows = Windows(stride=cast(tuple[int, int], self.stride))
+        return [
+            WholeConvolution(weight, -LARGEST_DIGIT, LARGEST_DIGIT, windows)
+            for weight in digit_weights(weights)
+        ], worth
 
 
 def pixel_digits(image: portable.X) -> tuple[portable.X, portable.X, portable.X]:
@@ -107,13 +128,9 @@ def weight_digits(weight: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], float]
     return digits((weight.detach() * (FIXED / bound)).round()), worth
 
 
-def digit_products(
-    pixels: tuple[Tensor, Tensor, Tensor], weights: tuple[Tensor, Tensor, Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """For each digit of the product, what adds up to it: both factors, along the channels."""
-    return [
-        (torch.cat(pixels[:count], 1), torch.cat(weights[:count][::-1], 1)) for count in (1, 2, 3)
-    ]
+def digit_weights(weights: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    """For each digit of the product, what as many first digits of pixels are multiplied with."""
+    return [torch.cat(weights[:count][::-1], 1) for count in (1, 2, 3)]
 
 
 class PortablePositions(PositionEmbeddingRandom):
@@ -142,12 +159,19 @@ def portable_softmax(logits: Tensor) -> Tensor:
     return _softmax(rows, rows.amax(-1, keepdim=True)).reshape(logits.shape)
 
 
-@fused
+def _hard_logits(rows: Tensor, largest: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = numbers(some_rows(rows)) * 0.125
+    yield rows, rows.amax(-1, keepdim=True)
+
+
+@unwatched()
+@fused_exactly(_hard_logits)
 def _softmax(rows: Tensor, largest: Tensor) -> Tensor:
     return portable.softmax_below(rows, largest)
 
 
-@fused
+@unwatched()
+@fused_exactly(many_sizes)
 def _gelu(x: Tensor) -> Tensor:
     return portable.gelu(x)
 
@@ -159,7 +183,14 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return _norm_of_rows(rows, weight, bias, eps).reshape(x.shape)
 
 
-@fused
+def _hard_rows(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+    yield numbers(some_rows(x)), numbers(weight), numbers(bias), eps
+
+
+@unwatched()
+@fused_exactly(_hard_rows)
 def _norm_of_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return portable.layer_norm(x, len(weight), weight, bias, eps)
 
@@ -175,21 +206,24 @@ def make_portable(sam: Sam, encoder: bool) -> None:
         encoder: whether the image encoder is quantized; a float one is left alone.
     """
     sam.prompt_encoder.pe_layer = PortablePositions(sam.prompt_encoder.pe_layer)
-    parts: list[nn.Module] = [sam.mask_decoder]
+    make_part_portable(sam.mask_decoder)
     if encoder:
-        parts.append(sam.image_encoder)
-        patches = sam.image_encoder.patch_embed
-        patches.proj = PortablePatches(patches.proj)
-    for part in parts:
-        for module in list(part.modules()):
-            for name, child in list(module.named_children()):
-                if type(child) is nn.LayerNorm:
-                    setattr(module, name, PortableLayerNorm(child))
-                elif type(child) is LayerNorm2d:
-                    setattr(module, name, PortableLayerNorm2d(child))
-                elif (
-                    type(child) is nn.GELU
-                    and child.approximate == "none"
-                    and isinstance(module, MLPBlock)
-                ):
-                    setattr(module, name, PortableGELU())
+        make_part_portable(sam.image_encoder)
+
+
+def make_part_portable(part: nn.Module) -> None:
+    """Let normalisations, patch embedding and GELUs below `part` compute portably, in place."""
+    for module in list(part.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.LayerNorm:
+                setattr(module, name, PortableLayerNorm(child))
+            elif type(child) is LayerNorm2d:
+                setattr(module, name, PortableLayerNorm2d(child))
+            elif type(child) is nn.Conv2d and isinstance(module, PatchEmbed):
+                setattr(module, name, PortablePatches(child))
+            elif (
+                type(child) is nn.GELU
+                and child.approximate == "none"
+                and isinstance(module, MLPBlock)
+            ):
+                setattr(module, name, PortableGELU())

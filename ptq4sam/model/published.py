@@ -4,18 +4,22 @@
    activations are float at evaluation.
 2. Only the first layer of a unit is rounded hard; the others keep soft weights off the grid.
 
-Numbers of such a model are not those of a quantized model.
+A unit has them from the end of its reconstruction on, so that the units behind it are learned on
+what it then gives. Numbers of such a model are not those of a quantized model.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from ptq4sam.model.insertion import QuantizedSam, model_units
 from ptq4sam.model.layers import quantized_layers
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
+from ptq4sam.quantization.scheme import Reconstruction
 
 _log = logging.getLogger(__name__)
 
@@ -24,27 +28,46 @@ WARNING = (
     "float, soft weights): the numbers of this run are not those of a quantized model"
 )
 
+_DROP = 0.5
+"""What the published implementation drops by; it does so after --brecq too, which learns without
+dropping."""
 
-def soft_layers(sam: QuantizedSam) -> set[str]:
-    """Paths of the layers that the published implementation leaves soft: all but a unit's first."""
-    soft: set[str] = set()
-    for name, unit in model_units(sam):
-        paths = [".".join(filter(None, (name, inner))) for inner, _ in quantized_layers(unit)]
-        soft.update(paths[1:])
-    return soft
+
+def keep_defects(module: nn.Module, settings: Reconstruction, generator: torch.Generator) -> None:
+    """Leave what was just reconstructed, a unit or a layer, as the published implementation does.
+
+    Args:
+        module: its quantizers have learned.
+        settings: of the reconstruction.
+        generator: source of the dropping from now on.
+    """
+    for index, (_, layer) in enumerate(quantized_layers(module)):
+        drop = _DROP if settings.weights_only else settings.drop_prob
+        layer.input_quantizer.drop_probability = drop
+        layer.input_quantizer.generator = generator
+        quantizer = layer.weight_quantizer
+        if index > 0 and isinstance(quantizer, AdaRoundQuantizer) and quantizer.has_learned:
+            quantizer.rounding = "soft"
 
 
 def keep_published_defects(sam: QuantizedSam, seed: int) -> None:
-    """Leave a reconstructed model as the published implementation evaluates it."""
+    """Leave a reconstructed model as the published implementation evaluates it.
+
+    The same for every process, also for those that took the state of the one that reconstructed.
+    """
     if sam.scheme.recon is None:
         return
     _log.warning(WARNING)
     generator = torch.Generator(sam.device)
     generator.manual_seed(seed)
-    soft = soft_layers(sam)
-    for name, layer in quantized_layers(sam):
-        layer.input_quantizer.drop_probability = sam.scheme.recon.drop_prob
-        layer.input_quantizer.generator = generator
-        quantizer = layer.weight_quantizer
-        if name in soft and isinstance(quantizer, AdaRoundQuantizer) and quantizer.has_learned:
-            quantizer.rounding = "soft"
+    for module in _reconstructed(sam, sam.scheme.recon):
+        keep_defects(module, sam.scheme.recon, generator)
+
+
+def _reconstructed(sam: QuantizedSam, settings: Reconstruction) -> Iterator[nn.Module]:
+    """What is learned at once: units, or each of their layers."""
+    for _, unit in model_units(sam):
+        if settings.granularity == "unit":
+            yield unit
+        else:
+            yield from (layer for _, layer in quantized_layers(unit))

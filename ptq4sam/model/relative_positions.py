@@ -7,7 +7,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ptq4sam.quantization.portable import FIXED, X, apart, digits, of_digits, power_of_two
+from ptq4sam.quantization.portable import (
+    FIXED,
+    LARGEST_DIGIT,
+    X,
+    apart,
+    digits,
+    of_digits,
+    power_of_two,
+)
+from ptq4sam.quantization.whole import operand
 from ptq4sam.sam.image_encoder import Attention, joined_terms, position_terms
 
 Digits = tuple[Tensor, Tensor, Tensor]
@@ -29,10 +38,24 @@ class RelativePositions:
         """Logits to add for the grid rows first to last of a query [batch, heads, n, head_dim]."""
         return self._attention.position_bias(query, self._tables, first, last)
 
-    def of_steps(self, steps: Tensor, step: Tensor, first: int, last: int) -> Tensor:
-        """The same for a query of whole steps, each worth `step`, the same bits everywhere."""
+    def of_steps(self, steps: Tensor, step: Tensor, largest: int, first: int, last: int) -> Tensor:
+        """The same for a query of whole steps, the same bits everywhere.
+
+        Args:
+            steps: the query.
+            step: what one is worth.
+            largest: of them, absolute.
+            first: grid row.
+            last: grid row behind.
+        """
+        steps = operand(steps, float(largest) * LARGEST_DIGIT * steps.shape[-1])
         found = [
-            position_terms(steps, (by_row, by_column), first, last)
+            [
+                terms.float()
+                for terms in position_terms(
+                    steps, (by_row.to(steps.dtype), by_column.to(steps.dtype)), first, last
+                )
+            ]
             for by_row, by_column in zip(*(table for table, _ in self._digits), strict=True)
         ]
         by_row, by_column = (

@@ -73,6 +73,17 @@ class Quantizer(nn.Module):
         return self._is_calibrated
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its own parameters and buffers, from which all that it gives follows."""
+        own = (*self._parameters.values(), *self._buffers.values())
+        return tuple(tensor for tensor in own if tensor is not None)
+
+    @property
+    def step_bounds(self) -> tuple[int, int]:
+        """The smallest and the largest of `steps`, or numbers beyond; 0 lies between."""
+        return -self.grid.largest_step, self.grid.largest_step
+
+    @property
     def is_whole(self) -> bool:
         """Whether all that it gives now lies on its grid, so that `steps` says the same."""
         return self.mode is Mode.QUANTIZE and self.drop_probability == 0
@@ -144,10 +155,18 @@ class Quantizer(nn.Module):
         """What one of `steps` is worth: [] or [channels], float32."""
         raise NotImplementedError
 
+    def learned(self) -> list[nn.Parameter]:
+        """What reconstruction learns of it, besides the rounding of weights; nothing by default."""
+        return []
+
     @torch.no_grad()
-    def clamp_scale_(self) -> None:
-        """Make a learned scale positive again after an optimiser's step: |s|, at least EPS."""
+    def constrain_(self) -> None:
+        """Make what is learned usable again after an optimiser's step: |s|, at least EPS."""
         self.scale.abs_().clamp_(min=EPS)
+
+    @torch.no_grad()
+    def finish_learning(self) -> None:
+        """Leave nothing of what was learned that a device could not hold."""
 
     def extra_repr(self) -> str:
         """Bits and mode."""
@@ -243,6 +262,12 @@ class AffineQuantizer(Quantizer):
     def step(self) -> Tensor:
         """The scale."""
         return self.parameters_in_use()[0]
+
+    @property
+    def step_bounds(self) -> tuple[int, int]:
+        """Codes less the zero point, or the zero points of all channels."""
+        low, high = torch.aminmax(self.parameters_in_use()[1])
+        return min(0, self.grid.qmin - int(high)), max(0, self.grid.qmax - int(low))
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

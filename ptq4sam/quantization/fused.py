@@ -3,6 +3,11 @@
 Quantizing a large tensor is bound by memory: eight operations one after the other read and write it
 eight times. torch.compile makes one kernel of them, for a CPU as for a GPU. A kernel takes seconds
 to compile, so small tensors, and machines without a compiler, run the same operations one by one.
+
+Compilers divide by approximations and round a product and a sum together where they may. A function
+whose values must not depend on that names arguments that are hard to round: at its first use on a
+kind of device its kernel is compared with the operations one by one, and is not used there if a
+single number differs.
 """
 
 from __future__ import annotations
@@ -14,48 +19,77 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from ptq4sam.errors import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Arguments: TypeAlias = tuple[Any, ...]
+"""Tensors and integers, the first a tensor."""
 
 FEWEST_ELEMENTS = 2**20
 """Smallest tensor worth a compiled kernel."""
 SWITCH = "PTQ4SAM_COMPILE"
 """Environment variable; 0 runs everything one by one."""
+_FUSION = "TRITON_DEFAULT_FP_FUSION"
+"""Triton's own; 0 keeps products and sums apart."""
 
 
 class _Compiler:
-    """Whether kernels can be compiled here: found out once, given up at the first failure."""
+    """For which kinds of devices kernels can be compiled: found out once, given up at a failure."""
 
     def __init__(self) -> None:
-        self._usable: bool | None = None
+        self._usable: dict[str, bool] = {}
+        self._told: set[str] = set()
 
-    def usable(self) -> bool:
-        """Whether to try."""
-        if self._usable is None:
-            self._usable = os.environ.get(SWITCH) != "0" and (
-                torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++")) is not None
-            )
-        return self._usable
+    def usable(self, kind: str) -> bool:
+        """Whether to try for "cpu", "cuda", ..."""
+        if kind not in self._usable:
+            self._usable[kind] = os.environ.get(SWITCH) != "0" and _has_compiler(kind)
+        return self._usable[kind]
 
-    def give_up(self, error: Exception) -> None:
-        """Run one by one from now on, and say so."""
-        self._usable = False
+    def give_up(self, kind: str, error: Exception) -> None:
+        """Run one by one on these devices from now on, and say so."""
+        self._usable[kind] = False
         _log.warning(
-            "no kernel could be compiled (%s): quantizers take several times as long; a C++ "
-            "compiler mends it, %s=0 silences this",
+            "no kernel could be compiled for %s (%s): quantizers take several times as long there; "
+            "%s mends it, %s=0 silences this",
+            kind,
             str(error).strip().splitlines()[-1][:200],
+            "a C++ compiler" if kind == "cpu" else "a C compiler beside Python's headers",
             SWITCH,
         )
 
+    def refuse(self, kind: str, name: str) -> None:
+        """Say, once for these devices, that a kernel gives other numbers."""
+        if kind not in self._told:
+            self._told.add(kind)
+            _log.warning(
+                "a compiled kernel (of %s) gives other numbers on %s than the same operations one "
+                "by one: it and others like it are not used there, which takes longer",
+                name,
+                kind,
+            )
+
 
 _compiler = _Compiler()
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether large tensors on a device are quantized by compiled kernels, as far as is known."""
+    return _compiler.usable(device.type)
+
+
+def _has_compiler(kind: str) -> bool:
+    if kind == "cpu":
+        return shutil.which(os.environ.get("CXX", "g++")) is not None
+    return kind == "cuda" and torch.cuda.is_available()
 
 
 def fused(function: Callable[P, R]) -> Callable[P, R]:
@@ -65,28 +99,95 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
     random numbers, numbers that change from call to call as tensors. Where all tensors have one
     shape or are single numbers it sees them flat, so that one kernel serves all shapes.
     """
+    return _fused(function, None)
 
-    @functools.cache
-    def compiled() -> Callable[..., Any]:
-        # Not at once: it takes a second to load the compiler.
-        with _quiet("torch.utils.cpp_extension"):
-            importlib.import_module("torch.utils.cpp_extension")
-        kernel: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True)
-        return kernel
+
+def fused_exactly(
+    hard: Callable[..., Iterator[Arguments]],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """As `fused`, where the kernel must give the bits of the operations one by one.
+
+    Args:
+        hard: gives arguments that are hard to round, one set after the other, from those of the
+            first call as the kernel sees them: of the same types, integers and number of axes, so
+            that nothing else has to be compiled, and of some million elements in all.
+    """
+    return functools.partial(_fused, hard=hard)
+
+
+def _fused(
+    function: Callable[P, R], hard: Callable[..., Iterator[Arguments]] | None
+) -> Callable[P, R]:
+    kernel = _Kernel(function, hard)
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        large = isinstance(args[0], Tensor) and args[0].numel() >= FEWEST_ELEMENTS
-        if not (large and _compiler.usable()):
+        first = args[0]
+        large = isinstance(first, Tensor) and first.numel() >= FEWEST_ELEMENTS
+        if not (large and _compiler.usable(cast(Tensor, first).device.type)):
             return function(*args, **kwargs)
-        try:
-            result: R = _on_flat(compiled(), *cast(tuple[Any, ...], args))
-        except _compiler_errors() as error:
-            _compiler.give_up(error)
-            return function(*args, **kwargs)
-        return result
+        return cast(R, kernel(args))
 
     return run
+
+
+class _Kernel:
+    """The kernels of one function: one for each kind of device."""
+
+    def __init__(
+        self, function: Callable[..., Any], hard: Callable[..., Iterator[Arguments]] | None
+    ) -> None:
+        self._function, self._hard = function, hard
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def __call__(self, args: Arguments) -> Any:
+        kind = args[0].device.type
+        flat = _flattened(args)
+        try:
+            if kind not in self._compiled:
+                self._compiled[kind] = self._made(kind, flat)
+            return _shaped(self._compiled[kind](*flat), args[0].shape, flat[0].shape)
+        except _compiler_errors() as error:
+            # Operations one by one would need even more.
+            if is_out_of_memory(error):
+                raise
+            _compiler.give_up(kind, error)
+            return self._function(*args)
+
+    def _made(self, kind: str, args: Arguments) -> Callable[..., Any]:
+        """The kernel, or the function itself where the kernel does not give its numbers."""
+        # Not at once: it takes a second to load the compiler.
+        with _quiet("torch.utils.cpp_extension"):
+            importlib.import_module("torch.utils.cpp_extension")
+        if kind == "cuda":
+            # Triton reads it when it compiles, in processes that it starts now.
+            os.environ.setdefault(_FUSION, "0")
+        options = _options() if kind == "cpu" else {}
+        kernel: Callable[..., Any] = torch.compile(
+            self._function, dynamic=True, fullgraph=True, options=options
+        )
+        if self._hard is None:
+            return kernel
+        if all(_same(kernel(*hard), self._function(*hard)) for hard in self._hard(*args)):
+            return kernel
+        _compiler.refuse(kind, self._function.__qualname__)
+        return self._function
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Whether all numbers are equal, or none in both."""
+    equal = (found == expected) | (found.isnan() & expected.isnan())
+    return bool(equal.all())
+
+
+def _options() -> dict[str, str | int | bool | Callable[..., Any]]:
+    """Of torch.compile: the C++ compiler is not tested before it is used.
+
+    The test imports torch in a process of its own for each set of vector instructions that the CPU
+    has, seconds each; of a compiler that cannot make use of them the first kernel tells.
+    """
+    config = importlib.import_module("torch._inductor.config")
+    return {} if config.cpp.vec_isa_ok is not None else {"cpp.vec_isa_ok": True}
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:
@@ -96,13 +197,18 @@ def _compiler_errors() -> tuple[type[Exception], ...]:
     return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
 
 
-def _on_flat(kernel: Callable[..., Any], first: Tensor, *others: Tensor | int) -> Any:
-    """Call a kernel with flat tensors where that is the same; results get their shape back."""
-    shape = first.shape
-    if any(isinstance(x, Tensor) and x.dim() > 0 and x.shape != shape for x in others):
-        return kernel(first, *others)
-    flat = [x.reshape(-1) if isinstance(x, Tensor) and x.dim() > 0 else x for x in (first, *others)]
-    results = kernel(*flat)
+def _flattened(args: Arguments) -> Arguments:
+    """Flat tensors where that is the same: all have one shape, or are single numbers."""
+    shape = args[0].shape
+    if any(isinstance(x, Tensor) and x.dim() > 0 and x.shape != shape for x in args):
+        return args
+    return tuple(x.reshape(-1) if isinstance(x, Tensor) and x.dim() > 0 else x for x in args)
+
+
+def _shaped(results: Any, shape: torch.Size, flat: torch.Size) -> Any:
+    """Results of flat tensors in the shape of the first one; single numbers stay so."""
+    if shape == flat:
+        return results
     if isinstance(results, Tensor):
         return results.reshape(shape) if results.dim() > 0 else results
     return tuple(x.reshape(shape) if x.dim() > 0 else x for x in results)

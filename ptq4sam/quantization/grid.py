@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.quantization.division import divided
 from ptq4sam.quantization.dropping import Choice, chosen, stays_float
-from ptq4sam.quantization.fused import fused
+from ptq4sam.quantization.fused import fused, fused_exactly
+from ptq4sam.quantization.hard_numbers import near_steps
 
 MIN_SCALE = 1e-8
 """Smallest scale a range can give; a tensor of zeros would have none otherwise."""
@@ -88,14 +90,14 @@ def along_channels(parameter: Tensor, dimensions: int, channel_axis: int | None)
 def affine_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, channel_axis: int | None = None
 ) -> Tensor:
-    """Codes of `x` on the grid: clamp(round(x / scale) + zero point), in the dtype of `x`."""
+    """Codes of `x` on the grid: clamp(round(x / scale) + zero point), at least float32."""
     scale = along_channels(scale, x.dim(), channel_axis)
     zero_point = along_channels(zero_point, x.dim(), channel_axis)
-    return _codes(x, scale, zero_point, grid.qmin, grid.qmax)
+    return _codes(precise(x), scale, zero_point, grid.qmin, grid.qmax)
 
 
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)
+    return divided(x, scale).round_().add_(zero_point).clamp_(qmin, qmax)
 
 
 def fake_quantize(
@@ -142,7 +144,16 @@ def precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@fused
+def summed(x: Tensor, shape: torch.Size) -> Tensor:
+    """Sum to a shape, rounded once.
+
+    In float64, whose own rounding cannot be seen behind that: kernels add in an order that depends
+    on the device and on the shape that they were first compiled for.
+    """
+    return x.double().sum_to_size(shape).to(x.dtype)
+
+
+@fused_exactly(near_steps(scale_at=1))
 def _move_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     codes = _codes(precise(x), scale, zero_point, qmin, qmax)
     return codes.sub_(zero_point).mul_(scale).to(x.dtype)
@@ -157,7 +168,7 @@ def steps_from_zero(
     return _steps_from_zero(x, scale, zero_point, grid.qmin, grid.qmax)
 
 
-@fused
+@fused_exactly(near_steps(scale_at=1))
 def _steps_from_zero(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     return _codes(x.to(torch.float32), scale, zero_point, qmin, qmax).sub_(zero_point)
 
@@ -167,7 +178,7 @@ def _gradient(
     x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
 ) -> Tensor:
     """Gradient of `x`: straight through where the code is not clamped."""
-    unclamped = (precise(x) / scale).round_().add_(zero_point)
+    unclamped = divided(precise(x), scale).round_().add_(zero_point)
     # As 0 and 1 in floating point: on a CPU a choice by booleans takes ten times as long.
     return unclamped.eq_(unclamped.clamp(qmin, qmax)).mul_(gradient).to(x.dtype)
 
@@ -177,13 +188,13 @@ def _gradients(
     x: Tensor, gradient: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `x` and of the scale."""
-    ratio = precise(x) / scale
+    ratio = divided(precise(x), scale)
     unclamped = ratio.round().add_(zero_point)
     codes = unclamped.clamp(qmin, qmax)
     inside = unclamped.eq_(codes)
     # Not addcmul, of which the compiler makes slower code.
     multiple = codes.sub_(zero_point) - ratio * inside
-    for_scale = multiple.mul_(gradient).sum_to_size(scale.shape)
+    for_scale = summed(multiple.mul_(gradient), scale.shape)
     return inside.mul_(gradient).to(x.dtype), for_scale
 
 
@@ -226,7 +237,7 @@ def fake_quantize_some(
     return result
 
 
-@fused
+@fused_exactly(near_steps(scale_at=5))
 def _move_some_to_grid(
     x: Tensor,
     drawn: Tensor,
@@ -260,12 +271,12 @@ def _gradients_of_some(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `x` and of the scale."""
     kept = stays_float(drawn, shift, mask, limit)
-    ratio = precise(x) / scale
+    ratio = divided(precise(x), scale)
     unclamped = ratio.round().add_(zero_point)
     codes = unclamped.clamp(qmin, qmax)
     inside = unclamped.eq_(codes)
     multiple = codes.sub_(zero_point) - ratio * inside
-    for_scale = (multiple * (1 - kept)).mul_(gradient).sum()
+    for_scale = summed((multiple * (1 - kept)).mul_(gradient), torch.Size(()))
     return torch.maximum(inside, kept).mul_(gradient).to(x.dtype), for_scale
 
 

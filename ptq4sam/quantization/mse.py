@@ -35,6 +35,16 @@ def side_of(values: Tensor) -> Side:
     return Side.NEGATIVE if high <= 0 else Side.BOTH
 
 
+def _ends_with_zero(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each row, or 0 where a row is on one side of it.
+
+    Every range that a grid can have contains 0. Of data far from it a range as wide as the data
+    alone would miss most.
+    """
+    low, high = torch.aminmax(rows, dim=1)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
 def pieces(rows: Tensor) -> Iterator[Tensor]:
     """Views [r, columns] of [r, n] rows, small enough to stay in a cache."""
     elements = 2**18 if rows.device.type == "cpu" else 2**24
@@ -72,28 +82,35 @@ def quantization_loss(
     return total / rows.shape[1]
 
 
-def grid_search(rows: Tensor, grid: Grid, side: Side, per_channel: bool) -> tuple[Tensor, Tensor]:
+def nearly_powered(error: Tensor) -> Tensor:
+    """|error|^POWER of a float32 tensor, to 1e-6 of itself, in a third of the time of torch's.
+
+    For bounds and for searches that stop early. The ends of a minimisation over plateaus depend on
+    the last bit of a loss, so that others take torch's.
+    """
+    size = error.abs()
+    return size.log2().mul_(POWER - 2).exp2_().mul_(size).mul_(size)
+
+
+def grid_search(rows: Tensor, grid: Grid, side: Side) -> tuple[Tensor, Tensor]:
     """The best of a fixed set of ranges, by `range_loss`; the first of equals.
 
     On one side of zero or on a symmetric grid the set is WIDTHS thresholds up to the largest
-    magnitude; else WIDTHS widths up to that of the data, each at every zero point.
+    magnitude; else WIDTHS widths up to that of the data and 0, each at every zero point.
 
     Args:
         rows: [channels, elements].
         grid: the codes ranges are divided into.
-        side: where the data is.
-        per_channel: rows are channels, some of which may be on one side of zero.
+        side: where the data is; with `Side.BOTH` single rows may be on one.
 
     Returns:
         Lower and upper ends, [channels] each.
     """
     if side is not Side.BOTH or grid.symmetric:
         return _search_thresholds(rows, grid, side)
-    low, high = torch.aminmax(rows, dim=1)
-    if per_channel:
-        low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = _ends_with_zero(rows)
     at_once = max(1, _BOUNDS // (WIDTHS * grid.levels))
-    kernel = _clip_kernel(grid.levels, rows.device)
+    kernel = _bound_kernel(grid.levels, rows.device)
     found = [
         _search_widths(part, extent, grid, kernel)
         for part, extent in zip(
@@ -124,11 +141,16 @@ def _search_thresholds(rows: Tensor, grid: Grid, side: Side) -> tuple[Tensor, Te
 
 # The two-dimensional search tries WIDTHS * 2^bits ranges. Evaluating them all is not needed: a
 # lower bound of each loss comes from moments of the data in bins of one step, and only ranges whose
-# bound is not above the loss of the most promising one are evaluated as they would have been.
+# bound is not above the loss of the most promising one are evaluated as they would have been. Nor
+# are bounds of all widths needed: of two ranges with one zero point the wider one contains the
+# narrower one, which therefore clips no less. Once clipping alone costs too much at every zero
+# point, no narrower range can be the best.
 _BOUNDS = 2**23
 """Bounds held at once."""
 _SLACK = 1e-3
 """Relative error granted to a bound, for rounding."""
+_LOOK_EVERY = 8
+"""Widths between two looks at whether narrower ones can be good."""
 
 
 def _search_widths(
@@ -136,23 +158,29 @@ def _search_widths(
 ) -> tuple[Tensor, Tensor]:
     levels = grid.levels
     widths = torch.stack([extent / WIDTHS * step for step in range(1, WIDTHS + 1)], dim=1)
-    bounds = torch.empty(rows.shape[0], WIDTHS, levels, device=rows.device)
-    for index in range(WIDTHS):
-        step = (widths[:, index] / grid.qmax).clamp(min=MIN_SCALE)
-        bounds[:, index] = _lower_bounds(rows, step, levels, kernel)
-    bounds = bounds.flatten(1)
+    every_row = torch.arange(rows.shape[0], device=rows.device)
+    # Data that lies on a grid has no error but that of float32 itself.
+    noise = (16 * torch.finfo(torch.float32).eps * rows.abs().amax(dim=1).double()).pow(POWER)
 
     def ends(row: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
         width = widths[row, candidate // levels]
         shift = (candidate % levels) * (width / grid.qmax)
         return -shift, width - shift
 
-    every_row = torch.arange(rows.shape[0], device=rows.device)
-    promising = bounds.argmin(dim=1)
-    limit = range_loss(rows, *ends(every_row, promising), grid)
-    # Data that lies on a grid has no error but that of float32 itself.
-    noise = (16 * torch.finfo(torch.float32).eps * rows.abs().amax(dim=1).double()).pow(POWER)
-    limit = limit * (1 + _SLACK) + noise
+    def most_promising() -> tuple[Tensor, Tensor]:
+        """Candidates of the lowest bounds, and what the best range loses at most."""
+        promising = bounds.flatten(1).argmin(dim=1)
+        loss = range_loss(rows, *ends(every_row, promising), grid)
+        return promising, loss * (1 + _SLACK) + noise
+
+    bounds = torch.full((rows.shape[0], WIDTHS, levels), torch.inf, device=rows.device)
+    for index in reversed(range(WIDTHS)):
+        step = (widths[:, index] / grid.qmax).clamp(min=MIN_SCALE)
+        clipping, bounds[:, index] = _lower_bounds(rows, step, kernel)
+        if index % _LOOK_EVERY == 0 and bool((clipping.amin(dim=1) > most_promising()[1]).all()):
+            break
+    promising, limit = most_promising()
+    bounds = bounds.flatten(1)
     eligible = bounds <= limit[:, None]
     eligible[every_row, promising] = True
     row, candidate = eligible.nonzero(as_tuple=True)
@@ -174,68 +202,73 @@ def _search_widths(
     return low[first], high[first]
 
 
-def _clip_kernel(levels: int, device: torch.device) -> Tensor:
-    """Weights of a bin's moments in a lower bound of the error of clipping it.
+def _bound_kernel(levels: int, device: torch.device) -> Tensor:
+    """Weights of a bin's moments in a lower bound of the error of all its values.
 
-    A value t steps from the centre of a bin that is m >= 1 steps above a range's end u costs
-    (m + t)^p. With 2 < p < 3 its expansion to second order is a lower bound for t >= 0, and for
-    -1/2 <= t < 0 as soon as the largest third-order term, |t| <= 1/2, is taken off.
+    A value t steps from the centre of a bin that is m >= 1 steps outside of a range costs
+    (m + t)^p, t being positive away from the range. With 2 < p < 3 its expansion to second order is
+    a lower bound for t >= 0, and for -1/2 <= t < 0 as soon as the largest third-order term,
+    |t| <= 1/2, is taken off. Within the range it costs |t|^p.
 
     Returns:
-        [3 * reach, levels]: for the number of values, the sum of t and that of t^2, in bins
-        1 .. reach = 2 levels, and for ends 0 .. levels - 1; zero where a bin is not above.
+        [4, bins, levels]: for the number of values, the sums of t, t^2 and |t|^p, in the bins
+        -2 levels .. 2 levels, and for zero points 0 .. levels - 1.
     """
-    bins = torch.arange(1, 2 * levels + 1, dtype=torch.float64, device=device)
-    distance = bins[:, None] - torch.arange(levels, device=device)
-    above = distance > 0
-    distance = distance.clamp(min=1)
+    bins = torch.arange(-2 * levels, 2 * levels + 1, dtype=torch.float64, device=device)[:, None]
+    lowest = -torch.arange(levels, dtype=torch.float64, device=device)
+    side = (bins > lowest + levels - 1).double() - (bins < lowest).double()
+    distance = torch.where(side > 0, bins - lowest - levels + 1, lowest - bins).clamp(min=1)
     second = POWER * (POWER - 1) / 2
     third = second * (POWER - 2) / 3
     curvature = second * distance.pow(POWER - 2) - third / 2 * (distance - 0.5).pow(POWER - 3)
-    weights = (distance.pow(POWER), POWER * distance.pow(POWER - 1), curvature)
-    return torch.cat([weight * above for weight in weights]).float()
+    outside = side.abs()
+    weights = (
+        distance.pow(POWER) * outside,
+        POWER * distance.pow(POWER - 1) * side,
+        curvature * outside,
+        1 - outside,
+    )
+    return torch.stack(weights).float()
 
 
-def _lower_bounds(rows: Tensor, step: Tensor, levels: int, kernel: Tensor) -> Tensor:
-    """Lower bounds of the loss of ranges of (levels - 1) steps at each zero point.
+def _lower_bounds(rows: Tensor, step: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower bounds of what ranges of (levels - 1) steps lose at each zero point.
 
     Args:
         rows: [r, n].
         step: [r] positive.
-        levels: how many codes there are.
-        kernel: of `_clip_kernel`.
+        kernel: of `_bound_kernel`.
 
     Returns:
-        [r, levels].
+        Of the loss by clipping alone, and of the whole loss; [r, levels] each.
     """
-    reach = 2 * levels
-    bins = 2 * reach + 1
     channels, count = rows.shape
-    first_bin = torch.arange(channels, device=rows.device)[:, None] * bins + reach
-    sums = torch.zeros(4, channels * bins, dtype=torch.float64, device=rows.device)
+    # Bins that no row reaches have no part in the product, which takes most of the time.
+    farthest = float((rows.abs().amax(dim=1) / step).max())
+    half = kernel.shape[1] // 2
+    reach = min(half, int(min(farthest, half)) + 1)
+    bins = 2 * reach + 1
+    first_bin = torch.arange(channels, device=rows.device)[:, None] * (4 * bins) + reach
+    sums = torch.zeros(channels * 4 * bins, dtype=torch.float64, device=rows.device)
     for piece in pieces(rows):
         offset = piece / step[:, None]
         code = offset.round().clamp_(-reach, reach)
         offset = offset.sub_(code).flatten()
         index = (code.long() + first_bin).flatten()
-        size = offset.abs()
-        moments = (torch.ones_like(size), offset, size.square(), size.pow(POWER))
-        for total, moment in zip(sums, moments, strict=True):
-            total.scatter_add_(0, index, moment.double())
-    number, shift, spread, error = sums.view(4, channels, bins)
-    above = torch.cat([number, shift, spread], dim=1).view(channels, 3, bins)
-    below = torch.cat([number, -shift, spread], dim=1).view(channels, 3, bins).flip(2)
-    clipped = torch.cat([above, below])[:, :, reach + 1 :].flatten(1).float() @ kernel
-    # Codes -z .. levels-1-z are inside at zero point z; its upper end is levels-1-z, its lower -z.
-    inside = error[:, reach - levels + 1 : reach + levels].cumsum(dim=1)
-    inside = torch.cat([torch.zeros_like(inside[:, :1]), inside], dim=1)
-    inside = (inside[:, levels:] - inside[:, :-levels]).flip(1)
-    loss = inside + clipped[:channels].flip(1) + clipped[channels:]
-    return (loss * step[:, None].double().pow(POWER) / count).float()
+        moments = (torch.ones_like(offset), offset, offset.square(), nearly_powered(offset))
+        for place, moment in enumerate(moments):
+            sums.scatter_add_(0, index + place * bins, moment.double())
+    sums = sums.view(channels, 4 * bins).float()
+    of_clipping, of_rounding = sums[:, : 3 * bins], sums[:, 3 * bins :]
+    weights = kernel.narrow(1, half - reach, bins)
+    clipping = of_clipping @ weights[:3].flatten(0, 1)
+    whole = clipping + of_rounding @ weights[3]
+    unit = step[:, None].double().pow(POWER) / count
+    return (clipping * unit).float(), (whole * unit).float()
 
 
-def fast_search(rows: Tensor, grid: Grid, side: Side, per_channel: bool) -> tuple[Tensor, Tensor]:
-    """A good range by bounded scalar minimisation of `range_loss`, cut to the data's own.
+def fast_search(rows: Tensor, grid: Grid, side: Side) -> tuple[Tensor, Tensor]:
+    """A good range by bounded scalar minimisation of `range_loss`, cut to that of the data and 0.
 
     On one side of zero or on a symmetric grid over the threshold; else over the width, and for each
     width over the shift.
@@ -243,15 +276,12 @@ def fast_search(rows: Tensor, grid: Grid, side: Side, per_channel: bool) -> tupl
     Args:
         rows: [channels, elements].
         grid: the codes ranges are divided into.
-        side: where the data is.
-        per_channel: rows are channels, some of which may be on one side of zero.
+        side: where the data is; with `Side.BOTH` single rows may be on one.
 
     Returns:
         Lower and upper ends, [channels] each.
     """
-    low, high = torch.aminmax(rows, dim=1)
-    if per_channel:
-        low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = _ends_with_zero(rows)
     if side is not Side.BOTH or grid.symmetric:
         largest = torch.maximum(low.abs(), high.abs()).tolist()
         thresholds = [
@@ -289,7 +319,7 @@ def _minimize_width(row: Tensor, grid: Grid, extent: float) -> tuple[float, floa
     known: dict[tuple[float, float], float] = {}
 
     def loss(width: float, shift: float) -> float:
-        ends = torch.tensor([[-shift], [width - shift]], dtype=torch.float64)
+        ends = torch.tensor([[-shift], [width - shift]], dtype=torch.float64, device="cpu")
         scale, zero_point = grid.affine_parameters(*ends)
         parameters = (scale.to(row), zero_point.to(row))
         key = (float(parameters[0]), float(zero_point))

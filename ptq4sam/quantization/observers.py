@@ -160,6 +160,9 @@ class AvgMinMaxObserver(MinMaxObserver):
 class MSEObserver(Observer):
     """The range of least mean |q(x) - x|^2.4, from a grid of widths and shifts.
 
+    A batch on one side of zero has a search of its own. The published observer takes the side of
+    the first batch for all, which gives a later one on another side a range without its values.
+
     Raises:
         ConfigError: an asymmetric grid of more than `MAX_SEARCH_BITS` bits, which would take hours.
     """
@@ -173,16 +176,13 @@ class MSEObserver(Observer):
                 f"{type(self).__name__} was asked for {grid.bits} bits, it can search up to "
                 f"{self.max_bits}: use MSEFastObserver or MinMaxObserver"
             )
-        self.side: Side | None = None
 
     def batch_range(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Search each row's range; the side of zero is that of the first batch."""
-        if self.side is None:
-            self.side = side_of(rows)
-        return self._search(rows, self.side)
+        """Search each row's range."""
+        return self._search(rows, side_of(rows))
 
     def _search(self, rows: Tensor, side: Side) -> tuple[Tensor, Tensor]:
-        return grid_search(rows, self.grid, side, self.channel_axis is not None)
+        return grid_search(rows, self.grid, side)
 
 
 @OBSERVERS.register("AvgMSEObserver")
@@ -199,7 +199,7 @@ class MSEFastObserver(MSEObserver):
     max_bits = 16
 
     def _search(self, rows: Tensor, side: Side) -> tuple[Tensor, Tensor]:
-        return fast_search(rows, self.grid, side, self.channel_axis is not None)
+        return fast_search(rows, self.grid, side)
 
 
 @OBSERVERS.register("AvgMSEFastObserver")

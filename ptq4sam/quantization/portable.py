@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import numpy as np
 from torch import Tensor
 
+from ptq4sam.quantization.division import reciprocal
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -31,6 +33,7 @@ MOST_TERMS = 4096
 """Keys of a softmax, at most: SAM's at 1024 px."""
 _DIGIT = 2.0**7
 """Numbers are cut into three whole digits of this base, from -64 to 64."""
+LARGEST_DIGIT = 64
 FIXED = 2.0**20
 """Largest whole number of three digits."""
 
@@ -137,7 +140,7 @@ def whole_sum(x: X) -> X:
 
 def _share(x: X) -> X:
     """1 / x of x > 0, which no compiler joins with a product that follows."""
-    return x.reciprocal().abs()
+    return cast(X, reciprocal(x) if isinstance(x, Tensor) else x.reciprocal()).abs()
 
 
 def _root(x: X) -> X:

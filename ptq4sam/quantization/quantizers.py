@@ -30,11 +30,17 @@ __all__ = [
 class LSQQuantizer(AffineQuantizer):
     """The scale is learned, the zero point stays (LSQ, Esser et al. 2020)."""
 
+    scale: nn.Parameter
+
     def __init__(
         self, grid: Grid, observer: str = "MinMaxObserver", channel_axis: int | None = None
     ) -> None:
         super().__init__(grid, observer, channel_axis)
         self.scale = nn.Parameter(torch.ones(()))
+
+    def learned(self) -> list[nn.Parameter]:
+        """The scale."""
+        return [self.scale]
 
     def quantize(self, x: Tensor) -> Tensor:
         """Move `x` to the grid; the scale's gradient is divided by sqrt(numel * qmax)."""
@@ -59,10 +65,10 @@ class LSQQuantizer(AffineQuantizer):
 
     def _set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         super()._set_parameters(scale, zero_point)
-        self.clamp_scale_()
+        self.constrain_()
 
     def _positive_scale(self) -> Tensor:
-        # Whoever optimises calls clamp_scale_(); this keeps a step in between from harm.
+        # Whoever optimises calls constrain_(); this keeps a step in between from harm.
         return self.scale.abs().clamp(min=EPS)
 
     def _gradient_factor(self, x: Tensor) -> float:
@@ -72,7 +78,13 @@ class LSQQuantizer(AffineQuantizer):
 
 @QUANTIZERS.register("LSQPlusFakeQuantize")
 class LSQPlusQuantizer(LSQQuantizer):
-    """Scale and zero point are learned (LSQ+, Bhalgat et al. 2020)."""
+    """Scale and zero point are learned (LSQ+, Bhalgat et al. 2020).
+
+    What it gives is on a grid of whole codes at every step: the zero point is rounded, its gradient
+    goes straight through. On a symmetric grid it stays 0.
+    """
+
+    zero_point: nn.Parameter
 
     def __init__(
         self, grid: Grid, observer: str = "MinMaxObserver", channel_axis: int | None = None
@@ -80,6 +92,21 @@ class LSQPlusQuantizer(LSQQuantizer):
         super().__init__(grid, observer, channel_axis)
         del self.zero_point
         self.zero_point = nn.Parameter(torch.zeros(()))
+
+    def learned(self) -> list[nn.Parameter]:
+        """Scale and zero point."""
+        return [self.scale] if self.grid.symmetric else [self.scale, self.zero_point]
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Keep the scale positive and the zero point among the codes, where it has a gradient."""
+        super().constrain_()
+        self.zero_point.clamp_(self.grid.qmin, self.grid.qmax)
+
+    @torch.no_grad()
+    def finish_learning(self) -> None:
+        """Make the zero point the whole number that it stood for."""
+        self.zero_point.copy_(self._code_of_zero())
 
     def quantize(self, x: Tensor) -> Tensor:
         """Move `x` to the grid; both gradients are divided by sqrt(numel * qmax)."""

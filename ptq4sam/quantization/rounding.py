@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
 from ptq4sam.quantization.base import FixedQuantizer
-from ptq4sam.quantization.fused import fused
-from ptq4sam.quantization.grid import Grid, along_channels, in_products
+from ptq4sam.quantization.division import divided
+from ptq4sam.quantization.fused import fused, fused_exactly
+from ptq4sam.quantization.grid import Grid, along_channels, in_products, precise
+from ptq4sam.quantization.hard_numbers import near_steps
 
 # The sigmoid is stretched to (-0.1, 1.1) and cut, so that 0 and 1 are reached (AdaRound, eq. 23).
 _STRETCH = 1.2
@@ -38,7 +41,13 @@ def _with_regularizer_gradient(
     return gradient - weight * 2 * beta * power * distance.sign() * _share_slope(alpha)
 
 
-@fused
+def _hard_weights(x: Tensor, alpha: Tensor, *others: Any) -> Iterator[tuple[Any, ...]]:
+    # Not with shares between 0 and 1: exponentials are each compiler's own.
+    sure = torch.where(alpha >= 0, 50.0, -50.0).to(alpha.dtype)
+    yield from near_steps(scale_at=2)(x, sure, *others)
+
+
+@fused_exactly(_hard_weights)
 def _soften(
     x: Tensor,
     alpha: Tensor,
@@ -48,7 +57,7 @@ def _soften(
     qmin: int,
     qmax: int,
 ) -> Tensor:
-    codes = (x / scale).floor() + _share(alpha) + zero_point
+    codes = divided(precise(x), scale).floor() + _share(alpha) + zero_point
     return ((codes.clamp(qmin, qmax) - zero_point) * scale).to(like.dtype)
 
 
@@ -62,7 +71,7 @@ def _soften_gradient(
     qmin: int,
     qmax: int,
 ) -> Tensor:
-    codes = (x / scale).floor() + _share(alpha) + zero_point
+    codes = divided(precise(x), scale).floor() + _share(alpha) + zero_point
     inside = codes.eq(codes.clamp(qmin, qmax)).to(alpha.dtype)
     return inside * _share_slope(alpha) * scale * gradient
 
@@ -117,7 +126,7 @@ class AdaRoundQuantizer(FixedQuantizer):
             CalibrationError: the quantizer was not calibrated.
         """
         self._require_calibration()
-        ratio = weight / along_channels(self.scale, weight.dim(), self.channel_axis)
+        ratio = precise(weight) / along_channels(self.scale, weight.dim(), self.channel_axis)
         fraction = ratio - ratio.floor()
         self.alpha = nn.Parameter(-torch.log(_STRETCH / (fraction - _OFFSET) - 1))
         self.rounding = "soft"
@@ -172,7 +181,7 @@ class AdaRoundQuantizer(FixedQuantizer):
                 x, self.alpha, scale, zero_point, self.grid
             )
             return softened
-        return (self._learned_codes(x, self._up()) - zero_point) * scale
+        return ((self._learned_codes(x, self._up()) - zero_point) * scale).to(x.dtype)
 
     @torch.no_grad()
     def steps(self, x: Tensor) -> Tensor:
@@ -196,7 +205,8 @@ class AdaRoundQuantizer(FixedQuantizer):
     def _learned_codes(self, x: Tensor, up: Tensor) -> Tensor:
         scale = along_channels(self.scale, x.dim(), self.channel_axis)
         zero_point = along_channels(self.zero_point, x.dim(), self.channel_axis)
-        return ((x / scale).floor() + up + zero_point).clamp(self.grid.qmin, self.grid.qmax)
+        codes = (precise(x) / scale).floor() + up + zero_point
+        return codes.clamp(self.grid.qmin, self.grid.qmax)
 
     def _require_alpha(self) -> None:
         if not self.has_learned:

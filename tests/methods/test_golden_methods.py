@@ -10,7 +10,7 @@ from ptq4sam.methods.bimodal import channel_signs, is_bimodal
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Methods
-from tests.golden_cases import GoldenCase
+from tests.golden_cases import NOT_WORSE, SEARCHED, GoldenCase
 
 
 @pytest.mark.golden("agq")
@@ -21,16 +21,19 @@ def test_golden_adaptive_granularity(golden_case: GoldenCase) -> None:
     for attention, value in zip(case["attn"], case["value"], strict=True):
         quantizer(attention, value)
     quantizer.mode = Mode.QUANTIZE
-    # The error is a jagged function of the scale: another end point must not be worse.
-    assert len(quantizer.tau_errors) == len(TAUS)
-    for error, recorded in zip(quantizer.tau_errors, case["tau_errors"].tolist(), strict=True):
-        assert error <= recorded * 1.001
-    assert quantizer.tau_scales == pytest.approx(case["tau_scales"].tolist(), rel=1e-3)
-    assert float(quantizer.tau) == float(case["tau"])
-    assert quantizer.scale.item() == pytest.approx(float(case["scale"]), rel=1e-3)
+    # The error is a jagged function of the scale: the same end point, or one that is as good.
+    recorded = case["tau_errors"].tolist()
+    ends = zip(quantizer.tau_scales, case["tau_scales"].tolist(), strict=True)
+    for found, expected, (scale, known) in zip(quantizer.tau_errors, recorded, ends, strict=True):
+        assert scale == pytest.approx(known, rel=SEARCHED) or found <= NOT_WORSE * expected
+    # Of two granularities that are as good either may win.
+    best = TAUS.index(int(quantizer.tau))
+    assert quantizer.tau == case["tau"] or recorded[best] <= NOT_WORSE * min(recorded)
+    assert quantizer.scale.item() == pytest.approx(quantizer.tau_scales[best])
 
     # What follows is checked at the recorded scale, where nothing is searched.
     quantizer.scale.data.copy_(case["scale"])
+    quantizer.tau.copy_(case["tau"])
     y = quantizer(case["attn"][0])
     (y * case["dy"]).sum().backward()
     torch.testing.assert_close(y, case["y"], rtol=1e-5, atol=0)

@@ -11,7 +11,7 @@ from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam import registry
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor
-from ptq4sam.sam.registry import SamVariant, build_sam
+from ptq4sam.sam.registry import SamVariant, build_variant
 
 TINY = SamVariant(
     32,
@@ -34,10 +34,10 @@ def tiny_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.VARIANTS, "tiny", TINY)
 
 
-@pytest.fixture
-def sam(tiny_variant: None) -> Sam:
+def tiny_sam() -> Sam:
+    """A tiny SAM with random weights."""
     torch.manual_seed(0)
-    model = build_sam("tiny")
+    model = build_variant("tiny", TINY)
     for parameter in model.parameters():
         # Zero-initialised tables would hide mistakes in the relative positions.
         torch.nn.init.normal_(parameter, std=0.15) if parameter.dim() > 1 else None
@@ -45,7 +45,12 @@ def sam(tiny_variant: None) -> Sam:
 
 
 @pytest.fixture
-def items() -> list[CalibrationItem]:
+def sam() -> Sam:
+    return tiny_sam()
+
+
+def tiny_items() -> list[CalibrationItem]:
+    """Four calibration pictures of the tiny SAM."""
     generator = torch.Generator().manual_seed(1)
     boxes = torch.tensor([[4.0, 4, 40, 40], [10, 20, 60, 50], [30, 2, 50, 60]])
     return [
@@ -55,30 +60,37 @@ def items() -> list[CalibrationItem]:
 
 
 @pytest.fixture
-def make_scheme() -> Callable[..., Scheme]:
-    def make(bits: int = 4, steps: int = 0, **more: object) -> Scheme:
-        content: dict[str, object] = {
-            "a_qconfig": {
-                "quantizer": "LSQFakeQuantize",
-                "observer": "AvgMinMaxObserver",
-                "bit": bits,
-            },
-            "w_qconfig": {
-                "quantizer": "AdaRoundFakeQuantize",
-                "observer": "MSEObserver",
-                "bit": bits,
-                "ch_axis": 0,
-            },
-            "ptq4sam": {"BIG": True, "AGQ": True},
-            # What stays float is compared with the float model.
-            "float_weights": "float32",
-            **more,
-        }
-        if steps:
-            content["recon"] = {"iters": steps, **content.get("recon", {})}  # type: ignore[dict-item]
-        return Scheme.from_dict(content)
+def items() -> list[CalibrationItem]:
+    return tiny_items()
 
-    return make
+
+def scheme_of(bits: int = 4, steps: int = 0, **more: object) -> Scheme:
+    """A scheme with all methods of PTQ4SAM."""
+    content: dict[str, object] = {
+        "a_qconfig": {
+            "quantizer": "LSQFakeQuantize",
+            "observer": "AvgMinMaxObserver",
+            "bit": bits,
+        },
+        "w_qconfig": {
+            "quantizer": "AdaRoundFakeQuantize",
+            "observer": "MSEObserver",
+            "bit": bits,
+            "ch_axis": 0,
+        },
+        "ptq4sam": {"BIG": True, "AGQ": True},
+        # What stays float is compared with the float model.
+        "float_weights": "float32",
+        **more,
+    }
+    if steps:
+        content["recon"] = {"iters": steps, **content.get("recon", {})}  # type: ignore[dict-item]
+    return Scheme.from_dict(content)
+
+
+@pytest.fixture
+def make_scheme() -> Callable[..., Scheme]:
+    return scheme_of
 
 
 @pytest.fixture

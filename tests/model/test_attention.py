@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ptq4sam.model import attention
+from ptq4sam.model import attention, relative_positions
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.model.relative_positions import RelativePositions
+from ptq4sam.quantization import whole
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam import image_encoder
 from ptq4sam.sam.model import Sam
 
 
@@ -38,3 +43,51 @@ def test_pieces_make_the_whole(
         expected = module(x)
         monkeypatch.setattr(attention, "_SOFTMAX_BYTES", {"cpu": size})
         torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.float32), (16, torch.float64)])
+def test_positions_of_many_steps_are_exact(
+    bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """65,535 steps of 64 channels times digits of 64 are more than float32 holds."""
+    size, head_dim = 4, 64
+    source = image_encoder.Attention(head_dim, 1, True, True, (size, size))
+    torch.nn.init.normal_(source.rel_pos_h)
+    torch.nn.init.normal_(source.rel_pos_w)
+    largest = 2**bits - 1
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(-largest, largest + 1, (1, 1, size**2, head_dim), generator=generator)
+    # All of one sign and of the largest size, in step with the table.
+    steps[0, 0, 0] = largest * source.rel_pos_h[size - 1].sign()
+    positions = RelativePositions(source, (size, size))
+    multiplied: list[torch.dtype] = []
+    plain = relative_positions.position_terms
+
+    def watched(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        multiplied.append(query.dtype)
+        return plain(query, *others)
+
+    monkeypatch.setattr(relative_positions, "position_terms", watched)
+    found = positions.of_steps(steps.float(), torch.tensor(0.01), largest, 0, size)
+    assert set(multiplied) == {dtype}
+    expected = plain(
+        steps.double(), tuple(t.double() for t in source.position_tables((size, size)))
+    )
+    joined = image_encoder.joined_terms(*expected, 1) * 0.01
+    assert found.dtype == torch.float32
+    assert ((found - joined).abs().max() / joined.abs().max()).item() < 1e-6
+
+
+def test_convolutions_by_windows_give_the_bits_of_torchs_own(
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
+    forward: Callable[[Sam], tuple[Tensor, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a GPU computes the patch embedding and the neck."""
+    quantized = quantize_sam(sam, items[:1], make_scheme(8))
+    expected = forward(quantized)
+    monkeypatch.setattr(whole, "_has_direct_convolutions", lambda _device: False)
+    # A copy has made no convolutions yet.
+    assert all(map(torch.equal, forward(copy.deepcopy(quantized)), expected))

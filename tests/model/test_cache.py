@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from ptq4sam.errors import ResourceError
-from ptq4sam.model import cache as cache_module
 from ptq4sam.model.cache import ActivationCache, KeptSequence, load_all
+from tests.full_disks import FullDisk, full_disk
+
+__all__ = ["full_disk"]
 
 CPU = torch.device("cpu")
 KILO = 256  # floats in a KiB
@@ -68,11 +70,9 @@ def test_a_view_does_not_hold_what_it_is_a_view_of() -> None:
     assert kept.load().untyped_storage().nbytes() == 1024
 
 
-def test_a_full_disk_names_the_knob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(cache_module.np, "save", refuse)
-    cache = ActivationCache(CPU, budget=0, folder=tmp_path)
-    with pytest.raises(ResourceError, match=r"No space left.*--memory-budget"):
-        cache.keep([torch.zeros(KILO)])
+def test_a_full_disk_names_the_knob(tmp_path: Path, full_disk: FullDisk) -> None:
+    with full_disk() as reason:
+        cache = ActivationCache(CPU, budget=0, folder=tmp_path / "d")
+        told = rf"^{tmp_path}/d/activations\..*: {reason}: .*--memory-budget"
+        with pytest.raises(ResourceError, match=told):
+            cache.keep([torch.zeros(100 * KILO)])

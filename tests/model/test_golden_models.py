@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import GoldenCase
 from torch import Tensor, nn
 
+from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderAttention
 from ptq4sam.model.calibration import integrate_bimodal, observing_activations
 from ptq4sam.model.insertion import (
     QuantizerFactory,
@@ -17,12 +17,14 @@ from ptq4sam.model.insertion import (
     insert_into_transformer,
     name_quantizers,
 )
-from ptq4sam.model.layers import observe_weights
+from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, observe_weights
+from ptq4sam.model.portable_layers import make_part_portable
 from ptq4sam.quantization.modes import quantizer_mode, quantizers
 from ptq4sam.quantization.quantizers import Mode, Quantizer
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.image_encoder import ImageEncoderViT
 from ptq4sam.sam.transformer import TwoWayTransformer
+from tests.golden_cases import NOT_WORSE, SEARCHED, GoldenCase
 
 BATCHES = 2
 """Batches of a case."""
@@ -74,7 +76,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().norm() / expected.norm())
 
 
-SEARCHED = {"AdaptiveGranularityQuantize", "LSQSignFakeQuantize"}
+WITH_SEARCH = {"AdaptiveGranularityQuantize", "LSQSignFakeQuantize"}
 """Published quantizers whose scale is the end of a bounded minimisation."""
 
 
@@ -103,8 +105,7 @@ class Recorder:
 def check_parameters(module: nn.Module, case: GoldenCase, recorder: Recorder) -> None:
     """Compare every scale, zero point and tau by name, then take the published ones.
 
-    A bounded minimisation of a jagged function can end elsewhere: another end point is as good if
-    its objective is not worse by more than 0.1 %.
+    A bounded minimisation of a jagged function can end elsewhere: see NOT_WORSE.
     """
     ours: dict[str, Quantizer] = dict(quantizers(module))
     assert {our_name(name) for name in case.parameters["quantizers"]} == set(ours)
@@ -115,17 +116,79 @@ def check_parameters(module: nn.Module, case: GoldenCase, recorder: Recorder) ->
         expected = {p: case[key] for p, key in keys.items() if key in case}
         close = [
             torch.allclose(
-                getattr(quantizer, p).reshape(-1).float(), e.reshape(-1).float(), rtol=1e-3
+                getattr(quantizer, p).reshape(-1).float(), e.reshape(-1).float(), rtol=SEARCHED
             )
             for p, e in expected.items()
         ]
-        assert all(close) or kind in SEARCHED, name
+        assert all(close) or kind in WITH_SEARCH, name
         found_objective = None if all(close) else recorder.objective(name, quantizer)
         for p, e in expected.items():
             parameter = getattr(quantizer, p)
             parameter.data = e.reshape(parameter.shape).to(parameter.dtype)
         if found_objective is not None:
-            assert found_objective <= 1.001 * recorder.objective(name, quantizer), name
+            assert found_objective <= NOT_WORSE * recorder.objective(name, quantizer), name
+
+
+LAYERS = (QuantizedLinear, QuantizedConv2d)
+ATTENTIONS = (QuantizedEncoderAttention, QuantizedDecoderAttention)
+
+RECORDED_WAY = 1e-2
+"""Tolerance of a model that computes as the published one did, with scaled codes as floats: two
+roundings may fall to the other side."""
+LAYER = 1e-5
+"""The same of a layer on whole numbers, whose input codes are those of the other way."""
+ATTENTION = 1e-2
+"""The same of an attention. Its softmax is made of portable functions, right to 4e-6, and points of
+an adaptive granularity have 15 bits or more behind the point: a value in the middle of two codes
+may get the other. One code of 6 bits changed an attention's output by up to 0.6 %."""
+WHOLE = 0.25
+"""The same of a whole model on whole numbers. Its units are within the two above; a network of
+random weights amplifies one other code: to 5 % in the worst recorded case of 6 bits, and to 18 % in
+one of 4 bits, where codes are four times further apart; the other cases of 4 bits have none."""
+NO_FURTHER = 1.1
+"""How many times as far from the float model whole numbers may be as the record is: another code of
+a value in the middle of two is neither better nor worse. Recorded cases have 0.94 to 1.03."""
+
+
+def check_both_paths(
+    module: nn.Module, given: list[Tensor], recorded: list[Tensor], exact: list[Tensor]
+) -> None:
+    """Compare a model as it learns, with gradients, and as it is evaluated, on whole numbers.
+
+    Args:
+        module: at the recorded scales.
+        given: its arguments.
+        recorded: the published model's outputs.
+        exact: the float model's.
+    """
+    seen: list[tuple[nn.Module, tuple[Tensor, ...], Tensor]] = []
+    parts = [part for part in module.modules() if isinstance(part, (*LAYERS, *ATTENTIONS))]
+    handles = [
+        part.register_forward_hook(lambda part, inputs, output: seen.append((part, inputs, output)))
+        for part in parts
+    ]
+    with torch.enable_grad():
+        outputs = outputs_of(module, given)
+    for handle in handles:
+        handle.remove()
+    for output, expected in zip(outputs, recorded, strict=True):
+        assert relative_error(output, expected) < RECORDED_WAY
+    assert len(seen) == len(parts)
+    with torch.no_grad():
+        for part, inputs, output in seen:
+            allowed = LAYER if isinstance(part, LAYERS) else ATTENTION
+            assert relative_error(part(*inputs), output) < allowed
+        whole = outputs_of(module, given)
+    for output, expected, unquantized in zip(whole, recorded, exact, strict=True):
+        assert relative_error(output, expected) < WHOLE
+        distance = relative_error(expected, unquantized)
+        assert relative_error(output, unquantized) < NO_FURTHER * distance
+
+
+def outputs_of(module: nn.Module, given: list[Tensor]) -> list[Tensor]:
+    """A model's outputs, one or several."""
+    outputs = module(*given)
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
 @pytest.mark.golden("decoder")
@@ -147,6 +210,7 @@ def test_golden_decoder(golden_case: GoldenCase) -> None:
 
     scheme = golden_scheme(case)
     insert_into_transformer(two_way, QuantizerFactory(scheme))
+    make_part_portable(two_way)
     name_quantizers(two_way)
     if scheme.ptq4sam.BIG:
         with quantizer_mode(two_way, Mode.FLOAT):
@@ -163,8 +227,10 @@ def test_golden_decoder(golden_case: GoldenCase) -> None:
     observe_weights(two_way)
     check_parameters(two_way, case, recorder)
     for index, given in enumerate(inputs):
-        for found, part in zip(two_way(*given), ("queries", "keys"), strict=True):
-            assert relative_error(found, case[f"q{index}_{part}"]) < 1e-2
+        recorded, exact = (
+            [case[f"{kind}{index}_{part}"] for part in ("queries", "keys")] for kind in ("q", "fp")
+        )
+        check_both_paths(two_way, given, recorded, exact)
 
 
 @pytest.mark.golden("encoder")
@@ -191,6 +257,7 @@ def test_golden_encoder(golden_case: GoldenCase) -> None:
     for index, given in enumerate(inputs):
         assert relative_error(encoder(given), case[f"fp{index}"]) < 1e-5
     insert_into_encoder(encoder, QuantizerFactory(golden_scheme(case)))
+    make_part_portable(encoder)
     name_quantizers(encoder)
     recorder = Recorder(encoder)
     with torch.no_grad(), observing_activations(encoder):
@@ -199,4 +266,4 @@ def test_golden_encoder(golden_case: GoldenCase) -> None:
     observe_weights(encoder)
     check_parameters(encoder, case, recorder)
     for index, given in enumerate(inputs):
-        assert relative_error(encoder(given), case[f"q{index}"]) < 1e-2
+        check_both_paths(encoder, [given], [case[f"q{index}"]], [case[f"fp{index}"]])

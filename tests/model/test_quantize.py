@@ -8,18 +8,26 @@ from torch import Tensor
 
 from ptq4sam.errors import CalibrationError
 from ptq4sam.model import calibration
-from ptq4sam.model.calibration import CalibrationItem, integrate_bimodal, run_item
-from ptq4sam.model.insertion import insert_quantizers, model_units
+from ptq4sam.model.calibration import CalibrationItem, calibrate, integrate_bimodal, run_item
+from ptq4sam.model.insertion import TRANSFORMER, insert_quantizers, model_units
 from ptq4sam.model.layers import quantized_layers
 from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.quantization.modes import quantizer_mode, quantizers
+from ptq4sam.quantization.observers import OBSERVERS
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
+from ptq4sam.sam.transformer import Attention
 
 Forward = Callable[[Sam], tuple[Tensor, ...]]
 MakeScheme = Callable[..., Scheme]
 Items = list[CalibrationItem]
+
+
+def decoder_attentions(sam: Sam) -> dict[str, Attention]:
+    """The attentions of the mask decoder, by their path in its transformer."""
+    modules = sam.mask_decoder.transformer.named_modules()
+    return {name: module for name, module in modules if isinstance(module, Attention)}
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -107,13 +115,9 @@ def test_layer_by_layer_reconstruction_visits_every_layer(
 def test_bimodal_folding_leaves_the_float_output(
     sam: Sam, items: Items, make_scheme: MakeScheme, forward: Forward
 ) -> None:
-    """Force two peaks on every token-to-image key, one channel wholly in one of them."""
-    two_way = sam.mask_decoder.transformer
-    for attention in (
-        *(layer.cross_attn_token_to_image for layer in two_way.layers),
-        two_way.final_attn_token_to_image,
-    ):
-        bias = attention.k_proj.bias  # type: ignore[union-attr]
+    """Force two peaks on every key of the decoder, one channel wholly in one of them."""
+    for attention in decoder_attentions(sam).values():
+        bias = attention.k_proj.bias
         sign = torch.where(torch.arange(len(bias)) % 2 == 0, 1.0, -1.0)
         bias.data.copy_(12 * sign)
     expected = forward(sam)
@@ -130,10 +134,46 @@ def test_bimodal_folding_leaves_the_float_output(
         "layers.1.cross_attn_token_to_image",
         "final_attn_token_to_image",
     ]
-    key_bias = quantized.mask_decoder.transformer.final_attn_token_to_image.k_proj.bias
-    assert (key_bias > 0).all()
+    for name, attention in decoder_attentions(quantized).items():
+        assert bool((attention.k_proj.bias > 0).all()) == (name in folded), name
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("BIG", [True, False])
+def test_bimodal_keys_have_an_observer_of_their_own(
+    sam: Sam, items: Items, make_scheme: MakeScheme, BIG: bool
+) -> None:
+    """With bimodal integration all keys of the decoder are observed by AvgMSEFast, nothing else."""
+    quantized = insert_quantizers(sam, make_scheme(ptq4sam={"BIG": BIG, "AGQ": False}))
+    seen: dict[str, list[Tensor]] = {}
+    activations = {
+        name: quantizer
+        for name, quantizer in quantizers(quantized)
+        if not name.endswith("weight_quantizer")
+    }
+    calibrate(quantized, items)
+    handles = [
+        quantizer.register_forward_pre_hook(
+            lambda _quantizer, inputs, name=name: seen.setdefault(name, []).append(inputs[0])
+        )
+        for name, quantizer in activations.items()
+    ]
+    with quantizer_mode(quantized, Mode.FLOAT):
+        for item in items:
+            run_item(quantized, item)
+    for handle in handles:
+        handle.remove()
+    keys = {f"{TRANSFORMER}.{name}.key_quantizer" for name in decoder_attentions(sam)}
+    assert keys < set(activations)
+    for name, quantizer in activations.items():
+        kind = "AvgMSEFastObserver" if BIG and name in keys else "AvgMinMaxObserver"
+        observer = OBSERVERS[kind](quantizer.grid)
+        for batch in seen[name]:
+            observer.observe(batch)
+        scale, zero_point = observer.quantization_parameters()
+        torch.testing.assert_close(quantizer.scale.detach(), scale, rtol=1e-3, atol=0, msg=name)
+        assert quantizer.zero_point == zero_point, name
 
 
 def test_calibration_without_pictures_is_refused(sam: Sam, make_scheme: MakeScheme) -> None:

@@ -6,14 +6,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
 
+from ptq4sam.deploy import torch_int8
+from ptq4sam.methods import granularity_points
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.quantization import fused
+from ptq4sam.model import portable_layers
+from ptq4sam.quantization import fused, grid, portable, rounding, whole
+from ptq4sam.quantization import hard_numbers as hard
 from ptq4sam.quantization.dropping import choose, keep_some_float
-from ptq4sam.quantization.fused import FEWEST_ELEMENTS
+from ptq4sam.quantization.fused import FEWEST_ELEMENTS, fused_exactly
 from ptq4sam.quantization.grid import Grid, fake_quantize, fake_quantize_some
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
+from tests.devices import on_devices
 
 SIDE = 1024
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -21,9 +27,18 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ 
 Result = tuple[Tensor, ...]
 
 
+def random_bits(x: Tensor) -> torch.Generator:
+    return torch.Generator(x.device).manual_seed(3)
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the package said, without torch's own."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("ptq4sam")]
+
+
 def affine(x: Tensor) -> Result:
-    scale = torch.tensor(0.21, requires_grad=True)
-    output = fake_quantize(x, scale, torch.tensor(7.0), Grid(4))
+    scale = torch.tensor(0.21, device=x.device, requires_grad=True)
+    output = fake_quantize(x, scale, x.new_tensor(7.0), Grid(4))
     return output, *torch.autograd.grad(output, (x, scale), torch.cos(output))
 
 
@@ -45,7 +60,7 @@ def granularity() -> AdaptiveGranularityQuantizer:
 
 
 def granular(x: Tensor) -> Result:
-    quantizer = granularity()
+    quantizer = granularity().to(x.device)
     attention = x.detach().softmax(-1).requires_grad_()
     output = quantizer(attention)
     gradients = torch.autograd.grad(output, (attention, quantizer.scale), torch.cos(output))
@@ -53,30 +68,30 @@ def granular(x: Tensor) -> Result:
 
 
 def affine_with_some_float(x: Tensor) -> Result:
-    scale = torch.tensor(0.21, requires_grad=True)
-    choice = choose(x, 0.5, torch.Generator().manual_seed(3))
-    output = fake_quantize_some(x, scale, torch.tensor(7.0), Grid(4), choice)
+    scale = torch.tensor(0.21, device=x.device, requires_grad=True)
+    choice = choose(x, 0.5, random_bits(x))
+    output = fake_quantize_some(x, scale, x.new_tensor(7.0), Grid(4), choice)
     return output, *torch.autograd.grad(output, (x, scale), torch.cos(output))
 
 
 def granular_with_some_float(x: Tensor) -> Result:
     attention = x.detach().softmax(-1).requires_grad_()
-    quantizer = granularity()
-    output = quantizer.quantize_some(attention, choose(x, 0.3, torch.Generator().manual_seed(3)))
+    quantizer = granularity().to(x.device)
+    output = quantizer.quantize_some(attention, choose(x, 0.3, random_bits(x)))
     gradients = torch.autograd.grad(output, (attention, quantizer.scale), torch.cos(output))
     return output, *gradients
 
 
 def granular_in_bfloat16(x: Tensor) -> Result:
     attention = x.detach().softmax(-1).bfloat16().requires_grad_()
-    quantizer = granularity()
-    output = quantizer.quantize_some(attention, choose(x, 0.5, torch.Generator().manual_seed(3)))
+    quantizer = granularity().to(x.device)
+    output = quantizer.quantize_some(attention, choose(x, 0.5, random_bits(x)))
     gradients = torch.autograd.grad(output, (attention, quantizer.scale), torch.cos(output))
     return output, *gradients
 
 
-def rounding(x: Tensor) -> Result:
-    quantizer = AdaRoundQuantizer(Grid(4), channel_axis=0)
+def learned_rounding(x: Tensor) -> Result:
+    quantizer = AdaRoundQuantizer(Grid(4), channel_axis=0).to(x.device)
     quantizer.observe(x.detach(), None)
     quantizer.begin_learning(x.detach())
     quantizer.alpha.requires_grad_()
@@ -88,10 +103,11 @@ def rounding(x: Tensor) -> Result:
 
 
 def dropped(x: Tensor) -> Result:
-    output = keep_some_float(x.detach().round(), x, 0.5, torch.Generator().manual_seed(3))
+    output = keep_some_float(x.detach().round(), x, 0.5, random_bits(x))
     return output, *torch.autograd.grad(output, (x,), torch.ones_like(output))
 
 
+@on_devices
 @needs_compiler
 @pytest.mark.parametrize(
     "work",
@@ -102,20 +118,24 @@ def dropped(x: Tensor) -> Result:
         granular,
         granular_with_some_float,
         granular_in_bfloat16,
-        rounding,
+        learned_rounding,
         dropped,
     ],
 )
 def test_compiled_agrees_with_one_by_one(
-    work: Callable[[Tensor], Result], monkeypatch: pytest.MonkeyPatch
+    work: Callable[[Tensor], Result],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    x = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(device)
+    x.requires_grad_()
     assert x.numel() >= FEWEST_ELEMENTS
-    monkeypatch.setattr(fused._compiler, "_usable", False)
+    monkeypatch.setattr(fused._compiler, "_usable", {device.type: False})
     expected = work(x)
-    monkeypatch.setattr(fused._compiler, "_usable", True)
+    monkeypatch.setattr(fused._compiler, "_usable", {device.type: True})
     actual = work(x)
-    assert fused._compiler.usable(), "the compiler gave up"
+    assert not messages(caplog), "the compiler gave up, or a kernel was refused"
     torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=0)
     for ours, theirs in zip(actual[1:], expected[1:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -130,7 +150,7 @@ def test_one_kernel_serves_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         (2, 1, 2**9, 1, 2**10),
         (1,) * 6 + (2**21,),
     ]
-    monkeypatch.setattr(fused._compiler, "_usable", True)
+    monkeypatch.setattr(fused._compiler, "_usable", {"cpu": True})
     kernels = torch._dynamo.utils.counters["stats"]
     before = kernels["unique_graphs"]
     for shape in shapes:
@@ -143,16 +163,39 @@ def test_one_kernel_serves_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels["unique_graphs"] - before <= 2
 
 
+def usable_compiler() -> fused._Compiler:
+    compiler = fused._Compiler()
+    compiler._usable["cpu"] = True
+    return compiler
+
+
 def test_small_tensors_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compile(*_args: object, **_options: object) -> None:
         raise AssertionError("compiled")
 
     monkeypatch.setattr(torch, "compile", no_compile)
-    monkeypatch.setattr(fused._compiler, "_usable", True)
+    monkeypatch.setattr(fused._compiler, "_usable", {"cpu": True})
     run = fused.fused(lambda x: x + 1)
     assert run(torch.zeros(3)).tolist() == [1, 1, 1]
     with pytest.raises(AssertionError, match="compiled"):
         run(torch.zeros(FEWEST_ELEMENTS))
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, {"cpp.vec_isa_ok": True}), (False, {})])
+def test_the_compiler_is_not_tested_unless_the_user_wants_it(
+    own: bool | None, expected: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def remember(function: Callable[[Tensor], Tensor], **options: object) -> object:
+        given.append(options["options"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", remember)
+    monkeypatch.setattr(fused, "_compiler", usable_compiler())
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": own}):
+        fused.fused(lambda x: x + 1)(torch.zeros(FEWEST_ELEMENTS))
+    assert given == [expected]
 
 
 def test_a_failing_compiler_is_said_once_and_left(
@@ -167,28 +210,34 @@ def test_a_failing_compiler_is_said_once_and_left(
         return run
 
     monkeypatch.setattr(torch, "compile", failing)
-    monkeypatch.setattr(fused, "_compiler", fused._Compiler())
-    monkeypatch.setattr(fused._compiler, "_usable", True)
+    monkeypatch.setattr(fused, "_compiler", usable_compiler())
     run = fused.fused(lambda x: x + 1)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert run(torch.zeros(FEWEST_ELEMENTS)).sum() == FEWEST_ELEMENTS
-    told = [r for r in caplog.records if r.name.startswith("ptq4sam")]
-    assert len(told) == 1
-    assert "no kernel could be compiled" in told[0].getMessage()
+    (told,) = messages(caplog)
+    assert "no kernel could be compiled" in told
 
 
-@pytest.mark.parametrize(("setting", "usable"), [("0", False), (None, None)])
-def test_the_switch(
-    setting: str | None, usable: bool | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if setting is None:
-        monkeypatch.delenv(fused.SWITCH, raising=False)
-        monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
-        usable = torch.cuda.is_available()
-    else:
-        monkeypatch.setenv(fused.SWITCH, setting)
-    assert fused._Compiler().usable() is usable
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_the_switch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", shutil.which("true") or "")
+    monkeypatch.delenv(fused.SWITCH, raising=False)
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": False}
+    assert fused._Compiler().usable(kind) is there[kind]
+    monkeypatch.setenv(fused.SWITCH, "0")
+    assert not fused._Compiler().usable(kind)
+
+
+def test_a_gpu_needs_no_compiler_of_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
+    monkeypatch.delenv(fused.SWITCH, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compiler = fused._Compiler()
+    assert not compiler.usable("cpu")
+    assert compiler.usable("cuda")
+    compiler.give_up("cpu", RuntimeError("none"))
+    assert compiler.usable("cuda")
 
 
 def test_one_kernel_of_adaptive_granularity_serves_all_shapes(
@@ -208,3 +257,189 @@ def test_one_kernel_of_adaptive_granularity_serves_all_shapes(
             assert torch.equal(quantizer.steps(x).flatten(), expected[1])
             assert torch.equal(quantizer.codes(x).flatten(), expected[2])
     assert "no kernel could be compiled" not in caplog.text
+
+
+def test_used_up_memory_is_not_a_missing_compiler(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries: list[Tensor] = []
+
+    def full(_function: object, **_options: object) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            tries.append(x)
+            if len(tries) > 1:
+                return x + 1
+            raise torch._dynamo.exc.BackendCompilerFailed(
+                lambda: None, RuntimeError("CUDA out of memory. Tried to allocate"), None
+            )
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", full)
+    monkeypatch.setattr(fused, "_compiler", usable_compiler())
+    run = fused.fused(lambda x: x + 1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(torch.zeros(FEWEST_ELEMENTS))
+    assert "no kernel" not in caplog.text
+    run(torch.zeros(FEWEST_ELEMENTS))
+    assert len(tries) == 2
+
+
+def test_a_kernel_with_other_numbers_is_said_once_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of its device alone: kernels of functions that are not compared go on."""
+    monkeypatch.setattr(fused, "_compiler", usable_compiler())
+    # A compiler that is off by one in a single place of the second set of arguments.
+    calls: list[Tensor] = []
+
+    def compiled(function: Callable[[Tensor], Tensor], **_options: object) -> object:
+        def run(x: Tensor) -> Tensor:
+            calls.append(x)
+            result = function(x)
+            if x[0] == 2:
+                result[-1] += 1
+            return result
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    arguments = fused_exactly(lambda _x: iter([(torch.ones(5),), (torch.full((5,), 2.0),)]))
+    exact, plain = arguments(torch.square), fused.fused(torch.square)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert torch.equal(exact(torch.ones(FEWEST_ELEMENTS)), torch.ones(FEWEST_ELEMENTS))
+        assert len(calls) == 2
+        arguments(torch.square)(torch.ones(FEWEST_ELEMENTS))
+        plain(torch.ones(FEWEST_ELEMENTS))
+    assert len(calls) == 5
+    (told,) = messages(caplog)
+    assert "gives other numbers on cpu" in told
+
+
+def test_what_is_no_number_is_equal_to_itself() -> None:
+    nan = torch.tensor([1.0, torch.nan])
+    assert fused._same(nan, nan.clone())
+    assert not fused._same(nan, torch.ones(2))
+    assert not fused._same(torch.ones(2), nan)
+
+
+def flat_calls() -> dict[str, tuple[object, Callable[..., Tensor], tuple[object, ...]]]:
+    """Each function whose kernel is compared: its module, and arguments of a call."""
+    x, attention = torch.zeros(2**21), torch.zeros(2**21)
+    number = torch.tensor
+    points = granularity_points.point_parameters(number(0.7), number(2.0), 16)
+    scale, middles = points[:2]
+    some = choose(x, 0.5, None)
+    rows, channels = torch.zeros(4096, 512), torch.zeros(512)
+    affine_parameters = (number(0.21), number(7.0), 0, 255)
+    chosen_affine = (*some.parts(), *affine_parameters[:2], x.new_empty(()), 0, 255)
+    weight = torch.zeros(1024, 1024)
+    by_channel = (torch.full((1024, 1), 0.3), torch.full((1024, 1), 7.0))
+    points_of_some = (*some.parts(), *points, x.new_empty(()))
+    return {
+        "affine": (grid, grid._move_to_grid, (x, *affine_parameters)),
+        "steps": (grid, grid._steps_from_zero, (x, *affine_parameters)),
+        "weights": (grid, grid._move_to_grid, (weight, *by_channel, 0, 15)),
+        "some": (grid, grid._move_some_to_grid, (some.rows(x), *chosen_affine)),
+        "int8": (torch_int8, torch_int8._codes, (x, *affine_parameters, 128)),
+        "rounding": (
+            rounding,
+            rounding._soften,
+            (weight, weight.clone(), *by_channel, weight.new_empty(()), 0, 15),
+        ),
+        "codes": (
+            granularity_points,
+            granularity_points._clamped_codes,
+            (attention, scale, middles, number(2, dtype=torch.int32), 16),
+        ),
+        "points": (granularity_points, granularity_points._to_points, (attention, *points)),
+        "whole points": (
+            granularity_points,
+            granularity_points._whole_points,
+            (attention, *points, number(2.0**20)),
+        ),
+        "some points": (
+            granularity_points,
+            granularity_points._quantize_some,
+            (some.rows(attention), *points_of_some),
+        ),
+        "softmax": (portable, portable_layers._softmax, (rows, rows[:, :1])),
+        "gelu": (portable, portable_layers._gelu, (x,)),
+        "norm": (portable, portable_layers._norm_of_rows, (rows, channels, channels, 1e-6)),
+        "rescaled": (whole, whole._rescaled, (rows, channels, channels)),
+    }
+
+
+def hard_arguments(function: Callable[..., Tensor]) -> Callable[..., object]:
+    """What a function of the package names as hard to round."""
+    while fused_by := getattr(function, "__wrapped__", None):
+        # What is `unwatched` is wrapped once more.
+        if any(isinstance(c.cell_contents, fused._Kernel) for c in function.__closure__ or ()):
+            break
+        function = fused_by
+    (kernel,) = (
+        cell.cell_contents
+        for cell in function.__closure__ or ()
+        if isinstance(cell.cell_contents, fused._Kernel)
+    )
+    assert kernel._hard is not None
+    return kernel._hard
+
+
+@pytest.mark.parametrize("name", list(flat_calls()))
+def test_hard_numbers_show_a_kernel_that_does_not_round_right(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By quotients as products with reciprocals, and by products and sums rounded once."""
+    module, function, arguments = flat_calls()[name]
+    makes, plain = hard_arguments(function), function.__wrapped__  # type: ignore[attr-defined]
+    sets = list(makes(*arguments))  # type: ignore[call-overload]
+    assert sum(given[0].numel() for given in sets) >= 2**19
+    for given in sets:
+        assert [type(x) for x in given] == [type(x) for x in arguments]
+    expected = [plain(*given) for given in sets]
+    assert all(map(fused._same, [plain(*given) for given in sets], expected))
+    if name == "rescaled":
+        found = [
+            (sums.double() * scale.double() + bias.double()).float() for sums, scale, bias in sets
+        ]
+    elif module is portable:
+        monkeypatch.setattr(
+            portable, "reciprocal", lambda x: x.double().pow(-1).mul(1 + 2e-8).float()
+        )
+        found = [plain(*given) for given in sets]
+    else:
+        monkeypatch.setattr(module, "divided", lambda x, divisor: x * divisor.reciprocal())
+        found = [plain(*given) for given in sets]
+    assert not all(map(fused._same, found, expected))
+
+
+@needs_compiler
+def test_a_kernel_that_divides_approximately_is_caught(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def approximately(x: Tensor, divisor: Tensor) -> Tensor:
+        return x * divisor.reciprocal() if torch.compiler.is_compiling() else x / divisor
+
+    monkeypatch.setattr(fused, "_compiler", usable_compiler())
+    monkeypatch.setattr(grid, "divided", approximately)
+    steps = fused_exactly(hard.near_steps(scale_at=1))(grid._steps_from_zero.__wrapped__)  # type: ignore[attr-defined]
+    x = torch.arange(FEWEST_ELEMENTS).float() * 0.9375
+    with caplog.at_level(logging.WARNING):
+        found = steps(x, torch.tensor(0.9375), torch.tensor(0.0), 0, 65_535)
+    assert torch.equal(found, torch.arange(FEWEST_ELEMENTS).clamp(max=65_535).float())
+    assert "gives other numbers on cpu" in caplog.text
+
+
+@on_devices
+def test_quotients_of_whole_steps_are_whole(device: torch.device) -> None:
+    """4.6875 / 0.9375 is 5 (triton issue 10661); a floor of anything less would be a step off."""
+    codes = torch.arange(FEWEST_ELEMENTS, device=device).float()
+    for scale in (0.9375, 0.21, 1e-3):
+        x = codes * scale
+        exactly = (x.double() / torch.tensor(scale).double().to(device)).round().float()
+        zero = x.new_zeros(())
+        with torch.no_grad():
+            found = grid.steps_from_zero(x, x.new_tensor(scale), zero, Grid(16))
+        assert torch.equal(found, exactly.clamp(max=65_535))

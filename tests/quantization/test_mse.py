@@ -49,7 +49,7 @@ def naive_search(row: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("bits", [2, 4])
 def test_grid_search_is_the_naive_one(kind: Kind, bits: int) -> None:
     rows, grid = sample(kind, rows=2), Grid(bits)
-    low, high = grid_search(rows, grid, Side.BOTH, per_channel=True)
+    low, high = grid_search(rows, grid, Side.BOTH)
     expected = [naive_search(row, grid) for row in rows]
     assert low.tolist() == [float(ends[0]) for ends in expected]
     assert high.tolist() == [float(ends[1]) for ends in expected]
@@ -60,10 +60,10 @@ def test_grid_search_is_the_naive_one(kind: Kind, bits: int) -> None:
 def test_bounds_are_below_the_losses(kind: Kind, bits: int) -> None:
     rows, grid = sample(kind), Grid(bits)
     extent = rows.amax(1).clamp(min=0) - rows.amin(1).clamp(max=0)
-    kernel = mse._clip_kernel(grid.levels, rows.device)
+    kernel = mse._bound_kernel(grid.levels, rows.device)
     for share in (0.01, 0.1, 0.3, 0.7, 1.0):
         step = extent * share / grid.qmax
-        bounds = mse._lower_bounds(rows, step, grid.levels, kernel).double()
+        bounds = mse._lower_bounds(rows, step, kernel)[1].double()
         for zero_point in range(0, grid.levels, max(1, grid.levels // 32)):
             low = -zero_point * step
             loss = range_loss(rows, low, low + extent * share, grid)
@@ -74,13 +74,28 @@ def test_bounds_are_below_the_losses(kind: Kind, bits: int) -> None:
             assert not tight or bool((bound >= loss * 0.9).all())
 
 
+def test_narrow_ranges_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded = []
+    original = mse._lower_bounds
+
+    def counted(*arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        bounded.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(mse, "_lower_bounds", counted)
+    rows = sample("normal", count=2000)
+    _, high = grid_search(rows, Grid(6), Side.BOTH)
+    assert len(bounded) < mse.WIDTHS / 2
+    assert bool((high > rows.amax(1) / 2).all())
+
+
 @pytest.mark.parametrize("grid", [Grid(4), Grid(4, True)])
 @pytest.mark.parametrize("side", [Side.POSITIVE, Side.NEGATIVE])
 def test_one_sided_search(grid: Grid, side: Side) -> None:
     sign = 1 if side is Side.POSITIVE else -1
     rows = sign * sample("heavy").abs()
     assert side_of(rows) is side
-    low, high = grid_search(rows, grid, side, per_channel=True)
+    low, high = grid_search(rows, grid, side)
     largest = rows.abs().amax(1)
     for index in range(3):
         losses = {}
@@ -98,7 +113,7 @@ def test_not_worse_than_the_full_range(search: object, kind: Kind, grid: Grid) -
     rows = sample(kind, rows=1)
     full = range_loss(rows, rows.amin(1), rows.amax(1), grid)
     assert callable(search)
-    found = range_loss(rows, *search(rows, grid, Side.BOTH, False), grid)
+    found = range_loss(rows, *search(rows, grid, Side.BOTH), grid)
     assert float(found) < float(full) * 1.0001
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ptq4sam.errors import CalibrationError, ConfigError
-from ptq4sam.quantization.grid import Grid
+from ptq4sam.quantization.grid import Grid, fake_quantize
 from ptq4sam.quantization.observers import OBSERVERS, MSEObserver, PCTObserver
 
 PER_CHANNEL = ["MinMaxObserver", "MSEObserver", "MSEFastObserver"]
@@ -65,9 +65,54 @@ def test_batches_are_merged(batches: torch.Tensor) -> None:
     assert float(mean.maximum) == pytest.approx(float(batches.flatten(1).amax(1).mean()))
 
 
+SEARCHING = ["MSEObserver", "AvgMSEObserver", "MSEFastObserver", "AvgMSEFastObserver"]
+
+
+@pytest.mark.parametrize("grid", [Grid(4), Grid(4, True)], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("name", SEARCHING)
+@pytest.mark.parametrize(
+    "ends",
+    [
+        [(-1, 2), (1, 2)],
+        [(-1, 2), (10, 11)],
+        [(-2, 1), (-2, -1)],
+        [(0, 2), (-3, 1)],
+        [(1, 2), (-2, -1)],
+        [(-2, 0), (-1, 2), (0, 3)],
+        [(-1, 2), (1.5, 1.5), (0, 0)],
+    ],
+    ids=str,
+)
+def test_a_later_batch_on_another_side(
+    name: str, grid: Grid, ends: list[tuple[float, float]]
+) -> None:
+    """Whatever side of zero the first batch was on, the range of each is that of its values."""
+    observer, ranges = OBSERVERS[name](grid), []
+    for low, high in ends:
+        batch = torch.linspace(low, high, 300)
+        ranges.append(observer.range_of(batch))
+        observer.merge(*ranges[-1])
+        scale, zero_point = grid.affine_parameters(*ranges[-1])
+        error = fake_quantize(batch, scale, zero_point, grid) - batch
+        # The best range may cut ends off, a little.
+        assert float(error.abs().max()) <= scale / 2 + 0.1 * float(batch.abs().max())
+    minima, maxima = (torch.stack(each) for each in zip(*ranges, strict=True))
+    merged = (minima.mean(), maxima.mean()) if "Avg" in name else (minima.min(), maxima.max())
+    torch.testing.assert_close((observer.minimum, observer.maximum), merged)
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_the_range_of_a_batch_is_its_own(name: str) -> None:
+    """Not of what came before: processes that share batches end alike."""
+    batches = [torch.linspace(low, high, 300) for low, high in ((-1, 1), (0.1, 2), (-3, -1))]
+    used = OBSERVERS[name](Grid(4))
+    for batch in (*batches, *batches):
+        used.observe(batch)
+        assert used.range_of(batch) == OBSERVERS[name](Grid(4)).range_of(batch)
+
+
 @pytest.mark.parametrize("name", OBSERVERS)
 def test_a_later_batch_on_one_side(name: str) -> None:
-    """The side of zero is decided on the first batch; a later one must still give a range."""
     observer = OBSERVERS[name](Grid(4))
     observer.observe(torch.linspace(-1, 2, 50))
     observer.observe(torch.linspace(1, 2, 50))
