@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ptq4sam.contents import is_safetensors, otherwise
 from ptq4sam.errors import CheckpointError
 from ptq4sam.files import replacing
 
@@ -33,6 +35,7 @@ FORMAT_VERSION = 3
 
 _CHECKSUMS = "checksums"
 _AGAIN = "copy it again or quantize again"
+_QUANTIZED = "load float weights with --model and --checkpoint, or write one with ptq4sam quantize"
 
 
 def write_container(path: Path, tensors: Mapping[str, Tensor], description: dict[str, Any]) -> None:
@@ -74,13 +77,13 @@ def _is_intact(text: str, version: int, metadata: Mapping[str, str]) -> bool:
 
 
 def is_quantized_file(path: str | Path) -> bool:
-    """Whether a file is one that `save` wrote.
+    """Whether a file is one that `save` wrote, whatever its name.
 
     Raises:
         CheckpointError: it is a safetensors file, but damaged.
     """
     path = Path(path)
-    if path.suffix != ".safetensors" or not path.is_file():
+    if not path.is_file() or not is_safetensors(path):
         return False
     return DESCRIPTION in _metadata(path)
 
@@ -91,14 +94,15 @@ def read_description(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged, newer, or not of this format.
     """
+    if path.is_dir():
+        raise CheckpointError(
+            f"asked to load {path}, which is a folder: name the file that ptq4sam quantize wrote"
+        )
     if not path.is_file():
         raise CheckpointError(f"asked to load {path}, which does not exist: check the path")
     metadata = _metadata(path)
     if DESCRIPTION not in metadata:
-        raise CheckpointError(
-            f"{path} is not a quantized model of ptq4sam: load float weights with --model and "
-            "--checkpoint, or write one with ptq4sam quantize"
-        )
+        raise CheckpointError(f"{path} is not a quantized model of ptq4sam: {_QUANTIZED}")
     text = metadata[DESCRIPTION]
     try:
         description = json.loads(text)
@@ -177,5 +181,10 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
+    instead = otherwise(path) if path.stat().st_size else None
+    if instead is None and zipfile.is_zipfile(path):
+        instead = f"is a PyTorch checkpoint: {_QUANTIZED}"
+    if instead is not None:
+        return CheckpointError(f"{path} is not a quantized model of ptq4sam, it {instead}")
     reason = " ".join(str(error).split())[:200]
     return CheckpointError(f"{path} is damaged ({reason}): {_AGAIN}")

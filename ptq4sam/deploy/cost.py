@@ -8,7 +8,7 @@ by the bits it moves); published tables use both.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -115,7 +115,12 @@ class Cost:
 
 
 def count(
-    name: str, scheme: Scheme | None = None, *, quantize_encoder: bool = True, boxes: int = 1
+    name: str,
+    scheme: Scheme | None = None,
+    *,
+    quantize_encoder: bool = True,
+    boxes: int = 1,
+    image_size: int | None = None,
 ) -> Cost:
     """Count a SAM for one picture.
 
@@ -124,11 +129,13 @@ def count(
         scheme: the quantization; None for the float model.
         quantize_encoder: quantize the image encoder too.
         boxes: box prompts on the picture.
+        image_size: side of the input in pixels; None for the model's own.
 
     Raises:
-        ConfigError: the name is unknown, or the scheme makes an exception for a unit that is not.
+        ConfigError: the name is unknown, the size impossible, or the scheme makes an exception for
+            a unit that is not.
     """
-    sam = meta_sam(name, scheme, quantize_encoder)
+    sam = meta_sam(name, scheme, quantize_encoder, image_size)
     parts: dict[str, PartCost] = {}
 
     def add(part: PartCost) -> None:
@@ -142,15 +149,18 @@ def count(
     return Cost(name, boxes, tuple(parts.values()))
 
 
-def meta_sam(name: str, scheme: Scheme | None = None, quantize_encoder: bool = True) -> Sam:
-    """A SAM without values, float or with quantizers."""
+def meta_sam(
+    name: str,
+    scheme: Scheme | None = None,
+    quantize_encoder: bool = True,
+    image_size: int | None = None,
+) -> Sam:
+    """A SAM without values, float or with quantizers; arguments as for `count`."""
     with torch.device("meta"):
-        sam = build_sam(name)
+        sam = build_sam(name, image_size)
         if scheme is None:
             return sam
-        # Rounding looks at values; that it is done is taken into account in counting.
-        exact = replace(scheme, float_weights="float32")
-        return insert_quantizers(sam, exact, quantize_encoder)
+        return insert_quantizers(sam, scheme, quantize_encoder)
 
 
 def _cost(operation: Operation) -> PartCost:

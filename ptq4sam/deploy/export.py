@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -21,14 +21,25 @@ from ptq4sam.deploy.manifest import (
 from ptq4sam.deploy.onnx.decoder import decoder_graph
 from ptq4sam.deploy.onnx.encoder import encoder_graph
 from ptq4sam.deploy.openvino import write_openvino
-from ptq4sam.deploy.runtimes import require
-from ptq4sam.errors import ConfigError, DeployError
+from ptq4sam.deploy.products import advice, exact_products
+from ptq4sam.deploy.runtimes import FORMS, RUNTIMES, Products, require
+from ptq4sam.errors import ConfigError, DependencyError, DeployError
+from ptq4sam.files import temporary_folder
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.sam.model import Sam
 
+_log = logging.getLogger(__name__)
+
 
 @torch.no_grad()
-def export(sam: Sam, folder: str | Path, runtime_format: Format, *, fast: bool = False) -> Manifest:
+def export(
+    sam: Sam,
+    folder: str | Path,
+    runtime_format: Format,
+    *,
+    fast: bool = False,
+    products: Products | None = None,
+) -> Manifest:
     """Write the image encoder and the mask decoder, one graph each, and what describes them.
 
     The graphs compute what the model computes in simulation, quantizers included; see
@@ -41,9 +52,11 @@ def export(sam: Sam, folder: str | Path, runtime_format: Format, *, fast: bool =
         runtime_format: "onnx" (encoder.onnx, decoder.onnx) or "openvino" (.xml and .bin of each).
         fast: leave what lies between products of codes to OpenVINO's own operators, which takes
             0.6 of the time, but not to the simulation's codes: some of them are the next ones.
+        products: how OpenVINO multiplies codes: "int8", or "float32", whose files are exact on
+            every processor whatever opens them. By default int8 where that is exact here.
 
     Raises:
-        ConfigError: there is no such format, or no fast form of it.
+        ConfigError: there is no such format, or no such form of it.
         DeployError: a part has no exact form; its name is given.
         DependencyError: the format's package is not installed.
     """
@@ -52,6 +65,11 @@ def export(sam: Sam, folder: str | Path, runtime_format: Format, *, fast: bool =
     signed = runtime_format == "openvino"
     if fast and not signed:
         raise ConfigError(f"asked for a fast export as {runtime_format}: use openvino")
+    if products is not None and (fast or not signed or products not in FORMS["openvino"]):
+        raise ConfigError(
+            f"asked for {products} products of codes in {'a fast' if fast else 'an'} export as "
+            f"{runtime_format}: exact exports as openvino have {' or '.join(FORMS['openvino'])}"
+        )
     quantized = isinstance(sam, QuantizedSam)
     if isinstance(sam, QuantizedSam) and sam.scheme.compat == "published":
         raise DeployError(
@@ -60,22 +78,45 @@ def export(sam: Sam, folder: str | Path, runtime_format: Format, *, fast: bool =
         )
     if signed:
         require("openvino")
+    exact = quantized and not fast
+    found = _products(runtime_format, exact) if quantized else None
+    products = products or found
     graphs = {
         ENCODER: encoder_graph(sam.image_encoder, signed, not fast),
         DECODER: decoder_graph(sam, signed, not fast),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export.", dir=folder) as temporary:
+    with temporary_folder(folder, "export", folder) as temporary:
         for name, graph in graphs.items():
-            path = Path(temporary) / f"{name}.onnx"
+            path = temporary / f"{name}.onnx"
             graph.write(path, {"ptq4sam": ptq4sam.__version__, "model": sam.name})
             if signed:
-                write_openvino(path, path.with_suffix(".xml"), quantized=quantized)
+                form = products if exact else None
+                write_openvino(path, path.with_suffix(".xml"), quantized=quantized, products=form)
         names = [name + suffix for name in graphs for suffix in SUFFIXES[runtime_format]]
-        files = {name: checksum(Path(temporary) / name) for name in names}
+        files = {name: checksum(temporary / name) for name in names}
         for name in names:
-            os.replace(Path(temporary) / name, folder / name)
-    manifest = describe(sam, runtime_format, files, exact=quantized and not fast)
+            os.replace(temporary / name, folder / name)
+    manifest = describe(sam, runtime_format, files, exact, products if exact else None)
     manifest.write(folder)
     return manifest
+
+
+def _products(runtime_format: Format, exact: bool) -> Products | None:
+    """Products of codes that are exact here; None where the runtime cannot be asked, or has none.
+
+    Another machine may have them: that is no reason not to export.
+    """
+    runtime = next(known for known, taken in RUNTIMES.items() if taken == runtime_format)
+    try:
+        told = advice(runtime)
+        found = exact_products(runtime) if exact else None
+    except (DependencyError, DeployError) as error:
+        _log.info("how codes are multiplied is left to where the export is opened: %s", error)
+        return None
+    if told is not None:
+        _log.info(told)
+    if found is not None:
+        _log.info("%s multiplies codes in %s: exact on this processor", runtime, found)
+    return found

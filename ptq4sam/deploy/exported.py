@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,12 @@ import torch
 from torch import Tensor
 
 from ptq4sam.deploy.manifest import DECODER, ENCODER, SUFFIXES, Manifest, read_manifest
-from ptq4sam.deploy.runtimes import RUNTIMES, Precision, Session, open_session
+from ptq4sam.deploy.products import exact_products
+from ptq4sam.deploy.runtimes import RUNTIMES, Precision, Products, Session, open_session
 from ptq4sam.errors import ConfigError
 from ptq4sam.sam.model import normalize, resize_masks
+
+_log = logging.getLogger(__name__)
 
 _FLOAT_BYTES = 4
 
@@ -24,6 +29,8 @@ class ExportedSam:
         name: of the SAM.
         manifest: what it is.
         runtime: "onnxruntime" or "openvino".
+        products: how codes are multiplied, so that an exact export is exact on this processor; None
+            for any other.
     """
 
     def __init__(self, folder: Path, runtime: str, precision: Precision = "f32") -> None:
@@ -36,13 +43,17 @@ class ExportedSam:
             )
         self.runtime = runtime
         self.name = self.manifest.model
+        self.products: Products | None = None
+        if self.manifest.exact:
+            self.products = exact_products(runtime, self.manifest.products)
+            _log.info("%s multiplies codes in %s: exact on this processor", runtime, self.products)
         suffix = SUFFIXES[RUNTIMES[runtime]][0]
         self._encoder, self._decoder = (
-            open_session(runtime, folder / f"{part}{suffix}", outputs, precision)
+            open_session(runtime, folder / f"{part}{suffix}", outputs, precision, self.products)
             for part, outputs in ((ENCODER, ["embedding"]), (DECODER, ["low_res", "iou"]))
         )
         self._mean, self._std = (
-            torch.tensor(values).view(-1, 1, 1)
+            torch.tensor(values, device=self.device).view(-1, 1, 1)
             for values in (self.manifest.pixel_mean, self.manifest.pixel_std)
         )
 
@@ -77,9 +88,19 @@ class ExportedSam:
         """Normalise [..., 3, height, width] (0-255) and pad it at the right and bottom."""
         return normalize(pixels, self._mean, self._std, self.image_size)
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Preprocessed pictures [batch, 3, side, side] to [batch, channels, rows, columns]."""
-        features = [self._encoder.run({"image": picture[None]})[0] for picture in pixels.numpy()]
+    def embed(self, pixels: Tensor, seconds: float | None = None) -> Tensor:
+        """Preprocessed pictures [batch, 3, side, side] to [batch, channels, rows, columns].
+
+        Args:
+            pixels: the pictures.
+            seconds: that each may take; None for any time.
+
+        Raises:
+            TimeoutError: one took longer.
+        """
+        features = [
+            self._encoder.run({"image": picture[None]}, seconds)[0] for picture in pixels.numpy()
+        ]
         return torch.from_numpy(np.concatenate(features))
 
     def decode(
@@ -93,22 +114,23 @@ class ExportedSam:
         """Masks of prompts on one picture; arguments and result as for `Sam.decode`."""
         given = next(x for x in (points and points[0], boxes, masks) if x is not None)
         count = len(given)
-        coordinates, labels = points or (torch.zeros(count, 0, 2), torch.zeros(count, 0))
+        new = functools.partial(torch.zeros, device=self.device)
+        coordinates, labels = points or (new(count, 0, 2), new(count, 0))
         if points is not None and boxes is None:
             # Points without a box are followed by a "not a point", as SAM was trained.
             coordinates = torch.cat([coordinates, coordinates.new_zeros(count, 1, 2)], dim=1)
             labels = torch.cat([labels, -labels.new_ones(count, 1)], dim=1)
-        no_mask = torch.zeros(1, 1, *self.mask_input_size)
+        no_mask = new(1, 1, *self.mask_input_size)
         inputs = {
             "embedding": features,
             "points": coordinates.float(),
             "labels": labels.long(),
-            "boxes": torch.zeros(count, 0, 4) if boxes is None else boxes[:, None],
+            "boxes": new(count, 0, 4) if boxes is None else boxes[:, None],
             "mask": no_mask if masks is None else masks,
-            "has_mask": torch.tensor([0.0 if masks is None else 1.0]),
-            "multimask": torch.tensor([int(multimask)]),
+            "has_mask": torch.tensor([0.0 if masks is None else 1.0], device=self.device),
+            "multimask": torch.tensor([int(multimask)], device=self.device),
             # Only for masks at full size, which `Predictor` makes itself within its memory.
-            "original_size": torch.tensor([self.image_size, self.image_size]),
+            "original_size": torch.tensor([self.image_size] * 2, device=self.device),
         }
         arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}
         low_res, ious = self._decoder.run(arrays)
@@ -134,6 +156,7 @@ def open_exported(folder: str | Path, runtime: str, precision: Precision = "f32"
         ConfigError: there is no such runtime, or it or the export has no such precision.
         CheckpointError: the folder has no export of the runtime's format, or a damaged one.
         DependencyError: the runtime is not installed.
+        DeployError: the export is exact, but the runtime is not on this processor.
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime {runtime!r} was asked for: use {' or '.join(RUNTIMES)}")

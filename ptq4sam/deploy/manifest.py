@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ptq4sam
+from ptq4sam.deploy.runtimes import Products
 from ptq4sam.errors import CheckpointError, DataError
 from ptq4sam.files import read_json, write_json
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.sam.model import PIXEL_MEAN, PIXEL_STD, Sam
+from ptq4sam.sam.model import SAM_NORMALIZATION, Sam
 
 Format = Literal["onnx", "openvino"]
 
@@ -46,6 +47,9 @@ class Manifest:
         scheme: the quantization; None for a float model.
         files: checksum (SHA-256) by name.
         exact: whether it is quantized and computes the simulation's codes, in float32 alone.
+        products: how codes are multiplied where it was exported, so that they are exact there: see
+            `runtimes.FORMS`. In OpenVINO's format float32 means that the files have no other;
+            elsewhere the runtime is asked again. None where it is not exact, or was not asked.
         nncf: what NNCF was asked for, where it quantized the encoder.
         ptq4sam: version that wrote it.
     """
@@ -60,9 +64,10 @@ class Manifest:
     scheme: dict[str, Any] | None
     files: dict[str, str] = field(default_factory=dict)
     exact: bool = False
+    products: Products | None = None
     nncf: dict[str, Any] | None = None
-    pixel_mean: tuple[float, ...] = PIXEL_MEAN
-    pixel_std: tuple[float, ...] = PIXEL_STD
+    pixel_mean: tuple[float, ...] = SAM_NORMALIZATION.mean
+    pixel_std: tuple[float, ...] = SAM_NORMALIZATION.std
     ptq4sam: str = ptq4sam.__version__
 
     def write(self, folder: Path) -> None:
@@ -71,8 +76,14 @@ class Manifest:
         write_json(content, _path(folder, self.runtime_format))
 
 
-def describe(sam: Sam, runtime_format: Format, files: dict[str, str], exact: bool) -> Manifest:
-    """The manifest of a model's export; `exact` as there."""
+def describe(
+    sam: Sam,
+    runtime_format: Format,
+    files: dict[str, str],
+    exact: bool,
+    products: Products | None,
+) -> Manifest:
+    """The manifest of a model's export; `exact` and `products` as there."""
     quantized = sam if isinstance(sam, QuantizedSam) else None
     encoder = sam.prompt_encoder
     return Manifest(
@@ -86,6 +97,9 @@ def describe(sam: Sam, runtime_format: Format, files: dict[str, str], exact: boo
         scheme=None if quantized is None else quantized.scheme.to_dict(),
         files=files,
         exact=exact,
+        products=products,
+        pixel_mean=sam.normalization.mean,
+        pixel_std=sam.normalization.std,
     )
 
 
@@ -100,9 +114,20 @@ def origin(sam: Sam) -> str:
     return digest.hexdigest()[:16]
 
 
-def is_exported(folder: Path) -> bool:
-    """Whether there is an exported model in a folder."""
-    return any(_path(folder, known).is_file() for known in SUFFIXES)
+def find_export(path: Path) -> tuple[Path, list[str]] | None:
+    """The exported model that a path names: its folder, or one of the files in it.
+
+    Returns:
+        The folder and the formats that are meant; None where there is no exported model.
+    """
+    if path.is_dir():
+        there = formats(path)
+        return (path, there) if there else None
+    for known in formats(path.parent):
+        graphs = [part + suffix for part in (ENCODER, DECODER) for suffix in SUFFIXES[known]]
+        if path.is_file() and path.name in (f"{known}.json", *graphs):
+            return path.parent, [known]
+    return None
 
 
 def formats(folder: Path) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,9 @@ from numpy.typing import NDArray
 
 from ptq4sam.deploy.exported import ExportedSam, open_exported
 from ptq4sam.deploy.manifest import ENCODER, SUFFIXES, Manifest, checksum, read_manifest
+from ptq4sam.deploy.openvino import refused_writing
 from ptq4sam.deploy.runtimes import Arrays, require
+from ptq4sam.files import temporary_folder
 from ptq4sam.records import Record
 
 _log = logging.getLogger(__name__)
@@ -86,7 +87,10 @@ def quantize_encoder(
     manifest = read_manifest(folder, _FORMAT)
     # NNCF reports on each of hundreds of operators.
     logging.getLogger("nncf").setLevel(logging.WARNING)
-    model = openvino.Core().read_model(folder / f"{ENCODER}{SUFFIXES[_FORMAT][0]}")
+    core = openvino.Core()
+    # Windows replaces no file that is mapped into memory.
+    core.set_property({"ENABLE_MMAP": False})
+    model = core.read_model(folder / f"{ENCODER}{SUFFIXES[_FORMAT][0]}")
     common = {
         "model_type": nncf.ModelType.TRANSFORMER,
         "preset": nncf.QuantizationPreset(settings.preset),
@@ -126,22 +130,23 @@ def _validation_function(
 
 
 class _Compiled:
-    """A compiled encoder as a session."""
+    """A compiled encoder as a session, which nobody gives a time."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
 
-    def run(self, inputs: Arrays) -> list[NDArray[np.float32]]:
+    def run(self, inputs: Arrays, seconds: float | None = None) -> list[NDArray[np.float32]]:
         return [np.array(self._compiled(dict(inputs))["embedding"])]
 
 
 def _replace_encoder(folder: Path, model: Any, manifest: Manifest, openvino: Any) -> Manifest:
     names = [ENCODER + suffix for suffix in SUFFIXES[_FORMAT]]
-    with tempfile.TemporaryDirectory(prefix=".nncf.", dir=folder) as temporary:
-        openvino.save_model(model, Path(temporary) / names[0], compress_to_fp16=False)
-        files = {name: checksum(Path(temporary) / name) for name in names}
+    with temporary_folder(folder, "nncf", folder) as temporary:
+        with refused_writing(temporary / names[0], (folder / names[-1]).stat().st_size):
+            openvino.save_model(model, temporary / names[0], compress_to_fp16=False)
+        files = {name: checksum(temporary / name) for name in names}
         for name in names:
-            os.replace(Path(temporary) / name, folder / name)
+            os.replace(temporary / name, folder / name)
     manifest = replace(manifest, files={**manifest.files, **files})
     manifest.write(folder)
     return manifest

@@ -6,7 +6,8 @@ A file (see `container` for its checksums) holds, under the names of the model's
   `packing`), and `LAYER.weight_quantizer.scale` and `.zero_point`, one a channel or one in all;
 - scale and zero point of every activation, scale and tau of every adaptive granularity;
 - what stays float, in float32, or in float16 where every value of a tensor is one;
-- in its description model, scheme, bits and shape of every weight, and the versions that wrote it.
+- in its description model, size and normalisation of pictures, scheme, bits and shape of every
+  weight, and the versions that wrote it.
 
 What follows from these is not stored: float weights, learned rounding, flags.
 """
@@ -31,7 +32,7 @@ from ptq4sam.model.layers import QuantizedLayer, quantized_layers
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.sam.model import Sam
+from ptq4sam.sam.model import SAM_NORMALIZATION, Normalization, Sam
 from ptq4sam.sam.registry import build_sam
 
 CODES = "weight.codes"
@@ -59,6 +60,9 @@ def save(sam: QuantizedSam, path: str | Path) -> None:
         tensors[f"{name}.{CODES}"] = pack(codes.codes - codes.grid.qmin, codes.grid.bits)
     description = {
         "model": sam.name,
+        "image_size": sam.image_size,
+        "pixel_mean": sam.normalization.mean,
+        "pixel_std": sam.normalization.std,
         "encoder_quantized": sam.encoder_quantized,
         "folded": sam.folded,
         "scheme": sam.scheme.to_dict(),
@@ -93,10 +97,12 @@ def _skeleton(path: Path, description: Mapping[str, Any]) -> QuantizedSam:
         scheme = Scheme.from_dict(description["scheme"], path)
         # Made without memory first: random weights that are overwritten take seconds.
         with torch.device("meta"):
-            empty = build_sam(description["model"])
+            # Files of earlier versions say neither size nor normalisation: all had the model's own.
+            empty = build_sam(description["model"], description.get("image_size"))
         empty = empty.to_empty(device="cpu")
         # Made anew, so that the constants of normalisation are real.
-        float_sam = Sam(empty.name, empty.image_encoder, empty.prompt_encoder, empty.mask_decoder)
+        parts = (empty.image_encoder, empty.prompt_encoder, empty.mask_decoder)
+        float_sam = Sam(empty.name, *parts, _normalization(description))
         sam = insert_quantizers(float_sam, scheme, description["encoder_quantized"])
         sam.folded = list(description["folded"])
     except (ConfigError, KeyError, TypeError) as error:
@@ -105,6 +111,12 @@ def _skeleton(path: Path, description: Mapping[str, Any]) -> QuantizedSam:
             f"install the version that wrote it ({_writer(description)}) or quantize again"
         ) from error
     return sam
+
+
+def _normalization(description: Mapping[str, Any]) -> Normalization:
+    if "pixel_mean" not in description:
+        return SAM_NORMALIZATION
+    return Normalization(tuple(description["pixel_mean"]), tuple(description["pixel_std"]))
 
 
 def _writer(description: Mapping[str, Any]) -> str:
@@ -129,11 +141,11 @@ def _derived(sam: QuantizedSam) -> dict[str, Tensor]:
     """The part of a frozen model's state that is the same whatever was calibrated."""
     derived: dict[str, Tensor] = {}
     for name, quantizer in quantizers(sam):
-        derived[f"{name}.calibrated"] = torch.tensor(True)
+        derived[f"{name}.calibrated"] = torch.tensor(True, device="cpu")
         if isinstance(quantizer, AdaRoundQuantizer):
-            derived[f"{name}.alpha"] = torch.empty(0)
+            derived[f"{name}.alpha"] = torch.empty(0, device="cpu")
         if isinstance(quantizer, AdaptiveGranularityQuantizer):
-            derived[f"{name}.zero_point"] = torch.zeros(())
+            derived[f"{name}.zero_point"] = torch.zeros((), device="cpu")
     return derived
 
 

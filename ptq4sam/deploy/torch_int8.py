@@ -11,8 +11,11 @@ from ptq4sam.deploy.codes import layer_codes, uniform_grid
 from ptq4sam.errors import DeployError
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.layers import QuantizedLinear
-from ptq4sam.quantization.fused import fused
-from ptq4sam.quantization.whole import rescaled
+from ptq4sam.quantization.division import divided
+from ptq4sam.quantization.fused import fused_exactly
+from ptq4sam.quantization.hard_numbers import near_steps
+from ptq4sam.quantization.int8_products import gives_exact_int8_products
+from ptq4sam.quantization.whole import WholeLinear, rescaled
 
 _BITS = 8
 _SIGN = 128
@@ -29,6 +32,7 @@ class Int8Linear(nn.Module):
 
     in which the parenthesis is exact, in int32. Up to 7 bits and for symmetric weights w are the
     distances from the zero point, so that y is 0. Outputs are those of the simulation, to the bit.
+    Where int8 products saturate, the whole numbers (a - z) and (w - y) are multiplied in float32.
 
     Args:
         layer: a frozen layer.
@@ -64,24 +68,35 @@ class Int8Linear(nn.Module):
         self._has_weight_zero_point = bool(zero_point.any())
         shifted = given.zero_point - self._shift
         constant = shifted * zero_point * layer.in_features
+        self._shifted_zero_point = shifted
+        self._largest_step = given.grid.largest_step
         self.register_buffer("weight", codes.to(torch.int8).t())
         self.register_buffer("weight_zero_point", zero_point)
         # All of the parenthesis that does not depend on the input.
         self.register_buffer("weight_sums", constant - shifted * codes.sum(1, dtype=torch.int32))
         self.register_buffer("scale", scale * given.scale)
-        self.register_buffer("input_scale", torch.tensor(given.scale))
-        self.register_buffer("input_zero_point", torch.tensor(float(given.zero_point)))
+        self.register_buffer("input_scale", scale.new_tensor(given.scale))
+        self.register_buffer("input_zero_point", scale.new_tensor(given.zero_point))
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
         flat = x.reshape(-1, x.shape[-1])
         codes = _codes(flat, self.input_scale, self.input_zero_point, *self._codes, self._shift)
+        sums = self._sums(codes) if gives_exact_int8_products(x.device) else self._float_sums(codes)
+        return rescaled(sums, self.scale, self.bias).reshape(*x.shape[:-1], -1)
+
+    def _sums(self, codes: Tensor) -> Tensor:
         sums = torch._int_mm(codes, self.weight)
         if self._has_weight_zero_point:
             sums -= codes.sum(1, dtype=torch.int32)[:, None] * self.weight_zero_point
         sums += self.weight_sums
-        return rescaled(sums.float(), self.scale, self.bias).reshape(*x.shape[:-1], -1)
+        return sums.float()
+
+    def _float_sums(self, codes: Tensor) -> Tensor:
+        steps = codes.float() - self._shifted_zero_point
+        weight = (self.weight.float() - self.weight_zero_point).t()
+        return WholeLinear(weight, -self._largest_step, self._largest_step)(steps)
 
 
 def with_integer_products(sam: QuantizedSam) -> QuantizedSam:
@@ -104,9 +119,9 @@ def with_integer_products(sam: QuantizedSam) -> QuantizedSam:
     return integer.eval().requires_grad_(False)
 
 
-@fused
+@fused_exactly(near_steps(scale_at=1))
 def _codes(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, shift: int
 ) -> Tensor:
-    codes = (x / scale).round_().add_(zero_point).clamp_(qmin, qmax).sub_(shift)
+    codes = divided(x, scale).round_().add_(zero_point).clamp_(qmin, qmax).sub_(shift)
     return codes.to(torch.int8)

@@ -13,6 +13,8 @@ import openvino
 from numpy.typing import NDArray
 
 from ptq4sam.deploy.onnx.graph import Graph
+from ptq4sam.deploy.products import exact_products
+from ptq4sam.deploy.runtimes import open_session
 
 RUNTIMES = ("onnxruntime", "openvino")
 
@@ -20,13 +22,12 @@ RUNTIMES = ("onnxruntime", "openvino")
 def run_graph(
     graph: Graph, runtime: str, folder: Path, inputs: dict[str, NDArray[Any]]
 ) -> list[NDArray[Any]]:
-    """Outputs of a graph, by the runtime itself."""
+    """Outputs of a graph, in a session as exported models get one on this processor."""
     path = folder / "graph.onnx"
     graph.write(path, {})
-    if runtime == "openvino":
-        return list(in_openvino(path)(inputs).values())
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    outputs: list[NDArray[Any]] = session.run(None, inputs)
+    names = [output.name for output in onnx.load(path).graph.output]
+    outputs: list[NDArray[Any]] = []
+    outputs += open_session(runtime, path, names, products=exact_products(runtime)).run(inputs)
     return outputs
 
 

@@ -34,6 +34,19 @@ def test_missing_file(tmp_path: Path) -> None:
         load(tmp_path / "nothing.safetensors")
 
 
+def test_what_is_no_such_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="which is a folder"):
+        load(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"<html><title>Not found</title></html>")
+    assert not is_quantized_file(path)
+    with pytest.raises(CheckpointError, match=r'not a quantized model .* a web page \("Not found"'):
+        load(path)
+    torch.save({"weight": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match="it is a PyTorch checkpoint: load float weights"):
+        load(path)
+
+
 @pytest.mark.parametrize("left", [0, 7, 1000, -1])
 def test_truncated_file(saved: Path, left: int) -> None:
     saved.write_bytes(saved.read_bytes()[:left])

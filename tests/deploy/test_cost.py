@@ -12,6 +12,7 @@ from ptq4sam.cli import main
 from ptq4sam.deploy.cost import Cost, count, meta_sam
 from ptq4sam.deploy.operations import operations
 from ptq4sam.deploy.size_report import size_report
+from ptq4sam.errors import ConfigError
 from ptq4sam.quantization.scheme import Scheme
 from tests.tiny_runs import SCHEMES, Quantized, run
 
@@ -123,6 +124,15 @@ def test_the_papers_ratios_at_six_bits() -> None:
     """PTQ4SAM states 4.9 times less storage and 3.9 times fewer operations."""
     assert round(counted("vit_l", "config66").storage_ratio, 1) == 4.9
     assert round(counted("vit_h", "config66").layers_ratio, 1) == 3.9
+
+
+def test_a_sam_of_another_size_is_counted_at_that_size() -> None:
+    own, small = macs(counted("vit_nano")), macs(count("vit_nano", image_size=128))
+    # Half the side: a quarter of the patches, and global attention compares each with each.
+    for part, ratio in (("encoder qkv", 4), ("encoder attention, global", 16)):
+        assert ratio * small[part] == own[part]
+    with pytest.raises(ConfigError, match="a multiple of its patches' 8"):
+        count("vit_nano", image_size=100)
 
 
 def test_exceptions_of_a_scheme_and_half_precision_count() -> None:

@@ -46,6 +46,20 @@ def test_deployed_models_score_as_the_simulation(
     assert math.isclose(found["agreement"], simulated["agreement"], abs_tol=0.02)
 
 
+@pytest.mark.parametrize("named", ["", "encoder.xml"])
+def test_an_exported_folder_needs_no_backend(
+    named: str, deployed: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = deployed.with_suffix("") / named
+    run("evaluate", "--checkpoint", checkpoint, *tiny.data(), "--limit", 1, "--work-dir", "w")
+    runtime = "openvino" if named else "onnxruntime"
+    assert read_metrics(tmp_path / "w")["backend"] == runtime
+    options = ("--options", "points_per_side=2", "--limit", 1)
+    run("everything", "--checkpoint", checkpoint, "--images", tiny.images(), "--out", "o", *options)
+    assert (tmp_path / "o" / "masks.json").is_file()
+
+
 def test_files_are_small(deployed: Path, tmp_path: Path) -> None:
     run("export", "vit_nano", "--format", "openvino", "--output", tmp_path)
     folder = deployed.with_suffix("")
@@ -62,12 +76,16 @@ def test_files_are_small(deployed: Path, tmp_path: Path) -> None:
         (["export", "vit_b", "--format", "onnx"], "vit_b"),
         (["export", "vit_nano", "--format", "tflite"], "use onnx or openvino"),
         (["evaluate", "--backend", "openvino"], "give it by --checkpoint"),
+        (["evaluate", "--checkpoint", "DEPLOYED", "--backend", "torch"], "which torch does not"),
+        (["evaluate", "--checkpoint", "DEPLOYED", "--backend", "integer"], "no quantized model"),
+        (["evaluate", "--checkpoint", "."], "config.json is missing, found"),
         (["evaluate", "--backend", "tpu", "--checkpoint", "."], "use torch, integer, torch-int8"),
     ],
 )
 def test_mistakes_are_one_line(
     arguments: list[str],
     problem: str,
+    deployed: Path,
     tiny: Tiny,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -75,7 +93,8 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     more = ["--output", "exported"] if arguments[0] == "export" else list(map(str, tiny.data()))
-    assert main([*arguments, *more]) == 2
+    places = {"DEPLOYED": str(deployed.with_suffix(""))}
+    assert main([places.get(word, word) for word in [*arguments, *more]]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert problem in lines[-1]
     assert not (tmp_path / "exported" / "onnx.json").exists()

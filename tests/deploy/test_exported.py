@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,32 @@ import numpy as np
 import pytest
 import torch
 
-from ptq4sam.deploy import open_exported
-from ptq4sam.deploy.backends import encoding_seconds, open_backend
+from ptq4sam.deploy import backends, integer_model, open_exported
+from ptq4sam.deploy.backends import choose_backend, encoding_seconds, open_backend
+from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.export import export
 from ptq4sam.deploy.exported import ExportedSam
+from ptq4sam.deploy.openvino import refused_writing
 from ptq4sam.deploy.runtimes import RUNTIMES
-from ptq4sam.deploy.storage import save
-from ptq4sam.errors import CheckpointError, ConfigError, DependencyError, DeployError
+from ptq4sam.deploy.storage import load, save
+from ptq4sam.errors import (
+    CheckpointError,
+    ConfigError,
+    DependencyError,
+    DeployError,
+    in_one_line,
+)
+from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor
+from ptq4sam.sam.registry import build_sam
+from tests.full_disks import FullDisk, full_disk
+
+__all__ = ["full_disk"]
 
 Quantize = Callable[..., QuantizedSam]
 
@@ -116,6 +134,39 @@ def test_a_float_model_is_exported_too(sam: Sam, tmp_path: Path, picture: Any) -
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["float", "quantized"])
+@pytest.mark.parametrize("runtime_format", RUNTIMES.values())
+def test_a_full_disk_names_the_folder(
+    kind: str,
+    runtime_format: str,
+    sam: Sam,
+    quantize: Quantize,
+    tmp_path: Path,
+    full_disk: FullDisk,
+) -> None:
+    model = sam if kind == "float" else quantize(8)
+    with full_disk() as reason:
+        with pytest.raises(OSError, match=r"device|large") as caught:
+            export(model, tmp_path / "d", runtime_format)
+        assert in_one_line(caught.value) == f"{tmp_path / 'd'}: {reason}"
+        assert {path.name for path in (tmp_path / "d").iterdir()} <= {"full"}
+
+
+def test_openvino_says_why_it_cannot_write(tmp_path: Path, full_disk: FullDisk) -> None:
+    """The ONNX file may have had room where OpenVINO's two have none."""
+    openvino = pytest.importorskip("openvino")
+    operations = openvino.opset13
+    read = operations.parameter([1, 64], np.float32)
+    values = operations.constant(np.ones((64, 1024), np.float32))
+    model = openvino.Model([operations.matmul(read, values, False, False)], [read])
+    target = tmp_path / "d" / "a.xml"
+    with full_disk() as reason:
+        with pytest.raises(OSError, match=reason), refused_writing(target, 10**6):
+            openvino.serialize(model, target)
+        with pytest.raises(RuntimeError, match="another"), refused_writing(target, 10**6):
+            raise RuntimeError("another problem")
+
+
 def test_only_the_decoder_may_be_quantized(quantize: Quantize, tmp_path: Path) -> None:
     manifest = export(quantize(4, encoder=False), tmp_path, "onnx")
     assert manifest.encoder_quantized is False
@@ -138,14 +189,170 @@ def test_the_fastest_backend_is_taken(
         seconds = dict.fromkeys(RUNTIMES, 1.0) | {fast: 0.5}
         monkeypatch.setattr(
             "ptq4sam.deploy.backends.encoding_seconds",
-            lambda opened, seconds=seconds: seconds.get(getattr(opened, "runtime", ""), 1.0),
+            lambda opened, limit, seconds=seconds: seconds[opened.runtime],
         )
         chosen = open_backend(path, "auto")
         assert isinstance(chosen, ExportedSam)
         assert chosen.runtime == fast
     save(model, path / "model.safetensors")
     assert open_backend(path / "model.safetensors", "auto").name == "tiny"
-    assert encoding_seconds(model, rounds=1) > 0
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_an_encoding_that_takes_too_long_is_ended(
+    runtime: str, folder: tuple[QuantizedSam, Path]
+) -> None:
+    sam = open_exported(folder[1], runtime)
+    pixels = torch.randn(1, 3, sam.image_size, sam.image_size)
+    expected = sam.embed(pixels)
+    with pytest.raises(TimeoutError):
+        sam.embed(pixels, 0.0)
+    # What was ended has no consequences, nor has a limit that is kept.
+    assert torch.equal(sam.embed(pixels), expected)
+    assert torch.equal(sam.embed(pixels, 60.0), expected)
+    assert encoding_seconds(sam, 60.0, rounds=1) is not None
+    assert encoding_seconds(sam, 0.0) is None
+
+
+class SlowSam:
+    """Encodes a picture in a number of seconds of a clock that it turns."""
+
+    image_size = 8
+    device = torch.device("cpu")
+    manifest = types.SimpleNamespace(scheme=None, nncf=None)
+
+    def __init__(self, clock: list[float], runtime: str, opening: float, encoding: float) -> None:
+        self.runtime, self._clock, self._encoding = runtime, clock, encoding
+        clock[0] += opening
+
+    def embed(self, _pixels: torch.Tensor, seconds: float) -> None:
+        self._clock[0] += min(seconds, self._encoding)
+        if self._encoding > seconds:
+            raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    ("openvino", "onnxruntime", "expected", "told"),
+    [
+        ((1, 0.5), (1, 0.2), "onnxruntime", "onnxruntime encodes a picture in 0.200 s"),
+        # Seconds of opening and encoding of a large SAM: one measurement has to do.
+        ((9, 7), (4, 6), "onnxruntime", "openvino encodes a picture in 7.000 s"),
+        ((9, 30), (4, 6), "onnxruntime", "openvino takes more than 10.0 s"),
+        ((9, 7), (4, 30), "openvino", "onnxruntime takes more than"),
+        ((9, 30), (4, 30), "openvino", "nothing is known: openvino is the fastest as a rule"),
+        ((9, 7), (50, 6), "openvino", "onnxruntime was not measured"),
+    ],
+)
+def test_the_choice_of_a_backend_has_an_end(
+    openvino: tuple[float, float],
+    onnxruntime: tuple[float, float],
+    expected: str,
+    told: str,
+    folder: tuple[QuantizedSam, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = [0.0]
+    seconds = {"openvino": openvino, "onnxruntime": onnxruntime}
+    monkeypatch.setattr(
+        backends,
+        "open_exported",
+        lambda _path, name, _precision: SlowSam(clock, name, *seconds[name]),
+    )
+    for function in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(backends.time, function, lambda: clock[0])
+    with caplog.at_level("INFO", "ptq4sam"):
+        chosen = open_backend(folder[1], "auto")
+    assert isinstance(chosen, SlowSam)
+    assert chosen.runtime == expected
+    assert told in caplog.text
+    assert f"chosen: {expected}" in caplog.text
+    assert clock[0] <= sum(opening for opening, _ in seconds.values()) + backends.CHOICE_SECONDS
+
+
+def test_one_runtime_alone_is_not_measured(
+    folder: tuple[QuantizedSam, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_arguments: object) -> float:
+        raise AssertionError("there is nothing to choose from")
+
+    monkeypatch.setattr(backends, "encoding_seconds", measure)
+    (folder[1] / "openvino.json").unlink()
+    chosen = open_backend(folder[1], "auto")
+    assert isinstance(chosen, ExportedSam)
+    assert chosen.runtime == "onnxruntime"
+
+
+def test_an_exported_model_is_recognized(
+    folder: tuple[QuantizedSam, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, path = folder
+    with caplog.at_level(logging.INFO, "ptq4sam"):
+        assert choose_backend(path, None) == (path, "onnxruntime")
+    assert f"{path} is an exported model: --backend onnxruntime" in caplog.text
+    assert "it has onnx and openvino" in caplog.text
+    for name, runtime in (
+        ("encoder.onnx", "onnxruntime"),
+        ("onnx.json", "onnxruntime"),
+        ("encoder.xml", "openvino"),
+        ("decoder.bin", "openvino"),
+    ):
+        assert choose_backend(path / name, None) == (path, runtime)
+        assert choose_backend(path / name, "auto") == (path, "auto")
+    with pytest.raises(ConfigError, match="which torch does not run"):
+        choose_backend(path, "torch")
+    monkeypatch.setattr("ptq4sam.deploy.backends.find_spec", lambda name: name == "openvino")
+    assert choose_backend(path, None) == (path, "openvino")
+    (path / "onnx.json").unlink()
+    assert choose_backend(path, None) == (path, "openvino")
+    # What is no export is left to whoever reads it.
+    (path / "weights.pth").write_bytes(b"")
+    for other in (path / "weights.pth", path / "encoder.onnx", path / "nowhere.xml", path.parent):
+        assert choose_backend(other, None) == (other, "torch")
+        assert choose_backend(other, "openvino") == (other, "openvino")
+    assert choose_backend(None, None) == (None, "torch")
+
+
+def test_size_and_normalization_go_with_the_model(
+    make_scheme: Callable[..., Scheme], tmp_path: Path
+) -> None:
+    """A SAM that was fine-tuned for other pictures stays one in files and exports."""
+    torch.manual_seed(0)
+    built = build_sam("tiny", 40)
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter, std=0.15) if parameter.dim() > 1 else None
+    constants = {"pixel_mean": torch.full((3,), 100.0), "pixel_std": torch.full((3,), 50.0)}
+    torch.save({**built.state_dict(), **constants}, tmp_path / "tuned.pth")
+    sam = load_sam("tiny", tmp_path / "tuned.pth")
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(1, 3, 40, 40, generator=generator)
+    items = [CalibrationItem(pixels, torch.tensor([[4.0, 4, 30, 30]]))]
+    scheme = make_scheme(8).with_overrides("w_qconfig.observer=MinMaxObserver")
+    quantized = quantize_sam(sam, items, scheme)
+    # By a name that says nothing.
+    save(quantized, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.pth")
+    assert is_quantized_file(tmp_path / "model.pth")
+    export(quantized, tmp_path / "exported", "onnx")
+    image = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    simulated = Predictor(quantized)
+    embedding = simulated.embed(image)
+    masks = simulated.predict(boxes=BOXES, embedding=embedding).low_res
+    assert embedding.input_size == (24, 40)
+    assert masks.shape[-2:] == (20, 20)
+    for other in (
+        load(tmp_path / "model.pth"),
+        integer_model(quantized),
+        open_exported(tmp_path / "exported", "onnxruntime"),
+    ):
+        found = Predictor(other)
+        assert torch.equal(found.embed(image).features, embedding.features)
+        ours = found.predict(boxes=BOXES, embedding=embedding).low_res
+        torch.testing.assert_close(ours, masks, rtol=1e-4, atol=1e-4)
+    exported = json.loads((tmp_path / "exported" / "onnx.json").read_text())
+    assert (exported["image_size"], exported["pixel_mean"]) == (40, [100.0] * 3)
 
 
 def test_what_cannot_be_opened_is_named(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -84,6 +85,27 @@ def test_attention_in_pieces_is_attention(
     pieces = encoder_graph(encoder, signed)
     (found,) = run_graph(pieces, runtime, tmp_path, inputs)
     np.testing.assert_array_equal(found, whole)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8 symmetric", "W8A8"])
+def test_products_of_digits_are_products(
+    scheme: str, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As float32 needs them where the sums of an attention are too large for it."""
+    bits, content = SCHEMES[scheme]
+    encoder = quantize(bits, **content).image_encoder
+    with torch.no_grad():
+        expected = encoder(picture()).numpy()
+    whole = encoder_graph(encoder, signed=True)
+    monkeypatch.setattr(attention, "EXACT", 1.0)
+    digits = encoder_graph(encoder, signed=True)
+    counts = []
+    for graph in (whole, digits):
+        (found,) = run_graph(graph, "openvino", tmp_path, {"image": picture().numpy()})
+        np.testing.assert_array_equal(found, expected)
+        nodes = onnx.load(tmp_path / "graph.onnx").graph.node
+        counts.append(sum(node.op_type == "MatMul" for node in nodes))
+    assert counts[1] - counts[0] == 2 * len(encoder.blocks)
 
 
 def test_layers_and_products_run_on_integers(quantize: Quantize, tmp_path: Path) -> None:
@@ -185,6 +207,24 @@ def with_count(inputs: dict[str, Any], count: int) -> dict[str, Any]:
         name: value.reshape(shapes[name]) if name in shapes and value.size == 0 else value
         for name, value in inputs.items()
     }
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("scheme", ["float", "W8A8", "W4A4 PTQ4SAM"])
+def test_without_prompts_there_are_no_masks(
+    scheme: str, runtime: str, sam: Sam, quantize: Quantize, tmp_path: Path
+) -> None:
+    """Where a detector finds nothing."""
+    if scheme != "float":
+        bits, content = SCHEMES[scheme]
+        sam = quantize(bits, **content)
+    features = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(6))
+    boxes = np.zeros((0, 1, 4), np.float32)
+    more = {"multimask": np.array([1]), "original_size": np.array([48, 64])}
+    inputs = decoder_inputs(sam, features, boxes=boxes) | more
+    graph = decoder_graph(sam, signed=runtime == "openvino")
+    found = run_graph(graph, runtime, tmp_path, inputs)
+    assert [x.shape for x in found] == [(0, 3, 32, 32), (0, 3), (0, 3, 48, 64)]
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -47,7 +47,7 @@ def affine_product(
     stored, and corrects the sums.
 
     Args:
-        a: integer codes [..., m, K].
+        a: integer codes [..., m, K], as integers or as float64.
         b: integer codes [..., K, n].
         a_zero: zero point, a number or [m, 1].
         b_zero: zero point, a number or [n].
@@ -57,7 +57,7 @@ def affine_product(
         [..., m, n] in `dtype`, exact.
     """
     result = _exact_product(a, b).to(dtype)
-    sums_a = a.sum(-1, keepdim=True, dtype=dtype)
+    sums_a = a.sum(-1, keepdim=True, dtype=a.dtype if a.is_floating_point() else dtype).to(dtype)
     sums_b = b.sum(-2, keepdim=True, dtype=dtype)
     result -= sums_a * b_zero
     result -= sums_b * a_zero

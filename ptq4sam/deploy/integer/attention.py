@@ -113,7 +113,9 @@ class AttentionProducts(nn.Module):
         require_narrow(self.name, self.value_grid, terms=value.shape[-2])
         numbers, dtype = attention, torch.int32
         if self.points is not None:
-            numbers, dtype = self.points[attention.long()], torch.int64
+            # As the product takes them: int64 between would be as large again.
+            points, dtype = self.points.to(torch.float64), torch.int64
+            numbers = points.index_select(0, attention.flatten()).reshape(attention.shape)
         return affine_product(
             numbers, value, self.softmax_zero_point, self.value_grid.zero_point, dtype
         )
@@ -140,7 +142,8 @@ class AttentionProducts(nn.Module):
             logits = self.logits(self.accumulate_logits(part, key[:, head]))
             if positions is not None:
                 steps = (part - self.query_grid.zero_point).float()
-                logits += positions.of_steps(steps, self.query_step, first, last)
+                largest = self.query_grid.grid.largest_step
+                logits += positions.of_steps(steps, self.query_step, largest, first, last)
             attention = self.softmax_codes(logits)
             sums = self.accumulate_values(attention, value[:, head])
             result[:, head, tokens] = self.requantize(sums)

@@ -38,6 +38,7 @@ def integer_model(sam: QuantizedSam) -> Sam:
         copy.deepcopy(sam.image_encoder, dict(known)),
         copy.deepcopy(sam.prompt_encoder),
         copy.deepcopy(sam.mask_decoder, dict(known)),
+        sam.normalization,
     )
     return copied.eval().requires_grad_(False).to(sam.device)
 

@@ -12,7 +12,13 @@ from ptq4sam.deploy.codes import LogGrid, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.points import cut_points, looked_up, point_codes, points_of
 from ptq4sam.deploy.onnx.traced import Traced
-from ptq4sam.deploy.onnx.values import dequantize, quantize, require_quantizing, steps_of
+from ptq4sam.deploy.onnx.values import (
+    dequantize,
+    quantize,
+    quantized_steps,
+    require_quantizing,
+    steps_of,
+)
 from ptq4sam.errors import DeployError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.model.attention import Whole, logits_worth, values_worth
@@ -24,6 +30,9 @@ from ptq4sam.sam.image_encoder import Attention as EncoderAttention
 from ptq4sam.sam.transformer import Attention as DecoderAttention
 
 _ROLES = ("query", "key", "value")
+
+_DIGIT = 16.0
+"""Base of digits of 8-bit steps: sums of 4096 products of 8 bits and a digit are exact."""
 
 Bias = Callable[[str], str]
 """From logits to logits with relative positions."""
@@ -79,7 +88,8 @@ def operands(
     heads, found = attention.num_heads, []
 
     def by_head(x: str, role: str, path: str) -> str:
-        x = graph.reshape(x, (0, tokens, heads, -1), f"{path}.split")
+        # A -1 could not be told from an attention without prompts.
+        x = graph.reshape(x, (0, tokens, heads, _head_dim(attention)), f"{path}.split")
         # Keys lie as the product takes them.
         return graph.transpose(x, (0, 2, 3, 1) if role == "key" else (0, 2, 1, 3), path)
 
@@ -103,6 +113,12 @@ def operands(
                 inner = f"{inner}.steps"
                 steps = by_head(steps_of(graph, value, inner), role, inner)
     return Operands(found[0], found[1], found[2], steps)
+
+
+def _head_dim(attention: EncoderAttention | DecoderAttention) -> int:
+    encoder = isinstance(attention, EncoderAttention)
+    projection = cast(nn.Linear, attention.proj if encoder else attention.out_proj)
+    return projection.in_features // attention.num_heads
 
 
 def has_positions(attention: nn.Module) -> bool:
@@ -134,13 +150,16 @@ def attend(
     Raises:
         DeployError: there are too many keys for exact sums.
     """
-    logits = graph.node("MatMul", [given.query, given.key], f"{path}.logits")
     query, key, value, softmax = (
         attention_quantizer(attention, role) for role in (*_ROLES, "softmax")
     )
     if graph.multiplies_steps and query is not None and key is not None:
-        worth = logits_worth(query, key, attention.scale, terms=1)
-        logits = _worth(Traced(graph, logits, f"{path}.logits"), worth)
+        worth = logits_worth(query, key, attention.scale, _head_dim(attention))
+        inner = f"{path}.logits"
+        sums = _sums_of_steps(graph, given.query, given.key, worth.largest, inner)
+        logits = _worth(sums, worth)
+    else:
+        logits = graph.node("MatMul", [given.query, given.key], f"{path}.logits")
     if bias is not None:
         logits = bias(logits)
     shares = _softmax(graph, logits, softmax is not None, keys, path)
@@ -154,9 +173,9 @@ def attend(
         return _worth(_sums_of_points(graph, softmax, shares, given.value, cut, path, parts), worth)
     weights = quantize(graph, shares, softmax, inner)
     if graph.multiplies_steps:
-        factors = [steps_of(graph, weights, f"{path}.softmax"), given.value]
-        product = graph.node("MatMul", factors, f"{path}.sums")
-        return _worth(Traced(graph, product, path), worth)
+        largest = min(worth.largest, keys * softmax.grid.largest_step * value.grid.largest_step)
+        steps = steps_of(graph, weights, f"{path}.softmax")
+        return _worth(_sums_of_steps(graph, steps, given.value, largest, path), worth)
     factors = [dequantize(graph, weights, f"{path}.softmax"), given.value]
     return graph.node("MatMul", factors, f"{path}.attended")
 
@@ -170,6 +189,23 @@ def _softmax(graph: Graph, logits: str, quantized: bool, keys: int, path: str) -
             "of smaller pictures"
         )
     return portable.softmax(Traced(graph, logits, f"{path}.softmax")).name
+
+
+def _sums_of_steps(graph: Graph, left: str, right: str, largest: float, path: str) -> Traced:
+    """Sums of products of two activations in steps, each at most `largest`.
+
+    Where float32 would round them they are those of two digits of the right ones: OpenVINO may
+    multiply integers or not.
+    """
+    factors = [Traced(graph, right, f"{path}.right")]
+    if largest > EXACT:
+        high = (factors[0] * (1 / _DIGIT)).round()
+        factors = [quantized_steps(digit) for digit in (high, factors[0] - high * _DIGIT)]
+    sums = [
+        Traced(graph, graph.node("MatMul", [left, factor.name], f"{path}.sums"), path)
+        for factor in factors
+    ]
+    return sums[0] if len(sums) == 1 else rounded_sum([sums[0] * _DIGIT, sums[1]])
 
 
 def _sums_of_points(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import numpy as np
@@ -103,10 +104,10 @@ def _attend(
     each = graph.node("Concat", [count, graph.integers(1, 1)], f"{_PATH}.each", axis=0)
     output_tokens = graph.node("Expand", [output_tokens, each], f"{_PATH}.output_tokens.each")
     queries = graph.node("Concat", [output_tokens, sparse], f"{_PATH}.tokens", axis=1)
-    keys = graph.reshape(source, (0, dim, -1), f"{_PATH}.source.cells")
+    cells = np.ascontiguousarray(positions.reshape(1, dim, -1).transpose(0, 2, 1))
+    keys = graph.reshape(source, (0, dim, cells.shape[1]), f"{_PATH}.source.cells")
     keys = graph.transpose(keys, (0, 2, 1), f"{_PATH}.source.by_cell")
     keys = graph.node("Expand", [keys, each], f"{_PATH}.source.each")
-    cells = np.ascontiguousarray(positions.reshape(1, dim, -1).transpose(0, 2, 1))
     key_pe = graph.constant(f"{_PATH}.image_pe", cells)
     query_pe = queries
     for index, layer in enumerate(transformer.layers):
@@ -207,7 +208,7 @@ def _heads(
     upscaled = graph.transpose(image, (0, 2, 1), f"{_PATH}.image")
     upscaled = graph.reshape(upscaled, (0, dim, *grid), f"{_PATH}.image.grid")
     upscaled = sequential(graph, decoder.output_upscaling, upscaled, f"{_PATH}.output_upscaling")
-    upscaled = graph.reshape(upscaled, (0, dim // 8, -1), f"{_PATH}.upscaled")
+    upscaled = graph.reshape(upscaled, (0, dim // 8, 16 * math.prod(grid)), f"{_PATH}.upscaled")
     weights = []
     for index, mlp in enumerate(decoder.output_hypernetworks_mlps):
         path = f"{_PATH}.output_hypernetworks_mlps.{index}"

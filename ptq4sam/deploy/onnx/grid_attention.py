@@ -189,6 +189,6 @@ def _table(graph: Graph, table: Tensor, side: int, path: str) -> str:
     The file holds one row a distance; runtimes pick rows out once, when they load it.
     """
     distances = graph.parameter(path, array(table))
-    rows = graph.shared(f"distances.{side}", relative_rows(side).numpy())
+    rows = graph.shared(f"distances.{side}", relative_rows(side).cpu().numpy())
     chosen = graph.node("Gather", [distances, rows], f"{path}.rows", axis=0)
     return graph.transpose(chosen, (0, 2, 1), f"{path}.table")

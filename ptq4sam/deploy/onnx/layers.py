@@ -16,7 +16,9 @@ from ptq4sam.deploy.onnx.values import (
     dequantize,
     dequantized_weight,
     held_weight,
+    pieces_of_input,
     quantize,
+    quantized_steps,
     steps_of,
 )
 from ptq4sam.errors import DeployError
@@ -26,11 +28,12 @@ from ptq4sam.model.portable_layers import (
     PortableLayerNorm,
     PortableLayerNorm2d,
     PortablePatches,
+    digit_weights,
     pixel_digits,
     weight_digits,
 )
 from ptq4sam.quantization.base import Quantizer
-from ptq4sam.quantization.portable import apart, gelu, of_digits
+from ptq4sam.quantization.portable import apart, gelu, of_digits, rounded_sum
 from ptq4sam.quantization.portable import layer_norm as layer_norm_of
 from ptq4sam.sam.common import LayerNorm2d, MLPBlock
 from ptq4sam.sam.mask_decoder import MLP
@@ -63,14 +66,12 @@ def apply_linear(
     graph: Graph, layer: nn.Linear, x: Value, path: str, outputs: slice = slice(None)
 ) -> str:
     """A linear layer, or some of its outputs, of an input that is quantized where the layer is."""
-    whole = graph.multiplies_steps and x.affine is not None
-    given = (steps_of if whole else dequantize)(graph, x, f"{path}.input")
-    factors = [given, _matrix(graph, layer, path, outputs)]
-    if layer.bias is None and not whole:
-        return graph.node("MatMul", factors, path)
-    product = graph.node("MatMul", factors, f"{path}.product")
-    if whole:
-        product = _of_steps(graph, cast(QuantizedLinear, layer), product, path, outputs)
+    if graph.multiplies_steps and x.affine is not None:
+        product = _product_of_steps(graph, cast(QuantizedLinear, layer), x, path, outputs)
+    else:
+        factors = [dequantize(graph, x, f"{path}.input"), _matrix(graph, layer, path, outputs)]
+        name = path if layer.bias is None else f"{path}.product"
+        product = graph.node("MatMul", factors, name)
     if layer.bias is None:
         return product
     bias = array(layer.bias)[outputs]
@@ -80,20 +81,37 @@ def apply_linear(
     return graph.node("Add", [product, graph.constant(f"{path}.bias", bias)], path)
 
 
-def _of_steps(
+def _product_of_steps(
     graph: Graph,
     layer: QuantizedLayer,
-    sums: str,
+    x: Value,
     path: str,
     outputs: slice = slice(None),
-    axes_behind: int = 0,
 ) -> str:
-    """What sums of steps are worth, rounded before a bias is added."""
+    """What sums of steps are worth, rounded before a bias is added.
+
+    The sums are those of pieces where float32 does not hold all: it depends on the processor
+    whether OpenVINO multiplies integers, and integers with zero points it never does.
+    """
+    pieces, axis, kind, geometry = pieces_of_input(layer), -1, "MatMul", {}
     step = array(step_of_sums(layer))
-    if step.ndim:
-        step = step[outputs].reshape(-1, *[1] * axes_behind)
+    step = step[outputs] if step.ndim else step
+    if isinstance(layer, QuantizedConv2d):
+        axis, kind, geometry, step = 1, "Conv", _geometry(layer), step.reshape(-1, 1, 1)
+    names = [x.name]
+    if len(pieces) > 1:
+        names = graph.split(x.name, len(pieces), axis, f"{path}.input.pieces")
+    sums = []
+    for name, inputs in zip(names, pieces, strict=True):
+        factors = [
+            steps_of(graph, x.renamed(name), f"{path}.input"),
+            dequantized_weight(graph, layer, path, outputs, inputs),
+        ]
+        product = graph.node(kind, factors, f"{path}.product", **geometry)
+        sums.append(Traced(graph, product, f"{path}.sums"))
     worth = graph.constant(f"{path}.worth", step)
-    return apart(Traced(graph, sums, f"{path}.scaled").node("Mul", worth)).name
+    # Apart, or OpenVINO multiplies float32 weights with what the sums are worth.
+    return apart(apart(rounded_sum(sums)).node("Mul", worth)).name
 
 
 def _matrix(graph: Graph, layer: nn.Linear, path: str, outputs: slice) -> str:
@@ -125,21 +143,18 @@ def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
     value = quantize_input(graph, layer, x, path)
     if isinstance(layer, QuantizedConv2d) and not graph.signed:
         return _integer_convolution(graph, layer, value, path)
-    kind = "ConvTranspose" if isinstance(layer, nn.ConvTranspose2d) else "Conv"
-    whole = graph.multiplies_steps and value.affine is not None
-    given = (steps_of if whole else dequantize)(graph, value, f"{path}.input")
-    if isinstance(layer, QuantizedConv2d):
-        weight = dequantized_weight(graph, layer, path)
-    else:
-        weight = graph.parameter(f"{path}.weight", array(layer.weight))
-    inputs = [given, weight]
-    if whole:
-        x = graph.node(kind, inputs, f"{path}.product", **_geometry(layer))
-        x = _of_steps(graph, cast(QuantizedConv2d, layer), x, path, axes_behind=2)
+    if isinstance(layer, QuantizedConv2d) and graph.multiplies_steps:
+        x = _product_of_steps(graph, layer, value, path)
         if layer.bias is None:
             return x
         bias = graph.constant(f"{path}.bias", array(layer.bias).reshape(-1, 1, 1))
         return graph.node("Add", [x, bias], path)
+    kind = "ConvTranspose" if isinstance(layer, nn.ConvTranspose2d) else "Conv"
+    if isinstance(layer, QuantizedConv2d):
+        weight = dequantized_weight(graph, layer, path)
+    else:
+        weight = graph.parameter(f"{path}.weight", array(layer.weight))
+    inputs = [dequantize(graph, value, f"{path}.input"), weight]
     if layer.bias is not None:
         inputs.append(graph.constant(f"{path}.bias", array(layer.bias)))
     return graph.node(kind, inputs, path, **_geometry(layer))
@@ -171,7 +186,7 @@ def _integer_convolution(graph: Graph, layer: QuantizedConv2d, x: Value, path: s
             f"{path}.ones", np.ones((1, layer.in_channels, *layer.kernel_size), np.int8)
         )
         inputs = graph.node("ConvInteger", [x.name, ones, zero], f"{path}.inputs", **geometry)
-        zeros = held.zero_point.to(torch.int32).reshape(-1, 1, 1).numpy()
+        zeros = held.zero_point.to(torch.int32).reshape(-1, 1, 1).cpu().numpy()
         shares = graph.node(
             "Mul", [inputs, graph.constant(f"{path}.weight.zeros", zeros)], f"{path}.shares"
         )
@@ -218,17 +233,13 @@ def _patches_of_digits(graph: Graph, layer: PortablePatches, x: str, path: str) 
     weights, worth = weight_digits(layer.weight)
     sums = []
     one = graph.constant(f"{path}.one", np.array(1, np.float32))
-    for count in (1, 2, 3):
+    for count, weight in enumerate(digit_weights(weights), 1):
         inner = f"{path}.{count}"
         names = [digit.name for digit in pixels[:count]]
         given = graph.node("Concat", names, f"{inner}.pixels", axis=1)
         if graph.signed:
-            # OpenVINO has integer kernels behind quantization nodes.
-            zero = graph.constant(f"{inner}.zero", np.array(0, np.int8))
-            given = graph.node("QuantizeLinear", [given, one, zero], f"{inner}.codes")
-            given = graph.node("DequantizeLinear", [given, one], f"{inner}.steps")
-        weight = array(torch.cat(weights[:count][::-1], 1)).astype(np.int8)
-        held = [graph.constant(f"{inner}.weight", weight), one]
+            given = quantized_steps(Traced(graph, given, inner)).name
+        held = [graph.constant(f"{inner}.weight", array(weight).astype(np.int8)), one]
         factor = graph.node("DequantizeLinear", held, f"{inner}.weight.steps")
         product = graph.node("Conv", [given, factor], f"{inner}.sums", **_geometry(layer))
         sums.append(Traced(graph, product, path))

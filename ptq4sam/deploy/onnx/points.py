@@ -72,13 +72,14 @@ def point_codes(
 def first_outputs(quantizer: AdaptiveGranularityQuantizer) -> Tensor:
     """The smallest softmax output of each code, [levels]; outputs below the last one vanish."""
     levels = quantizer.grid.levels
-    codes = torch.arange(levels)
+    device = quantizer.scale.device
+    codes = torch.arange(levels, device=device)
     # Bits of positive floats are in their order: halve until the first one is left.
-    below = torch.zeros(levels, dtype=torch.int64)
-    above = torch.full((levels,), int(np.float32(_LARGEST).view(np.int32)))
+    below = torch.zeros(levels, dtype=torch.int64, device=device)
+    above = torch.full_like(below, int(np.float32(_LARGEST).view(np.int32)))
     while bool((above - below > 1).any()):
         middle = (below + above) // 2
-        reached = quantizer.codes(middle.int().view(torch.float32)).cpu() <= codes
+        reached = quantizer.codes(middle.int().view(torch.float32)) <= codes
         below, above = torch.where(reached, below, middle), torch.where(reached, middle, above)
     return above.int().view(torch.float32)
 
@@ -103,14 +104,15 @@ def looked_up(graph: Graph, codes: str, table: Tensor, x: str, path: str, parts:
         parts: a divisor of the number of codes, in so many parts of which a runtime may look up
             at the same time.
     """
-    held = graph.constant(f"{path}.table", table.float().numpy())
+    held = graph.constant(f"{path}.table", table.float().cpu().numpy())
     if graph.signed:
         return graph.node("Gather", [held, codes], path, axis=0)
     rows = graph.reshape(codes, (parts, -1), f"{path}.rows")
     tables = graph.node("Expand", [held, graph.integers(parts, 1)], f"{path}.tables")
     values = graph.node("GatherElements", [tables, rows], f"{path}.by_row", axis=1)
     shape = graph.node("Shape", [x], f"{path}.shape")
-    return graph.node("Reshape", [values, shape], path)
+    # Without prompts there are no codes: a size of 0 is one, not that of the rows.
+    return graph.node("Reshape", [values, shape], path, allowzero=1)
 
 
 def cut_points(

@@ -18,6 +18,7 @@ from ptq4sam.model.layers import QuantizedLayer
 from ptq4sam.quantization.base import Mode, Quantizer
 from ptq4sam.quantization.grid import Grid, along_channels
 from ptq4sam.quantization.portable import quotient
+from ptq4sam.quantization.whole import exact_pieces
 
 _CONTAINER_BITS = 8
 _NIBBLE_BITS = 4
@@ -67,6 +68,15 @@ def steps_of(graph: Graph, value: Value, path: str) -> str:
     """The whole numbers that codes are less their zero point, as a float tensor."""
     assert value.affine is not None
     return _dequantized(graph, value.name, value.affine, np.array(1, np.float32), path)
+
+
+def quantized_steps(steps: Traced) -> Traced:
+    """Whole numbers of int8, behind a quantization that OpenVINO makes integer products of."""
+    graph, path = steps.graph, f"{steps.path}.steps"
+    one = graph.number(1.0)
+    zero = graph.constant(f"{path}.zero", np.array(0, np.int8))
+    codes = graph.node("QuantizeLinear", [steps.name, one, zero], f"{path}.codes")
+    return replace(steps, name=graph.node("DequantizeLinear", [codes, one], path))
 
 
 def _dequantized(
@@ -141,10 +151,13 @@ class HeldWeight:
     axis: int
 
 
+_ALL = slice(None)
+
+
 def held_weight(
-    graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = slice(None)
+    graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = _ALL, inputs: slice = _ALL
 ) -> HeldWeight:
-    """The weight of a layer as integers; `outputs` are those of its channels that are wanted.
+    """The weight of a layer as integers, for some of its output and input channels.
 
     Codes of up to 4 bits are held two in a byte, others in one each. What is multiplied are their
     distances from the zero point where these fit into int8, up to 7 bits and for symmetric grids:
@@ -157,7 +170,7 @@ def held_weight(
     require_quantizing(layer.weight_quantizer, name)
     weight = layer_codes(layer)
     _check_bits(weight.grid, name)
-    codes, scale, zero_point = weight.codes[outputs], weight.scale, weight.zero_point
+    codes, scale, zero_point = weight.codes[outputs, inputs], weight.scale, weight.zero_point
     if scale.dim():
         scale, zero_point = scale[outputs], zero_point[outputs]
     zeros = along_channels(zero_point, codes.dim(), 0)
@@ -166,8 +179,8 @@ def held_weight(
         codes, axis = codes.t(), 1
         zeros = zeros.reshape(1, -1) if zeros.dim() else zeros
     if weight.grid.bits <= _NIBBLE_BITS:
-        held = graph.nibbles(name, (codes - weight.grid.qmin).numpy())
-        below = graph.constant(f"{name}.zero", (zeros - weight.grid.qmin).numpy())
+        held = graph.nibbles(name, (codes - weight.grid.qmin).cpu().numpy())
+        below = graph.constant(f"{name}.zero", (zeros - weight.grid.qmin).cpu().numpy())
         difference = graph.node("Sub", [held, below], f"{name}.distance")
         held = graph.cast(difference, np.int8, f"{name}.int8")
         return HeldWeight(held, scale, torch.zeros_like(zero_point), axis)
@@ -178,15 +191,25 @@ def held_weight(
 
 
 def dequantized_weight(
-    graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = slice(None)
+    graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = _ALL, inputs: slice = _ALL
 ) -> str:
     """The float weight of a layer, from integers; see `held_weight`; or its steps."""
-    held, name = held_weight(graph, layer, path, outputs), f"{path}.weight"
+    held, name = held_weight(graph, layer, path, outputs, inputs), f"{path}.weight"
     scale = torch.ones_like(held.scale) if graph.multiplies_steps else held.scale
-    inputs = [held.name, graph.constant(f"{name}.scale", _float32(scale))]
+    given = [held.name, graph.constant(f"{name}.scale", _float32(scale))]
     if held.zero_point.any():
-        inputs.append(graph.constant(f"{name}.zero_point", _int8(held.zero_point)))
-    return graph.node("DequantizeLinear", inputs, f"{name}.dequantized", axis=held.axis)
+        given.append(graph.constant(f"{name}.zero_point", _int8(held.zero_point)))
+    return graph.node("DequantizeLinear", given, f"{name}.dequantized", axis=held.axis)
+
+
+def pieces_of_input(layer: QuantizedLayer) -> list[slice]:
+    """Input channels in pieces of which float32 holds all sums of steps; mostly one."""
+    weight = layer_codes(layer)
+    steps = weight.codes - along_channels(weight.zero_point, weight.codes.dim(), 0)
+    sizes = steps.abs().flatten(2).sum(-1) if steps.dim() > 2 else steps
+    channels, largest = sizes.shape[1], layer.input_quantizer.grid.largest_step
+    each = -(-channels // exact_pieces(sizes.float(), largest, most=channels))
+    return [slice(first, first + each) for first in range(0, channels, each)]
 
 
 def activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
