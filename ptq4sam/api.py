@@ -12,12 +12,14 @@ from ptq4sam.experiments.evaluate import evaluate_sam
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.numerics import reproducible, require_float64
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import GroundTruth, PromptSource, open_prompts
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 
 
+@reproducible()
 def quantize(
     sam: Sam,
     calibration: ImageSet | Sequence[CalibrationItem],
@@ -33,7 +35,7 @@ def quantize(
     Args:
         sam: the float model.
         calibration: a data set, of which the first pictures with boxes are used (as many as the
-            scheme says), or calibration items.
+            scheme says), or calibration items. Boxes are enough: CocoDataset(..., masks=False).
         scheme: the quantization, or the YAML file that describes it.
         prompts: boxes of the calibration pictures; ground truth by default, which a plain folder
             of pictures does not have.
@@ -42,9 +44,10 @@ def quantize(
         progress: shows how far it is.
 
     Raises:
-        ConfigError: the scheme is not usable.
+        ConfigError: the scheme or the model's device is not usable.
         CalibrationError: the calibration data are not.
     """
+    require_float64(sam.device)
     scheme = scheme if isinstance(scheme, Scheme) else Scheme.from_yaml(scheme)
     if isinstance(calibration, ImageSet):
         source = prompts if prompts is not None else GroundTruth(calibration)
@@ -61,6 +64,7 @@ def quantize(
     )
 
 
+@reproducible()
 def evaluate(
     sam: Sam,
     dataset: ImageSet,

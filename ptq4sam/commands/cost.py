@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", type=Path, help="quantize by this file; default: float")
     add_decoder_only(parser)
     parser.add_argument("--boxes", type=int, default=1, metavar="N", help="prompts on the picture")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="of a SAM that was fine-tuned for another input than its own",
+    )
     parser.add_argument("--file", type=Path, help="also show the sizes in this quantized file")
     parser.add_argument("--json", action="store_true", help="for programs")
 
@@ -43,7 +49,13 @@ def run(parsed: argparse.Namespace) -> int:
         raise ConfigError(f"asked for --boxes {parsed.boxes}: use 1 or more")
     scheme = None if parsed.scheme is None else Scheme.from_yaml(parsed.scheme)
     sizes = None if parsed.file is None else size_report(parsed.file)
-    cost = count(parsed.model, scheme, quantize_encoder=not parsed.decoder_only, boxes=parsed.boxes)
+    cost = count(
+        parsed.model,
+        scheme,
+        quantize_encoder=not parsed.decoder_only,
+        boxes=parsed.boxes,
+        image_size=parsed.image_size,
+    )
     if parsed.json:
         content = to_dict(cost)
         if sizes is not None:

@@ -10,6 +10,7 @@ from ptq4sam.commands.flags import (
     add_backend_arguments,
     add_device,
     add_limit,
+    add_recursive,
     add_skip_bad,
 )
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-budget", metavar="SIZE", help="of the decoder, as 512MiB")
     add_limit(parser, "the first N pictures only")
     add_skip_bad(parser)
+    add_recursive(parser)
     add_device(parser)
     add_backend_arguments(parser)
 
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     from ptq4sam import parallel
-    from ptq4sam.deploy.backends import check_backend
+    from ptq4sam.deploy.backends import check_backend, choose_backend
     from ptq4sam.downloads import Missing
     from ptq4sam.everything import EverythingSettings
     from ptq4sam.experiments.everything import open_model, open_pictures, segment_everything
@@ -48,16 +50,22 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam.sizes import parse_bytes
 
     settings = EverythingSettings().with_overrides(*parsed.options)
-    check_backend(parsed.backend, parsed.precision)
+    checkpoint, backend = choose_backend(parsed.checkpoint, parsed.backend)
+    check_backend(backend, parsed.precision)
     budget = None if parsed.memory_budget is None else parse_bytes(parsed.memory_budget)
     missing = Missing()
     missing.look_for("pictures", parsed.images)
-    look_for_sam(missing, parsed.model, parsed.checkpoint)
+    look_for_sam(missing, parsed.model, checkpoint)
     missing.report()
     with parallel.joined():
-        dataset = open_pictures(parsed.images, skip_bad=parsed.skip_bad, limit=parsed.limit)
+        dataset = open_pictures(
+            parsed.images,
+            skip_bad=parsed.skip_bad,
+            limit=parsed.limit,
+            recursive=parsed.recursive,
+        )
         device = parallel.local_device(find_device(parsed.device))
-        sam = open_model(parsed.model, parsed.checkpoint, device, parsed.backend, parsed.precision)
+        sam = open_model(parsed.model, checkpoint, device, backend, parsed.precision)
         found = segment_everything(
             sam, dataset, parsed.out, settings, memory_budget=budget, progress=bars
         )

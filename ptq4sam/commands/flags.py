@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 SOURCES = (
-    "boxes.json, ground-truth, scene-detector, onnx:FILE, yolox:FILE.pth, hdetr:FILE, "
+    "boxes.json, ground-truth, clicks[:N], scene-detector, onnx:FILE, yolox:FILE.pth, hdetr:FILE, "
     "focalnet-dino:FILE, torchvision:NAME[:FILE], transformers:FOLDER or mmdet:CONFIG:FILE "
     "(docs/prompts.md)"
 )
@@ -58,6 +58,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) ->
     )
     add_limit(parser, "evaluate the first N pictures only")
     add_skip_bad(parser)
+    add_recursive(parser)
     _add_prompting(parser)
     add_device(parser)
     parser.add_argument("--seed", type=int, default=0)
@@ -109,12 +110,11 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that choose what runs an exported or quantized model."""
     parser.add_argument(
         "--backend",
-        default="torch",
         metavar="B",
-        help="torch (the default), the simulation; torch-int8, fast integer products of a "
-        "quantized --checkpoint, or integer, their exact and slow reference; onnxruntime or "
-        "openvino, of the folder --checkpoint that ptq4sam export wrote; auto: "
-        "the fastest of those that can run the checkpoint",
+        help="torch, the simulation; torch-int8, fast integer products of a quantized "
+        "--checkpoint, or integer, their exact and slow reference; onnxruntime or openvino, of the "
+        "folder --checkpoint that ptq4sam export wrote; auto: the fastest of those that can run "
+        "the checkpoint; default: what runs such a folder, else torch",
     )
     parser.add_argument(
         "--precision",
@@ -138,6 +138,15 @@ def add_limit(parser: argparse.ArgumentParser, told: str) -> None:
 def add_skip_bad(parser: argparse.ArgumentParser) -> None:
     """The flag of what becomes of damaged pictures."""
     parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
+
+
+def add_recursive(parser: argparse.ArgumentParser) -> None:
+    """The flag of which pictures a folder has."""
+    parser.add_argument(
+        "--recursive",
+        action="store_true",
+        help="search subfolders too, where no annotations name the pictures",
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ptq4sam.commands.flags import SOURCES, add_limit, add_skip_bad
+from ptq4sam.commands.flags import SOURCES, add_limit, add_recursive, add_skip_bad
 from ptq4sam.errors import ConfigError
 
 
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="BOXES.json")
     add_limit(parser, "the first N pictures only")
     add_skip_bad(parser)
+    add_recursive(parser)
     parser.add_argument("--device", help="cpu or cuda:0; default: cpu")
 
 
@@ -44,9 +45,11 @@ def run(parsed: argparse.Namespace) -> int:
                 "--dataset names pictures and annotations: leave --images and --annotations away"
             )
         named = find_dataset(parsed.dataset)
-        data, limit = DataSettings(named.images, named.annotations), limit or named.limit
+        recursive = parsed.recursive or named.recursive
+        data = DataSettings(named.images, named.annotations, recursive)
+        limit = limit or named.limit
     elif parsed.images is not None:
-        data = DataSettings(parsed.images, parsed.annotations)
+        data = DataSettings(parsed.images, parsed.annotations, parsed.recursive)
     else:
         raise ConfigError("ptq4sam prompts needs pictures: give --dataset or --images")
     with parallel.joined():

@@ -6,11 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from ptq4sam.commands.flags import add_recursive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam verify`."""
     parser.add_argument("model", type=Path, help="file written by ptq4sam quantize")
     parser.add_argument("--images", type=Path, help="folder of pictures; default: generated scenes")
+    add_recursive(parser)
     parser.add_argument("--limit", type=int, default=4, metavar="N", help="pictures to use (4)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:0; default: cpu")
 
@@ -27,7 +30,7 @@ def run(parsed: argparse.Namespace) -> int:
     subjects = (
         generated_subjects(parsed.limit)
         if parsed.images is None
-        else pictured_subjects(parsed.images, parsed.limit)
+        else pictured_subjects(parsed.images, parsed.limit, parsed.recursive)
     )
     verification = verify_model(model, subjects, bars)
     sys.stdout.write("\n".join(verification.lines()) + "\n")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ptq4sam.files import replacing
+from ptq4sam.files import save_picture
 
 Colour = tuple[int, int, int]
 
@@ -92,8 +92,7 @@ def side_by_side(
 
 def write_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture, at once or not at all, in the format of its suffix (.jpg, .png)."""
-    with replacing(path) as temporary:
-        picture.save(temporary, quality=90)
+    save_picture(picture, path, quality=90)
 
 
 def colour_of(number: int) -> Colour:

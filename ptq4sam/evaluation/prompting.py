@@ -18,7 +18,8 @@ class Prompting(Record):
         cascade: prompt a second time with the box and the first mask's logits.
         use_sam_iou: multiply the detector's score by the predicted IoU, else by the mean
             probability inside the mask.
-        max_per_image: boxes used in a picture, highest scores first (COCO's AP counts 100).
+        max_per_image: boxes used in a picture, highest scores first (COCO's AP counts 100); None
+            for all.
         score_threshold: boxes below this detector score are not used.
     """
 
@@ -26,9 +27,10 @@ class Prompting(Record):
     best_in_multi_mask: bool = False
     cascade: bool = False
     use_sam_iou: bool = True
-    max_per_image: int = 100
+    max_per_image: int | None = 100
     score_threshold: float = 0.0
 
     def _validate(self) -> None:
-        self._require(self.max_per_image >= 1, "max_per_image", "1 or more")
+        enough = self.max_per_image is None or self.max_per_image >= 1
+        self._require(enough, "max_per_image", "1 or more, or null")
         self._require(0 <= self.score_threshold <= 1, "score_threshold", "0 to 1")

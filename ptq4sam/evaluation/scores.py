@@ -60,7 +60,7 @@ class MaskScores:
         size is annotated.
 
         Raises:
-            DataError: the data set has no annotations.
+            DataError: the data set has no annotations, or an object has no mask.
         """
         from pycocotools import mask as coco_mask
 
@@ -120,6 +120,8 @@ def _average_precision(
 
     if not isinstance(dataset, CocoDataset) or not dataset.annotated_images():
         raise DataError("scores need a data set with annotations")
+    if kind == "segm":
+        dataset.require_masks()
     # What COCO.loadRes does, which however fails where nothing was found.
     found = [
         {**result, "iscrowd": 0, "area": area} for result, area in zip(results, areas, strict=True)

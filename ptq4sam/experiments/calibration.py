@@ -49,8 +49,8 @@ class CalibrationPictures(Sequence[CalibrationItem]):
         resized = resize_longest_side(image, self._sam.image_size)
         pixels = torch.from_numpy(resized).permute(2, 0, 1)[None].to(self._sam.device)
         height, width = resized.shape[0] / image.shape[0], resized.shape[1] / image.shape[1]
-        scale = torch.tensor([width, height, width, height], dtype=torch.float64)
-        boxes = (torch.from_numpy(prompts.boxes).double() * scale).float()
+        boxes = torch.from_numpy(prompts.boxes).double()
+        boxes = (boxes * boxes.new_tensor([width, height, width, height])).float()
         return CalibrationItem(self._sam.preprocess(pixels), boxes)
 
 

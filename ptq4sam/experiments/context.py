@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
 
 from ptq4sam import parallel
+from ptq4sam.deploy.cost import meta_sam
 from ptq4sam.experiments.settings import RunSettings
 from ptq4sam.experiments.stages import Stages
+from ptq4sam.model.cache import ActivationCache
+from ptq4sam.model.memory import working_bytes
 from ptq4sam.progress import Progress
 
 
@@ -35,4 +39,26 @@ class RunContext:
         Raises:
             ConfigError: there is no such device here.
         """
-        return cls(settings, progress, parallel.local_device(settings.torch_device()))
+        device = parallel.local_device(settings.torch_device())
+        if device.type == "cuda":
+            # Else whatever names no GPU would use the first one, in every process.
+            torch.cuda.set_device(device)
+        return cls(settings, progress, device)
+
+    @functools.cached_property
+    def cache(self) -> ActivationCache:
+        """The one cache of the run: two would promise the same memory twice."""
+        return ActivationCache(self.device, self._budget(), self.settings.work_dir, self._reserve())
+
+    def _budget(self) -> int | None:
+        """Bytes for activations on the device: none of a GPU's where the scheme says so."""
+        scheme = self.settings.scheme
+        recon = None if scheme is None else scheme.recon
+        away = recon is not None and not recon.keep_gpu and self.device.type != "cpu"
+        return 0 if away else self.settings.memory_budget
+
+    def _reserve(self) -> int:
+        """Bytes that the model at work needs beside them."""
+        return (
+            0 if self.device.type == "cpu" else working_bytes(meta_sam(self.settings.float_model))
+        )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptq4sam import parallel
-from ptq4sam.data import ImageSet, open_images
+from ptq4sam.data import ImageSet
 from ptq4sam.downloads import Missing
 from ptq4sam.experiments.needed import look_for_data
 from ptq4sam.experiments.settings import DataSettings
 from ptq4sam.progress import Progress, silent
-from ptq4sam.prompts import Prompts, PromptSource, cached, open_prompts, write_results
+from ptq4sam.prompts import CacheFolders, Prompts, PromptSource, cached, open_prompts, write_results
 from ptq4sam.prompts.spec import look_for_prompts
 
 
@@ -22,7 +22,7 @@ def detect(
     device: str | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
-    cache_dir: Path = Path("work_dirs/prompts"),
+    cache_dir: Path | None = None,
     progress: Progress = silent,
 ) -> int:
     """Write the boxes that a prompt source finds in a data set; see `write_boxes`.
@@ -34,7 +34,8 @@ def detect(
         device: where a detector runs; None for the CPU.
         limit: first pictures only.
         skip_bad: skip damaged pictures.
-        cache_dir: where boxes are kept that were found before.
+        cache_dir: where boxes are kept that were found before; None for the places of
+            `CacheFolders`, beside `path`.
         progress: shows how far it is.
 
     Raises:
@@ -44,8 +45,9 @@ def detect(
     look_for_prompts(missing, spec)
     look_for_data(missing, data)
     missing.report()
-    dataset = open_images(data.images, data.annotations, skip_bad=skip_bad, limit=limit)
-    source = cached(open_prompts(spec, dataset, device or "cpu"), dataset, cache_dir)
+    dataset = data.open(skip_bad=skip_bad, limit=limit, masks=False)
+    kept = CacheFolders.beside(path.parent) if cache_dir is None else CacheFolders(cache_dir)
+    source = cached(open_prompts(spec, dataset, device or "cpu"), dataset, kept)
     return write_boxes(dataset, source, path, progress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from ptq4sam import parallel
 from ptq4sam.data import CocoDataset, ImageRecord, ImageSet
 from ptq4sam.errors import ConfigError, DataError
 from ptq4sam.evaluation import MaskScores, mask_ious, mask_results
+from ptq4sam.evaluation.clicks import segment_by_clicks
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import Segmented, segment
 from ptq4sam.progress import Progress, silent
@@ -22,6 +24,9 @@ from ptq4sam.prompts import CocoResults, GroundTruth, Prompts, PromptSource
 from ptq4sam.prompts.record import warn_of_categories
 from ptq4sam.sam.model import PromptableModel
 from ptq4sam.sam.predictor import Predictor
+
+AFTER_CLICK = "mean_iou_clicks_"
+"""Metrics of clicks: the mean IoU after so many."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,10 @@ class Evaluation:
     """Scores of one model, with those of the float model for the same prompts.
 
     Attributes:
-        metrics: AP, AP50, AP75, APs, APm, APl, AR in percent; mean_iou where prompts are ground
-            truth; agreement where there is a float model to agree with. Without annotations only
+        metrics: AP, AP50, AP75, APs, APm, APl, AR in percent; where prompts are ground truth
+            mean_iou, and iou_error, the mean absolute error of the predicted IoUs; with clicks
+            also mean_iou_clicks_N after each click and mean_iou_best_of_three after the first;
+            agreement where there is a float model to agree with. Without annotations only
             agreement.
         reference_metrics: the same of the float model.
         results: the masks as COCO results.
@@ -71,10 +78,21 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model's masks on one picture add to its scores; it may travel between processes."""
+    """What a model's masks on one picture add to its scores; it may travel between processes.
+
+    Attributes:
+        results: masks in the COCO results format.
+        ious: of each mask with the truth, where prompts are ground truth.
+        predicted: the model's own estimates of those.
+        by_click: IoUs of each object after each click.
+        best_of_three: IoU of the best mask of each object's first click.
+    """
 
     results: list[dict[str, Any]]
     ious: list[float]
+    predicted: list[float] = field(default_factory=list)
+    by_click: list[list[float]] = field(default_factory=list)
+    best_of_three: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -145,8 +163,11 @@ def evaluate_sam(
         score: compute metrics; else only collect the masks.
 
     Raises:
-        DataError: a picture is damaged and not to be skipped, or none is left.
+        DataError: a picture is damaged and not to be skipped, or none is left; an object has no
+            mask that could be scored.
     """
+    if score and isinstance(dataset, CocoDataset):
+        dataset.require_masks()
     images = dataset.images
     predictor = Predictor(sam)
     reference_predictor = Predictor(reference) if reference is not None else None
@@ -162,9 +183,8 @@ def evaluate_sam(
             continue
         # Annotated boxes all score 1, so that what `select` leaves are the first ones.
         truth = source.truth(record)[: len(prompts)] if isinstance(source, GroundTruth) else None
-        outcome, picture = _compare(
-            (predictor, reference_predictor), record, image, prompts, truth, prompting
-        )
+        asked = _Asked(record, image, prompts, truth, prompting, getattr(source, "count", 0))
+        outcome, picture = _compare(asked, predictor, reference_predictor)
         outcomes.append(outcome)
         if on_picture is not None:
             on_picture(picture)
@@ -180,23 +200,41 @@ def evaluate_sam(
     return evaluation
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a model is asked on one picture; with clicks by so many of them, else by boxes."""
+
+    record: ImageRecord
+    image: NDArray[np.uint8]
+    prompts: Prompts
+    truth: NDArray[np.bool_] | None
+    prompting: Prompting
+    clicks: int
+
+    def of(self, predictor: Predictor) -> tuple[Segmented, Scored]:
+        """A model's masks, and what they add to its scores."""
+        embedding = predictor.embed(self.image)
+        if self.clicks and self.truth is not None:
+            clicked = segment_by_clicks(predictor, embedding, self.truth, self.clicks)
+            scored = score_picture(self.record, self.prompts, clicked.segmented, self.truth)
+            by_click, best = clicked.ious.tolist(), clicked.best_of_three.tolist()
+            scored = dataclasses.replace(scored, by_click=by_click, best_of_three=best)
+            return clicked.segmented, scored
+        prompts = self.prompts
+        found = segment(predictor, embedding, prompts.boxes, prompts.scores, self.prompting)
+        return found, score_picture(self.record, prompts, found, self.truth)
+
+
 def _compare(
-    predictors: tuple[Predictor, Predictor | None],
-    record: ImageRecord,
-    image: NDArray[np.uint8],
-    prompts: Prompts,
-    truth: NDArray[np.bool_] | None,
-    prompting: Prompting,
+    asked: _Asked, predictor: Predictor, reference: Predictor | None
 ) -> tuple[_Outcome, Picture]:
     """One picture by the model and, where there is one, by that to agree with."""
-    predictor, reference = predictors
-    segmented = _segment(predictor, image, prompts, prompting)
-    scored = score_picture(record, prompts, segmented, truth)
+    record, image, prompts = asked.record, asked.image, asked.prompts
+    segmented, scored = asked.of(predictor)
     if reference is None:
         picture = Picture(record, image, prompts, segmented, None, ious=scored.ious)
         return _Outcome(scored), picture
-    expected = _segment(reference, image, prompts, prompting)
-    scored_expected = score_picture(record, prompts, expected, truth)
+    expected, scored_expected = asked.of(reference)
     agreement = mask_ious(segmented.masks, expected.masks).tolist()
     picture = Picture(
         record, image, prompts, segmented, expected, agreement, scored.ious, scored_expected.ious
@@ -237,6 +275,15 @@ def metrics_of(dataset: ImageSet, parts: Sequence[Scored]) -> dict[str, float]:
     ious = [iou for part in parts for iou in part.ious]
     if ious:
         metrics["mean_iou"] = float(np.mean(ious))
+    predicted = [value for part in parts for value in part.predicted]
+    if predicted:
+        metrics["iou_error"] = float(np.mean(np.abs(np.subtract(predicted, ious))))
+    by_click = np.array([row for part in parts for row in part.by_click])
+    for number, column in enumerate(by_click.T, start=1):
+        metrics[f"{AFTER_CLICK}{number}"] = float(column.mean())
+    best = [iou for part in parts for iou in part.best_of_three]
+    if best:
+        metrics["mean_iou_best_of_three"] = float(np.mean(best))
     return metrics
 
 
@@ -252,12 +299,7 @@ def score_picture(
         truth: the true mask for each, bool [n, height, width], where prompts are ground truth.
     """
     results = mask_results(record, segmented.masks, segmented.scores, prompts.category_ids)
-    ious = [] if truth is None else mask_ious(segmented.masks, truth).tolist()
-    return Scored(results, ious)
-
-
-def _segment(
-    predictor: Predictor, image: NDArray[np.uint8], prompts: Prompts, prompting: Prompting
-) -> Segmented:
-    embedding = predictor.embed(image)
-    return segment(predictor, embedding, prompts.boxes, prompts.scores, prompting)
+    if truth is None:
+        return Scored(results, [])
+    ious = mask_ious(segmented.masks, truth).tolist()
+    return Scored(results, ious, segmented.predicted_ious.tolist())

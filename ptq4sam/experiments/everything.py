@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ptq4sam import parallel
 from ptq4sam.data import ImageFolder, ImageRecord, ImageSet
 from ptq4sam.data.images import check_limit, read_size
-from ptq4sam.deploy.backends import open_backend
+from ptq4sam.deploy.backends import TORCH, open_backend
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.storage import load
 from ptq4sam.errors import ConfigError
@@ -25,15 +25,14 @@ from ptq4sam.everything import EverythingSettings, FoundMasks, MaskGenerator, Ta
 from ptq4sam.experiments.models import require_name
 from ptq4sam.experiments.pictures import file_names
 from ptq4sam.experiments.settings import DEFAULT_MODEL
+from ptq4sam.experiments.work_dir import claimed
+from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
 from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.model import PromptableModel
-from ptq4sam.sam.predictor import DECODER_BYTES, Predictor
+from ptq4sam.sam.predictor import Predictor
 
 _log = logging.getLogger(__name__)
-
-TORCH = "torch"
-"""The backend of float models and of the simulation."""
 
 RECORDS = "masks.json"
 PICTURES = "pictures"
@@ -50,6 +49,7 @@ class Summary:
     tally: Tally
 
 
+@reproducible()
 def segment_everything(
     sam: PromptableModel,
     dataset: ImageSet,
@@ -75,8 +75,21 @@ def segment_everything(
 
     Raises:
         DataError: a picture is damaged and not to be skipped.
+        StoreError: another run writes into the folder.
     """
-    predictor = Predictor(sam, DECODER_BYTES if memory_budget is None else memory_budget)
+    with claimed(folder):
+        return _segment(sam, dataset, folder, settings, memory_budget, progress)
+
+
+def _segment(
+    sam: PromptableModel,
+    dataset: ImageSet,
+    folder: Path,
+    settings: EverythingSettings,
+    memory_budget: int | None,
+    progress: Progress,
+) -> Summary:
+    predictor = Predictor(sam, memory_budget)
     generator = MaskGenerator(predictor, settings)
     names, images = file_names(dataset), dataset.images
     found: list[tuple[list[dict[str, Any]], float] | None] = []
@@ -95,7 +108,7 @@ def segment_everything(
     kept = [(record, one) for record, one in zip(images, every, strict=True) if one is not None]
     annotations = [(record, masks) for record, (masks, _) in kept]
     if parallel.is_first():
-        write_json(_instances(annotations, settings), folder / RECORDS, compact=True)
+        write_json(_instances(dataset, annotations, settings), folder / RECORDS, compact=True)
     seconds = float(np.median([seconds for _, (_, seconds) in kept])) if kept else 0.0
     tally = Tally.joined(parallel.gather([generator.tally]))
     return Summary(len(kept), sum(len(masks) for _, masks in annotations), seconds, tally)
@@ -129,13 +142,17 @@ def open_model(
     return sam
 
 
-def open_pictures(path: Path, *, skip_bad: bool, limit: int | None) -> ImageSet:
-    """The pictures of a folder, or one picture.
+def open_pictures(
+    path: Path, *, skip_bad: bool, limit: int | None, recursive: bool = False
+) -> ImageSet:
+    """The pictures of a folder, or of its subfolders too, or one picture.
 
     Raises:
         DataError: there is none, or one is damaged and not to be skipped.
     """
-    return ImageFolder(path, skip_bad, limit) if not path.is_file() else _OnePicture(path, limit)
+    if path.is_file():
+        return _OnePicture(path, limit)
+    return ImageFolder(path, skip_bad, limit, recursive)
 
 
 class _OnePicture(ImageSet):
@@ -151,15 +168,22 @@ def _drawn(image: NDArray[np.uint8], masks: FoundMasks) -> Any:
 
 
 def _instances(
-    annotations: list[tuple[ImageRecord, list[dict[str, Any]]]], settings: EverythingSettings
+    dataset: ImageSet,
+    annotations: list[tuple[ImageRecord, list[dict[str, Any]]]],
+    settings: EverythingSettings,
 ) -> dict[str, Any]:
     """A COCO instances file; `score` makes each mask one of COCO's results too."""
     masks = [(record.id, mask) for record, masks in annotations for mask in masks]
     return {
         "info": {"description": "automatic mask generation", "settings": settings.to_dict()},
         "images": [
-            {"id": r.id, "file_name": r.path.name, "width": r.width, "height": r.height}
-            for r, _ in annotations
+            {
+                "id": record.id,
+                "file_name": dataset.file_name(record),
+                "width": record.width,
+                "height": record.height,
+            }
+            for record, _ in annotations
         ],
         "annotations": [
             {

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 
-from ptq4sam.data import ImageSet, open_images
+from ptq4sam.data import ImageSet
 from ptq4sam.errors import ConfigError
 from ptq4sam.experiments.calibration import CalibrationPictures, calibration_pictures
 from ptq4sam.experiments.context import RunContext
 from ptq4sam.experiments.evaluate import has_truth, require_truth
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.validation import Validation
-from ptq4sam.model.cache import ActivationCache
-from ptq4sam.prompts import PromptSource, cached, open_prompts
+from ptq4sam.prompts import CacheFolders, PromptSource, cached, open_prompts
+from ptq4sam.prompts.spec import is_boxes_file, parse_spec
 from ptq4sam.sam.model import Sam
 
 _log = logging.getLogger(__name__)
@@ -23,6 +23,9 @@ class Inputs:
 
     def __init__(self, context: RunContext) -> None:
         self._context, self._settings = context, context.settings
+        own = self._settings.cache_dir
+        # One for all data sets of the run, which is told once where nothing can be kept.
+        self._kept = CacheFolders(own) if own else CacheFolders.beside(self._settings.work_dir)
 
     def evaluated(self) -> tuple[ImageSet, PromptSource] | None:
         """What is evaluated, and its boxes; None where the run only quantizes.
@@ -53,7 +56,7 @@ class Inputs:
         if settings.scheme is None or settings.calibration is None:
             raise ValueError("RunSettings has a scheme and calibration data, or neither")
         with self._context.stages.stage("calibration boxes"):
-            dataset = self._dataset(settings.calibration, limit=None)
+            dataset = self._dataset(settings.calibration, limit=None, masks=False)
             source = self._source(calibration_prompts(settings), dataset)
             return calibration_pictures(
                 sam,
@@ -83,32 +86,42 @@ class Inputs:
             opened = self._dataset(DataSettings(pair.images, annotations), limit)
             dataset = require_truth(opened, annotations)
             prompts = "ground-truth" if accuracy.metric == "mean_iou" else settings.prompts
+            if parse_spec(prompts).kind == "clicks":
+                raise ConfigError(
+                    "accuracy control by AP prompts with boxes, not clicks: use another --prompts"
+                )
             source = self._source(prompts, dataset)
-        cache = ActivationCache(self._context.device, settings.memory_budget, settings.work_dir)
         return Validation(
-            dataset, source, settings.prompting, accuracy.metric, cache, self._context.progress
+            dataset,
+            source,
+            settings.prompting,
+            accuracy.metric,
+            self._context.cache,
+            self._context.progress,
         )
 
-    def _dataset(self, data: DataSettings, limit: int | None) -> ImageSet:
-        return open_images(
-            data.images, data.annotations, skip_bad=self._settings.skip_bad, limit=limit
-        )
+    def _dataset(self, data: DataSettings, limit: int | None, masks: bool = True) -> ImageSet:
+        return data.open(skip_bad=self._settings.skip_bad, limit=limit, masks=masks)
 
     def _source(self, prompts: str, dataset: ImageSet) -> PromptSource:
-        if prompts == "ground-truth" and not has_truth(dataset):
+        kind = parse_spec(prompts).kind
+        if kind in ("ground-truth", "clicks") and not has_truth(dataset):
             raise ConfigError(
-                "asked for ground-truth boxes of pictures without annotations: give annotations, "
+                f"asked for prompts {prompts} on pictures without annotations: give annotations, "
                 "or boxes.json, onnx:FILE or another detector for prompts"
             )
         source = open_prompts(prompts, dataset, device=self._context.device)
-        return cached(source, dataset, self._settings.cache_dir)
+        return cached(source, dataset, self._kept)
 
 
 def calibration_prompts(settings: RunSettings) -> str:
     """The prompt source of the calibration pictures."""
     if settings.calibration_prompts is not None:
         return settings.calibration_prompts
-    if settings.prompts.endswith(".json"):
+    if is_boxes_file(settings.prompts):
         _log.info("calibrating with ground-truth boxes: %s is for other pictures", settings.prompts)
+        return "ground-truth"
+    if parse_spec(settings.prompts).kind == "clicks":
+        _log.info("calibrating with ground-truth boxes, evaluating with clicks")
         return "ground-truth"
     return settings.prompts

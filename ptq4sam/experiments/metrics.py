@@ -11,11 +11,12 @@ from ptq4sam.experiments.context import RunContext
 from ptq4sam.experiments.evaluate import Evaluation
 from ptq4sam.experiments.inputs import calibration_prompts
 from ptq4sam.experiments.models import RunModels
-from ptq4sam.experiments.reproducibility import versions
+from ptq4sam.experiments.reproducibility import arithmetic, versions
 from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.experiments.summary import NNCF, PTQ4SAM
-from ptq4sam.model.audit import AuditReport
+from ptq4sam.model.audit import AuditReport, EncoderState
 from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.quantization.scheme import FLOAT
 from ptq4sam.sam.model import PromptableModel
 
 
@@ -35,11 +36,17 @@ def run_metrics(
     """
     settings, sam = context.settings, models.sam
     method = _method(sam, settings.backend)
-    metrics: dict[str, Any] = {"model": sam.name, "quantized": method is not None}
+    metrics: dict[str, Any] = {
+        "model": sam.name,
+        "image_size": sam.image_size,
+        "quantized": method is not None,
+    }
     if method is not None:
         metrics["method"] = method
-    if isinstance(sam, QuantizedSam):
-        metrics["encoder_quantized"] = sam.encoder_quantized
+    encoder = _encoder(sam, report)
+    if encoder is not None:
+        metrics["encoder"] = encoder
+        metrics["encoder_quantized"] = encoder != FLOAT
     if evaluation is not None:
         metrics.update(evaluation.metrics)
         if evaluation.reference_metrics:
@@ -57,6 +64,7 @@ def run_metrics(
     metrics["asked"] = _asked(settings)
     metrics["seed"] = settings.seed
     metrics["device"] = str(context.device)
+    metrics["arithmetic"] = arithmetic(context.device)
     metrics["backend"] = sam.runtime if isinstance(sam, ExportedSam) else settings.backend
     metrics["versions"] = versions()
     metrics["stages"] = context.stages.to_dict()
@@ -71,6 +79,17 @@ def _method(sam: PromptableModel, backend: str) -> str | None:
         return None if sam.manifest.scheme is None else PTQ4SAM
     deployed = backend != "torch"
     return PTQ4SAM if deployed or isinstance(sam, QuantizedSam) else None
+
+
+def _encoder(sam: PromptableModel, report: AuditReport | None) -> EncoderState | None:
+    """Whether the image encoder of a quantized model is quantized; None for another model."""
+    if report is not None:
+        return report.encoder
+    if isinstance(sam, ExportedSam) and sam.manifest.nncf is not None:
+        return "quantized"
+    model = sam.manifest if isinstance(sam, ExportedSam) else sam
+    quantized: bool | None = getattr(model, "encoder_quantized", None)
+    return None if quantized is None else "quantized" if quantized else FLOAT
 
 
 def _asked(settings: RunSettings) -> dict[str, Any]:

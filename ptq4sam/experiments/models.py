@@ -101,7 +101,9 @@ class ModelSource:
             raise ValueError("only a run with a scheme quantizes")
         items = self._inputs.calibration(sam)
         with self._stages.stage("plan"):
-            return Quantizing(settings, sam, items, settings.scheme, self._context.progress)
+            return Quantizing(
+                settings, sam, items, settings.scheme, self._context.cache, self._context.progress
+            )
 
     def _from_file(self, checkpoint: Path) -> RunModels:
         if self._settings.scheme is not None:

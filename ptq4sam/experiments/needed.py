@@ -11,7 +11,7 @@ from ptq4sam.experiments.settings import (
     DataSettings,
     RunSettings,
 )
-from ptq4sam.prompts.spec import look_for_prompts
+from ptq4sam.prompts.spec import is_boxes_file, look_for_prompts
 from ptq4sam.sam.checkpoint import OFFICIAL_FILES
 
 OTHER_BOXES = "boxes of any detector can be given instead: --prompts boxes.json"
@@ -29,7 +29,7 @@ def require_inputs(settings: RunSettings) -> None:
     sources = [settings.prompts] if settings.data is not None else []
     if settings.scheme is not None and settings.calibration_prompts is not None:
         sources.append(settings.calibration_prompts)
-    elif settings.scheme is not None and not settings.prompts.endswith(".json"):
+    elif settings.scheme is not None and not is_boxes_file(settings.prompts):
         sources.append(settings.prompts)
     for source in dict.fromkeys(sources):
         look_for_prompts(missing, source)

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ptq4sam.data import ImageSet, open_images
+from ptq4sam.data import ImageSet
 from ptq4sam.deploy.export import export
 from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.deploy.manifest import Manifest
@@ -86,12 +86,8 @@ def quantize_by_nncf(request: NncfRequest) -> Manifest:
     _require_inputs(request)
     # Both before the work: a mistake should not show after minutes.
     validation = None if request.accuracy is None else _validation(request, request.accuracy)
-    calibration = request.calibration
-    dataset = open_images(
-        calibration.images,
-        calibration.annotations,
-        skip_bad=request.skip_bad,
-        limit=request.pictures,
+    dataset = request.calibration.open(
+        skip_bad=request.skip_bad, limit=request.pictures, masks=False
     )
     sam = load_sam(request.model or DEFAULT_MODEL, request.checkpoint)
     export(sam, request.folder, "openvino")
@@ -138,11 +134,8 @@ class _Pixels(Sequence[Pixels]):
 def _validation(request: NncfRequest, accuracy: AccuracySettings) -> NncfValidation:
     if accuracy.images is None:
         raise ValueError("NncfRequest has validation pictures where it has an accuracy")
-    opened = open_images(
-        accuracy.images,
-        accuracy.annotations,
-        skip_bad=request.skip_bad,
-        limit=accuracy.limit,
+    opened = DataSettings(accuracy.images, accuracy.annotations).open(
+        skip_bad=request.skip_bad, limit=accuracy.limit
     )
     dataset = require_truth(opened, accuracy.annotations)
     source = GroundTruth(dataset)

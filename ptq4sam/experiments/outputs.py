@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-
-from safetensors import SafetensorError
 
 from ptq4sam.deploy.size_report import size_report
 from ptq4sam.deploy.storage import save
-from ptq4sam.errors import CheckpointError, ConfigError
+from ptq4sam.errors import ConfigError
 from ptq4sam.experiments.context import RunContext
 from ptq4sam.experiments.record import PartRecord
 from ptq4sam.experiments.settings import RunSettings
-from ptq4sam.files import replacing
+from ptq4sam.files import refusal_to_write, write_text
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.sam.model import PromptableModel
 
@@ -32,13 +29,9 @@ def make_folders(settings: RunSettings) -> None:
             raise ConfigError(f"asked to write file {path}, which is a folder: name a file")
         folders.append(path.parent)
     for folder in filter(None, folders):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            problem = None if os.access(folder, os.W_OK) else "no permission"
-        except OSError as error:
-            problem = error.strerror
-        if problem is not None:
-            raise ConfigError(f"cannot write into folder {folder} ({problem}): name another")
+        refusal = refusal_to_write(folder)
+        if refusal is not None:
+            raise ConfigError(f"{folder}: {refusal}: name another folder for what is written")
 
 
 def save_model(context: RunContext, sam: PromptableModel) -> tuple[PartRecord, ...]:
@@ -46,25 +39,18 @@ def save_model(context: RunContext, sam: PromptableModel) -> tuple[PartRecord, .
 
     Returns:
         The parts of the model's file; none where none was written.
-
-    Raises:
-        CheckpointError: the file cannot be written.
     """
     described = context.settings.work_dir / "scheme.yaml"
     if not isinstance(sam, QuantizedSam):
         # That of an earlier run would be taken for this one's.
         described.unlink(missing_ok=True)
         return ()
-    with replacing(described) as scheme:
-        scheme.write_text(sam.scheme.to_yaml(), encoding="utf-8")
+    write_text(sam.scheme.to_yaml(), described)
     path = context.settings.save_model
     if path is None:
         return ()
     with context.stages.stage("save"):
-        try:
-            save(sam, path)
-        except SafetensorError as error:
-            raise CheckpointError(f"cannot write {path}: {error}") from error
+        save(sam, path)
     sizes = size_report(path)
     _log.info("wrote %s: %s", path, sizes.summary())
     return tuple(PartRecord(**vars(part)) for part in sizes.parts)

@@ -18,7 +18,7 @@ from ptq4sam.experiments.reproducibility import fix_seeds
 from ptq4sam.experiments.settings import RunSettings
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.progress import Progress, silent
-from ptq4sam.prompts import PromptSource
+from ptq4sam.prompts import Clicks, PromptSource
 from ptq4sam.sam.model import Sam
 
 
@@ -57,6 +57,8 @@ class Preparation:
         data = self._inputs.evaluated()
         if data is None:
             raise ConfigError("a study measures on pictures: give --images")
+        if isinstance(data[1], Clicks):
+            raise ConfigError("a study prompts with boxes, not clicks: use --prompts ground-truth")
         return data
 
     def prepare(self) -> Prepared:

@@ -45,13 +45,13 @@ class Quantizing:
         sam: Sam,
         items: Sequence[CalibrationItem],
         scheme: Scheme,
+        cache: ActivationCache,
         progress: Progress,
     ) -> None:
         self._settings, self._sam, self._items, self._scheme = settings, sam, items, scheme
-        self._progress = progress
+        self._cache, self._progress = cache, progress
         self.accuracy: AccuracyReport | None = None
         self.units: tuple[UnitRecord, ...] = ()
-        self._cache = ActivationCache(sam.device, self._budget(), settings.work_dir)
         self.plan: Plan = make_plan(
             sam,
             items,
@@ -61,12 +61,6 @@ class Quantizing:
         )
         for line in self.plan.lines():
             _log.info("%s", line)
-
-    def _budget(self) -> int | None:
-        """Bytes for activations on the model's device: none of a GPU's where the scheme says so."""
-        recon = self._scheme.recon
-        away = recon is not None and not recon.keep_gpu and self._sam.device.type != "cpu"
-        return 0 if away else self._settings.memory_budget
 
     def run(self, validation: Validation | None = None) -> QuantizedSam:
         """Quantize, going on with what the journal has if the run is to resume.

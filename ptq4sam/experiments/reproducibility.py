@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 import ptq4sam
+from ptq4sam.numerics import description
+from ptq4sam.quantization.fused import compiles
 
 
 def fix_seeds(seed: int) -> None:
@@ -16,6 +18,11 @@ def fix_seeds(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def arithmetic(device: torch.device) -> dict[str, str]:
+    """What the last bits of numbers computed on a device depend on."""
+    return {**description(device), "kernels": "compiled" if compiles(device) else "one by one"}
 
 
 def versions() -> dict[str, str]:

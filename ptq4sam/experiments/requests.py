@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq4sam import parallel
+from ptq4sam.deploy.backends import TORCH, choose_backend
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.experiments.nncf import NncfRequest
@@ -20,11 +21,14 @@ from ptq4sam.quantization.scheme import PRESETS, Scheme
 from ptq4sam.sizes import parse_bytes
 
 
-def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSettings:
+def settings_from_arguments(
+    parsed: argparse.Namespace, backend: str | None = TORCH, **more: Any
+) -> RunSettings:
     """The run that `ptq4sam evaluate` or `quantize` was asked for.
 
     Args:
         parsed: the arguments.
+        backend: what runs the model; None for what fits the checkpoint.
         more: further fields of the settings.
 
     Raises:
@@ -44,24 +48,24 @@ def settings_from_arguments(parsed: argparse.Namespace, **more: Any) -> RunSetti
             if getattr(parsed, given) not in (None, []):
                 flag = given.replace("_", "-")
                 raise ConfigError(f"--{flag} changes a scheme, but none was given: add --scheme")
+    checkpoint, backend = choose_backend(parsed.checkpoint, backend)
     return RunSettings(
         model=parsed.model,
-        data=data_pair("", parsed.images, parsed.annotations),
+        data=data_pair("", parsed.images, parsed.annotations, parsed.recursive),
         prompts=parsed.prompts,
         work_dir=parsed.work_dir,
-        checkpoint=parsed.checkpoint,
+        checkpoint=checkpoint,
         float_checkpoint=parsed.float_checkpoint,
         scheme=scheme,
         quantize_encoder=not parsed.decoder_only,
-        calibration=data_pair(
-            "calibration-", parsed.calibration_images, parsed.calibration_annotations
-        ),
+        calibration=_calibration(parsed),
         calibration_prompts=parsed.calibration_prompts,
         prompting=prompting_of(parsed),
         limit=parsed.limit,
         skip_bad=parsed.skip_bad,
         device=parsed.device,
         seed=parsed.seed,
+        backend=backend,
         **engine_settings(parsed),
         **more,
     )
@@ -99,9 +103,7 @@ def nncf_request(parsed: argparse.Namespace) -> NncfRequest:
         if getattr(parsed, name):
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is about PTQ4SAM: leave it away with --method nncf")
-    calibration = data_pair(
-        "calibration-", parsed.calibration_images, parsed.calibration_annotations
-    )
+    calibration = _calibration(parsed)
     if calibration is None:
         raise ConfigError("NNCF needs pictures to calibrate on: give --calibration-images")
     size = {} if parsed.calibration_size is None else {"pictures": parsed.calibration_size}
@@ -155,14 +157,25 @@ def engine_settings(parsed: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def data_pair(prefix: str, images: Path | None, annotations: Path | None) -> DataSettings | None:
+def _calibration(parsed: argparse.Namespace) -> DataSettings | None:
+    return data_pair(
+        "calibration-",
+        parsed.calibration_images,
+        parsed.calibration_annotations,
+        parsed.recursive,
+    )
+
+
+def data_pair(
+    prefix: str, images: Path | None, annotations: Path | None, recursive: bool = False
+) -> DataSettings | None:
     """A data set with or without annotations, or None where nothing is given.
 
     Raises:
         ConfigError: annotations are given without pictures.
     """
     if images is not None:
-        return DataSettings(images, annotations)
+        return DataSettings(images, annotations, recursive)
     if annotations is not None:
         raise ConfigError(f"--{prefix}annotations is about pictures: add --{prefix}images")
     return None

@@ -20,10 +20,12 @@ from ptq4sam.experiments.outputs import make_folders, save_model
 from ptq4sam.experiments.quantizing import JOURNAL
 from ptq4sam.experiments.record import RunRecord
 from ptq4sam.experiments.reproducibility import fix_seeds
-from ptq4sam.experiments.run_log import ENDED, logging_to
+from ptq4sam.experiments.run_log import ENDED
 from ptq4sam.experiments.settings import RunSettings
+from ptq4sam.experiments.work_dir import working_in
 from ptq4sam.model.audit import AuditReport
 from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
 
 _log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class Run:
         self._inputs = Inputs(self._context)
         self._models = ModelSource(self._context, self._inputs)
 
+    @reproducible()
     def execute(self) -> dict[str, Any]:
         """Quantize, audit, evaluate, write; returns what metrics.json holds, or the plan.
 
@@ -50,13 +53,13 @@ class Run:
         settings = self.settings
         require_inputs(settings)
         make_folders(settings)
-        with logging_to(settings.work_dir / "run.log"):
-            fix_seeds(settings.seed)
-            if settings.dry_run:
-                return self._plan()
+        if settings.dry_run:
+            return self._plan()
+        with working_in(settings.work_dir):
             return self._execute()
 
     def _plan(self) -> dict[str, Any]:
+        fix_seeds(self.settings.seed)
         plan = self._models.plan()
         return {
             "plan": plan.lines(),
@@ -66,6 +69,7 @@ class Run:
 
     def _execute(self) -> dict[str, Any]:
         settings, context = self.settings, self._context
+        fix_seeds(settings.seed)
         # First of all, for a mistake in it should not show after hours of quantization.
         data = self._inputs.evaluated()
         models = self._models.open()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from ptq4sam import parallel
+from ptq4sam.errors import ResourceError, reason
 
+LOG = "run.log"
+"""Its name."""
 ENDED = "the run has ended"
 """Begins the last line of the log of a run that came to its end."""
 
@@ -34,7 +38,7 @@ def logging_to(path: Path) -> Iterator[None]:
     if not parallel.is_first():
         yield
         return
-    handler = logging.FileHandler(path, mode="w")
+    handler = _LogFile(path)
     before = logging.getLogger("ptq4sam").level
     try:
         with package_log_to(handler, min(logging.INFO, before) if before else logging.INFO):
@@ -42,7 +46,34 @@ def logging_to(path: Path) -> Iterator[None]:
     except BaseException as error:
         # On the terminal it is told by whoever catches it.
         what = f"stopped: {' '.join(str(error).split()) or type(error).__name__}"
-        handler.handle(logging.LogRecord(__name__, logging.ERROR, "", 0, what, None, None))
+        with contextlib.suppress(ResourceError):
+            handler.handle(logging.LogRecord(__name__, logging.ERROR, "", 0, what, None, None))
         raise
     finally:
         handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Ends the run where the log cannot be written: neither could its results.
+
+    Raises:
+        ResourceError: the disk is full, or gone; in whoever logs something.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, mode="w", encoding="utf-8")
+        self._path = path
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """What the system refuses is an error of the run; others are logging's to show."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        # What it still holds cannot be written either. Closed, it takes nothing more.
+        with contextlib.suppress(OSError):
+            self.close()
+        raise ResourceError(
+            f"{self._path}: {reason(error)}: make room or name another --work-dir; a quantization "
+            "goes on with --resume"
+        ) from error

@@ -8,10 +8,12 @@ from typing import Literal
 
 import torch
 
+from ptq4sam.data import CocoDataset, ImageFolder, ImageSet
 from ptq4sam.data.images import check_limit
 from ptq4sam.deploy.backends import check_backend
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.numerics import require_float64
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.records import Record
 
@@ -21,10 +23,25 @@ DEFAULT_MODEL = "vit_nano"
 
 @dataclass(frozen=True)
 class DataSettings:
-    """A data set on disk: a folder of pictures, and a COCO instances file or None."""
+    """A data set on disk.
+
+    Attributes:
+        images: folder of pictures.
+        annotations: COCO instances file, or None.
+        recursive: search subfolders too, where there are no annotations to name the pictures.
+    """
 
     images: Path
     annotations: Path | None = None
+    recursive: bool = False
+
+    def open(
+        self, *, skip_bad: bool = False, limit: int | None = None, masks: bool = True
+    ) -> ImageSet:
+        """The data set; arguments and errors are those of `CocoDataset` and `ImageFolder`."""
+        if self.annotations is None:
+            return ImageFolder(self.images, skip_bad, limit, self.recursive)
+        return CocoDataset(self.images, self.annotations, skip_bad, limit, masks)
 
 
 Metric = Literal["mean_iou", "AP"]
@@ -84,7 +101,7 @@ class RunSettings:
         skip_bad: skip damaged pictures and annotations instead of stopping.
         device: torch device; None for CUDA where there is one.
         seed: fixes every random choice.
-        cache_dir: where detections are kept between runs.
+        cache_dir: where detections are kept between runs; None for the places of `CacheFolders`.
         show_dir: where pictures with masks are written; None for nowhere, or for a folder in
             `work_dir` where the data have no annotations: looking is the only score then.
         show_threshold: lowest score of a mask that is drawn.
@@ -121,7 +138,7 @@ class RunSettings:
     skip_bad: bool = False
     device: str | None = None
     seed: int = 0
-    cache_dir: Path = Path("work_dirs/prompts")
+    cache_dir: Path | None = None
     show_dir: Path | None = None
     show_threshold: float = 0.3
     results: Path | None = None
@@ -204,7 +221,7 @@ def find_device(name: str | None) -> torch.device:
     """The device of a name; None for CUDA where there is one.
 
     Raises:
-        ConfigError: the name is no device, or there is no such device here.
+        ConfigError: the name is no device, there is no such device here, or it lacks float64.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -220,6 +237,7 @@ def find_device(name: str | None) -> torch.device:
         raise ConfigError(
             f"asked for device {name!r}, which is not there: found {_devices()}"
         ) from error
+    require_float64(device)
     return device
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
+from ptq4sam.machine import forget_peak_memory, peak_memory
+
 _log = logging.getLogger(__name__)
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -37,10 +34,10 @@ class Stages:
     def stage(self, name: str) -> Iterator[None]:
         """Measure the `with` block under a name."""
         _log.info("%s ...", name)
-        _reset_peak()
+        _forget_peaks()
         started = time.monotonic()
         yield
-        stage = Stage(time.monotonic() - started, _peak_memory(), _peak_cuda())
+        stage = Stage(time.monotonic() - started, peak_memory(), _peak_cuda())
         self.done[name] = stage
         _log.info("%s: %.1f s, peak %.2f GiB", name, stage.seconds, stage.peak_memory_bytes / 2**30)
 
@@ -49,23 +46,10 @@ class Stages:
         return {name: asdict(stage) for name, stage in self.done.items()}
 
 
-def _reset_peak() -> None:
-    """Start the peak anew where the system can (Linux: writing 5 to clear_refs)."""
+def _forget_peaks() -> None:
+    forget_peak_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    if _CLEAR_REFS.exists():
-        with contextlib.suppress(OSError):
-            _CLEAR_REFS.write_text("5")
-
-
-def _peak_memory() -> int:
-    """Highest resident size in bytes since `_reset_peak`, or of the process where it cannot."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _peak_cuda() -> int:

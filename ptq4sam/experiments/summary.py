@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ptq4sam.experiments.evaluate import AFTER_CLICK
+
 COLUMNS = (
     ("AP", "AP"),
     ("AP50", "AP50"),
@@ -19,6 +21,9 @@ COLUMNS = (
 PTQ4SAM, NNCF = "ptq4sam", "nncf"
 """Methods of quantization, as metrics name them."""
 _ROWS = {None: "float", PTQ4SAM: "quantized", NNCF: "NNCF INT8"}
+
+
+_AFTER_FIRST = f"{AFTER_CLICK}1"
 
 
 def summary_table(metrics: dict[str, Any]) -> str:
@@ -41,6 +46,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
         lines.append(
             f"{metrics['model']}: {metrics['masks']} masks on {metrics['pictures']} pictures"
         )
+    lines.extend(_clicks(name, row) for name, row in rows if _AFTER_FIRST in row)
     if "accuracy_control" in metrics:
         control = metrics["accuracy_control"]
         lines.append(
@@ -49,6 +55,18 @@ def summary_table(metrics: dict[str, Any]) -> str:
         )
     if "audit" in metrics:
         lines.append(metrics["audit"]["report"][0])
+    elif "encoder" in metrics:
+        lines.append(f"image encoder {metrics['encoder']}")
     if "warning" in metrics:
         lines.append(f"warning: {metrics['warning']}")
     return "\n".join(lines)
+
+
+def _clicks(name: str, row: dict[str, Any]) -> str:
+    """One line: mean IoUs after each click."""
+    after = {
+        key.removeprefix(AFTER_CLICK): v for key, v in row.items() if key.startswith(AFTER_CLICK)
+    }
+    steps = ", ".join(f"{number}: {value:.3f}" for number, value in after.items())
+    best = row["mean_iou_best_of_three"]
+    return f"{name}, mean IoU after clicks: {steps} (best of the first three masks {best:.3f})"

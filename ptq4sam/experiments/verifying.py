@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ptq4sam.data import open_images
+from ptq4sam.data import ImageFolder
 from ptq4sam.data.scenes import generate_scene
 from ptq4sam.deploy.integer import integer_model
 from ptq4sam.deploy.verify import OperatorCheck, verify_operators, worst_first
 from ptq4sam.evaluation import mask_ious
 from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor
@@ -116,13 +117,15 @@ def generated_subjects(count: int = PICTURES) -> Iterable[Subject]:
         yield Subject(scene.image, np.stack([instance.box for instance in scene.instances]))
 
 
-def pictured_subjects(folder: Path, count: int = PICTURES) -> Iterable[Subject]:
-    """The first pictures of a folder, with the same boxes in each.
+def pictured_subjects(
+    folder: Path, count: int = PICTURES, recursive: bool = False
+) -> Iterable[Subject]:
+    """The first pictures of a folder, or of its subfolders too, with the same boxes in each.
 
     Raises:
         DataError: there are none, or one is damaged.
     """
-    pictures = open_images(folder, None, skip_bad=False, limit=count)
+    pictures = ImageFolder(folder, limit=count, recursive=recursive)
     for record in pictures.images:
         image = pictures.load(record)
         height, width = image.shape[:2]
@@ -130,6 +133,7 @@ def pictured_subjects(folder: Path, count: int = PICTURES) -> Iterable[Subject]:
         yield Subject(image, np.array(_BOXES, np.float32) * sides)
 
 
+@reproducible()
 def verify_model(
     sam: QuantizedSam, subjects: Iterable[Subject], progress: Progress = silent
 ) -> Verification:
@@ -169,10 +173,10 @@ def _masks(sam: Sam, subject: Subject) -> NDArray[np.bool_]:
 @contextlib.contextmanager
 def _noisy(sam: Sam) -> Iterator[None]:
     """Add noise to what the image encoder sees within the `with` block."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def disturb(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        noise = torch.randn(inputs[0].shape, generator=generator)
+        noise = torch.randn(inputs[0].shape, generator=generator, device="cpu")
         return inputs[0] + NOISE * noise.to(inputs[0].device)
 
     handle = sam.image_encoder.register_forward_pre_hook(disturb)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from ptq4sam.data.file_names import PictureFinder, named_file
 from ptq4sam.downloads import where_from
 from ptq4sam.errors import ConfigError, DataError
 from ptq4sam.files import read_json
@@ -32,7 +33,7 @@ def find_dataset(given: str, named: Path = NAMED) -> DataConfig:
         DataError: the instances file is missing or damaged, or its pictures are not beside it.
     """
     path = Path(given)
-    if path.suffix == ".json":
+    if path.name.endswith((".json", ".json.gz")):
         if not path.exists():
             raise DataError(f"there is no annotations file {path}: {where_from(path)}")
         return DataConfig(images_beside(path), path)
@@ -66,16 +67,19 @@ def images_beside(annotations: Path) -> Path:
     names = _pictures(content)
     if not names:
         raise DataError(f"{annotations} is not in COCO format: it names no picture")
-    held = {
-        folder: sum((folder / name).is_file() for name in names)
-        for folder in _folders_near(annotations)
-    }
+    held = {folder: _held(folder, names) for folder in _folders_near(annotations)}
     if not any(held.values()):
         raise DataError(
             f"the pictures of {annotations} were looked for beside it, but no folder there has "
             f"{names[0]}: give their folder with --images"
         )
     return max(held, key=held.__getitem__)
+
+
+def _held(folder: Path, names: Collection[str]) -> int:
+    """How many of the pictures lie in a folder."""
+    finder = PictureFinder(folder, names)
+    return sum(finder.find(name) is not None for name in names)
 
 
 def _configured(path: Path) -> DataConfig:
@@ -88,7 +92,7 @@ def _configured(path: Path) -> DataConfig:
 def _pictures(content: Any) -> list[str]:
     images = content.get("images") if isinstance(content, dict) else None
     entries = images if isinstance(images, list) else []
-    names = [entry.get("file_name") for entry in entries if isinstance(entry, dict)]
+    names = [named_file(entry) for entry in entries if isinstance(entry, dict)]
     return [name for name in names if isinstance(name, str) and name]
 
 

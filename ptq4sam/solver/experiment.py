@@ -86,11 +86,13 @@ class DataConfig(Record):
         images: folder.
         annotations: COCO instances JSON; None takes every picture in the folder.
         limit: use the first ones only.
+        recursive: without annotations, every picture in subfolders too.
     """
 
     images: Path
     annotations: Path | None = None
     limit: int | None = None
+    recursive: bool = False
 
     def _validate(self) -> None:
         self._require(self.limit is None or self.limit >= 1, "limit", "1 or more")

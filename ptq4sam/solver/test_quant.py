@@ -163,7 +163,7 @@ def _check_paths(parsed: argparse.Namespace) -> None:
 
 
 def _data(config: DataConfig) -> DataSettings:
-    return DataSettings(config.images, config.annotations)
+    return DataSettings(config.images, config.annotations, config.recursive)
 
 
 def _eval_options(settings: RunSettings, options: Sequence[str]) -> RunSettings:

@@ -17,9 +17,10 @@ def test_quantizing_reports_agreement_audit_and_scheme(quantized: Quantized) -> 
     metrics = quantized.metrics
     assert metrics["quantized"] is True
     assert metrics["audit"]["passed"] is True
+    assert (metrics["encoder"], metrics["encoder_quantized"]) == ("quantized", True)
     assert 0 <= metrics["agreement"] <= 1
     assert {*AP, "mean_iou"} <= metrics.keys()
-    assert {*AP, "mean_iou"} == metrics["float"].keys()
+    assert {*AP, "mean_iou", "iou_error"} == metrics["float"].keys()
     assert {"calibration boxes", "quantize", "audit", "save", "evaluate"} <= set(metrics["stages"])
     scheme = Scheme.from_yaml(quantized.work_dir / "scheme.yaml")
     asked = Scheme.from_yaml(SCHEMES / "ptq4sam-s44.yaml").with_overrides(*QUICK, "calibrate=2")

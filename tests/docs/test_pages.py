@@ -33,7 +33,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(fused.SWITCH, "0")
-    monkeypatch.setattr(fused._compiler, "_usable", False)
+    monkeypatch.setattr(fused._compiler, "_usable", {})
     for registry in (OBSERVERS, QUANTIZERS, METHODS):
         monkeypatch.setattr(registry, "_items", dict(registry._items))
     yield tmp_path

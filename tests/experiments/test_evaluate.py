@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from ptq4sam.data import CocoDataset, ImageFolder, ImageRecord
 from ptq4sam.errors import DataError
 from ptq4sam.evaluation import MaskScores, mask_ious
 from ptq4sam.evaluation.prompting import Prompting
-from ptq4sam.experiments.evaluate import Picture, evaluate_sam, has_truth
+from ptq4sam.experiments.evaluate import Picture, evaluate_sam, has_truth, select
 from ptq4sam.experiments.pictures import PictureWriter
 from ptq4sam.prompts import GroundTruth, Prompts, cached
 from ptq4sam.sam.checkpoint import load_sam
@@ -43,6 +44,15 @@ def test_mean_iou_compares_each_mask_with_its_own_object(sam: Sam, tiny: Tiny) -
         ious += mask_ious(picture.segmented.masks, truth).tolist()
     assert evaluation.metrics["mean_iou"] == pytest.approx(np.mean(ious))
     assert evaluation.masks == len(evaluation.results) == 4
+
+
+def test_boxes_that_are_used() -> None:
+    boxes = np.tile(np.array([1, 2, 3, 4], np.float32), (150, 1))
+    scores = np.linspace(1, 0, 150, dtype=np.float32)
+    prompts = Prompts(1, boxes, scores, np.ones(150, np.int64))
+    assert len(select(prompts, Prompting())) == 100
+    assert len(select(prompts, Prompting(max_per_image=None))) == 150
+    assert len(select(prompts, Prompting(max_per_image=None, score_threshold=0.5))) == 75
 
 
 def test_kept_ground_truth_is_still_ground_truth(tiny: Tiny, tmp_path: Path) -> None:
@@ -143,6 +153,18 @@ def test_categories_that_the_data_set_lacks_are_counted(
 def test_truth_is_known_of_annotated_data_only(tiny: Tiny) -> None:
     assert has_truth(CocoDataset(tiny.images(), tiny.annotations()))
     assert not has_truth(ImageFolder(tiny.images()))
+
+
+def test_what_cannot_be_scored_is_told_before_anything_is_segmented(
+    sam: Sam, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads(tiny.annotations().read_text())
+    del content["annotations"][0]["segmentation"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    dataset = CocoDataset(tiny.images(), tmp_path / "a.json", masks=False)
+    monkeypatch.setattr(sam, "embed", lambda pixels: pytest.fail("a picture was encoded"))
+    with pytest.raises(DataError, match=r"annotation id 1 of .*: scores need its mask"):
+        evaluate_sam(sam, dataset, GroundTruth(dataset), Prompting())
 
 
 def test_only_damaged_pictures(sam: Sam, tiny: Tiny, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_an_int8_encoder_that_is_scored_as_any_export(
     assert [line.split("  ")[0] for line in summary_table(metrics).splitlines()[1:]] == [
         "float",
         "NNCF INT8",
+        "image encoder quantized",
     ]
 
 

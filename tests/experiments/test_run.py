@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,8 +66,11 @@ def test_no_permission_on_an_output_is_found_at_once(
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Tests may run as root, for whom every folder is open.
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ConfigError, match="no permission"):
+    def refuse(path: Path, *_arguments: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(ConfigError, match=r"w: Permission denied: name another folder"):
         Run(settings).execute()
 
 
@@ -118,5 +120,7 @@ def test_summary_of_two_models_and_of_none() -> None:
     assert first.split() == ["float", "20.000"]
     assert second.split() == ["quantized", "12.346", "0.500"]
     assert audit == "audit passed"
+    del metrics["audit"]
+    assert summary_table({**metrics, "encoder": "float"}).endswith("\nimage encoder float")
     unscored = {"model": "vit_b", "masks": 7, "pictures": 2}
     assert summary_table(unscored) == "vit_b: 7 masks on 2 pictures"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq4sam.data import open_images
+from ptq4sam.data import CocoDataset
 from ptq4sam.data.scenes import write_scenes
 from ptq4sam.errors import ConfigError, DataError
 from ptq4sam.solver.datasets import NAMED, find_dataset, images_beside
@@ -40,7 +40,7 @@ def test_annotations_with_their_pictures_beside_them(scenes: tuple[Path, Path]) 
     images, annotations = scenes
     found = find_dataset(str(annotations))
     assert (found.images, found.annotations) == (images.resolve(), annotations)
-    assert len(open_images(found.images, found.annotations).images) == 2
+    assert len(CocoDataset(found.images, found.annotations).images) == 2
 
 
 @pytest.mark.parametrize(

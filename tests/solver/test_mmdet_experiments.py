@@ -64,11 +64,13 @@ def test_an_experiment_runs(
         f"data.images={tiny.images()}",
         f"data.annotations={tiny.annotations()}",
         "data.limit=1",
+        # The published YOLOX keeps boxes in any number; random weights give thousands.
+        "prompting.max_per_image=20",
     ]
     asked = ["--config", str(path), "--fp", "--work-dir", "run", "--out", "masks.json"]
     assert main([*asked, "--cfg-options", *options]) == 0
     assert "AP" in read_metrics(Path("run"))
     (kept,) = Path("work_dirs/prompts").glob("mmdet-*/*.json")
     boxes = json.loads(kept.read_text())["boxes"]
-    assert 0 < len(boxes) <= 100
-    assert len(json.loads(Path("masks.json").read_text())) == len(boxes)
+    assert boxes
+    assert len(json.loads(Path("masks.json").read_text())) == min(20, len(boxes))

@@ -66,7 +66,7 @@ def test_what_is_there_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(floats) == 1
     settings = sweep.trials[1].settings
     assert (settings.prompts, settings.model) == ("yolox:ckpt/yolox_l.pth", "vit_b")
-    assert (settings.prompting.score_threshold, settings.limit) == (0.01, None)
+    assert (settings.prompting.score_threshold, settings.limit) == (0.05, None)
     assert settings.scheme.recon is not None
     assert settings.scheme.recon.iters == 7
 

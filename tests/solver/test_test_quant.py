@@ -49,7 +49,10 @@ def test_quantizes_saves_and_loads(
     assert first["quantized"]
     assert list((tmp_path / "a" / "show").iterdir())
     # Without --quant-encoder only the decoder is quantized: 2 layers of 14 and the last attention.
-    assert first["audit"]["report"][0].startswith("audit passed: 32 layers")
+    head = first["audit"]["report"][0]
+    assert head.startswith("audit passed: 32 layers")
+    assert head.endswith("image encoder float")
+    assert (first["encoder"], first["encoder_quantized"]) == ("float", False)
     capsys.readouterr()
     assert main(command(tiny, "--load_sam_path", saved, "--work-dir", "b")) == 0
     assert numbers(read_metrics(tmp_path / "b")) == numbers(first)

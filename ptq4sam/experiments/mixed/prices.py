@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ptq4sam.deploy.cost import count, meta_sam, storage
+from ptq4sam.deploy.cost import Cost, count, meta_sam, storage
 from ptq4sam.deploy.operations import operations
 from ptq4sam.errors import ConfigError
 from ptq4sam.model.insertion import QuantizedSam, model_units
@@ -45,7 +46,11 @@ class Prices:
 
 
 def prices_of(
-    model: str, scheme: Scheme, quantize_encoder: bool, choices: Sequence[Bits]
+    model: str,
+    scheme: Scheme,
+    quantize_encoder: bool,
+    choices: Sequence[Bits],
+    image_size: int | None = None,
 ) -> Prices:
     """Count a model's units at all pairs of bits.
 
@@ -54,12 +59,13 @@ def prices_of(
         scheme: a scheme without exceptions.
         quantize_encoder: the encoder's units are among them.
         choices: pairs of bits.
+        image_size: side of the input in pixels; None for the model's own.
     """
     fixed = (0, 0)
     units: dict[str, dict[Bits, tuple[int, int]]] = {}
     half = scheme.float_weights == "float16"
     for bits in choices:
-        sam = meta_sam(model, scheme.with_bits(*bits), quantize_encoder)
+        sam = meta_sam(model, scheme.with_bits(*bits), quantize_encoder, image_size)
         if not isinstance(sam, QuantizedSam):
             raise TypeError("a scheme makes a quantized model")
         names = [name for name, _ in model_units(sam)]
@@ -95,7 +101,13 @@ class Budget:
         return tuple((name, place, limit) for name, place, limit in given if limit is not None)
 
 
-def read_budget(texts: Sequence[str], model: str, scheme: Scheme, quantize_encoder: bool) -> Budget:
+def read_budget(
+    texts: Sequence[str],
+    model: str,
+    scheme: Scheme,
+    quantize_encoder: bool,
+    image_size: int | None = None,
+) -> Budget:
     """A budget as people write it; of several limits on one thing the lowest holds.
 
     Args:
@@ -104,11 +116,13 @@ def read_budget(texts: Sequence[str], model: str, scheme: Scheme, quantize_encod
         model: name of the SAM.
         scheme: the scheme without its bits.
         quantize_encoder: quantize the encoder too.
+        image_size: side of the input in pixels; None for the model's own.
 
     Raises:
         ConfigError: a text is none of these.
     """
-    found = [_read(text.strip(), model, scheme, quantize_encoder) for text in texts]
+    counted = functools.partial(count, model, image_size=image_size)
+    found = [_read(text.strip(), counted, scheme, quantize_encoder) for text in texts]
     values = {
         field.name: [v for v in (getattr(one, field.name) for one in found) if v is not None]
         for field in dataclasses.fields(Budget)
@@ -116,13 +130,15 @@ def read_budget(texts: Sequence[str], model: str, scheme: Scheme, quantize_encod
     return Budget(**{name: min(those) if those else None for name, those in values.items()})
 
 
-def _read(text: str, model: str, scheme: Scheme, quantize_encoder: bool) -> Budget:
+def _read(
+    text: str, counted: Callable[..., Cost], scheme: Scheme, quantize_encoder: bool
+) -> Budget:
     if uniform := re.fullmatch(r"w(\d+)a(\d+)", text, re.IGNORECASE):
         at_bits = scheme.with_bits(int(uniform[1]), int(uniform[2]))
-        total = count(model, at_bits, quantize_encoder=quantize_encoder).total
+        total = counted(at_bits, quantize_encoder=quantize_encoder).total
         return Budget(total.weight_bytes, total.bit_operations)
     if share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
-        whole = count(model).total.float_weight_bytes
+        whole = counted().total.float_weight_bytes
         return Budget(bytes=int(whole * float(share[1]) / 100))
     if work := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)BOPs?", text, re.IGNORECASE):
         return Budget(bit_operations=int(float(work[1]) * _POWERS[work[2].upper()]))

@@ -21,16 +21,17 @@ from ptq4sam.experiments.mixed.prices import Bits, Budget, Prices, prices_of, re
 from ptq4sam.experiments.prepared import Preparation
 from ptq4sam.experiments.quantizing import JOURNAL
 from ptq4sam.experiments.reproducibility import versions
-from ptq4sam.experiments.run_log import logging_to
 from ptq4sam.experiments.sensitivity.effects import Effect
 from ptq4sam.experiments.sensitivity.study import ONLY, Study
 from ptq4sam.experiments.sensitivity.targets import targets_of
 from ptq4sam.experiments.settings import RunSettings
-from ptq4sam.files import replacing, write_json
+from ptq4sam.experiments.work_dir import working_in
+from ptq4sam.files import write_json, write_text
+from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.records import Record, unknown_key
-from ptq4sam.sam.checkpoint import load_sam
+from ptq4sam.sam.checkpoint import image_size_of, load_sam
 
 _log = logging.getLogger(__name__)
 
@@ -101,22 +102,21 @@ class Mixed:
         return [*units, *limits, f"sum of the units' errors: {self.error:.4g}"]
 
 
+@reproducible()
 def mix(settings: RunSettings, asked: MixedSettings, progress: Progress = silent) -> Mixed:
     """Measure each unit at each number of bits, choose, and write the scheme and mixed.json.
 
     Raises:
         ConfigError: the budget is below the least possible, or settings do not go together.
     """
-    settings.work_dir.mkdir(parents=True, exist_ok=True)
-    with logging_to(settings.work_dir / "run.log"):
+    with working_in(settings.work_dir):
         scheme, budget, prices = _frame(settings, asked)
         errors = _errors(settings, asked, scheme, progress)
         found = choose(scheme, prices, errors, budget)
         for line in found.lines():
             _log.info("%s", line)
         if parallel.is_first():
-            with replacing(asked.output) as temporary:
-                temporary.write_text(found.scheme.to_yaml(), encoding="utf-8")
+            write_text(found.scheme.to_yaml(), asked.output)
             write_json(_content(settings, asked, found, errors), settings.work_dir / "mixed.json")
         Preparation(settings).forget_journal()
     return found
@@ -144,9 +144,10 @@ def _frame(settings: RunSettings, asked: MixedSettings) -> tuple[Scheme, Budget,
     if scheme.units:
         raise ConfigError("the scheme has units of other bits already: give one without `units`")
     model, encoder = settings.float_model, settings.quantize_encoder
-    budget = read_budget(asked.budget, model, scheme, encoder)
+    side = image_size_of(model, settings.checkpoint)
+    budget = read_budget(asked.budget, model, scheme, encoder, side)
     bits = sorted({*asked.bits})
-    prices = prices_of(model, scheme, encoder, list(itertools.product(bits, bits)))
+    prices = prices_of(model, scheme, encoder, list(itertools.product(bits, bits)), side)
     require_possible(budget, prices, (bits[0], bits[0]))
     return scheme, budget, prices
 

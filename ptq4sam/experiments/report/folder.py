@@ -10,11 +10,11 @@ from typing import Any
 from ptq4sam.errors import DataError
 from ptq4sam.experiments.quantizing import JOURNAL
 from ptq4sam.experiments.record import RECORD, RunRecord, UnitRecord, unit_records
-from ptq4sam.experiments.run_log import ENDED
+from ptq4sam.experiments.run_log import ENDED, LOG
 from ptq4sam.files import read_json
 from ptq4sam.model.journal import INDEX
 
-METRICS, LOG, SCHEME, SENSITIVITY = "metrics.json", "run.log", "scheme.yaml", "sensitivity.json"
+METRICS, SCHEME, SENSITIVITY = "metrics.json", "scheme.yaml", "sensitivity.json"
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def run_page(run: RunFolder) -> Page:
         # A model that was quantized before says itself what of it is.
         asked = bool(metrics.get("asked", {}).get("quantize_encoder", True))
         encoder = metrics.get("encoder_quantized", asked)
-        cost = cost_section(metrics["model"], run.scheme, encoder)
+        cost = cost_section(metrics["model"], run.scheme, encoder, metrics.get("image_size"))
         if run.record is not None and run.record.file:
             cost = Section(
                 cost.id, cost.title, [*cost.blocks, file_table(run.record.file)], cost.intro
@@ -101,7 +101,9 @@ def _described(run: RunFolder) -> str:
     weights, activations = scheme["w_qconfig"]["bit"], scheme["a_qconfig"]["bit"]
     methods = [name for name in ("BIG", "AGQ") if scheme["ptq4sam"][name]]
     methods += ["reconstruction"] if scheme.get("recon") else []
-    return f"W{weights}A{activations}" + (f", {' + '.join(methods)}" if methods else "")
+    told = f"W{weights}A{activations}" + (f", {' + '.join(methods)}" if methods else "")
+    encoder = run.metrics.get("encoder", "quantized")
+    return told if encoder == "quantized" else f"{told}, image encoder {encoder}"
 
 
 def _banners(run: RunFolder) -> list[Banner]:

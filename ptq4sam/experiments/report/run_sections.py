@@ -190,7 +190,9 @@ def _sensitivity_table(targets: Sequence[Mapping[str, Any]], grain: str) -> Tabl
     return Table(f"Effects by {grain}", head, rows)
 
 
-def cost_section(model: str, scheme: str, quantize_encoder: bool) -> Section:
+def cost_section(
+    model: str, scheme: str, quantize_encoder: bool, image_size: int | None = None
+) -> Section:
     """Size and operations against the float model, counted from the scheme."""
     import yaml
 
@@ -199,7 +201,10 @@ def cost_section(model: str, scheme: str, quantize_encoder: bool) -> Section:
     from ptq4sam.quantization.scheme import Scheme
 
     found = count(
-        model, Scheme.from_dict(yaml.safe_load(scheme)), quantize_encoder=quantize_encoder
+        model,
+        Scheme.from_dict(yaml.safe_load(scheme)),
+        quantize_encoder=quantize_encoder,
+        image_size=image_size,
     )
     total = found.total
     parts = [part for part in found.parts if part.float_weight_bytes or part.macs]

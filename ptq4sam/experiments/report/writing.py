@@ -10,7 +10,7 @@ from ptq4sam.experiments.report.page import render
 from ptq4sam.experiments.report.run_report import run_page
 from ptq4sam.experiments.report.sweep_report import sweep_page
 from ptq4sam.experiments.sweep.tasks import Folder
-from ptq4sam.files import replacing
+from ptq4sam.files import write_text
 
 REPORT = "report.html"
 """Its name where none is given."""
@@ -35,6 +35,5 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     sweep = Folder(folder)
     page = sweep_page(sweep) if sweep.store.exists() else run_page(RunFolder.read(folder))
     text = render(page)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(text, path)
     return path

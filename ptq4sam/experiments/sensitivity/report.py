@@ -28,7 +28,7 @@ from typing import Any
 
 from ptq4sam.experiments.sensitivity.effects import Effect
 from ptq4sam.experiments.sensitivity.targets import Target
-from ptq4sam.files import replacing, write_json
+from ptq4sam.files import write_json, write_text
 
 COLUMNS = (
     ("logits_sqnr_db", "dB", 1),
@@ -112,8 +112,7 @@ class Sensitivities:
         """Write sensitivity.json and sensitivity.csv; returns the files."""
         paths = [folder / "sensitivity.json", folder / "sensitivity.csv"]
         write_json(self.to_dict(), paths[0])
-        with replacing(paths[1]) as temporary:
-            temporary.write_text(_csv(self.rows), encoding="utf-8")
+        write_text(_csv(self.rows), paths[1])
         return paths
 
     def lines(self) -> list[list[str]]:

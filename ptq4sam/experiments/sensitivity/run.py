@@ -16,13 +16,14 @@ from ptq4sam.experiments.measurements import Measurements
 from ptq4sam.experiments.prepared import Preparation, Prepared, digest
 from ptq4sam.experiments.quantizing import JOURNAL
 from ptq4sam.experiments.reproducibility import versions
-from ptq4sam.experiments.run_log import logging_to
 from ptq4sam.experiments.sensitivity.effects import METRICS, Effect
 from ptq4sam.experiments.sensitivity.report import Row, Sensitivities
 from ptq4sam.experiments.sensitivity.study import ALL_BUT, FLOAT, ONLY, QUANTIZED, Key, Study
 from ptq4sam.experiments.sensitivity.targets import ROLES, Target, targets_of
 from ptq4sam.experiments.settings import RunSettings
+from ptq4sam.experiments.work_dir import working_in
 from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import GroundTruth
 from ptq4sam.quantization.modes import quantizers
@@ -64,6 +65,7 @@ class StudySettings(Record):
             raise unknown_key(self.metric, METRICS).within("metric")
 
 
+@reproducible()
 def study_model(
     settings: RunSettings, asked: StudySettings, progress: Progress = silent
 ) -> Sensitivities:
@@ -73,8 +75,7 @@ def study_model(
         ConfigError: what was asked for does not go together.
     """
     preparation = Preparation(settings, progress)
-    settings.work_dir.mkdir(parents=True, exist_ok=True)
-    with logging_to(settings.work_dir / "run.log"):
+    with working_in(settings.work_dir):
         # Before hours of quantization: what is measured there, and what is not there at all.
         metric = _metric(asked.metric, preparation)
         planned_targets(settings, asked)

@@ -6,16 +6,22 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 from ptq4sam.experiments.sweep.tasks import Outcome, Task
+
+if sys.platform == "win32":
+    from multiprocessing.connection import PipeConnection as Connection
+else:
+    from multiprocessing.connection import Connection
 
 _SPAWN = multiprocessing.get_context("spawn")
 _FAREWELL = 3.0
@@ -155,13 +161,15 @@ def _serve(make: Make, number: int, count: int, connection: Connection, log: Pat
     # The parent decides what an interruption means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    worker = make(number, count)
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            connection.send(worker.do(connection.recv()))
+        # Python's own streams of a Windows console do not follow their descriptors.
+        sys.stdout = sys.stderr = file
+        worker = make(number, count)
+        with contextlib.suppress(EOFError, BrokenPipeError):
+            while True:
+                connection.send(worker.do(connection.recv()))
 
 
 def _end_with_parent() -> None:
@@ -178,7 +186,7 @@ def _end_with_parent() -> None:
 
 def _death(process: BaseProcess) -> str:
     code = process.exitcode
-    if code == -signal.SIGKILL:
+    if sys.platform != "win32" and code == -signal.SIGKILL:
         return (
             "its worker was killed (signal 9), as the system does when memory is used up: use "
             "fewer --jobs, or calibrate on fewer pictures"

@@ -16,6 +16,7 @@ from ptq4sam.experiments.sweep.scheduler import State, schedule
 from ptq4sam.experiments.sweep.settings import TrialSettings
 from ptq4sam.experiments.sweep.store import Store
 from ptq4sam.experiments.sweep.tasks import Folder, Task, plan
+from ptq4sam.machine import cores
 
 if TYPE_CHECKING:
     from ptq4sam.experiments.sweep.worker import Worker
@@ -92,7 +93,7 @@ def _pool(crew: Crew, folder: Folder, tasks: Sequence[Task]) -> Iterator[tuple[P
             yield cluster, cluster.free
         return
     jobs = min(crew.jobs or 1, len(tasks))
-    threads = max(1, _cores() // jobs)
+    threads = max(1, cores() // jobs)
     make = functools.partial(make_worker, folder, threads)
     environment = functools.partial(_environment, threads)
     with Processes(make, jobs, folder.path / "workers", environment) as processes:
@@ -113,11 +114,6 @@ def make_worker(folder: Folder, threads: int | None, number: int, neighbours: in
 
     keep_freed_memory()
     return Worker(folder, neighbours, f"worker {number}", threads)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _environment(threads: int, number: int) -> dict[str, str]:

@@ -16,6 +16,7 @@ from ptq4sam.data.images import check_limit
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.experiments.settings import DEFAULT_MODEL, DataSettings
+from ptq4sam.prompts.spec import is_boxes_file
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.records import FieldError, Record
 from ptq4sam.sam.registry import VARIANTS
@@ -83,7 +84,7 @@ class TrialSettings(Record):
             raise FieldError(
                 missing, "missing; pictures to evaluate and to calibrate on go together"
             )
-        if self.calibration_prompts is None and self.prompts.endswith(".json"):
+        if self.calibration_prompts is None and is_boxes_file(self.prompts):
             raise FieldError(
                 "calibration_prompts", f"missing; the boxes of {self.prompts} are of other pictures"
             )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +15,7 @@ from typing import Any
 
 from ptq4sam.errors import StoreError
 from ptq4sam.files import finite
+from ptq4sam.locks import alone_in
 
 _APPLICATION = 0x50345341
 """Marks the file as ours (SQLite's application_id)."""
@@ -84,35 +86,26 @@ class TrialRecord:
 class Store:
     """The file; use it in a `with` block.
 
-    It is in WAL mode: others may read it while a sweep writes. One sweep at a time has it, for
-    which a lock file lies beside it.
+    It is in WAL mode: others may read it while a sweep writes. One sweep at a time has it, and its
+    folder.
 
     Args:
         path: made where it is missing.
 
     Raises:
-        StoreError: another sweep has it, or it is damaged, of another program or newer.
+        StoreError: another run uses the folder, or the file is damaged, of another program or
+            newer.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = path.with_name(f"{path.name}.lock").open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise StoreError(
-                f"{path} belongs to a sweep that is running: wait for its end, or name another "
-                "--work-dir"
-            ) from None
-        try:
-            with _named_errors(self.path):
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(alone_in(path.parent))
+            with _named_errors(path):
                 self._connection = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
+                opened.callback(self._connection.close)
                 self._open()
-        except BaseException:
-            self._lock.close()
-            raise
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Store:
         return self
@@ -123,8 +116,7 @@ class Store:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._connection.close()
-        self._lock.close()
+        self._opened.close()
 
     def append(self, record: TrialRecord) -> None:
         """Add a record; it is there for good when this returns.
@@ -226,9 +218,10 @@ def _named_errors(path: Path) -> Iterator[None]:
                 f"{path} has been locked by another program for {_PATIENCE:.0f} s: close "
                 "that, then start the sweep again, which goes on where it was"
             ) from error
+        problem = os.strerror(errno.ENOSPC) if "is full" in str(error) else str(error)
         raise StoreError(
-            f"{path} cannot be used ({error}): make room or get permission, then start "
-            "the sweep again, which goes on where it was"
+            f"{path}: {problem}: make room or get permission, then start the sweep again, which "
+            "goes on where it was"
         ) from error
     except (sqlite3.DatabaseError, ValueError) as error:
         raise _damaged(path, str(error)) from error

@@ -13,7 +13,7 @@ from typing import Any
 from ptq4sam.experiments.summary import COLUMNS
 from ptq4sam.experiments.sweep.grid import Sweep, Trial, short, shown
 from ptq4sam.experiments.sweep.store import TrialRecord
-from ptq4sam.files import replacing
+from ptq4sam.files import write_text
 
 _SEED = "seed"
 _CHANGE = "change"
@@ -162,8 +162,7 @@ def write(sweep: Sweep, found: Sequence[Row], folder: Path) -> list[Path]:
         ("sweep.md", markdown(sweep, found)),
         ("sweep.csv", csv_text(sweep, found)),
     ):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_text(content, folder / name)
         written.append(folder / name)
     return written
 

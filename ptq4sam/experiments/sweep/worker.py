@@ -15,8 +15,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from ptq4sam.data import ImageSet, open_images
-from ptq4sam.errors import CalibrationError, ConfigError, Ptq4samError, is_out_of_memory
+from ptq4sam.data import ImageSet
+from ptq4sam.errors import (
+    CalibrationError,
+    ConfigError,
+    Ptq4samError,
+    gpu_memory_advice,
+    in_one_line,
+    is_out_of_memory,
+)
 from ptq4sam.experiments.auditing import audit_model
 from ptq4sam.experiments.calibration import CalibrationPictures, calibration_pictures
 from ptq4sam.experiments.evaluate import evaluate_sam
@@ -35,12 +42,14 @@ from ptq4sam.experiments.sweep.tasks import (
     float_key,
 )
 from ptq4sam.files import write_json
-from ptq4sam.model.cache import ActivationCache, free_memory
+from ptq4sam.model.cache import ActivationCache
 from ptq4sam.model.calibrated import CalibratedState
 from ptq4sam.model.calibration import calibrate
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.model.journal import Journal, run_fingerprint
+from ptq4sam.model.memory import free_memory, working_bytes
 from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.numerics import reproducible
 from ptq4sam.prompts import PromptSource, cached, open_prompts
 from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.model import Sam
@@ -73,6 +82,7 @@ class Worker:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
 
+    @reproducible()
     def do(self, task: Task) -> Outcome:
         """Do a task; whatever goes wrong is in the outcome."""
         stages = Stages()
@@ -136,7 +146,10 @@ class Worker:
             )
         items = self._items(settings)
         own = not scheme.recon.keep_gpu and sam.device.type != "cpu"
-        budget = 0 if own else free_memory(sam.device) // (2 * self.workers)
+        free = free_memory(sam.device)
+        if sam.device.type != "cpu":
+            free = max(0, free - working_bytes(sam))
+        budget = 0 if own else free // (2 * self.workers)
         folder = self.folder.journal(task.key)
         return quantize_sam(
             sam,
@@ -210,7 +223,7 @@ class Worker:
 
     def _items(self, settings: TrialSettings) -> CalibrationPictures:
         data, spec = self._data(settings, "train"), settings.boxes_to_calibrate
-        dataset, source = self._pictures(settings, data, None, spec)
+        dataset, source = self._pictures(settings, data, None, spec, masks=False)
         sam, size, prompting = self._sam(settings), settings.scheme.calibrate, settings.prompting
         return self._keep(
             "items",
@@ -226,17 +239,22 @@ class Worker:
         return DataSettings(scenes / "images" / split, scenes / "annotations" / f"{split}.json")
 
     def _pictures(
-        self, settings: TrialSettings, data: DataSettings, limit: int | None, spec: str
+        self,
+        settings: TrialSettings,
+        data: DataSettings,
+        limit: int | None,
+        spec: str,
+        masks: bool = True,
     ) -> tuple[ImageSet, PromptSource]:
-        """A data set and its boxes."""
+        """A data set and its boxes; with or without a need of masks."""
         device = _device(settings)
 
         def load() -> tuple[ImageSet, PromptSource]:
-            dataset = open_images(data.images, data.annotations, limit=limit)
+            dataset = data.open(limit=limit, masks=masks)
             source = open_prompts(spec, dataset, device)
             return dataset, cached(source, dataset, self.folder.boxes)
 
-        return self._keep("pictures", (data, limit, spec, device), load)
+        return self._keep("pictures", (data, limit, spec, device, masks), load)
 
     def _float_results(self, settings: TrialSettings) -> FloatResults:
         path = self.folder.result("float", float_key(settings))
@@ -278,9 +296,12 @@ def _versions() -> dict[str, str]:
 
 def _in_one_line(error: Exception) -> str:
     """An error as a record has it."""
+    if isinstance(error, OSError):
+        return in_one_line(error)
     what = " ".join(str(error).split())
     if is_out_of_memory(error):
-        return f"out of memory ({what[:200] or 'in Python'}): calibrate on fewer pictures"
+        told = what[:200] or "in Python"
+        return f"out of memory ({told}): calibrate on fewer pictures{gpu_memory_advice(error)}"
     return what if isinstance(error, Ptq4samError) else f"{type(error).__name__}: {what[:500]}"
 
 

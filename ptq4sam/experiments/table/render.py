@@ -13,7 +13,7 @@ from rich.text import Text
 from ptq4sam.errors import ConfigError
 from ptq4sam.experiments.table.published import MARKS, METHODS
 from ptq4sam.experiments.table.rows import MissingInput, Row
-from ptq4sam.files import replacing
+from ptq4sam.files import write_text
 
 _INFLATED = "*"
 _TITLES = (
@@ -197,8 +197,7 @@ def write(path: Path, rows: Sequence[Row], title: str, notes: Sequence[str]) -> 
         ".csv": lambda: csv_text(rows),
         ".tex": lambda: latex(rows, title, notes),
     }
-    with replacing(path) as temporary:
-        temporary.write_text(forms[path.suffix](), encoding="utf-8")
+    write_text(forms[path.suffix](), path)
 
 
 def _used(lines: Sequence[Sequence[str]]) -> list[int]:

@@ -76,13 +76,14 @@ def test_an_impossible_program_is_told() -> None:
         allocate({"a": [Option("w4a4", 0.0, (5,))]}, [4])
 
 
-@pytest.mark.parametrize("encoder", [True, False])
-def test_prices_are_what_cost_counts(scheme: Scheme, encoder: bool) -> None:
-    prices = prices_of("vit_nano", scheme, encoder, PAIRS)
+@pytest.mark.parametrize(("encoder", "side"), [(True, None), (False, None), (True, 128)])
+def test_prices_are_what_cost_counts(scheme: Scheme, encoder: bool, side: int | None) -> None:
+    prices = prices_of("vit_nano", scheme, encoder, PAIRS, side)
     draw = random.Random(0)
     chosen = {unit: draw.choice(PAIRS) for unit in prices.units}
     levels: dict[str, int | str] = {unit: f"w{w}a{a}" for unit, (w, a) in chosen.items()}
-    total = count("vit_nano", scheme.with_units(levels), quantize_encoder=encoder).total
+    mixed = scheme.with_units(levels)
+    total = count("vit_nano", mixed, quantize_encoder=encoder, image_size=side).total
     assert prices.total(chosen) == (total.weight_bytes, total.bit_operations)
 
 

@@ -211,5 +211,8 @@ def test_operations_are_those_of_what_is_quantized(folder: Path) -> None:
 
     whole = storage()
     metrics = json.loads((folder / "metrics.json").read_text())
-    write_json({**metrics, "encoder_quantized": False}, folder / "metrics.json")
+    assert "image encoder float" not in write_report(folder).read_text()
+    told = {"encoder": "float", "encoder_quantized": False}
+    write_json({**metrics, **told}, folder / "metrics.json")
     assert storage() < whole / 2
+    assert "image encoder float" in write_report(folder).read_text()
