@@ -43,6 +43,6 @@ def data_sets(work_dir: Path, coco_mini: Path | None) -> list[Data]:
 def machine() -> str:
     """Number of cores and kind of processor."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"

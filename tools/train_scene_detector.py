@@ -19,13 +19,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Before torch, which then knows how its threads wait.
+from ptq4sam.data.scenes import Scene, generate_scene, write_scenes
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ptq4sam.data.scenes import Scene, generate_scene, write_scenes
 from ptq4sam.prompts.scene_detector import SceneDetector, build_scene_detector, fold_batch_norms
 
 logger = logging.getLogger("train_scene_detector")

@@ -20,12 +20,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Before torch, which then knows how its threads wait.
+from ptq4sam.allocator import keep_freed_memory
+
+# isort: split
 import numpy as np
 import torch
 from data_sets import Data, data_sets, machine
 from torch import Tensor
 
-from ptq4sam.allocator import keep_freed_memory
 from ptq4sam.cli import main as ptq4sam
 from ptq4sam.data import CocoDataset
 from ptq4sam.deploy.backends import open_backend

@@ -142,7 +142,9 @@ do not compare with those of the official SAM.
 Mean IoU and agreement (mean IoU with the float model's masks) are with ground-truth boxes; change
 is in points of mean IoU. QDrop and PTQ4SAM-L reconstruct {steps} steps a unit with learning rates
 raised to match (published: 20,000 steps); {calibration} calibration pictures; the image encoder is
-quantized too. Every quantized model passed the audit.
+quantized too. Each row is one run, of one seed: figures that lie a few tenths apart, or AP a point,
+may change their order with another (docs/experiments.md has deviations over three seeds). Every
+quantized model passed the audit.
 """
 
 
