@@ -57,7 +57,7 @@ def test_the_border_of_the_picture_is_a_border() -> None:
 def test_the_larger_error_is_clicked_at_by_its_kind() -> None:
     truth = rectangle(10, 10, 30, 30)
     too_much = truth | rectangle(0, 40, 40, 60)
-    assert next_click(truth, too_much) == ((49.0, 9.0), 0) or next_click(truth, too_much)[1] == 0
+    assert next_click(truth, too_much) == ((49.0, 9.0), 0)
     too_little = truth & ~rectangle(10, 10, 30, 25)
     (x, y), label = next_click(truth, too_little)
     assert label == 1
