@@ -17,10 +17,11 @@ lint:
 	./environment.sh test dev
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
+	$(bin)/lint-imports
 	$(bin)/mypy
 	$(bin)/mypy --platform win32 --cache-dir .mypy_cache/win32
 	$(bin)/mypy --platform darwin --cache-dir .mypy_cache/darwin
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

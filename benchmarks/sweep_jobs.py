@@ -19,7 +19,7 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 
-from ptq4sam.experiments.sweep.store import Store, TrialRecord
+from ptq4sam.sweep.store import Store, TrialRecord
 
 _ROOT = Path(__file__).resolve().parents[1]
 

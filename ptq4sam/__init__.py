@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ptq4sam.threads import wait_asleep
+from ptq4sam.version import __version__
 
 if TYPE_CHECKING:
     from ptq4sam.api import evaluate, quantize
@@ -22,12 +23,11 @@ if TYPE_CHECKING:
     from ptq4sam.quantization.scheme import Scheme
     from ptq4sam.sam.checkpoint import load_sam
 
-__version__ = "0.1.0"
-
 __all__ = [
     "CocoDataset",
     "ImageFolder",
     "Scheme",
+    "__version__",
     "evaluate",
     "load",
     "load_sam",

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ptq4sam.data import ImageSet
+from ptq4sam.evaluation.evaluate import evaluate_sam
 from ptq4sam.evaluation.prompting import Prompting
-from ptq4sam.experiments.calibration import calibration_pictures
-from ptq4sam.experiments.evaluate import evaluate_sam
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.quantize import quantize_sam
@@ -16,6 +15,7 @@ from ptq4sam.numerics import reproducible, require_float64
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import GroundTruth, PromptSource, open_prompts
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.runs.calibration import calibration_pictures
 from ptq4sam.sam.model import Sam
 
 

@@ -10,8 +10,8 @@ import torch
 import ptq4sam
 from ptq4sam.errors import ConfigError, DataError
 from ptq4sam.evaluation.prompting import Prompting
-from ptq4sam.experiments.calibration import calibration_pictures
 from ptq4sam.prompts import GroundTruth
+from ptq4sam.runs.calibration import calibration_pictures
 from ptq4sam.sam.predictor import Predictor
 from tests.tiny_runs import QUICK, SCHEMES, Tiny
 

@@ -9,8 +9,8 @@ import torch
 
 import ptq4sam
 from ptq4sam.data import CocoDataset
-from ptq4sam.experiments.auditing import audit_model
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.runs.auditing import audit_model
 from tests.device_watch import FACTORIES, PACKAGE, DefaultDevice
 from tests.tiny_runs import QUICK, SCHEMES
 from tests.tiny_sams import TinySam

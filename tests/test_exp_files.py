@@ -11,7 +11,7 @@ from ptq4sam.data.images import ImageSet
 from ptq4sam.downloads import find_asset
 from ptq4sam.prompts import DetrDetector, open_prompts
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.solver.experiment import ExperimentConfig
+from ptq4sam.runs.configs.experiment import ExperimentConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ["minmax", "percentile", "omse", "ptq4sam-s", "adaround", "brecq", "qdrop", "ptq4sam-l"]

@@ -10,8 +10,8 @@ import torch
 
 from ptq4sam import numerics
 from ptq4sam.errors import ConfigError
-from ptq4sam.experiments.settings import find_device
 from ptq4sam.numerics import description, float32_products, reproducible, require_float64
+from ptq4sam.runs.settings import find_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 backends: Any = torch.backends

@@ -21,12 +21,12 @@ from torch import nn
 import ptq4sam
 from ptq4sam.data.scenes import write_scenes
 from ptq4sam.errors import is_out_of_memory
-from ptq4sam.experiments.auditing import audit_model
-from ptq4sam.experiments.reproducibility import versions
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.memory import free_memory
 from ptq4sam.quantization.grid import Grid, fake_quantize
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.runs.auditing import audit_model
+from ptq4sam.runs.reproducibility import versions
 from ptq4sam.sam.predictor import Predictor
 
 T = TypeVar("T")

@@ -33,12 +33,12 @@ from ptq4sam.cli import main as ptq4sam
 from ptq4sam.data import CocoDataset
 from ptq4sam.deploy.backends import open_backend
 from ptq4sam.deploy.storage import load
+from ptq4sam.evaluation.evaluate import evaluate_sam
 from ptq4sam.evaluation.prompting import Prompting
-from ptq4sam.experiments.evaluate import evaluate_sam
-from ptq4sam.experiments.reproducibility import versions
-from ptq4sam.experiments.verifying import GOAL
 from ptq4sam.files import replacing, write_json
 from ptq4sam.prompts import GroundTruth
+from ptq4sam.runs.reproducibility import versions
+from ptq4sam.runs.verifying import GOAL
 from ptq4sam.sam.checkpoint import EMBEDDED_FILE, load_sam
 from ptq4sam.sam.model import PromptableModel, Sam
 from ptq4sam.sam.predictor import Predictor

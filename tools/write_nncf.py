@@ -33,12 +33,12 @@ from ptq4sam.data import CocoDataset
 from ptq4sam.data.segmentation import encode_masks
 from ptq4sam.deploy.exported import ExportedSam, open_exported
 from ptq4sam.evaluation import best_ious
+from ptq4sam.evaluation.evaluate import evaluate_sam
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.everything import EverythingSettings, MaskGenerator
-from ptq4sam.experiments.evaluate import evaluate_sam
-from ptq4sam.experiments.reproducibility import versions
 from ptq4sam.files import replacing, write_json
 from ptq4sam.prompts import GroundTruth
+from ptq4sam.runs.reproducibility import versions
 from ptq4sam.sam.predictor import Predictor
 
 _log = logging.getLogger("write_nncf")

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     from ptq4sam.deploy.storage import load
-    from ptq4sam.experiments.auditing import audit_model
+    from ptq4sam.runs.auditing import audit_model
 
     report = audit_model(load(parsed.model))
     sys.stdout.write("\n".join(report.lines()) + "\n")

@@ -13,6 +13,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
-    from ptq4sam.experiments.demo import run_demo
+    from ptq4sam.runs.demo import run_demo
 
     return run_demo(parsed.work_dir)

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
-    from ptq4sam.experiments.requests import execute, settings_from_arguments
+    from ptq4sam.commands.requests import execute, settings_from_arguments
 
     settings = settings_from_arguments(
         parsed,

@@ -43,10 +43,10 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam.deploy.backends import check_backend, choose_backend
     from ptq4sam.downloads import Missing
     from ptq4sam.everything import EverythingSettings
-    from ptq4sam.experiments.everything import open_model, open_pictures, segment_everything
-    from ptq4sam.experiments.needed import look_for_sam
-    from ptq4sam.experiments.settings import find_device
     from ptq4sam.progress import bars
+    from ptq4sam.runs.everything import open_model, open_pictures, segment_everything
+    from ptq4sam.runs.needed import look_for_sam
+    from ptq4sam.runs.settings import find_device
     from ptq4sam.sizes import parse_bytes
 
     settings = EverythingSettings().with_overrides(*parsed.options)

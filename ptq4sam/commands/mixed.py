@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Measure, choose, write, and show what was chosen."""
     from ptq4sam import parallel
-    from ptq4sam.experiments.mixed.run import MixedSettings, mix, plan_lines
-    from ptq4sam.experiments.requests import settings_from_arguments
+    from ptq4sam.commands.requests import settings_from_arguments
     from ptq4sam.progress import bars
+    from ptq4sam.studies.mixed.run import MixedSettings, mix, plan_lines
 
     asked = MixedSettings(
         budget=tuple(parsed.budget),

@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     from ptq4sam import parallel
-    from ptq4sam.experiments.detecting import detect
-    from ptq4sam.experiments.settings import DataSettings
     from ptq4sam.progress import bars
-    from ptq4sam.solver.datasets import find_dataset
+    from ptq4sam.runs.configs.datasets import find_dataset
+    from ptq4sam.runs.detecting import detect
+    from ptq4sam.runs.settings import DataSettings
 
     limit = parsed.limit
     if parsed.dataset is not None:

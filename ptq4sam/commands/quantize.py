@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
-    from ptq4sam.experiments.requests import (
+    from ptq4sam.commands.requests import (
         accuracy_settings,
         execute,
         settings_from_arguments,
@@ -65,8 +65,8 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _quantize_by_nncf(parsed: argparse.Namespace) -> int:
-    from ptq4sam.experiments.nncf import quantize_by_nncf
-    from ptq4sam.experiments.requests import nncf_request
+    from ptq4sam.commands.requests import nncf_request
+    from ptq4sam.runs.nncf import quantize_by_nncf
 
     quantize_by_nncf(nncf_request(parsed))
     sys.stdout.write(

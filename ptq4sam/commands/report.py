@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Write the page."""
-    from ptq4sam.experiments.report.writing import write_report
+    from ptq4sam.report.writing import write_report
     from ptq4sam.sizes import format_bytes
 
     path = write_report(parsed.folder, parsed.output)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ptq4sam.commands.flags import add_run_arguments
 
 if TYPE_CHECKING:
-    from ptq4sam.experiments.sensitivity.report import Sensitivities
+    from ptq4sam.studies.sensitivity.report import Sensitivities
 
 _WIDTH = 160
 
@@ -62,10 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Study, write, and show the worst."""
     from ptq4sam import parallel
-    from ptq4sam.experiments.requests import settings_from_arguments
-    from ptq4sam.experiments.sensitivity.run import StudySettings, planned_targets, study_model
-    from ptq4sam.experiments.sensitivity.targets import ROLES
+    from ptq4sam.commands.requests import settings_from_arguments
     from ptq4sam.progress import bars
+    from ptq4sam.studies.sensitivity.run import StudySettings, planned_targets, study_model
+    from ptq4sam.studies.sensitivity.targets import ROLES
 
     asked = StudySettings(
         grains=tuple(parsed.by),

@@ -14,9 +14,9 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.records import split_assignment
 
 if TYPE_CHECKING:
-    from ptq4sam.experiments.sweep.grid import Sweep
-    from ptq4sam.experiments.sweep.store import Store
-    from ptq4sam.experiments.sweep.tasks import Folder
+    from ptq4sam.sweep.grid import Sweep
+    from ptq4sam.sweep.store import Store
+    from ptq4sam.sweep.tasks import Folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,10 +70,10 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do what is left of a sweep and show all of it; 1 where trials have failed."""
-    from ptq4sam.experiments.sweep.grid import read_sweep
-    from ptq4sam.experiments.sweep.settings import require_pictures
-    from ptq4sam.experiments.sweep.store import Store
-    from ptq4sam.experiments.sweep.tasks import Folder
+    from ptq4sam.sweep.grid import read_sweep
+    from ptq4sam.sweep.settings import require_pictures
+    from ptq4sam.sweep.store import Store
+    from ptq4sam.sweep.tasks import Folder
 
     require_jobs(parsed.jobs)
     sweep = read_sweep(parsed.file, overrides(parsed))
@@ -128,10 +128,10 @@ def pictures(parsed: argparse.Namespace) -> dict[str, dict[str, str]]:
 def _go_on(parsed: argparse.Namespace, sweep: Sweep, folder: Folder, store: Store) -> int:
     from rich.console import Console
 
-    from ptq4sam.experiments.sweep.description import write_description
-    from ptq4sam.experiments.sweep.live import tell
-    from ptq4sam.experiments.sweep.running import Crew, finish
-    from ptq4sam.experiments.sweep.summary import rows, write
+    from ptq4sam.sweep.description import write_description
+    from ptq4sam.sweep.live import tell
+    from ptq4sam.sweep.running import Crew, finish
+    from ptq4sam.sweep.summary import rows, write
 
     write_description(sweep, folder.description)
     state = finish(sweep, folder, store, Crew(parsed.jobs, parsed.ray), parsed.retry_failed)

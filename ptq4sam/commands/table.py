@@ -18,8 +18,8 @@ from ptq4sam.commands.sweep import (
 from ptq4sam.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ptq4sam.experiments.table.rows import Cell, Row
-    from ptq4sam.solver.table import Request
+    from ptq4sam.studies.table.cells import Request
+    from ptq4sam.studies.table.rows import Cell, Row
 
 _TABLES = ("coco",)
 
@@ -75,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do what is left of the table and show all of it; 1 where cells have failed."""
-    from ptq4sam.experiments.table import render
-    from ptq4sam.solver.table import Table, one_of
+    from ptq4sam.studies.table import render
+    from ptq4sam.studies.table.cells import Table, one_of
 
     one_of("name", parsed.table, _TABLES)
     require_jobs(parsed.jobs)
@@ -97,8 +97,8 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _request(parsed: argparse.Namespace) -> Request:
-    from ptq4sam.experiments.sweep.settings import Pictures
-    from ptq4sam.solver.table import Request
+    from ptq4sam.studies.table.cells import Request
+    from ptq4sam.sweep.settings import Pictures
 
     given = pictures(parsed)
     if parsed.coco_mini is not None:
@@ -130,10 +130,10 @@ def _request(parsed: argparse.Namespace) -> Request:
 
 def _fill(parsed: argparse.Namespace, cells: Sequence[Cell]) -> list[Row]:
     """Run what is present and has not ended before."""
-    from ptq4sam.experiments.sweep.running import Crew, finish
-    from ptq4sam.experiments.sweep.store import Store
-    from ptq4sam.experiments.sweep.tasks import Folder
-    from ptq4sam.experiments.table.rows import rows, sweep_of
+    from ptq4sam.studies.table.rows import rows, sweep_of
+    from ptq4sam.sweep.running import Crew, finish
+    from ptq4sam.sweep.store import Store
+    from ptq4sam.sweep.tasks import Folder
 
     folder = Folder(parsed.work_dir or Path("work_dirs") / "table" / parsed.profile)
     sweep, floats = sweep_of(f"table {parsed.table}", cells)
@@ -144,7 +144,7 @@ def _fill(parsed: argparse.Namespace, cells: Sequence[Cell]) -> list[Row]:
 
 
 def _list(cells: Sequence[Cell]) -> None:
-    from ptq4sam.experiments.table.render import how_to_get
+    from ptq4sam.studies.table.render import how_to_get
 
     for cell in cells:
         lacks = f": missing {cell.lacks}" if cell.missing else ""
@@ -158,7 +158,7 @@ def _list(cells: Sequence[Cell]) -> None:
 def _tell(rows: Sequence[Row]) -> None:
     from rich.console import Console
 
-    from ptq4sam.experiments.table import render
+    from ptq4sam.studies.table import render
 
     console = Console(soft_wrap=not sys.stdout.isatty())
     console.print(render.terminal(rows))

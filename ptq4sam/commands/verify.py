@@ -22,8 +22,8 @@ def run(parsed: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     from ptq4sam.data.images import check_limit
     from ptq4sam.deploy.storage import load
-    from ptq4sam.experiments.verifying import generated_subjects, pictured_subjects, verify_model
     from ptq4sam.progress import bars
+    from ptq4sam.runs.verifying import generated_subjects, pictured_subjects, verify_model
 
     check_limit(parsed.limit)
     model = load(parsed.model, parsed.device)

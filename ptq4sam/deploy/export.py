@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-import ptq4sam
 from ptq4sam.deploy.manifest import (
     DECODER,
     ENCODER,
@@ -27,6 +26,7 @@ from ptq4sam.errors import ConfigError, DependencyError, DeployError
 from ptq4sam.files import temporary_folder
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.sam.model import Sam
+from ptq4sam.version import __version__
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def export(
     with temporary_folder(folder, "export", folder) as temporary:
         for name, graph in graphs.items():
             path = temporary / f"{name}.onnx"
-            graph.write(path, {"ptq4sam": ptq4sam.__version__, "model": sam.name})
+            graph.write(path, {"ptq4sam": __version__, "model": sam.name})
             if signed:
                 form = products if exact else None
                 write_openvino(path, path.with_suffix(".xml"), quantized=quantized, products=form)

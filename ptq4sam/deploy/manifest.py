@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import ptq4sam
 from ptq4sam.deploy.runtimes import Products
 from ptq4sam.errors import CheckpointError, DataError
 from ptq4sam.files import read_json, write_json
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.sam.model import SAM_NORMALIZATION, Sam
+from ptq4sam.version import __version__
 
 Format = Literal["onnx", "openvino"]
 
@@ -68,7 +68,7 @@ class Manifest:
     nncf: dict[str, Any] | None = None
     pixel_mean: tuple[float, ...] = SAM_NORMALIZATION.mean
     pixel_std: tuple[float, ...] = SAM_NORMALIZATION.std
-    ptq4sam: str = ptq4sam.__version__
+    ptq4sam: str = __version__
 
     def write(self, folder: Path) -> None:
         """Write it beside the graphs, atomically."""

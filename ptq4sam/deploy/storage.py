@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ptq4sam
 from ptq4sam.deploy.codes import WeightCodes, layer_codes
 from ptq4sam.deploy.container import UNPACKED_VERSION, read_container, write_container
 from ptq4sam.deploy.packing import pack, unpack
@@ -34,6 +33,7 @@ from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import SAM_NORMALIZATION, Normalization, Sam
 from ptq4sam.sam.registry import build_sam
+from ptq4sam.version import __version__
 
 CODES = "weight.codes"
 """Name of a layer's packed weight, below the layer's path."""
@@ -67,7 +67,7 @@ def save(sam: QuantizedSam, path: str | Path) -> None:
         "folded": sam.folded,
         "scheme": sam.scheme.to_dict(),
         "weights": weights,
-        "versions": {"ptq4sam": ptq4sam.__version__, "torch": torch.__version__},
+        "versions": {"ptq4sam": __version__, "torch": torch.__version__},
     }
     write_container(Path(path), tensors, description)
 
@@ -107,7 +107,7 @@ def _skeleton(path: Path, description: Mapping[str, Any]) -> QuantizedSam:
         sam.folded = list(description["folded"])
     except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} describes no model that this ptq4sam {ptq4sam.__version__} knows ({error}): "
+            f"{path} describes no model that this ptq4sam {__version__} knows ({error}): "
             f"install the version that wrote it ({_writer(description)}) or quantize again"
         ) from error
     return sam

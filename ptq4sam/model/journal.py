@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import ptq4sam
 from ptq4sam.errors import ConfigError, ResourceError, in_one_line
 from ptq4sam.files import read_json, replacing, write_json
 from ptq4sam.methods.reconstruction import UnitLosses
@@ -26,6 +25,7 @@ from ptq4sam.numerics import description
 from ptq4sam.quantization.fused import compiles
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
+from ptq4sam.version import __version__
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def run_fingerprint(
         "scheme": json.dumps(scheme.to_dict(), sort_keys=True),
         "quantized encoder": str(quantize_encoder),
         "seed": str(seed),
-        "ptq4sam": ptq4sam.__version__,
+        "ptq4sam": __version__,
         "torch": torch.__version__,
         **description(sam.device),
         "kernels": "compiled" if compiles(sam.device) else "one by one",

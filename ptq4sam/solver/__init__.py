@@ -1,1 +1,1 @@
-"""The published command line, and the configuration files it reads."""
+"""The published command line."""

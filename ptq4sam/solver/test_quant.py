@@ -19,13 +19,13 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from ptq4sam.commands.flags import add_engine_arguments, add_skip_bad
+from ptq4sam.commands.requests import engine_settings, execute, with_preset
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.errors import ConfigError
-from ptq4sam.experiments.requests import engine_settings, execute, with_preset
-from ptq4sam.experiments.settings import DataSettings, RunSettings
 from ptq4sam.parallel import started_by_torchrun
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.solver.experiment import DataConfig, ExperimentConfig
+from ptq4sam.runs.configs.experiment import DataConfig, ExperimentConfig
+from ptq4sam.runs.settings import DataSettings, RunSettings
 from ptq4sam.terminal import guarded
 
 _log = logging.getLogger("ptq4sam.solver")

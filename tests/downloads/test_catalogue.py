@@ -10,7 +10,7 @@ import pytest
 from ptq4sam.cli import main
 from ptq4sam.downloads import ASSETS, asset_at, find_asset, where_from
 from ptq4sam.errors import ConfigError
-from ptq4sam.solver.config import load_config
+from ptq4sam.runs.configs.literals import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

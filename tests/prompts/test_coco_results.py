@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from ptq4sam.data import CocoDataset, ImageRecord
 from ptq4sam.errors import DataError
-from ptq4sam.experiments.detecting import write_boxes
 from ptq4sam.prompts import (
     CocoResults,
     GroundTruth,
@@ -24,6 +23,7 @@ from ptq4sam.prompts import (
     to_results,
     write_results,
 )
+from ptq4sam.runs.detecting import write_boxes
 
 NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 

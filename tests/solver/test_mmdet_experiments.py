@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptq4sam.solver.experiment import ExperimentConfig
+from ptq4sam.runs.configs.experiment import ExperimentConfig
 from ptq4sam.solver.test_quant import main
 from tests.mmdet_models import random_detector, require_mmdet
 from tests.tiny_runs import REPOSITORY, Tiny, read_metrics

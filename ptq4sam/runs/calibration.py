@@ -1,0 +1,97 @@
+"""Calibration pictures and their boxes, from a data set and a prompt source."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+
+from ptq4sam.data import CocoDataset, ImageRecord, ImageSet
+from ptq4sam.errors import CalibrationError
+from ptq4sam.evaluation.evaluate import select
+from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.model.calibration import CalibrationItem
+from ptq4sam.progress import Progress, silent
+from ptq4sam.prompts import Prompts, PromptSource
+from ptq4sam.sam.model import Sam
+from ptq4sam.sam.predictor import resize_longest_side
+
+_log = logging.getLogger(__name__)
+
+
+class CalibrationPictures(Sequence[CalibrationItem]):
+    """Calibration pictures of a data set, decoded each time they are asked for.
+
+    A calibration set of ViT-H's inputs would hold 400 MB for nothing: reading a picture again costs
+    little against running it.
+    """
+
+    def __init__(
+        self, sam: Sam, dataset: ImageSet, chosen: Sequence[tuple[ImageRecord, Prompts]]
+    ) -> None:
+        self._sam, self._dataset, self._chosen = sam, dataset, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> CalibrationItem: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[CalibrationItem]: ...
+    def __getitem__(self, index: int | slice) -> CalibrationItem | Sequence[CalibrationItem]:
+        """The picture at a place, or those of a slice."""
+        if isinstance(index, slice):
+            return CalibrationPictures(self._sam, self._dataset, self._chosen[index])
+        record, prompts = self._chosen[index]
+        image = self._dataset.load(record)
+        resized = resize_longest_side(image, self._sam.image_size)
+        pixels = torch.from_numpy(resized).permute(2, 0, 1)[None].to(self._sam.device)
+        height, width = resized.shape[0] / image.shape[0], resized.shape[1] / image.shape[1]
+        boxes = torch.from_numpy(prompts.boxes).double()
+        boxes = (boxes * boxes.new_tensor([width, height, width, height])).float()
+        return CalibrationItem(self._sam.preprocess(pixels), boxes)
+
+
+def calibration_pictures(
+    sam: Sam,
+    dataset: ImageSet,
+    source: PromptSource,
+    size: int,
+    prompting: Prompting,
+    progress: Progress = silent,
+) -> CalibrationPictures:
+    """The first `size` pictures, in file order, for which the source has boxes.
+
+    Of a data set with annotations the annotated pictures are used.
+
+    Raises:
+        CalibrationError: no picture has boxes.
+    """
+    records = dataset.annotated_images() if isinstance(dataset, CocoDataset) else dataset.images
+    chosen: list[tuple[ImageRecord, Prompts]] = []
+    without = 0
+    for record in progress(records, "boxes of calibration pictures"):
+        if len(chosen) == size:
+            break
+        image = dataset.load_or_skip(record)
+        if image is None:
+            continue
+        prompts = select(source.prompts(record, image), prompting)
+        if len(prompts.boxes):
+            chosen.append((record, prompts))
+        else:
+            without += 1
+    if not chosen:
+        raise CalibrationError(
+            f"asked for {size} calibration pictures, but {source.name} gave no box on any of "
+            f"{without} pictures: use other pictures or --calibration-prompts ground-truth"
+        )
+    if len(chosen) < size:
+        _log.warning(
+            "calibrating on %d pictures instead of %d: the data set has no more with boxes",
+            len(chosen),
+            size,
+        )
+    return CalibrationPictures(sam, dataset, chosen)

@@ -1,0 +1,1 @@
+"""Configuration files under projects/configs/: read, checked, and looked up by name."""

@@ -1,0 +1,160 @@
+"""The models of a run: loaded from their files, or quantized."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptq4sam import parallel
+from ptq4sam.deploy.backends import open_backend
+from ptq4sam.deploy.container import is_quantized_file
+from ptq4sam.deploy.exported import ExportedSam
+from ptq4sam.deploy.manifest import origin
+from ptq4sam.deploy.storage import load
+from ptq4sam.errors import CheckpointError, ConfigError
+from ptq4sam.model.distributions import Distributions
+from ptq4sam.model.plan import Plan
+from ptq4sam.runs.accuracy import AccuracyReport
+from ptq4sam.runs.context import RunContext
+from ptq4sam.runs.inputs import Inputs
+from ptq4sam.runs.quantizing import Quantizing
+from ptq4sam.runs.record import UnitRecord
+from ptq4sam.sam.checkpoint import EMBEDDED_FILE, load_sam
+from ptq4sam.sam.model import PromptableModel, Sam
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunModels:
+    """The models of a run.
+
+    Attributes:
+        sam: the evaluated one.
+        reference: the float one to compare it with, where it is at hand.
+        accuracy: what accuracy control did; None where there was none.
+        distributions: what the quantizers see; None where nothing was quantized, and in all
+            processes but the first.
+        units: how each unit was reconstructed, if it was; the first process's only.
+    """
+
+    sam: PromptableModel
+    reference: PromptableModel | None
+    accuracy: AccuracyReport | None = None
+    distributions: Distributions | None = None
+    units: tuple[UnitRecord, ...] = ()
+
+
+class ModelSource:
+    """Gives the models that a run's settings ask for."""
+
+    def __init__(self, context: RunContext, inputs: Inputs) -> None:
+        self._context, self._settings = context, context.settings
+        self._inputs, self._stages = inputs, context.stages
+
+    def open(self) -> RunModels:
+        """Load the models, and quantize where a scheme is asked for.
+
+        Raises:
+            CheckpointError: a file is not what it was taken for.
+            ConfigError: files and settings do not go together.
+            CalibrationError: calibration data are not usable, or a unit diverged.
+            ResourceError: memory or disk are used up; what was finished is in the journal.
+        """
+        settings = self._settings
+        if settings.backend != "torch" and settings.checkpoint is not None:
+            return self._deployed(settings.checkpoint)
+        if settings.checkpoint is not None and is_quantized_file(settings.checkpoint):
+            return self._from_file(settings.checkpoint)
+        if settings.float_checkpoint is not None:
+            raise ConfigError(
+                f"a float checkpoint is what a quantized model is compared with, but "
+                f"{settings.checkpoint or settings.float_model} is not quantized"
+            )
+        sam = self._float_sam()
+        return RunModels(sam, None) if settings.scheme is None else self._quantized(sam)
+
+    def plan(self) -> Plan:
+        """What the quantization will take; errors as `open`."""
+        return self._prepare(self._float_sam()).plan
+
+    def _float_sam(self) -> Sam:
+        settings = self._settings
+        with self._stages.stage("load"):
+            return load_sam(settings.float_model, settings.checkpoint, device=self._context.device)
+
+    def _quantized(self, sam: Sam) -> RunModels:
+        validation = self._inputs.validation()
+        quantizing = self._prepare(sam)
+        with self._stages.stage("quantize"):
+            quantized = quantizing.run(validation)
+        if not parallel.is_first():
+            return RunModels(quantized, sam, quantizing.accuracy)
+        with self._stages.stage("distributions"):
+            seen = quantizing.distributions(quantized)
+        return RunModels(quantized, sam, quantizing.accuracy, seen, quantizing.units)
+
+    def _prepare(self, sam: Sam) -> Quantizing:
+        settings = self._settings
+        if settings.scheme is None:
+            raise ValueError("only a run with a scheme quantizes")
+        items = self._inputs.calibration(sam)
+        with self._stages.stage("plan"):
+            return Quantizing(
+                settings, sam, items, settings.scheme, self._context.cache, self._context.progress
+            )
+
+    def _from_file(self, checkpoint: Path) -> RunModels:
+        if self._settings.scheme is not None:
+            raise ConfigError(
+                f"{checkpoint} is quantized already, so --scheme has no meaning: "
+                "leave it away, or give float weights"
+            )
+        with self._stages.stage("load"):
+            quantized = load(checkpoint, self._context.device)
+            require_name(self._settings.model, quantized.name, checkpoint)
+            return RunModels(quantized, self._origin(quantized.name, origin(quantized)))
+
+    def _deployed(self, checkpoint: Path) -> RunModels:
+        """A model on another backend than torch."""
+        settings = self._settings
+        with self._stages.stage("load"):
+            model = open_backend(checkpoint, settings.backend, settings.precision)
+            require_name(settings.model, model.name, checkpoint)
+            made_of = model.manifest.origin if isinstance(model, ExportedSam) else origin(model)
+            return RunModels(model, self._origin(model.name, made_of))
+
+    def _origin(self, name: str, made_of: str) -> Sam | None:
+        """The float model that a quantized one was made of, where it is at hand."""
+        path = self._settings.float_checkpoint
+        if path is None and (name != "vit_nano" or not EMBEDDED_FILE.is_file()):
+            return None
+        sam = load_sam(name, path, device=self._context.device)
+        if origin(sam) == made_of:
+            return sam
+        if path is not None:
+            raise CheckpointError(
+                f"{self._settings.checkpoint} was not made of {path}: give the float weights that "
+                "were quantized, or none"
+            )
+        _log.info("no agreement: the model was made of other weights than the embedded ones")
+        return None
+
+
+def require_name(asked: str | None, found: str, checkpoint: Path) -> None:
+    """Refuse a file with another model than was asked for.
+
+    Args:
+        asked: name of the SAM; None for whichever there is.
+        found: that of the file's.
+        checkpoint: the file.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if asked not in (None, found):
+        raise CheckpointError(
+            f"asked for {asked}, but {checkpoint} is a quantized {found}: give another file, "
+            "or leave the model's name away"
+        )

@@ -1,0 +1,72 @@
+"""The metrics of a run as a table for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ptq4sam.evaluation.evaluate import AFTER_CLICK
+
+COLUMNS = (
+    ("AP", "AP"),
+    ("AP50", "AP50"),
+    ("AP75", "AP75"),
+    ("APs", "APs"),
+    ("APm", "APm"),
+    ("APl", "APl"),
+    ("AR", "AR"),
+    ("mean_iou", "mean IoU"),
+    ("agreement", "agreement"),
+)
+
+PTQ4SAM, NNCF = "ptq4sam", "nncf"
+"""Methods of quantization, as metrics name them."""
+_ROWS = {None: "float", PTQ4SAM: "quantized", NNCF: "NNCF INT8"}
+
+
+_AFTER_FIRST = f"{AFTER_CLICK}1"
+
+
+def summary_table(metrics: dict[str, Any]) -> str:
+    """Rows for the float model, where it was scored, and the evaluated one.
+
+    Without any score: how many masks there are.
+    """
+    rows: list[tuple[str, dict[str, Any]]] = []
+    if "float" in metrics:
+        rows.append(("float", metrics["float"]))
+    rows.append((_ROWS[metrics.get("method")], metrics))
+    shown = [(key, title) for key, title in COLUMNS if any(key in row for _, row in rows)]
+    lines: list[str] = []
+    if shown:
+        lines.append("".join([f"{metrics['model']:<12}", *(f"{title:>10}" for _, title in shown)]))
+        for name, row in rows:
+            cells = [f"{row[key]:10.3f}" if key in row else f"{'':10}" for key, _ in shown]
+            lines.append("".join([f"{name:<12}", *cells]))
+    elif "masks" in metrics:
+        lines.append(
+            f"{metrics['model']}: {metrics['masks']} masks on {metrics['pictures']} pictures"
+        )
+    lines.extend(_clicks(name, row) for name, row in rows if _AFTER_FIRST in row)
+    if "accuracy_control" in metrics:
+        control = metrics["accuracy_control"]
+        lines.append(
+            f"accuracy control: {control['drop']:.2f} points of {control['metric']} below float "
+            f"(allowed {control['max_drop']:.2f}), {len(control['kept'])} units kept higher"
+        )
+    if "audit" in metrics:
+        lines.append(metrics["audit"]["report"][0])
+    elif "encoder" in metrics:
+        lines.append(f"image encoder {metrics['encoder']}")
+    if "warning" in metrics:
+        lines.append(f"warning: {metrics['warning']}")
+    return "\n".join(lines)
+
+
+def _clicks(name: str, row: dict[str, Any]) -> str:
+    """One line: mean IoUs after each click."""
+    after = {
+        key.removeprefix(AFTER_CLICK): v for key, v in row.items() if key.startswith(AFTER_CLICK)
+    }
+    steps = ", ".join(f"{number}: {value:.3f}" for number, value in after.items())
+    best = row["mean_iou_best_of_three"]
+    return f"{name}, mean IoU after clicks: {steps} (best of the first three masks {best:.3f})"

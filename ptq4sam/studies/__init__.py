@@ -1,0 +1,1 @@
+"""Studies of many runs' worth: sensitivity, bits for each unit, the published table."""

@@ -1,0 +1,273 @@
+"""The cells of the published table: configurations of projects/configs/ x schemes of exp/."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from ptq4sam.downloads import asset_at
+from ptq4sam.errors import ConfigError
+from ptq4sam.prompts.spec import PACKAGES, parse_spec
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.runs.configs.experiment import DataConfig, ExperimentConfig
+from ptq4sam.studies.table.published import BITS, FLOAT, METHODS, published
+from ptq4sam.studies.table.rows import Cell, MissingInput
+from ptq4sam.sweep.settings import Pictures, TrialSettings
+
+_GROUND_TRUTH = ("detector.type=ground-truth", "detector.checkpoint=None")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One way to the boxes of a row: a configuration, and how the table names it.
+
+    Attributes:
+        title: detector, and data where they are not COCO.
+        config: file under projects/configs/; {model} stands for the SAM's size.
+        options: overrides of the configuration.
+        generated: evaluate and calibrate on generated scenes instead of the configuration's data.
+    """
+
+    title: str
+    config: str
+    options: tuple[str, ...] = ()
+    generated: bool = False
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Which table.
+
+    Attributes:
+        detectors: by name, the ways to their boxes: the one of which least is missing is taken.
+        models: SAMs.
+    """
+
+    detectors: Mapping[str, tuple[Source, ...]]
+    models: tuple[str, ...]
+
+
+_NANO = "yolox/yolox_nano-sam-vit-nano.py"
+
+PROFILES = {
+    "coco": Profile(
+        {
+            "faster-rcnn": (
+                Source("Faster R-CNN R50", "faster_rcnn/faster-rcnn-r50_sam-{model}.py"),
+            ),
+            "yolox": (
+                Source("YOLOX-L", "yolox/yolo_l-sam-{model}.py"),
+                Source("YOLOX-L, its authors' weights", "yolox/yolox_l_megvii-sam-{model}.py"),
+            ),
+            "hdetr": (Source("H-Deformable-DETR R50", "hdetr/r50-hdetr_sam-{model}.py"),),
+            "dino": (Source("DINO FocalNet-L", "focalnet_dino/focalnet-l-dino_sam-{model}.py"),),
+        },
+        ("vit_b", "vit_l", "vit_h"),
+    ),
+    "nano": Profile(
+        {
+            "coco-mini": (
+                Source("YOLOX-Nano, coco_mini", _NANO),
+                Source("annotated boxes, coco_mini", _NANO, _GROUND_TRUTH),
+            ),
+            "scenes": (
+                Source(
+                    "scene detector, generated scenes",
+                    "scenes/scene-detector_sam-{model}.py",
+                    generated=True,
+                ),
+            ),
+        },
+        ("vit_nano",),
+    ),
+}
+"""The table of the paper, and the same for the embedded model."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which part of the table, and on what.
+
+    Attributes:
+        profile: a key of PROFILES.
+        detectors: names; empty for all.
+        models: names; empty for all.
+        bits: of weights and activations; empty for all.
+        methods: names; empty for all. The float model is always there.
+        limit: evaluate the first pictures only.
+        steps: of reconstruction a unit; None for the published 20,000.
+        calibrate: calibration pictures; None for the published 32.
+        quantize_encoder: quantize the image encoder too.
+        data: pictures instead of the configuration's.
+        calibration: the same to calibrate on.
+        device: torch device; None for CUDA where there is one.
+        seed: fixes every random choice.
+    """
+
+    profile: str = "coco"
+    detectors: Sequence[str] = ()
+    models: Sequence[str] = ()
+    bits: Sequence[int] = ()
+    methods: Sequence[str] = ()
+    limit: int | None = None
+    steps: int | None = None
+    calibrate: int | None = None
+    quantize_encoder: bool = True
+    data: Pictures | None = None
+    calibration: Pictures | None = None
+    device: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Found:
+    source: Source
+    config: ExperimentConfig
+    missing: tuple[MissingInput, ...]
+    data: tuple[Pictures, Pictures] | None
+
+
+@dataclass
+class Table:
+    """Reads the configurations and schemes that a request needs.
+
+    Args:
+        request: which part of the table.
+        root: folder of projects/configs/ and exp/; None for the current one, else the repository's.
+
+    Raises:
+        ConfigError: a filter is unknown, or there is no such folder.
+    """
+
+    request: Request
+    root: Path | None = None
+    _schemes: dict[str, Scheme] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._root = self.root or _find_root()
+        asked = self.request
+        self._profile = PROFILES[one_of("profile", asked.profile, PROFILES)]
+        self._detectors = _chosen("detector", asked.detectors, self._profile.detectors)
+        self._models = _chosen("model", asked.models, self._profile.models)
+        self._methods = _chosen("method", asked.methods, METHODS)
+        self._bits = [int(bits) for bits in _chosen("bits", asked.bits, list(map(str, BITS)))]
+
+    def cells(self) -> Iterator[Cell]:
+        """The cells in the order of the table, each with what it misses."""
+        for detector in self._detectors:
+            for model in self._models:
+                sources = self._profile.detectors[detector]
+                # The first of equals is the published way.
+                found = min((self._look(s, model) for s in sources), key=lambda f: len(f.missing))
+                yield from self._block(detector, model, found)
+
+    def _block(self, detector: str, model: str, found: _Found) -> Iterator[Cell]:
+        kinds: list[tuple[int | None, str]] = [(None, FLOAT)]
+        kinds += [(b, method) for b in self._bits for method in self._methods if method != FLOAT]
+        for bits, method in kinds:
+            # The float model's results are shared by all trials, whatever their scheme.
+            name = f"minmax{BITS[0]}{BITS[0]}" if bits is None else f"{method}{bits}{bits}"
+            yield Cell(
+                detector,
+                found.source.title,
+                model,
+                bits,
+                method,
+                self._settings(found, self._scheme(name)),
+                published(detector, model, bits, method),
+                found.missing,
+            )
+
+    def _look(self, source: Source, model: str) -> _Found:
+        """Read a configuration and see what is there of what it needs."""
+        path = source.config.format(model=model.replace("_", "-"))
+        file = self._root / "projects" / "configs" / path
+        config = ExperimentConfig.from_file(file, *source.options)
+        data = None if source.generated else self._data(config)
+        needed = [config.detector.checkpoint, config.sam.checkpoint]
+        for one in data or ():
+            needed += [one.images, one.annotations]
+        missing = [_missing(p) for p in dict.fromkeys(needed) if p is not None and not p.exists()]
+        packages, install = PACKAGES.get(parse_spec(config.detector.prompts).kind, ((), ""))
+        absent = ", ".join(name for name in packages if find_spec(name) is None)
+        if absent:
+            missing.insert(0, MissingInput(absent, remedy=f"{absent}: {install}"))
+        return _Found(source, config, tuple(dict.fromkeys(missing)), data)
+
+    def _data(self, config: ExperimentConfig) -> tuple[Pictures, Pictures]:
+        asked = self.request
+        return (
+            asked.data or _annotated(config.data),
+            asked.calibration or _annotated(config.calibration),
+        )
+
+    def _settings(self, found: _Found, scheme: Scheme) -> TrialSettings:
+        asked, config = self.request, found.config
+        detector = config.detector
+        return TrialSettings(
+            scheme=scheme,
+            steps=asked.steps if scheme.recon is not None else None,
+            model=config.sam.type,
+            checkpoint=config.sam.checkpoint,
+            quantize_encoder=asked.quantize_encoder,
+            data=None if found.data is None else found.data[0],
+            calibration=None if found.data is None else found.data[1],
+            limit=asked.limit,
+            prompts=detector.type if found.missing else detector.prompts,
+            prompting=config.prompting,
+            device=asked.device,
+            seed=asked.seed,
+        )
+
+    def _scheme(self, name: str) -> Scheme:
+        if name not in self._schemes:
+            scheme = Scheme.from_yaml(self._root / "exp" / f"{name}.yaml")
+            if self.request.calibrate is not None:
+                scheme = replace(scheme, calibrate=self.request.calibrate)
+            self._schemes[name] = scheme
+        return self._schemes[name]
+
+
+def one_of(kind: str, name: str, known: Mapping[str, object] | Sequence[str]) -> str:
+    """A name that is known.
+
+    Raises:
+        ConfigError: it is not; the nearest one is named.
+    """
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+    raise ConfigError(f"the table has no {kind} {name!r}: {hint}")
+
+
+def _chosen(
+    kind: str, asked: Sequence[object], known: Mapping[str, object] | Sequence[str]
+) -> list[str]:
+    """The known names that were asked for, in the table's order; all where none was."""
+    names = {one_of(kind, str(name), known) for name in asked}
+    return [name for name in known if name in names or not names]
+
+
+def _annotated(data: DataConfig | None) -> Pictures:
+    if data is None or data.annotations is None:
+        raise ConfigError("a configuration of the table has data without annotations: add them")
+    return Pictures(data.images, data.annotations)
+
+
+def _missing(path: Path) -> MissingInput:
+    asset = asset_at(path)
+    return MissingInput(str(path), None if asset is None else asset.name)
+
+
+def _find_root() -> Path:
+    for folder in (Path(), Path(__file__).resolve().parents[3]):
+        if (folder / "projects" / "configs").is_dir() and (folder / "exp").is_dir():
+            return folder
+    raise ConfigError(
+        "the table is read from projects/configs and exp, which are not in this folder: start the "
+        "command in a checkout of the repository"
+    )

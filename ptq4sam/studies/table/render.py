@@ -1,0 +1,223 @@
+"""The table on a terminal, in Markdown, CSV and LaTeX, all from the same rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from ptq4sam.errors import ConfigError
+from ptq4sam.files import write_text
+from ptq4sam.studies.table.published import MARKS, METHODS
+from ptq4sam.studies.table.rows import MissingInput, Row
+
+_INFLATED = "*"
+_TITLES = (
+    "boxes",
+    "SAM",
+    "W / A",
+    "method",
+    "AP",
+    "to float",
+    "published",
+    "corrected",
+    "difference",
+    "seconds",
+    "status",
+)
+_CSV_TITLES = (
+    *("detector", "boxes", "model", "bits", "method", "ap", "float_ap", "published"),
+    *("published_mark", "inflated", "corrected", "corrected_mark", "difference", "status"),
+    *("seconds", "problem", "key"),
+)
+_LEFT = 4
+"""Columns of words before those of numbers."""
+_MISSING = "missing: "
+_OTHER_DATA = "{} is not there: give your own by --images and the like, or --coco-mini"
+
+
+def cells(row: Row) -> list[str]:
+    """A row as tables for people show it, in the order of the titles."""
+    known = row.cell.published
+    figure = "" if known.figure is None else str(known.figure)
+    problem = f": {row.problem}" if row.problem else ""
+    return [
+        row.cell.boxes,
+        row.cell.model,
+        row.cell.width,
+        METHODS[row.cell.method],
+        _number(row.ap),
+        _number(row.change, signed=True),
+        figure + (_INFLATED if known.inflated else ""),
+        "" if known.corrected is None else str(known.corrected),
+        _number(row.difference, signed=True),
+        "" if row.seconds is None else f"{row.seconds:.0f}",
+        row.status + problem,
+    ]
+
+
+def terminal(rows: Sequence[Row]) -> Table:
+    """For rich; columns without any entry are left out."""
+    lines = [cells(row) for row in rows]
+    shown = _used(lines)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in shown:
+        words = column < _LEFT or _TITLES[column] == "status"
+        table.add_column(_TITLES[column], justify="left" if words else "right", overflow="fold")
+    styles = {"failed": "red", "missing": "dim", "open": "dim"}
+    for row, line in zip(rows, lines, strict=True):
+        table.add_row(*(Text(line[c]) for c in shown), style=styles.get(row.status))
+    return table
+
+
+def legend(rows: Sequence[Row]) -> list[str]:
+    """What the columns of these rows mean, a line each."""
+    lines = ["AP: mask AP in percent; to float: against the float model, in points."]
+    marks = {
+        figure.mark
+        for row in rows
+        for figure in (row.cell.published.figure, row.cell.published.corrected)
+        if figure is not None
+    }
+    if marks:
+        known = "; ".join(f"{mark}: {what}" for mark, what in MARKS.items() if mark in marks)
+        lines.append(f"published: {known}; -: collapsed.")
+        lines.append(
+            "corrected: measured by others with everything quantized. difference: to the "
+            "corrected figure, where there is none to the published one."
+        )
+    if any(row.cell.published.inflated for row in rows):
+        lines.append(f"{_INFLATED}: half of the activations were float when it was measured.")
+    return lines
+
+
+def how_to_get(missing: Iterable[MissingInput]) -> list[str]:
+    """What to do for all that is missing, a line each."""
+    unique = list(dict.fromkeys(missing))
+    names = list(dict.fromkeys(one.asset for one in unique if one.asset is not None))
+    lines = [f"{_MISSING}ptq4sam download {' '.join(names)}"] if names else []
+    others = [one for one in unique if one.asset is None]
+    return lines + [_MISSING + (one.remedy or _OTHER_DATA.format(one.what)) for one in others]
+
+
+def markdown(rows: Sequence[Row], title: str, notes: Sequence[str]) -> str:
+    """A page."""
+    lines = [cells(row) for row in rows]
+    shown = _used(lines)
+
+    def line(entries: Sequence[str]) -> str:
+        return "| " + " | ".join(entries[c].replace("|", "\\|") for c in shown) + " |"
+
+    rule = "|" + "".join("---|" if c < _LEFT else "---:|" for c in shown)
+    versions = sorted({row.versions for row in rows if row.versions})
+    parts = [f"# {title}", "", *(f"{note}\n" for note in notes)]
+    parts += [line(_TITLES), rule, *map(line, lines), ""]
+    # A star and a hyphen mean something at the beginning of a line of Markdown.
+    parts += [f"{text.replace('*', chr(92) + '*')}\n" for text in legend(rows)]
+    parts += [f"Measured with {used}.\n" for used in versions]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Every row with all that is known, for programs."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV_TITLES)
+    for row in rows:
+        cell, known = row.cell, row.cell.published
+        figure, corrected = known.figure, known.corrected
+        writer.writerow(
+            [
+                *(cell.detector, cell.boxes, cell.model, cell.bits, cell.method),
+                *(row.ap, row.float_ap),
+                *((None, None) if figure is None else (figure.value, figure.mark)),
+                known.inflated,
+                *((None, None) if corrected is None else (corrected.value, corrected.mark)),
+                *(row.difference, row.status, row.seconds, row.problem, cell.settings.key()),
+            ]
+        )
+    return text.getvalue()
+
+
+def latex(rows: Sequence[Row], title: str, notes: Sequence[str]) -> str:
+    """A longtable; needs the packages booktabs and longtable."""
+    lines = [cells(row) for row in rows]
+    # What is open or missing is in the other forms.
+    shown = [c for c in _used(lines) if _TITLES[c] not in ("status", "seconds")]
+    columns = "".join("l" if c < _LEFT else "r" for c in shown)
+    head = " & ".join(_escaped(_TITLES[c]) for c in shown) + r" \\"
+    body, before = [], ""
+    for row, line in zip(rows, lines, strict=True):
+        block = f"{row.cell.boxes} {row.cell.model}"
+        if before and block != before:
+            body.append(r"\midrule")
+        before = block
+        body.append(" & ".join(_escaped(line[c]) for c in shown) + r" \\")
+    parts = [
+        r"% \usepackage{booktabs, longtable}",
+        *(f"% {note}" for note in notes),
+        rf"\begin{{longtable}}{{{columns}}}",
+        rf"\caption{{{_escaped(' '.join([title + '.', *legend(rows)]))}}} \\",
+        r"\toprule",
+        head,
+        r"\midrule",
+        r"\endhead",
+        *body,
+        r"\bottomrule",
+        r"\end{longtable}",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def require_form(path: Path) -> None:
+    """Refuse a file in whose form the table cannot be written.
+
+    Raises:
+        ConfigError: its name ends in something else than .md, .csv or .tex.
+    """
+    if path.suffix not in (".md", ".csv", ".tex"):
+        raise ConfigError(
+            f"asked to write the table to {path}: name it *.md, *.csv or *.tex, which is its form"
+        )
+
+
+def write(path: Path, rows: Sequence[Row], title: str, notes: Sequence[str]) -> None:
+    """Write the table in the form that the file's name asks for.
+
+    Raises:
+        ConfigError: as `require_form`.
+    """
+    require_form(path)
+    forms: dict[str, Callable[[], str]] = {
+        ".md": lambda: markdown(rows, title, notes),
+        ".csv": lambda: csv_text(rows),
+        ".tex": lambda: latex(rows, title, notes),
+    }
+    write_text(forms[path.suffix](), path)
+
+
+def _used(lines: Sequence[Sequence[str]]) -> list[int]:
+    """Columns with an entry in some row."""
+    return [c for c in range(len(_TITLES)) if any(line[c] for line in lines)]
+
+
+def _number(value: float | None, signed: bool = False) -> str:
+    if value is None:
+        return ""
+    return f"{value:+.1f}" if signed else f"{value:.1f}"
+
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: rf"\{character}" for character in "&%$#_{}"},
+}
+
+
+def _escaped(text: str) -> str:
+    return "".join(_SPECIAL.get(character, character) for character in text)

@@ -1,0 +1,167 @@
+"""Cells of the table, and what became of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ptq4sam.studies.table.published import FLOAT, Published
+from ptq4sam.sweep.float_results import FloatResults
+from ptq4sam.sweep.grid import Sweep, Trial
+from ptq4sam.sweep.scheduler import State
+from ptq4sam.sweep.settings import TrialSettings
+from ptq4sam.sweep.store import TrialRecord
+from ptq4sam.sweep.tasks import Folder, float_key
+
+Status = Literal["done", "failed", "open", "missing"]
+
+
+@dataclass(frozen=True)
+class MissingInput:
+    """Something that a cell needs and that is not there.
+
+    Attributes:
+        what: the file or library.
+        asset: its name for `ptq4sam download`, or None.
+        remedy: how else it can be had.
+    """
+
+    what: str
+    asset: str | None = None
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        """Its shortest name."""
+        return self.asset or self.what
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the table.
+
+    Attributes:
+        detector: its name among the filters.
+        boxes: detector and data for people.
+        model: the SAM.
+        bits: of weights and activations; None for the float model.
+        method: a key of METHODS.
+        settings: what runs; of a float cell those of any trial with the same float model.
+        published: what papers say.
+        missing: what it needs and is not there.
+    """
+
+    detector: str
+    boxes: str
+    model: str
+    bits: int | None
+    method: str
+    settings: TrialSettings
+    published: Published
+    missing: tuple[MissingInput, ...] = ()
+
+    @property
+    def width(self) -> str:
+        """Bits as tables show them."""
+        return "float" if self.bits is None else f"W{self.bits}A{self.bits}"
+
+    @property
+    def name(self) -> str:
+        """In one line."""
+        parts = (self.detector, self.model, self.method, self.width)
+        return " ".join(dict.fromkeys(parts))
+
+    @property
+    def lacks(self) -> str:
+        """What is missing, in one line."""
+        return ", ".join(dict.fromkeys(map(str, self.missing)))
+
+    def trial(self) -> Trial:
+        """As a sweep has it."""
+        values = {
+            "detector": self.detector,
+            "model": self.model,
+            "bits": self.width,
+            "method": self.method,
+        }
+        return Trial(values, self.settings, self.settings.key())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell and what became of it.
+
+    Attributes:
+        cell: what was asked.
+        status: "done", "failed", "open" (not run yet) or "missing".
+        ap: mask AP in percent.
+        float_ap: that of the float model.
+        seconds: that it took.
+        problem: the error, or what is missing.
+        versions: of packages, and the machine.
+    """
+
+    cell: Cell
+    status: Status
+    ap: float | None = None
+    float_ap: float | None = None
+    seconds: float | None = None
+    problem: str = ""
+    versions: str = ""
+
+    @property
+    def change(self) -> float | None:
+        """Against the float model, in points of AP; None of the float model itself."""
+        if self.cell.bits is None or self.ap is None or self.float_ap is None:
+            return None
+        return self.ap - self.float_ap
+
+    @property
+    def difference(self) -> float | None:
+        """Against the corrected figure, else the published one, in points of AP."""
+        reference = self.cell.published.comparable
+        return None if self.ap is None or reference is None else self.ap - reference
+
+
+def sweep_of(name: str, cells: Iterable[Cell]) -> tuple[Sweep, list[TrialSettings]]:
+    """The trials of the cells that can run, and the settings of their float models."""
+    present = [cell for cell in cells if not cell.missing]
+    trials = {cell.settings.key(): cell.trial() for cell in present if cell.bits is not None}
+    floats = [cell.settings for cell in present if cell.bits is None]
+    return Sweep(name, tuple(trials.values())), floats
+
+
+def rows(cells: Iterable[Cell], state: State, folder: Folder) -> Iterator[Row]:
+    """What became of the cells.
+
+    Args:
+        cells: in the order of the table.
+        state: the sweep's.
+        folder: its files, among them the float models' results.
+    """
+    for cell in cells:
+        if cell.missing:
+            yield Row(cell, "missing", problem=cell.lacks)
+        elif cell.bits is None:
+            yield _float_row(cell, state.failed, folder)
+        else:
+            yield _row(cell, state.records.get(cell.settings.key()))
+
+
+def _row(cell: Cell, record: TrialRecord | None) -> Row:
+    if record is None:
+        return Row(cell, "open")
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items()))
+    if record.status != "done":
+        return Row(cell, "failed", seconds=record.seconds, problem=record.error, versions=versions)
+    ap, float_ap = record.metrics.get("AP"), record.metrics.get(FLOAT, {}).get("AP")
+    return Row(cell, "done", ap, float_ap, record.seconds, versions=versions)
+
+
+def _float_row(cell: Cell, failed: Mapping[str, str], folder: Folder) -> Row:
+    key = float_key(cell.settings)
+    path = folder.result("float", key)
+    if path.exists():
+        ap = FloatResults.load(path).metrics.get("AP")
+        return Row(cell, "done", ap, ap)
+    return Row(cell, "failed", problem=failed[key]) if key in failed else Row(cell, "open")

@@ -1,0 +1,259 @@
+"""Sweep files: a YAML grid over the settings of a trial.
+
+base:                        # settings of every trial, see TrialSettings
+  scheme: ../ptq4sam-l44.yaml
+  steps: 200
+grid:                        # every combination
+  scheme.ptq4sam.BIG: [false, true]
+  seed: [0, 1, 2]
+  width:                     # a name of one's own: each value sets several keys
+    W4A4: {scheme.w_qconfig.bit: 4, scheme.a_qconfig.bit: 4}
+    W4A8: {scheme.w_qconfig.bit: 4, scheme.a_qconfig.bit: 8}
+exclude:                     # combinations left out
+  - {scheme.ptq4sam.BIG: true, width: W4A8}
+include:                     # further trials, each on top of base
+  - {scheme: ../minmax44.yaml, seed: 0}
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptq4sam.errors import ConfigError
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.records import FieldError, assign, read_yaml, unknown_key
+from ptq4sam.sweep.settings import TrialSettings, known_keys
+
+_log = logging.getLogger(__name__)
+
+_SECTIONS = ("base", "grid", "include", "exclude")
+Assignment = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial.
+
+    Attributes:
+        values: what tells it from the others, by axis.
+        settings: all of it.
+        key: identifies its settings.
+    """
+
+    values: dict[str, Any]
+    settings: TrialSettings
+    key: str
+
+    @property
+    def name(self) -> str:
+        """Its values in one line."""
+        return ", ".join(f"{short(axis)}={shown(value)}" for axis, value in self.values.items())
+
+
+def short(axis: str) -> str:
+    """The last part of a dotted key."""
+    return axis.rpartition(".")[2]
+
+
+def shown(value: object) -> str:
+    """A value as tables show it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return "/".join(map(shown, value))
+    return "-" if value is None else str(value)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file describes.
+
+    Attributes:
+        name: the file's name without its ending.
+        trials: in the order of the grid, then those included.
+    """
+
+    name: str
+    trials: tuple[Trial, ...]
+
+    @property
+    def axes(self) -> list[str]:
+        """Everything that tells trials apart."""
+        return list(dict.fromkeys(axis for trial in self.trials for axis in trial.values))
+
+
+def read_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
+    """Read a sweep file.
+
+    Args:
+        path: the file; schemes that it names are looked for beside it, then in the current folder.
+        overrides: settings that go before those of `base`.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest known one is named), a value cannot be used, or
+            no trial is left.
+    """
+    content = read_yaml(path, "sweep file")
+    try:
+        return _Reader(path.parent, content, overrides or {}).sweep(path.stem)
+    except FieldError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+class _Reader:
+    def __init__(self, folder: Path, content: object, overrides: Mapping[str, Any]) -> None:
+        self._folder = folder
+        sections = _mapping(content, "")
+        for key in sections:
+            if key not in _SECTIONS:
+                raise unknown_key(str(key), _SECTIONS)
+        self._base = {**_mapping(sections.get("base", {}), "base"), **overrides}
+        self._axes = _axes(_mapping(sections.get("grid", {}), "grid"))
+        for key in self._base:
+            _require_known(key, "base")
+        self._exclude = [self._partial(one, "exclude") for one in _list(sections, "exclude")]
+        self._include = [self._partial(one, "include") for one in _list(sections, "include")]
+
+    def _partial(self, mapping: object, section: str) -> Assignment:
+        values = _mapping(mapping, section)
+        for key in values:
+            if section == "exclude" and key not in self._axes:
+                raise unknown_key(str(key), self._axes).within(section)
+            if key not in self._axes:
+                _require_known(key, section)
+        return values
+
+    def sweep(self, name: str) -> Sweep:
+        points = [
+            dict(zip(self._axes, p, strict=True)) for p in itertools.product(*self._axes.values())
+        ]
+        points = [point for point in points if point] if self._axes else []
+        for left_out in self._exclude:
+            left = [p for p in points if any(p[axis] != v for axis, v in left_out.items())]
+            if len(left) == len(points):
+                _log.warning("exclude %s leaves out no trial", left_out)
+            points = left
+        trials = [self._trial(point) for point in (*points, *self._include)]
+        if not trials:
+            raise FieldError(
+                "grid",
+                "no trial is left: give at least one value for each axis, and do not exclude all",
+            )
+        return Sweep(name, tuple(_without_repetitions(trials)))
+
+    def _trial(self, values: Assignment) -> Trial:
+        assignment = dict(self._base)
+        for axis, value in values.items():
+            axis_values = self._axes.get(axis)
+            if isinstance(axis_values, _Named):
+                assignment.update(axis_values.settings(value))
+            else:
+                assignment[axis] = value
+        try:
+            settings = self._settings(assignment)
+        except FieldError as error:
+            where = ", ".join(f"{key}={shown(value)}" for key, value in values.items())
+            raise ConfigError(f"trial {where or 'of base'}: {error}") from None
+        return Trial(values, settings, settings.key())
+
+    def _settings(self, assignment: Assignment) -> TrialSettings:
+        mapping: dict[str, Any] = {}
+        # A section before what is in it.
+        for key in sorted(assignment, key=lambda key: key.count(".")):
+            value = assignment[key]
+            if key == "scheme" and isinstance(value, str):
+                beside = self._folder / value
+                value = Scheme.from_yaml(beside if beside.exists() else value).to_dict()
+            if "." in key and key.split(".")[0] not in mapping:
+                if key.startswith("scheme."):
+                    raise FieldError("scheme", f"missing; {key} changes one: name a file in base")
+                mapping[key.split(".")[0]] = {}
+            assign(mapping, key, value)
+        return TrialSettings.from_dict(mapping)
+
+
+class _Named(Sequence[str]):
+    """Values of an axis with a name of its own: each sets several keys."""
+
+    def __init__(self, axis: str, values: Mapping[str, Any]) -> None:
+        self._values = {
+            str(label): _mapping(v, f"grid.{axis}.{label}") for label, v in values.items()
+        }
+        for label, settings in self._values.items():
+            for key in settings:
+                _require_known(key, f"grid.{axis}.{label}")
+
+    def settings(self, label: object) -> Assignment:
+        """What a value sets."""
+        if str(label) not in self._values:
+            raise unknown_key(str(label), self._values)
+        return self._values[str(label)]
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The label at a place."""
+        return list(self._values)[index]
+
+
+def _axes(grid: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    axes: dict[str, Sequence[Any]] = {}
+    for axis, values in grid.items():
+        if isinstance(values, Mapping):
+            axes[axis] = _Named(axis, values)
+        else:
+            _require_known(axis, "grid")
+            axes[axis] = values if isinstance(values, list) else [values]
+        if not axes[axis]:
+            raise FieldError(
+                f"grid.{axis}", "no value is given, so that there is no trial: add one"
+            )
+    return axes
+
+
+def _require_known(key: object, section: str) -> None:
+    known = list(known_keys())
+    if key in known:
+        return
+    # Most forget the section that a key is in.
+    inside = [name for name in known if name.endswith(f".{key}")]
+    if inside:
+        raise FieldError(f"{section}.{key}", f"unknown key; did you mean {inside[0]!r}?")
+    leaves = {short(name): name for name in known}
+    near = difflib.get_close_matches(short(str(key)), leaves, n=1)
+    whole = difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
+    hints = whole or [leaves[name] for name in near]
+    if hints:
+        raise FieldError(f"{section}.{key}", f"unknown key; did you mean {hints[0]!r}?")
+    raise unknown_key(str(key), (name for name in known if "." not in name)).within(section)
+
+
+def _mapping(value: object, section: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise FieldError(section, f"{value!r} given, keys and values are needed")
+    return {str(key): item for key, item in value.items()}
+
+
+def _list(sections: Mapping[str, Any], name: str) -> list[Any]:
+    value = sections.get(name) or []
+    if not isinstance(value, list):
+        raise FieldError(name, "a list of mappings is needed")
+    return value
+
+
+def _without_repetitions(trials: Iterable[Trial]) -> list[Trial]:
+    found: dict[str, Trial] = {}
+    for trial in trials:
+        if trial.key in found:
+            _log.warning("trial %s is the same as %s", trial.name, found[trial.key].name)
+        found.setdefault(trial.key, trial)
+    return list(found.values())

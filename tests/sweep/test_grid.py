@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ptq4sam.errors import ConfigError
+from ptq4sam.sweep.grid import Sweep, read_sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEME = str(ROOT / "exp" / "ptq4sam-l44.yaml")
+
+
+def read(tmp_path: Path, content: object, **overrides: object) -> Sweep:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
+    )
+    return read_sweep(path, overrides)
+
+
+def names(sweep: Sweep) -> list[str]:
+    return [trial.name for trial in sweep.trials]
+
+
+def test_every_combination_in_the_order_of_the_file(tmp_path: Path) -> None:
+    sweep = read(
+        tmp_path,
+        {
+            "base": {"scheme": SCHEME, "steps": 50},
+            "grid": {"scheme.ptq4sam.BIG": [False, True], "seed": [0, 1]},
+        },
+    )
+    assert (sweep.name, sweep.axes) == ("mine", ["scheme.ptq4sam.BIG", "seed"])
+    assert names(sweep) == [f"BIG={b}, seed={s}" for b in ("off", "on") for s in (0, 1)]
+    schemes = [trial.settings.scheme for trial in sweep.trials]
+    assert [scheme.ptq4sam.BIG for scheme in schemes] == [False, False, True, True]
+    # 20,000 steps are 50 now, with the rates that such a short schedule gets.
+    assert {(s.recon.iters, s.recon.rounding_lr) for s in schemes if s.recon} == {(50, 0.1)}
+    assert len({trial.key for trial in sweep.trials}) == 4
+
+
+def test_values_with_names_exclusions_and_inclusions(tmp_path: Path) -> None:
+    sweep = read(
+        tmp_path,
+        {
+            "base": {"scheme": SCHEME},
+            "grid": {
+                "width": {
+                    "W4A4": {"bits": 4},
+                    "W4A8": {"scheme.w_qconfig.bit": 4, "scheme.a_qconfig.bit": 8},
+                },
+                "seed": [0, 1],
+            },
+            "exclude": [{"width": "W4A8", "seed": 1}],
+            "include": [{"seed": 7, "scheme": str(ROOT / "exp" / "minmax66.yaml")}],
+        },
+    )
+    assert names(sweep)[:3] == ["width=W4A4, seed=0", "width=W4A4, seed=1", "width=W4A8, seed=0"]
+    assert len(sweep.trials) == 4
+    widths = [
+        (trial.settings.scheme.w_qconfig.bit, trial.settings.scheme.a_qconfig.bit)
+        for trial in sweep.trials
+    ]
+    assert widths == [(4, 4), (4, 4), (4, 8), (6, 6)]
+    assert sweep.trials[-1].settings.seed == 7
+
+
+def test_two_ways_to_say_the_same_are_one_trial(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep = read(
+        tmp_path,
+        {
+            "base": {"scheme": SCHEME},
+            "grid": {"bits": [4]},
+            "include": [{"scheme.w_qconfig.bit": 4}],
+        },
+    )
+    assert names(sweep) == ["bits=4"]
+    assert "is the same as bits=4" in caplog.text
+
+
+def test_overrides_go_before_base_and_the_grid_before_overrides(tmp_path: Path) -> None:
+    content = {"base": {"scheme": SCHEME, "limit": 3, "steps": 9}, "grid": {"steps": [1, 2]}}
+    sweep = read(tmp_path, content, limit=5, steps=4)
+    assert [trial.settings.limit for trial in sweep.trials] == [5, 5]
+    assert [t.settings.scheme.recon.iters for t in sweep.trials if t.settings.scheme.recon] == [
+        1,
+        2,
+    ]
+
+
+BASE = f"base: {{scheme: {SCHEME}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (BASE + "grid: {sede: [1]}", "grid.sede: unknown key; did you mean 'seed'?"),
+        (BASE + "grid: {BIG: [true]}", "grid.BIG: unknown key; did you mean 'scheme.ptq4sam.BIG'"),
+        (BASE + "grid: {recon.itters: [1]}", "did you mean 'scheme.recon.iters'?"),
+        (BASE + "grid: {scheme.recon.itters: [1]}", "did you mean 'scheme.recon.iters'?"),
+        (BASE + "grids: {seed: [1]}", "grids: unknown key; did you mean 'grid'?"),
+        ("base: {shceme: x}\ngrid: {seed: [1]}", "base.shceme: unknown key; did you mean 'scheme'"),
+        (BASE + "grid: {seed: [1]}\nexclude: [{seeds: 1}]", "exclude.seeds: unknown key; did you"),
+        (BASE + "grid: {seed: [1]}\ninclude: [{limt: 1}]", "include.limt: unknown key; did you"),
+        (BASE + "grid: {w: {a: {bitts: 4}}}", "grid.w.a.bitts: unknown key; did you mean 'bits'?"),
+        (BASE + "grid: {bits: [99]}", "trial bits=99: bit: 99 given, allowed: 2 to 16"),
+        (BASE + "grid: {model: [vit_x]}", "'vit_x' given, allowed: vit_b, vit_l, vit_h, vit_nano"),
+        (BASE + "grid: {scheme.ptq4sam.taus: [[3]]}", "allowed: some of 1, 2, 4, each once"),
+        (BASE + "grid: {data: [{images: a, annotations: b}]}", "calibration: missing"),
+        ("grid: {scheme.recon.iters: [1]}", "name a file in base"),
+        ("grid: {seed: [1]}", "scheme: missing"),
+        ("base: {scheme: no-such.yaml}\ngrid: {seed: [1]}", "no such scheme file"),
+        (BASE, "no trial is left"),
+        ("", "no trial is left"),
+        (BASE + "grid: {seed: []}", "grid.seed: no value is given, so that there is no trial"),
+        (BASE + "grid: {seed: [1]}\nexclude: [{seed: 1}]", "no trial is left"),
+        (BASE + "grid: [1]", "grid: [1] given, keys and values are needed"),
+        (BASE + "grid: {seed: [1, 2}", "not YAML"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path: Path, content: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, content)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+TRIALS = {
+    "bimodal": 12,
+    "bits": 24,
+    "calibration": 16,
+    "drop": 10,
+    "seeds": 8,
+    "steps": 5,
+    "taus": 7,
+    "units": 4,
+}
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_sweeps_that_ship_run_on_what_ships(name: str) -> None:
+    sweep = read_sweep(ROOT / "exp" / "sweeps" / f"{name}.yaml")
+    assert len(sweep.trials) == TRIALS[name]
+    for trial in sweep.trials:
+        settings = trial.settings
+        assert (settings.model, settings.checkpoint, settings.data) == ("vit_nano", None, None)
+
+
+def test_every_sweep_file_is_tested() -> None:
+    assert {path.stem for path in (ROOT / "exp" / "sweeps").glob("*")} == set(TRIALS)
+
+
+def test_what_the_sweeps_are_about() -> None:
+    def values(name: str, key: str) -> list[object]:
+        trials = read_sweep(ROOT / "exp" / "sweeps" / f"{name}.yaml").trials
+        return list(dict.fromkeys(str(trial.values.get(key)) for trial in trials))
+
+    assert values("bits", "bits") == ["3", "4", "5", "6", "7", "8"]
+    assert values("calibration", "scheme.calibrate")[::7] == ["1", "128"]
+    assert values("units", "scheme.recon.granularity") == ["layer", "unit"]
+    assert "0" in values("drop", "scheme.recon.drop_prob")
+    assert "[1, 2, 4]" in values("taus", "scheme.ptq4sam.taus")
+    assert values("bimodal", "seed") == ["0", "1", "2"]
