@@ -17,7 +17,7 @@ _TELL = (
     "import os, sys; from ptq4sam.threads import SETTINGS; "
     "print({name: os.environ[name] for name in sorted(SETTINGS) if name in os.environ})"
 )
-_ASLEEP = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+_ASLEEP = {"GOMP_SPINCOUNT": "300", "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:

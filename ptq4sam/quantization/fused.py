@@ -2,7 +2,8 @@
 
 Quantizing a large tensor is bound by memory: eight operations one after the other read and write it
 eight times. torch.compile makes one kernel of them, for a CPU as for a GPU. A kernel takes seconds
-to compile, so small tensors, and machines without a compiler, run the same operations one by one.
+to compile: small tensors, functions that a run hardly calls, and machines without a compiler run
+the same operations one by one.
 
 Compilers divide by approximations and round a product and a sum together where they may. A function
 whose values must not depend on that names arguments that are hard to round: at its first use on a
@@ -18,6 +19,7 @@ import importlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
@@ -35,8 +37,15 @@ Arguments: TypeAlias = tuple[Any, ...]
 
 FEWEST_ELEMENTS = 2**20
 """Smallest tensor worth a compiled kernel."""
+LARGEST_UNCOMPILED = 2**24
+"""Smallest tensor whose kernel is compiled at once: one by one it needs its memory many times."""
+WORTH_COMPILING = 2.0
+"""Seconds that a function may take one by one on large tensors of a CPU before it is compiled.
+
+About what compiling takes, so that no run takes twice as long as it would by the better choice.
+"""
 SWITCH = "PTQ4SAM_COMPILE"
-"""Environment variable; 0 runs everything one by one."""
+"""Environment variable; 0 runs everything one by one, 1 compiles at a function's first use."""
 _FUSION = "TRITON_DEFAULT_FP_FUSION"
 """Triton's own; 0 keeps products and sums apart."""
 
@@ -139,9 +148,15 @@ class _Kernel:
     ) -> None:
         self._function, self._hard = function, hard
         self._compiled: dict[str, Callable[..., Any]] = {}
+        self._seconds = 0.0
 
     def __call__(self, args: Arguments) -> Any:
         kind = args[0].device.type
+        if self._is_too_early(args[0]):
+            started = time.thread_time()
+            result = self._function(*args)
+            self._seconds += time.thread_time() - started
+            return result
         flat = _flattened(args)
         try:
             if kind not in self._compiled:
@@ -153,6 +168,15 @@ class _Kernel:
                 raise
             _compiler.give_up(kind, error)
             return self._function(*args)
+
+    def _is_too_early(self, x: Tensor) -> bool:
+        """Whether the function has not yet taken the time that a kernel for a CPU costs.
+
+        A GPU computes later than it is told to, so that nothing can be timed there.
+        """
+        if x.device.type != "cpu" or "cpu" in self._compiled or x.numel() >= LARGEST_UNCOMPILED:
+            return False
+        return self._seconds < WORTH_COMPILING and os.environ.get(SWITCH) != "1"
 
     def _made(self, kind: str, args: Arguments) -> Callable[..., Any]:
         """The kernel, or the function itself where the kernel does not give its numbers."""

@@ -27,6 +27,11 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ 
 Result = tuple[Tensor, ...]
 
 
+@pytest.fixture(autouse=True)
+def _compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fused.SWITCH, "1")
+
+
 def random_bits(x: Tensor) -> torch.Generator:
     return torch.Generator(x.device).manual_seed(3)
 
@@ -179,6 +184,25 @@ def test_small_tensors_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None
     assert run(torch.zeros(3)).tolist() == [1, 1, 1]
     with pytest.raises(AssertionError, match="compiled"):
         run(torch.zeros(FEWEST_ELEMENTS))
+
+
+def test_a_kernel_is_made_when_the_time_it_takes_was_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.5, 10.0, 10.6])
+    monkeypatch.setattr(fused.time, "thread_time", lambda: next(clock))
+    monkeypatch.setattr(torch, "compile", lambda function, **_options: lambda x: -function(x))
+    monkeypatch.setattr(fused, "_compiler", usable_compiler())
+    monkeypatch.delenv(fused.SWITCH)
+    run = fused.fused(lambda x: x + 1)
+    x = torch.zeros(FEWEST_ELEMENTS)
+    assert [float(run(x)[0]) for _ in range(4)] == [1, 1, -1, -1]
+
+
+def test_a_huge_tensor_is_compiled_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_options: lambda x: -function(x))
+    monkeypatch.setattr(fused, "_compiler", usable_compiler())
+    monkeypatch.setattr(fused, "LARGEST_UNCOMPILED", FEWEST_ELEMENTS)
+    monkeypatch.delenv(fused.SWITCH)
+    assert float(fused.fused(lambda x: x + 1)(torch.zeros(FEWEST_ELEMENTS))[0]) == -1
 
 
 @pytest.mark.parametrize(("own", "expected"), [(None, {"cpp.vec_isa_ok": True}), (False, {})])
