@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptq4sam.numerics import products_of
-from ptq4sam.quantization import int8_products
+from ptq4sam.quantization import fused, int8_products
 from ptq4sam.quantization import whole as whole_module
-from ptq4sam.quantization import fused
 from ptq4sam.quantization.fused import FEWEST_ELEMENTS
 from ptq4sam.quantization.int8_products import (
     gives_exact_int8_products,
