@@ -18,8 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     from ptq4sam.data.scenes import write_scenes
+    from ptq4sam.locks import alone_in
 
-    for offset, (name, count) in enumerate((("train", parsed.train), ("val", parsed.val))):
-        images, annotations = write_scenes(parsed.folder, count, 2 * parsed.seed + offset, name)
-        sys.stdout.write(f"{count} scenes in {images}, annotations {annotations}\n")
+    with alone_in(parsed.folder):
+        for offset, (name, count) in enumerate((("train", parsed.train), ("val", parsed.val))):
+            images, annotations = write_scenes(parsed.folder, count, 2 * parsed.seed + offset, name)
+            sys.stdout.write(f"{count} scenes in {images}, annotations {annotations}\n")
     return 0

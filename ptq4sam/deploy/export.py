@@ -24,6 +24,7 @@ from ptq4sam.deploy.products import advice, exact_products
 from ptq4sam.deploy.runtimes import FORMS, RUNTIMES, Products, require
 from ptq4sam.errors import ConfigError, DependencyError, DeployError
 from ptq4sam.files import temporary_folder
+from ptq4sam.locks import alone_in
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.sam.model import Sam
 from ptq4sam.version import __version__
@@ -31,7 +32,6 @@ from ptq4sam.version import __version__
 _log = logging.getLogger(__name__)
 
 
-@torch.no_grad()
 def export(
     sam: Sam,
     folder: str | Path,
@@ -45,6 +45,7 @@ def export(
     The graphs compute what the model computes in simulation, quantizers included; see
     `encoder_graph` and `decoder_graph` for their inputs and outputs. The folder may hold both
     formats. Readers never see half of an export: what a description names is checked against it.
+    One writer has the folder at a time.
 
     Args:
         sam: the model, float or frozen.
@@ -59,25 +60,24 @@ def export(
         ConfigError: there is no such format, or no such form of it.
         DeployError: a part has no exact form; its name is given.
         DependencyError: the format's package is not installed.
+        StoreError: somebody else writes into the folder.
     """
-    if runtime_format not in SUFFIXES:
-        raise ConfigError(f"format {runtime_format!r} was asked for: use {' or '.join(SUFFIXES)}")
-    signed = runtime_format == "openvino"
-    if fast and not signed:
-        raise ConfigError(f"asked for a fast export as {runtime_format}: use openvino")
-    if products is not None and (fast or not signed or products not in FORMS["openvino"]):
-        raise ConfigError(
-            f"asked for {products} products of codes in {'a fast' if fast else 'an'} export as "
-            f"{runtime_format}: exact exports as openvino have {' or '.join(FORMS['openvino'])}"
-        )
-    quantized = isinstance(sam, QuantizedSam)
-    if isinstance(sam, QuantizedSam) and sam.scheme.compat == "published":
-        raise DeployError(
-            "asked to export a model with compat: published, which is not on its grid: quantize "
-            "with compat: faithful"
-        )
-    if signed:
-        require("openvino")
+    _check_form(sam, runtime_format, fast, products)
+    with alone_in(Path(folder)):
+        return export_alone(sam, Path(folder), runtime_format, fast=fast, products=products)
+
+
+@torch.no_grad()
+def export_alone(
+    sam: Sam,
+    folder: Path,
+    runtime_format: Format,
+    *,
+    fast: bool = False,
+    products: Products | None = None,
+) -> Manifest:
+    """`export`, for whoever has a right form and has claimed the folder."""
+    quantized, signed = isinstance(sam, QuantizedSam), runtime_format == "openvino"
     exact = quantized and not fast
     found = _products(runtime_format, exact) if quantized else None
     products = products or found
@@ -85,8 +85,6 @@ def export(
         ENCODER: encoder_graph(sam.image_encoder, signed, not fast),
         DECODER: decoder_graph(sam, signed, not fast),
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with temporary_folder(folder, "export", folder) as temporary:
         for name, graph in graphs.items():
             path = temporary / f"{name}.onnx"
@@ -101,6 +99,27 @@ def export(
     manifest = describe(sam, runtime_format, files, exact, products if exact else None)
     manifest.write(folder)
     return manifest
+
+
+def _check_form(sam: Sam, runtime_format: Format, fast: bool, products: Products | None) -> None:
+    """Refuse what cannot be written, before anything is made; errors as `export`."""
+    if runtime_format not in SUFFIXES:
+        raise ConfigError(f"format {runtime_format!r} was asked for: use {' or '.join(SUFFIXES)}")
+    signed = runtime_format == "openvino"
+    if fast and not signed:
+        raise ConfigError(f"asked for a fast export as {runtime_format}: use openvino")
+    if products is not None and (fast or not signed or products not in FORMS["openvino"]):
+        raise ConfigError(
+            f"asked for {products} products of codes in {'a fast' if fast else 'an'} export as "
+            f"{runtime_format}: exact exports as openvino have {' or '.join(FORMS['openvino'])}"
+        )
+    if isinstance(sam, QuantizedSam) and sam.scheme.compat == "published":
+        raise DeployError(
+            "asked to export a model with compat: published, which is not on its grid: quantize "
+            "with compat: faithful"
+        )
+    if signed:
+        require("openvino")
 
 
 def _products(runtime_format: Format, exact: bool) -> Products | None:

@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 
 from ptq4sam.data import ImageSet
-from ptq4sam.deploy.export import export
+from ptq4sam.deploy.export import export_alone
 from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.deploy.manifest import Manifest
 from ptq4sam.deploy.nncf_encoder import NncfSettings, NncfValidation, Pixels, quantize_encoder
@@ -22,6 +22,7 @@ from ptq4sam.evaluation import mask_ious
 from ptq4sam.evaluation.evaluate import require_truth, select
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import segment
+from ptq4sam.locks import alone_in
 from ptq4sam.prompts import GroundTruth
 from ptq4sam.runs.needed import look_for_data, look_for_sam, look_for_validation
 from ptq4sam.runs.settings import DEFAULT_MODEL, AccuracySettings, DataSettings
@@ -81,16 +82,22 @@ def quantize_by_nncf(request: NncfRequest) -> Manifest:
         DataError: pictures cannot be read.
         DependencyError: OpenVINO or NNCF is not installed.
         MissingError: files are not there.
+        StoreError: somebody else writes into the folder.
     """
     require("nncf")
     _require_inputs(request)
+    with alone_in(request.folder):
+        return _quantize(request)
+
+
+def _quantize(request: NncfRequest) -> Manifest:
     # Both before the work: a mistake should not show after minutes.
     validation = None if request.accuracy is None else _validation(request, request.accuracy)
     dataset = request.calibration.open(
         skip_bad=request.skip_bad, limit=request.pictures, masks=False
     )
     sam = load_sam(request.model or DEFAULT_MODEL, request.checkpoint)
-    export(sam, request.folder, "openvino")
+    export_alone(sam, request.folder, "openvino")
     max_drop = None if request.accuracy is None else request.accuracy.max_drop
     manifest = quantize_encoder(
         request.folder, _Pixels(sam, dataset), NncfSettings(max_drop=max_drop), validation

@@ -172,11 +172,40 @@ def test_a_second_run_in_a_work_directory_is_told(
     with alone_in(Path("w")):
         told = refusal(capsys, *arguments)
         assert "w is in use by another run" in told
-        assert "another --work-dir" in told
+        assert "name another folder" in told
         # Who only reads is let in, and so is a plan.
         plan = ["quantize", *common, *scheme, "--output", "m.safetensors", "--dry-run"]
         assert main([str(argument) for argument in plan]) == 0
     assert before.read_text() == "of the first run\n"
+
+
+@pytest.mark.parametrize("command", ["onnx", "openvino", "nncf", "everything", "scenes"])
+def test_a_second_writer_of_a_folder_is_told(
+    command: str,
+    tiny: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two exports would leave a description of one and graphs of the other."""
+    monkeypatch.chdir(tmp_path)
+    arguments: list[object]
+    if command == "nncf":
+        pytest.importorskip("nncf")
+        pictures = ["--calibration-images", tiny.images(), *tiny.model()]
+        arguments = ["quantize", "--method", "nncf", *pictures, "--output", "d"]
+    elif command == "everything":
+        arguments = ["everything", "--images", tiny.images(), "--out", "d"]
+    elif command == "scenes":
+        arguments = ["scenes", "d", "--train", 1, "--val", 1]
+    else:
+        if command == "openvino":
+            pytest.importorskip("openvino")
+        arguments = ["export", "vit_nano", "--format", command, "--output", "d"]
+    with alone_in(Path("d")):
+        held = sorted(Path("d").iterdir())
+        assert "d is in use by another run" in refusal(capsys, *arguments)
+        assert sorted(Path("d").iterdir()) == held
 
 
 def test_a_report_is_written_beside_a_run(quantized: Quantized, tmp_path: Path) -> None:
