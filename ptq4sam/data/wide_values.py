@@ -7,6 +7,7 @@ No file says how many of its bits are used; the largest value does.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,14 @@ from PIL import Image, ImageFile
 _DEPTHS = (8, 10, 12, 14, 16)
 """Bits that values may be of; the fewest that hold the largest value are taken."""
 
-_EITHER_ORDER = tuple(f"{bands};16" for bands in ("RGB", "RGBA", "RGBX", "R", "G", "B", "A"))
-"""Bands of which Pillow decodes both orders of bytes."""
+_SINGLE = ("R", "G", "B", "A")
+"""Bands of which some files hold one after the other."""
+
+_STORED = {"RGBa": "RGBA", **{bands: bands for bands in ("RGB", "RGBA", "RGBX", "CMYK", *_SINGLE)}}
+"""How Pillow reads bands as they are stored, in both orders of bytes."""
+
+_COLOURS = {"LA": 1, "RGB": 3, "RGBA": 3, "RGBa": 3, "CMYK": 4}
+"""Bands of a mode that are colours; one more is transparency."""
 
 _OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 
@@ -50,7 +57,7 @@ def narrow_grey(values: NDArray[Any]) -> tuple[NDArray[np.uint8], str]:
 
 def has_wide_colours(stored: ImageFile.ImageFile) -> bool:
     """Whether Pillow, which has no such mode, drops the lower bytes of a picture not yet loaded."""
-    return stored.mode in ("RGB", "RGBA") and any(
+    return stored.mode in _COLOURS and any(
         _raw_mode(tile)[:-1].endswith(";16") for tile in stored.tile
     )
 
@@ -59,24 +66,26 @@ def narrow_colours(upper: Image.Image, path: Path) -> tuple[Image.Image, str]:
     """Colours of 16 bits in 8, by their largest value; alpha by its own.
 
     Args:
-        upper: RGB or RGBA, the upper bytes, as Pillow loads the file.
+        upper: RGB, RGBA or CMYK, the upper bytes, as Pillow loads the file.
         path: the file, of which the lower bytes are read too if the upper ones are not used.
 
     Returns:
-        The picture in the mode of `upper`, and what its values were, for people.
+        The picture in 8 bits, and what its values were, for people.
 
     Raises:
         ValueError: the lower bytes are needed and cannot be read.
     """
-    high = np.asarray(upper)
-    if _bits(high[..., :3].astype(np.uint16) << 8) == _DEPTHS[-1]:
+    colours = np.asarray(upper)[..., : _COLOURS[upper.mode]]
+    if _bits(colours.astype(np.uint16) << 8) == _DEPTHS[-1]:
         return upper, f"{_DEPTHS[-1]}-bit values"
-    values = high.astype(np.uint16) << 8 | _lower_bytes(path)
-    bits = _bits(values[..., :3])
+    mode, values = _stored_values(path)
+    count = _COLOURS[mode]
+    bits = _bits(values[..., :count])
     narrow = _upper_bits(values, bits)
-    if upper.mode == "RGBA":
-        narrow[..., 3] = _upper_bits(values[..., 3], _bits(values[..., 3]))
-    return Image.fromarray(narrow), f"{bits}-bit values"
+    if narrow.shape[-1] > count:
+        narrow[..., count] = _upper_bits(values[..., count], _bits(values[..., count]))
+    picture = Image.frombytes(mode, upper.size, narrow.tobytes())
+    return picture.convert("RGBA") if mode == "RGBa" else picture, f"{bits}-bit values"
 
 
 def _bits(values: NDArray[Any]) -> int:
@@ -93,12 +102,39 @@ def _upper_bits(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     return narrow
 
 
-def _lower_bytes(path: Path) -> NDArray[np.uint8]:
-    """The lower bytes of 16-bit colours, which are the upper ones in the other order of bytes."""
+def _stored_values(path: Path) -> tuple[str, NDArray[np.uint16]]:
+    """Pillow's mode of 16-bit colours, and all their bits, [height, width, bands].
+
+    Pillow gives the upper byte of a value. The lower ones are the upper ones in the other order of
+    bytes; a grey value and its transparency are four bytes, as a pixel of RGBA is.
+    """
     with Image.open(path) as stored:
-        if not all(_raw_mode(tile)[:-1] in _EITHER_ORDER for tile in stored.tile):
+        kinds = {_raw_mode(tile).partition(";")[0] for tile in stored.tile}
+        if kinds == {"LA"}:
+            octets = _loaded(path, lambda _raw_mode: "RGBA").astype(np.uint16)
+            return "LA", octets[..., ::2] << 8 | octets[..., 1::2]
+        if not kinds <= set(_STORED):
             raise ValueError("its 16-bit values use few of their bits; convert it to 8 bits")
-        stored.tile = [_in_other_order(tile) for tile in stored.tile]
+        mode = "RGBa" if kinds == {"RGBa"} else stored.mode
+    upper = _loaded(path, lambda raw_mode: _order(raw_mode, raw_mode[-1]))
+    lower = _loaded(path, lambda raw_mode: _order(raw_mode, _OTHER_BYTE[raw_mode[-1]]))
+    return mode, upper.astype(np.uint16) << 8 | lower
+
+
+def _order(raw_mode: str, order: str) -> str:
+    """A raw mode as `_STORED` reads it, in an order of bytes."""
+    return f"{_STORED[raw_mode.partition(';')[0]]};16{order}"
+
+
+def _loaded(path: Path, as_raw_mode: Callable[[str], str]) -> NDArray[np.uint8]:
+    """A file's pixels where what names their bytes is taken for something else."""
+    with Image.open(path) as stored:
+        tiles = []
+        for tile in stored.tile:
+            other = as_raw_mode(_raw_mode(tile))
+            in_tuple = isinstance(tile.args, tuple)
+            tiles.append(tile._replace(args=(other, *tile.args[1:]) if in_tuple else other))
+        stored.tile = tiles
         stored.load()
         return np.asarray(stored)
 
@@ -107,9 +143,3 @@ def _raw_mode(tile: Any) -> str:
     """Names bands, size and order of a stored pixel's bytes, as RGB;16B; "" where nothing does."""
     mode = tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args
     return mode if isinstance(mode, str) else ""
-
-
-def _in_other_order(tile: Any) -> Any:
-    raw_mode = _raw_mode(tile)
-    other = raw_mode[:-1] + _OTHER_BYTE[raw_mode[-1]]
-    return tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))

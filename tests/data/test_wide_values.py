@@ -33,30 +33,35 @@ def _png(path: Path, pixels: Pixels, colour_type: int) -> Path:
     return path
 
 
-def _tiff(path: Path, pixels: Pixels, order: str, deflated: bool = False) -> Path:
-    """A TIFF with 16 bits a channel of RGB."""
-    height, width = pixels.shape[:2]
+def _tiff(
+    path: Path, pixels: Pixels, order: str, deflated: bool = False, *, kind: str = "RGB"
+) -> Path:
+    """A TIFF with 16 bits a channel of RGB, premultiplied RGBa or CMYK."""
+    height, width, bands = pixels.shape
     strip = pixels.astype(f"{order}u2").tobytes()
     strip = zlib.compress(strip) if deflated else strip
-    count, first = 9, 8
-    depths = first + 2 + 12 * count + 4
+    count = 10 if kind == "RGBa" else 9
+    depths = 8 + 2 + 12 * count + 4
     entries = [
         (256, 3, 1, width),
         (257, 3, 1, height),
-        (258, 3, 3, depths),
+        (258, 3, bands, depths),
         (259, 3, 1, 8 if deflated else 1),
-        (262, 3, 1, 2),
-        (273, 4, 1, depths + 6),
-        (277, 3, 1, 3),
+        (262, 3, 1, 5 if kind == "CMYK" else 2),
+        (273, 4, 1, depths + 2 * bands),
+        (277, 3, 1, bands),
         (278, 3, 1, height),
         (279, 4, 1, len(strip)),
+        # One extra band, of premultiplied transparency.
+        *([(338, 3, 1, 1)] if kind == "RGBa" else []),
     ]
-    content = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", first, count)
-    for tag, kind, number, value in entries:
-        short = kind == 3 and number == 1
-        content += struct.pack(f"{order}HHI", tag, kind, number)
+    content = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, count)
+    for tag, form, number, value in entries:
+        short = form == 3 and number == 1
+        content += struct.pack(f"{order}HHI", tag, form, number)
         content += struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value)
-    path.write_bytes(content + struct.pack(f"{order}IHHH", 0, 16, 16, 16) + strip)
+    content += struct.pack(f"{order}I{bands}H", 0, *[16] * bands)
+    path.write_bytes(content + strip)
     return path
 
 
@@ -137,14 +142,33 @@ def test_what_no_bits_are_known_of_is_refused(
         read_image(tmp_path / "a.tif")
 
 
-def test_what_pillow_drops_is_not_black_without_a_word(tmp_path: Path) -> None:
-    """Of grey with alpha Pillow reads the upper bytes alone."""
-    pixels = np.array([[[0x1234, 0xFFFF], [0xFF00, 0xFFFF]]])
-    path = _png(tmp_path / "a.png", pixels, GREY_AND_ALPHA)
-    assert read_image(path).tolist() == [[[0x12] * 3, [0xFF] * 3]]
-    path = _png(tmp_path / "b.png", pixels >> 8, GREY_AND_ALPHA)
-    with pytest.raises(DataError, match=r"b\.png cannot be read: its 16-bit values use few"):
-        read_image(path)
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("opaque", [0xFFFF, "as many bits"])
+def test_grey_with_transparency_is_scaled_as_grey_alone(
+    tmp_path: Path, bits: int, opaque: int | str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of which Pillow reads the upper bytes alone, and has no mode for the lower ones."""
+    caplog.set_level("INFO")
+    grey = np.random.default_rng(bits).integers(0, 2**bits, (5, 7, 1))
+    grey[0, 0] = 2**bits - 1
+    alpha = np.full_like(grey, opaque if isinstance(opaque, int) else 2**bits - 1)
+    path = _png(tmp_path / "a.png", np.concatenate([grey, alpha], axis=2), GREY_AND_ALPHA)
+    assert np.array_equal(read_image(path), np.repeat(grey >> (bits - 8), 3, axis=2))
+    assert f"a.png holds {bits}-bit values" in caplog.text
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("deflated", [False, True])
+def test_other_colours_of_16_bits(tmp_path: Path, order: str, deflated: bool) -> None:
+    ink = np.array([[[0, 0, 0, 0], [4095, 0, 0, 0], [0, 0, 0, 4095], [0, 2048, 0, 0]]])
+    cmyk = _tiff(tmp_path / "a.tif", ink, order, deflated, kind="CMYK")
+    expected = [[255, 255, 255], [0, 255, 255], [0, 0, 0], [255, 127, 255]]
+    assert read_image(cmyk).tolist() == [expected]
+    # Half transparent: colours, stored times 0.5, lie on white.
+    colours = np.array([[[4095, 2048, 0, 0xFFFF], [2048, 0, 0, 0x8000], [0, 0, 0, 0]]])
+    premultiplied = _tiff(tmp_path / "b.tif", colours, order, deflated, kind="RGBa")
+    expected = [[255, 128, 0], [255, 127, 127], [255, 255, 255]]
+    assert np.abs(read_image(premultiplied) - np.array([expected])).max() <= 1
 
 
 def test_it_is_noted_once_a_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
