@@ -137,6 +137,11 @@ def description(device: torch.device) -> dict[str, str]:
     }
 
 
+def fingerprint(device: torch.device) -> str:
+    """`description` in one line, for what is kept of a device's numbers."""
+    return ", ".join(f"{name} {value}" for name, value in description(device).items())
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

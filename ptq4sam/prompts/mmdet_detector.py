@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ptq4sam import numerics
 from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import ConfigError, DependencyError
 from ptq4sam.prompts.categories import category_ids_by_number
@@ -72,8 +73,9 @@ class MmdetDetector:
         self._identity = f"{versions} {_texts_digest(self.config)} {file_digest(checkpoint)}"
 
     def fingerprint(self) -> str:
-        """Identifies libraries, configuration, weights and settings."""
-        return f"mmdet {self._identity} {self.limit} {self._given_ids}"
+        """Identifies libraries, configuration, weights, settings and device."""
+        place = numerics.fingerprint(self._device)
+        return f"mmdet {self._identity} {self.limit} {self._given_ids} {place}"
 
     def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:
         """Boxes of an RGB picture [height, width, 3], best first.

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ptq4sam import numerics
 from ptq4sam.data.images import ImageRecord
 from ptq4sam.data.scenes import SCENE_CATEGORIES
 from ptq4sam.errors import CheckpointError, DependencyError
@@ -188,8 +189,9 @@ class SceneDetector:
         self._model.eval().to(self.device)
 
     def fingerprint(self) -> str:
-        """Identifies weights and settings, for the cache of detections."""
-        text = f"{self.name} {self._digest} {self.score_threshold!r} {_IMAGE_SIDES}"
+        """Identifies weights, settings and device, for the cache of detections."""
+        place = numerics.fingerprint(self.device)
+        text = f"{self.name} {self._digest} {self.score_threshold!r} {_IMAGE_SIDES} {place}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @torch.no_grad()

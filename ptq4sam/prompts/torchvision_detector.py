@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ptq4sam import numerics
 from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import CheckpointError, ConfigError
 from ptq4sam.pickles import UNREADABLE, load_pickle
@@ -63,8 +64,9 @@ class TorchvisionDetector:
             self._identity = f"{model} {file_digest(self._checkpoint)} torchvision {version}"
 
     def fingerprint(self) -> str:
-        """Identifies model, weights and settings."""
-        return f"{self._identity} {self.score_threshold} {self.limit}"
+        """Identifies model, weights, settings and device."""
+        place = numerics.fingerprint(self._device)
+        return f"{self._identity} {self.score_threshold} {self.limit} {place}"
 
     @torch.no_grad()
     def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ptq4sam import numerics
 from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import CheckpointError, DependencyError
 from ptq4sam.prompts.categories import NO_CATEGORY, category_ids_of
@@ -66,9 +67,10 @@ class TransformersDetector:
         )
 
     def fingerprint(self) -> str:
-        """Identifies the folder's files, the library and the settings."""
+        """Identifies the folder's files, the library, settings and device."""
         categories = hashlib.sha256(str(sorted(self._categories.items())).encode()).hexdigest()[:16]
-        return f"{self._identity} {self.score_threshold} {self.limit} {categories}"
+        place = numerics.fingerprint(self._device)
+        return f"{self._identity} {self.score_threshold} {self.limit} {categories} {place}"
 
     @torch.no_grad()
     def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:

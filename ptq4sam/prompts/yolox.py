@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ptq4sam import numerics
 from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import CheckpointError, DependencyError
 from ptq4sam.prompts.categories import category_ids_by_number
@@ -63,9 +64,9 @@ class Yolox(ABC):
         self._digest = file_digest(path)
 
     def fingerprint(self) -> str:
-        """Identifies file and settings."""
+        """Identifies file, settings and device."""
         settings = (self.score_threshold, self.nms_threshold, self.limit, self._given_ids)
-        return f"yolox {self._digest} {settings}"
+        return f"yolox {self._digest} {settings} {numerics.fingerprint(self._device)}"
 
     def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:
         """Boxes of an RGB picture [height, width, 3], best first.

@@ -7,6 +7,7 @@ from pathlib import Path
 from ptq4sam import parallel
 from ptq4sam.data import ImageSet
 from ptq4sam.downloads import Missing
+from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import CacheFolders, Prompts, PromptSource, cached, open_prompts, write_results
 from ptq4sam.prompts.spec import look_for_prompts
@@ -14,6 +15,7 @@ from ptq4sam.runs.needed import look_for_data
 from ptq4sam.runs.settings import DataSettings
 
 
+@reproducible()
 def detect(
     spec: str,
     data: DataSettings,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ptq4sam import numerics
 from ptq4sam.data.images import ImageRecord
 from ptq4sam.prompts.categories import COCO_CATEGORY_IDS
 from ptq4sam.prompts.detections import file_digest
@@ -99,8 +100,8 @@ class DetrDetector:
         return self._variant.name
 
     def fingerprint(self) -> str:
-        """Identifies file and settings."""
-        return f"{self.kind} {self._digest} {self.limit}"
+        """Identifies file, settings and device."""
+        return f"{self.kind} {self._digest} {self.limit} {numerics.fingerprint(self._device)}"
 
     @torch.no_grad()
     def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:
