@@ -38,7 +38,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     except Timeout:
         raise StoreError(
             f"{folder} is in use by another run, or belongs to a sweep that is running: wait for "
-            "its end, or name another --work-dir"
+            "its end, or name another work directory"
         ) from None
     except OSError as error:
         if error.filename is not None:

@@ -39,7 +39,7 @@ def holder(folder: Path) -> subprocess.Popen[str]:
 
 
 def test_a_second_one_is_told(tmp_path: Path) -> None:
-    told = r"new is in use by another run.*another --work-dir"
+    told = r"new is in use by another run.*another work directory"
     with (
         alone_in(tmp_path / "new"),
         alone_in(tmp_path / "other"),

@@ -94,7 +94,7 @@ def _banners(found: Sequence[Row]) -> list[Banner]:
         banners.append(
             Banner(
                 f"{count['failed']} of {len(found)} trials failed; their errors are in the table "
-                "of trials. The same command with --retry-failed tries them again."
+                "of trials. Start the sweep again, told to retry failed trials."
             )
         )
     return banners

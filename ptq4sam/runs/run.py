@@ -9,11 +9,10 @@ from typing import Any
 
 from ptq4sam import parallel
 from ptq4sam.evaluation import write_json
-from ptq4sam.model.audit import AuditReport
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
-from ptq4sam.runs.auditing import audit_model, require_passed
+from ptq4sam.runs.auditing import audit_run, require_passed
 from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.evaluating import evaluate_run
 from ptq4sam.runs.inputs import Inputs
@@ -81,7 +80,7 @@ class Run:
         report = None
         # Layers on integers have no quantizers that could be watched.
         if isinstance(models.sam, QuantizedSam) and settings.backend == "torch":
-            report = self._audit(models.sam)
+            report = audit_run(context.phases, models.sam)
         if parallel.is_first():
             record = dataclasses.replace(record, file=save_model(context, models.sam))
         evaluation = None
@@ -98,10 +97,3 @@ class Run:
         if report is not None:
             require_passed(report, models.sam)
         return metrics
-
-    def _audit(self, sam: QuantizedSam) -> AuditReport:
-        with self._context.stages.stage("audit"):
-            report = audit_model(sam)
-        for line in report.lines():
-            (_log.info if report.passed else _log.warning)("%s", line)
-        return report

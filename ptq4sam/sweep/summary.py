@@ -136,10 +136,10 @@ def markdown(sweep: Sweep, found: Sequence[Row]) -> str:
 def csv_text(sweep: Sweep, found: Sequence[Row]) -> str:
     """Every trial with all its numbers, for programs."""
     scores = metrics_of(found)
-    stages = list(dict.fromkeys(name for row in found if row.record for name in row.record.stages))
+    phases = list(dict.fromkeys(name for row in found if row.record for name in row.record.phases))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    times = [f"{name} seconds" for name in stages]
+    times = [f"{name} seconds" for name in phases]
     writer.writerow(
         ["key", *sweep.axes, "status", *(key for key, _ in scores), "seconds", *times, "error"]
     )
@@ -147,9 +147,9 @@ def csv_text(sweep: Sweep, found: Sequence[Row]) -> str:
         record = row.record
         values = [row.trial.values.get(axis, "") for axis in sweep.axes]
         numbers = [row.metric(key) for key, _ in scores]
-        ended: list[object] = [None] * (len(stages) + 2)
+        ended: list[object] = [None] * (len(phases) + 2)
         if record is not None:
-            spent = (record.stages.get(name, {}).get("seconds") for name in stages)
+            spent = (record.phases.get(name, {}).get("seconds") for name in phases)
             ended = [record.seconds, *spent, record.error]
         writer.writerow([row.trial.key, *values, row.status, *numbers, *ended])
     return text.getvalue()

@@ -270,7 +270,7 @@ def test_measurements_of_another_run_are_not_taken(tmp_path: Path) -> None:
         (["--drop-metric", "AP"], "add --max-drop"),
         (["--max-drop", "-1"], "0 or more"),
         (["--max-drop", "1"], "measured on annotated pictures"),
-        (["--max-drop", "1", "--validation-images", "x"], "--validation-annotations together"),
+        (["--max-drop", "1", "--validation-images", "x"], "pictures and their annotations together"),
         (["--max-drop", "1", "--scheme-options", "compat=published"], "cannot mend"),
     ],
 )

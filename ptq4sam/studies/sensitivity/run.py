@@ -119,9 +119,9 @@ def _metric(asked: str | None, preparation: Preparation) -> str:
     if asked is None:
         return "mean_iou" if isinstance(source, GroundTruth) else "AP" if truth else "agreement"
     if asked == "mean_iou" and not isinstance(source, GroundTruth):
-        raise ConfigError("the mean IoU is of annotated boxes: use --prompts ground-truth")
+        raise ConfigError("the mean IoU is of annotated boxes: use ground-truth prompts")
     if asked == "AP" and not truth:
-        raise ConfigError("the AP needs annotations: give --annotations, or --metric agreement")
+        raise ConfigError("the AP needs annotations: give some, or measure the agreement")
     return asked
 
 

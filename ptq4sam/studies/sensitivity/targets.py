@@ -159,8 +159,7 @@ def _matching(found: Sequence[Target], patterns: Sequence[str]) -> list[Target]:
             known = [target.name if ":" in pattern else target.path for target in found]
             error = unknown_key(pattern, dict.fromkeys(known))
             raise ConfigError(
-                f"--targets {error.key}: no such part of the model; "
-                f"{error.problem.partition('; ')[2]}"
+                f"target {error.key}: no such part of the model; {error.problem.partition('; ')[2]}"
             )
         kept |= names
     return [target for target in found if target.name in kept] if patterns else list(found)

@@ -37,7 +37,7 @@ _CSV_TITLES = (
 _LEFT = 4
 """Columns of words before those of numbers."""
 _MISSING = "missing: "
-_OTHER_DATA = "{} is not there: give your own by --images and the like, or --coco-mini"
+_OTHER_DATA = "{} is not there: give pictures of your own, or the folder of coco_mini"
 
 
 def cells(row: Row) -> list[str]:

@@ -230,7 +230,7 @@ def test_patterns_address_stage_block_layer_and_role() -> None:
         (["--by", "units"], "did you mean 'unit'"),
         (["--roles", "softmx"], "did you mean 'softmax'"),
         (["--pictures", "0"], "1 or more"),
-        (["--metric", "mean_iou", "--prompts", "scene-detector"], "use --prompts ground-truth"),
+        (["--metric", "mean_iou", "--prompts", "scene-detector"], "use ground-truth prompts"),
         (["--scheme-options", "compat=published"], "compat: faithful"),
     ],
 )
