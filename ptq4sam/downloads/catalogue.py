@@ -257,9 +257,7 @@ def find_asset(name: str) -> Asset:
     if name in ASSETS:
         return ASSETS[name]
     near = difflib.get_close_matches(name, ASSETS, n=1)
-    hint = (
-        f"did you mean {near[0]}?" if near else "ptq4sam download lists what there is"
-    )
+    hint = f"did you mean {near[0]}?" if near else "ptq4sam download lists what there is"
     raise ConfigError(f"asked to download {name!r}, which is not known: {hint}")
 
 

@@ -46,8 +46,8 @@ class RunModels:
     units: tuple[UnitRecord, ...] = ()
 
 
-class ModelSource:
-    """Gives the models that a run's settings ask for."""
+class ModelOpener:
+    """Opens the models that a run's settings ask for."""
 
     def __init__(self, context: RunContext, inputs: Inputs) -> None:
         self._context, self._settings = context, context.settings

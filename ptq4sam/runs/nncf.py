@@ -65,9 +65,7 @@ class NncfRequest:
         if self.pictures < 1:
             raise ConfigError(f"asked for {self.pictures} calibration pictures: use 1 or more")
         if self.accuracy is not None and self.accuracy.metric != "mean_iou":
-            raise ConfigError(
-                "NNCF controls the mean IoU: ask for no other metric"
-            )
+            raise ConfigError("NNCF controls the mean IoU: ask for no other metric")
         if self.accuracy is not None and self.accuracy.images is None:
             raise ConfigError(
                 "accuracy is measured on annotated pictures: give validation pictures and their "

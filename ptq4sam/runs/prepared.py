@@ -14,7 +14,7 @@ from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import Clicks, PromptSource
 from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.inputs import Inputs
-from ptq4sam.runs.models import ModelSource
+from ptq4sam.runs.models import ModelOpener
 from ptq4sam.runs.outputs import make_folders
 from ptq4sam.runs.quantizing import JOURNAL
 from ptq4sam.runs.reproducibility import fix_seeds
@@ -46,7 +46,7 @@ class Preparation:
         self.settings = settings
         context = RunContext.of(settings, progress)
         self._inputs = Inputs(context)
-        self._models = ModelSource(context, self._inputs)
+        self._models = ModelOpener(context, self._inputs)
 
     def pictures(self) -> tuple[ImageSet, PromptSource]:
         """The pictures and their boxes.

@@ -17,7 +17,7 @@ from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.evaluating import evaluate_run
 from ptq4sam.runs.inputs import Inputs
 from ptq4sam.runs.metrics import run_metrics
-from ptq4sam.runs.models import ModelSource
+from ptq4sam.runs.models import ModelOpener
 from ptq4sam.runs.needed import require_inputs
 from ptq4sam.runs.outputs import make_folders, save_model
 from ptq4sam.runs.quantizing import JOURNAL
@@ -40,7 +40,7 @@ class Run:
         self.settings = settings
         self._context = RunContext.of(settings, progress)
         self._inputs = Inputs(self._context)
-        self._models = ModelSource(self._context, self._inputs)
+        self._models = ModelOpener(self._context, self._inputs)
 
     @reproducible()
     def execute(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class AccuracySettings(Record):
     """How much a quantized model may lose, and where that is measured.
 
     Attributes:
-        max_drop: points (hundredths) of the metric that it may be below the float model.
+        max_drop: percentage points of the metric that it may be below the float model.
         metric: "mean_iou" or "AP".
         pictures: pictures that single units are measured on; whole models are on all.
         images: folder of validation pictures; None for those that are evaluated.

@@ -17,7 +17,7 @@ from ptq4sam.sweep.store import TrialRecord
 
 _SEED = "seed"
 _CHANGE = "change"
-"""Of the score that counts, against the float model's: mean IoU in points, else AP."""
+"""Of the score that counts, against the float model's: mean IoU in percentage points, else AP."""
 
 _PARTS_OF_AP = ("AP50", "AP75", "APs", "APm", "APl", "AR")
 
@@ -120,7 +120,10 @@ def markdown(sweep: Sweep, found: Sequence[Row]) -> str:
     done = sum(row.status == "done" for row in found)
     parts = [f"# Sweep {sweep.name}", "", f"{done} of {len(found)} trials done."]
     parts += float_lines(found)
-    parts += ["", "Change is against the float model: mean IoU in points, or AP without it."]
+    parts += [
+        "",
+        "Change is against the float model: mean IoU in percentage points, or AP without it.",
+    ]
     averaged = table_over_seeds(sweep, found)
     if averaged:
         parts += ["", "## Mean and standard deviation over seeds", "", *_markdown_table(averaged)]

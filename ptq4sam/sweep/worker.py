@@ -27,7 +27,7 @@ from ptq4sam.prompts import PromptSource
 from ptq4sam.runs.auditing import audit_run, require_passed
 from ptq4sam.runs.context import Opened, RunContext
 from ptq4sam.runs.inputs import Inputs
-from ptq4sam.runs.models import ModelSource
+from ptq4sam.runs.models import ModelOpener
 from ptq4sam.runs.phases import Phases
 from ptq4sam.runs.quantizing import Quantizing
 from ptq4sam.runs.reproducibility import fix_seeds, versions
@@ -101,7 +101,7 @@ class Worker:
             settings, silent, phases=phases, opened=self._opened, sharers=self.workers
         )
         inputs = Inputs(context)
-        return _Parts(context, inputs, ModelSource(context, inputs))
+        return _Parts(context, inputs, ModelOpener(context, inputs))
 
     def _trial(self, task: Task, parts: _Parts) -> dict[str, Any]:
         settings, phases = parts.context.settings, parts.context.phases
@@ -189,7 +189,7 @@ class _Parts:
 
     context: RunContext
     inputs: Inputs
-    models: ModelSource
+    models: ModelOpener
 
     def evaluated(self) -> tuple[ImageSet, PromptSource]:
         """What every trial has: pictures to evaluate."""

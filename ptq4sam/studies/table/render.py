@@ -76,7 +76,7 @@ def terminal(rows: Sequence[Row]) -> Table:
 
 def legend(rows: Sequence[Row]) -> list[str]:
     """What the columns of these rows mean, a line each."""
-    lines = ["AP: mask AP in percent; to float: against the float model, in points."]
+    lines = ["AP: mask AP in percent; to float: against the float model, in percentage points."]
     marks = {
         figure.mark
         for row in rows
