@@ -27,7 +27,7 @@ _SCHEME = Path(__file__).resolve().parents[1] / "exp" / "ptq4sam-s44.yaml"
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
-    """The stages of the run, as metrics.json has them.
+    """The phases of the run, as metrics.json has them.
 
     Raises:
         RuntimeError: the run failed; it said why.
@@ -51,10 +51,10 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, floa
         command += ["--device", arguments.device]
     if ptq4sam(command):
         raise RuntimeError("the run failed: see the line above")
-    stages: dict[str, dict[str, float]] = json.loads((folder / "run/metrics.json").read_text())[
-        "stages"
+    phases: dict[str, dict[str, float]] = json.loads((folder / "run/metrics.json").read_text())[
+        "phases"
     ]
-    return stages
+    return phases
 
 
 def main() -> None:
@@ -69,11 +69,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="keep the quantized model")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        stages = run(arguments, Path(folder))
-    lines = [f"{'stage':<20}{'seconds':>10}{'peak GiB':>10}"]
-    for name, stage in stages.items():
-        peak = stage["peak_memory_bytes"] / 2**30
-        lines.append(f"{name:<20}{stage['seconds']:10.1f}{peak:10.2f}")
+        phases = run(arguments, Path(folder))
+    lines = [f"{'phase':<20}{'seconds':>10}{'peak GiB':>10}"]
+    for name, took in phases.items():
+        peak = took["peak_memory_bytes"] / 2**30
+        lines.append(f"{name:<20}{took['seconds']:10.1f}{peak:10.2f}")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

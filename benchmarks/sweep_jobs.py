@@ -6,7 +6,7 @@ Trials are seeds of PTQ4SAM-L at 4 bits on vit_nano and generated scenes: with o
 core, with one worker that has all cores, and with so many workers that share them. What trials
 share and the kernels of each number of threads are made by a round that is not measured. The time
 is from the start of the first trial to the end of the last one; overhead is what a trial took
-beside its stages (quantization, audit, evaluation).
+beside its phases (quantization, audit, evaluation).
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def seconds(records: list[TrialRecord]) -> float:
 
 
 def overhead(records: list[TrialRecord]) -> float:
-    """Largest time of a trial beside its stages."""
+    """Largest time of a trial beside its phases."""
     return max(
-        record.seconds - sum(stage["seconds"] for stage in record.stages.values())
+        record.seconds - sum(took["seconds"] for took in record.phases.values())
         for record in records
     )
 

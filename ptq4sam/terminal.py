@@ -47,8 +47,8 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
         logger.debug("where it happened", exc_info=True)
         what = str(error)[:120] or "in Python"
         return _refuse(
-            f"out of memory ({what}): lower --memory-budget, or calibrate on fewer pictures "
-            "(calibrate in the scheme); finished units are kept, go on with --resume"
+            f"out of memory ({what}): lower the memory budget, or calibrate on fewer "
+            "pictures (calibrate in the scheme); finished units are kept: resume the run"
             f"{gpu_memory_advice(error)}"
         )
     except KeyboardInterrupt:

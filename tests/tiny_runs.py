@@ -99,8 +99,8 @@ def read_metrics(work_dir: Path) -> dict[str, Any]:
 
 def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
     """What a run found, without what it was asked and how long it took."""
-    return {key: value for key, value in metrics.items() if key not in ("stages", "asked")}
+    return {key: value for key, value in metrics.items() if key not in ("phases", "asked")}
 
 
 def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in metrics.items() if key != "stages"}
+    return {key: value for key, value in metrics.items() if key != "phases"}

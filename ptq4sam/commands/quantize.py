@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-drop",
         type=float,
         metavar="POINTS",
-        help="return units to 8 bits or float until the model is at most so many points below the "
-        "float one",
+        help="return units to 8 bits or float until the model is at most so many percentage points "
+        "below the float one",
     )
     parser.add_argument("--drop-metric", choices=("mean_iou", "AP"), help="default: mean_iou")
     parser.add_argument(

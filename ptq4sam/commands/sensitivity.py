@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["unit"],
         metavar="GRAIN",
-        help="what is switched together: model, stage, block, unit (the default), quantizer; "
+        help="what is switched together: model, network, block, unit (the default), quantizer; "
         "several are possible",
     )
     parser.add_argument(
@@ -68,7 +68,8 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam.studies.sensitivity.targets import ROLES
 
     asked = StudySettings(
-        grains=tuple(parsed.by),
+        # "stage" is what a network was called here before.
+        grains=tuple("network" if grain == "stage" else grain for grain in parsed.by),
         roles=ROLES if parsed.roles is None else tuple(parsed.roles),
         patterns=tuple(parsed.targets),
         measure=parsed.measure,

@@ -100,7 +100,7 @@ class _Content:
         if self.others:
             told.append(f"files that are not read as pictures: {_some(self.others)}")
         if self.subfolders:
-            told.append(f"subfolders, which --recursive searches: {_some(self.subfolders)}")
+            told.append(f"subfolders, which a recursive search reads: {_some(self.subfolders)}")
         return "; ".join(told)
 
 

@@ -235,7 +235,7 @@ class ImageSet:
             return
         if not self.skip_bad:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise DataError(f"{problems[0]}{more}; repair it, or leave it out with --skip-bad")
+            raise DataError(f"{problems[0]}{more}; repair it, or skip what is bad")
         self.skipped[reason] += len(problems)
         _log.warning("skipped %d x %s, first: %s", len(problems), reason, problems[0])
 

@@ -257,7 +257,7 @@ def find_asset(name: str) -> Asset:
     if name in ASSETS:
         return ASSETS[name]
     near = difflib.get_close_matches(name, ASSETS, n=1)
-    hint = f"did you mean {near[0]}?" if near else "ptq4sam download --list shows what there is"
+    hint = f"did you mean {near[0]}?" if near else "ptq4sam download lists what there is"
     raise ConfigError(f"asked to download {name!r}, which is not known: {hint}")
 
 
@@ -287,7 +287,7 @@ def where_from(path: Path) -> str:
     scenes = generated_in(path)
     if scenes is not None:
         return f"ptq4sam scenes {scenes} generates it"
-    return "name another, or see what ptq4sam download --list has"
+    return "name another, or see what ptq4sam download lists"
 
 
 def generated_in(path: Path) -> Path | None:

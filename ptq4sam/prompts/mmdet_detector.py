@@ -214,5 +214,5 @@ def _versions() -> str:
 def _how_to_install(problem: str) -> str:
     return (
         f"detectors of mmdetection need mmengine, mmcv with its operators and mmdet ({problem}): "
-        "./environment.sh mmdet installs them; or give boxes of any detector: --prompts boxes.json"
+        "./environment.sh mmdet installs them; or give boxes of any detector as boxes.json"
     )

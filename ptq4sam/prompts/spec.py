@@ -157,7 +157,7 @@ def look_for_prompts(missing: Missing, text: str, what: str = "detector") -> Non
 
         file = Path(spec.name) if is_path(spec.name) else None
     if spec.kind == BOXES:
-        advice = "ptq4sam prompts --detector D --dataset D --out FILE writes such a file"
+        advice = "ptq4sam prompts writes such a file"
         missing.look_for("file of boxes", file, advice)
     elif spec.kind == "transformers":
         missing.look_for(what, file, "give a folder that save_pretrained has written")

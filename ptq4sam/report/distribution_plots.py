@@ -45,10 +45,10 @@ def key_plot(attention: AttentionRecord) -> Plot:
         histogram(one, seen.low, seen.high, _densities(seen), colour)
         if keys.density is not None:
             values = keys.density.values
-            step = (keys.density.high - keys.density.low) / max(1, len(values) - 1)
-            points = [keys.density.low + step * index for index in range(len(values))]
-            one.plot(points, values, color=INK, linewidth=1)
-            heights = [values[round((peak - points[0]) / step)] for peak in keys.density.peaks]
+            width = (keys.density.high - keys.density.low) / max(1, len(values) - 1)
+            places = [keys.density.low + width * index for index in range(len(values))]
+            one.plot(places, values, color=INK, linewidth=1)
+            heights = [values[round((peak - places[0]) / width)] for peak in keys.density.peaks]
             one.plot(keys.density.peaks, heights, "v", color=INK, markersize=6, clip_on=False)
         one.set_ylim(0, 1.12 * max(one.get_ylim()[1], 1e-12))
         one.set_yticks([])

@@ -62,7 +62,7 @@ class RunFolder:
         if not (path / METRICS).exists() and not index.exists() and not log and not sensitivity:
             raise DataError(
                 f"{path} is no work directory of a run or a sweep: it has neither {METRICS} nor "
-                f"{LOG} nor sweep.sqlite; name the --work-dir of one"
+                f"{LOG} nor sweep.sqlite; name the work directory of one"
             )
         study = sensitivity is not None and not (path / METRICS).exists() and not index.exists()
         ended = (path / METRICS).exists() and not index.exists() and _has_ended(log)

@@ -114,7 +114,7 @@ def _banners(run: RunFolder) -> list[Banner]:
         found.append(
             Banner(
                 f"This run has not ended: what follows is what there is. {done}Its log ends with: "
-                f"{last}. Go on with the same command and --resume."
+                f"{last}. Resume it to go on."
             )
         )
     if "warning" in metrics:
@@ -295,13 +295,13 @@ def _run_section(run: RunFolder) -> Section:
     if facts:
         rows = [[name.replace("_", " "), _plain(value)] for name, value in facts.items()]
         blocks.append(Table("What was asked", ["setting", "value"], rows, texts=2))
-    stages = metrics.get("stages", {})
-    if stages:
+    phases = metrics.get("phases", {})
+    if phases:
         rows = [
-            [name, f"{stage['seconds']:.1f}", f"{stage['peak_memory_bytes'] / 2**30:.2f}"]
-            for name, stage in stages.items()
+            [name, f"{took['seconds']:.1f}", f"{took['peak_memory_bytes'] / 2**30:.2f}"]
+            for name, took in phases.items()
         ]
-        blocks.append(Table("Stages", ["stage", "seconds", "peak memory, GiB"], rows))
+        blocks.append(Table("Phases", ["phase", "seconds", "peak memory, GiB"], rows))
     if metrics.get("audit"):
         blocks.append(Text("\n".join(metrics["audit"]["report"]), "Audit"))
     if run.scheme:

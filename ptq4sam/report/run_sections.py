@@ -167,7 +167,9 @@ def _sensitivity_plot(targets: Sequence[Mapping[str, Any]], count: int, grain: s
     names = [target["name"].replace("mask_decoder.transformer.", "decoder.") for target in targets]
     names = [name.replace("image_encoder.", "encoder.") for name in names]
     caption = f"The {len(targets)} most sensitive of {count} parts by {grain}."
-    drawn = bars(names, series, "loss of agreement, points of IoU", f"Sensitivity. {caption}")
+    drawn = bars(
+        names, series, "loss of agreement, percentage points of IoU", f"Sensitivity. {caption}"
+    )
     return Plot(drawn, caption, wide=True)
 
 

@@ -57,7 +57,7 @@ class _Mean:
         return cls(statistics.fmean(values), spread, len(values))
 
 
-Point = tuple[str, ...]
+Combination = tuple[str, ...]
 """Values of all axes but the seed, as shown; "-" where a trial has none."""
 
 
@@ -94,7 +94,7 @@ def _banners(found: Sequence[Row]) -> list[Banner]:
         banners.append(
             Banner(
                 f"{count['failed']} of {len(found)} trials failed; their errors are in the table "
-                "of trials. The same command with --retry-failed tries them again."
+                "of trials. Start the sweep again, told to retry failed trials."
             )
         )
     return banners
@@ -133,7 +133,7 @@ def _axes_section(sweep: Sweep, done: Sequence[Row]) -> Section:
     varied = [axis for axis in sweep.axes if axis != _SEED]
     seeds = _SEED in sweep.axes
     spread = " and its standard deviation over seeds" if seeds else ""
-    intro = f"Each bar or point is a score's mean{spread}, over all trials that have ended."
+    intro = f"Each bar or mark is a score's mean{spread}, over all trials that have ended."
     blocks: list[Block] = []
     for key, title in _DRAWN:
         means = _means(varied, done, key)
@@ -147,7 +147,8 @@ def _axes_section(sweep: Sweep, done: Sequence[Row]) -> Section:
         blocks.append(Plots(title, plots, open=key != "agreement"))
     averaged = table_over_seeds(sweep, done)
     if averaged:
-        caption = "Mean ± standard deviation over seeds; change against float: points of mean IoU"
+        change = "change against float: percentage points of mean IoU"
+        caption = f"Mean ± standard deviation over seeds; {change}"
         head, *lines = averaged
         blocks.append(Table(caption, head, lines, texts=max(1, len(varied))))
     return Section("axes", "What varies", blocks, intro)
@@ -159,29 +160,29 @@ def _shown(value: object) -> str:
     return Path(text).stem if text.endswith(".yaml") else text
 
 
-def _means(varied: Sequence[str], done: Sequence[Row], key: str) -> dict[Point, _Mean]:
-    groups: dict[Point, list[float]] = {}
+def _means(varied: Sequence[str], done: Sequence[Row], key: str) -> dict[Combination, _Mean]:
+    groups: dict[Combination, list[float]] = {}
     for row in done:
         value = row.metric(key)
         if value is not None:
             values = row.trial.values
-            point = tuple(_shown(values[a]) if a in values else "-" for a in varied)
-            groups.setdefault(point, []).append(value)
-    return {point: _Mean.of(values) for point, values in groups.items()}
+            combination = tuple(_shown(values[a]) if a in values else "-" for a in varied)
+            groups.setdefault(combination, []).append(value)
+    return {combination: _Mean.of(values) for combination, values in groups.items()}
 
 
 def _axis_plot(
     varied: Sequence[str],
     axis: str,
-    means: Mapping[Point, _Mean],
+    means: Mapping[Combination, _Mean],
     key: str,
     title: str,
     exact: float | None,
 ) -> Plot:
     """One axis against all others: its values side by side, or along a curve if they are many."""
     place = varied.index(axis)
-    values = list(dict.fromkeys(point[place] for point in means))
-    others = list(dict.fromkeys(_without(point, place) for point in means))
+    values = list(dict.fromkeys(combination[place] for combination in means))
+    others = list(dict.fromkeys(_without(combination, place) for combination in means))
     label = f"{title} by {short(axis)}"
     told = "" if exact is None else f"; float: {_number(key, exact)}"
     if len(values) >= _CURVE_FROM and all(map(_is_number, values)):
@@ -212,23 +213,23 @@ def _axis_plot(
 def _curves(
     varied: Sequence[str],
     place: int,
-    means: Mapping[Point, _Mean],
+    means: Mapping[Combination, _Mean],
     title: str,
     label: str,
     exact: float | None,
 ) -> str:
     figure, (one,) = axes(short(varied[place]), title, height=2.7)
-    others = list(dict.fromkeys(_without(point, place) for point in means))
+    others = list(dict.fromkeys(_without(combination, place) for combination in means))
     for index, other in enumerate(others[: len(_COLOURS)]):
-        points = sorted(
-            (float(point[place]), mean)
-            for point, mean in means.items()
-            if _without(point, place) == other and _is_number(point[place])
+        marks = sorted(
+            (float(combination[place]), mean)
+            for combination, mean in means.items()
+            if _without(combination, place) == other and _is_number(combination[place])
         )
         one.errorbar(
-            [x for x, _ in points],
-            [mean.mean for _, mean in points],
-            [mean.spread for _, mean in points],
+            [x for x, _ in marks],
+            [mean.mean for _, mean in marks],
+            [mean.spread for _, mean in marks],
             color=_COLOURS[index],
             marker="o",
             markersize=4,
@@ -236,7 +237,7 @@ def _curves(
             linewidth=1.4,
             label=_named(varied, place, other) or None,
         )
-    numbers = [float(point[place]) for point in means if _is_number(point[place])]
+    numbers = [float(combination[place]) for combination in means if _is_number(combination[place])]
     if min(numbers) > 0 and max(numbers) / min(numbers) > 20:
         one.set_xscale("log")
     if exact is not None:
@@ -256,15 +257,15 @@ def _seeds_plot(done: Sequence[Row], key: str, title: str) -> Plot:
     return Plot(drawn, f"{title} by trial.")
 
 
-def _without(point: Point, place: int) -> Point:
-    return (*point[:place], *point[place + 1 :])
+def _without(combination: Combination, place: int) -> Combination:
+    return (*combination[:place], *combination[place + 1 :])
 
 
-def _with(other: Point, place: int, value: str) -> Point:
+def _with(other: Combination, place: int, value: str) -> Combination:
     return (*other[:place], value, *other[place:])
 
 
-def _named(varied: Sequence[str], place: int, other: Point) -> str:
+def _named(varied: Sequence[str], place: int, other: Combination) -> str:
     names = [short(axis) for axis in _without(tuple(varied), place)]
     return ", ".join(f"{name} {value}" for name, value in zip(names, other, strict=True))
 

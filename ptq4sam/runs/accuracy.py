@@ -1,8 +1,8 @@
 """Accuracy control: return the units that hurt most to 8 bits or float until a drop is met.
 
 What a unit does is measured: the model with this unit alone at more bits, on some pictures. Then
-the fewest of the best units are sought that bring the whole model within the drop, by bisection,
-with the whole validation set measured at each step; what is kept was itself measured to be enough.
+the fewest of the best units are sought that bring the model within the drop, by bisection,
+with all validation pictures measured each time; what is kept was itself measured to be enough.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ class AccuracyReport:
 
     Attributes:
         metric: what was measured.
-        max_drop: points that may be lost.
-        float_points: of the float model.
-        points_before: of the model as quantized.
-        points: of the model as it was left.
+        max_drop: percentage points of the metric that may be lost; scores are in percent.
+        float_score: of the float model.
+        score_before: of the model as quantized.
+        score: of the model as it was left.
         kept: units that are not quantized as the rest, and their bits or "float".
-        effects: points that each unit alone gives back, best first, by level.
-        measured: whole models that were measured, float included.
+        effects: what each unit alone gives back, best first, by level.
+        measured: models that were measured, float included.
     """
 
     metric: str
     max_drop: float
-    float_points: float
-    points_before: float
-    points: float
+    float_score: float
+    score_before: float
+    score: float
     kept: Levels = field(default_factory=dict)
     effects: dict[str, dict[str, float]] = field(default_factory=dict)
     measured: int = 0
@@ -57,11 +57,11 @@ class AccuracyReport:
     @property
     def met(self) -> bool:
         """Whether the drop is within its limit."""
-        return self.float_points - self.points <= self.max_drop
+        return self.float_score - self.score <= self.max_drop
 
     def to_dict(self) -> dict[str, Any]:
         """For metrics.json."""
-        return {**vars(self), "drop": self.float_points - self.points, "met": self.met}
+        return {**vars(self), "drop": self.float_score - self.score, "met": self.met}
 
 
 def levels_above(scheme: Scheme) -> list[Level]:
@@ -96,14 +96,14 @@ def control_accuracy(
     for level in levels_above(sam.scheme):
         if report.met:
             break
-        source = at_level(level)
-        effects = control.effects(level, source, settings.pictures)
+        donor = at_level(level)
+        effects = control.effects(level, donor, settings.pictures)
         report.effects[str(level)] = effects
         order = list(effects)
-        count = control.fewest(order, level, source, known - settings.max_drop)
+        count = control.fewest(order, level, donor, known - settings.max_drop)
         kept = dict.fromkeys(order[:count], level)
-        report.points = control.score(kept, source)
-        take_units(sam, kept, source)
+        report.score = control.score(kept, donor)
+        take_units(sam, kept, donor)
         report.kept.update(kept)
     report.measured = 1 + len(control.scored)
     _tell(report, sum(1 for _ in model_units(sam)))
@@ -117,27 +117,27 @@ class _Control:
     measurements: Measurements
     scored: set[str] = field(default_factory=set)
 
-    def score(self, levels: Mapping[str, Level], source: QuantizedSam | None) -> float:
-        """Points on the whole validation set, with some more units taken from a source."""
+    def score(self, levels: Mapping[str, Level], donor: QuantizedSam | None) -> float:
+        """The score on all validation pictures, with some more units taken from a donor."""
         every = {**self.sam.scheme.units, **levels}
         described = _described(every)
         self.scored.add(described)
         encoder = _described({k: v for k, v in every.items() if k.startswith(f"{ENCODER}.")})
 
         def measure() -> float:
-            units = {} if source is None else dict(model_units(source))
+            units = {} if donor is None else dict(model_units(donor))
             with exchanged(self.sam, {name: units[name] for name in levels}):
                 return self.validation.score(self.sam, encoder)
 
-        points: float = self.measurements.value(f"units {described}", measure)
-        return points
+        score: float = self.measurements.value(f"units {described}", measure)
+        return score
 
-    def effects(self, level: Level, source: QuantizedSam, pictures: int) -> dict[str, float]:
-        """Points that each lower unit gives back at a level, on some pictures, best first."""
+    def effects(self, level: Level, donor: QuantizedSam, pictures: int) -> dict[str, float]:
+        """What each lower unit gives back at a level, on some pictures, best first."""
         scheme = self.sam.scheme
         units = {
             name: unit
-            for name, unit in model_units(source)
+            for name, unit in model_units(donor)
             if _bits(scheme.units.get(name, 0)) < _bits(level)
         }
         found = self.validation.gains_of_changes(
@@ -149,19 +149,17 @@ class _Control:
         )
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    def fewest(
-        self, order: Sequence[str], level: Level, source: QuantizedSam, enough: float
-    ) -> int:
-        """How many of the first units must have a level for so many points; all where less do not.
+    def fewest(self, order: Sequence[str], level: Level, donor: QuantizedSam, enough: float) -> int:
+        """How many of the first units must have a level for a score; all where less do not.
 
         By bisection, as if every unit helped. Whatever is found was measured.
         """
         low, high = 0, len(order)
         while high - low > 1:
             middle = (low + high) // 2
-            points = self.score(dict.fromkeys(order[:middle], level), source)
-            _log.info("%d units at %s: %.2f points", middle, level, points)
-            if points >= enough:
+            score = self.score(dict.fromkeys(order[:middle], level), donor)
+            _log.info("%d units at %s: %.2f %%", middle, level, score)
+            if score >= enough:
                 high = middle
             else:
                 low = middle
@@ -177,10 +175,11 @@ def _described(levels: Mapping[str, Level]) -> str:
 
 
 def _tell(report: AccuracyReport, units: int) -> None:
-    drop = report.float_points - report.points
+    drop = report.float_score - report.score
     told = _log.info if report.met else _log.warning
     told(
-        "accuracy control: drop %.2f points of %s (allowed %.2f), %d of %d units kept higher",
+        "accuracy control: drop %.2f percentage points of %s (allowed %.2f), %d of %d units "
+        "kept higher",
         drop,
         report.metric,
         report.max_drop,

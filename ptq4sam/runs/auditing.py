@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 
@@ -9,8 +11,11 @@ from ptq4sam.data.scenes import generate_scene
 from ptq4sam.errors import CalibrationError
 from ptq4sam.model.audit import AuditReport, audit
 from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.runs.phases import Phases
 from ptq4sam.sam.model import PromptableModel
 from ptq4sam.sam.predictor import Predictor
+
+_log = logging.getLogger(__name__)
 
 
 def audit_model(sam: QuantizedSam) -> AuditReport:
@@ -29,6 +34,15 @@ def audit_model(sam: QuantizedSam) -> AuditReport:
         return embedding.features, prediction.low_res, prediction.iou_predictions
 
     return audit(sam, forward)
+
+
+def audit_run(phases: Phases, sam: QuantizedSam) -> AuditReport:
+    """Audit the model of a run, as one of its phases, and log what it finds."""
+    with phases.phase("audit"):
+        report = audit_model(sam)
+    for line in report.lines():
+        (_log.info if report.passed else _log.warning)("%s", line)
+    return report
 
 
 def is_published(sam: PromptableModel) -> bool:

@@ -86,7 +86,7 @@ def calibration_pictures(
     if not chosen:
         raise CalibrationError(
             f"asked for {size} calibration pictures, but {source.name} gave no box on any of "
-            f"{without} pictures: use other pictures or --calibration-prompts ground-truth"
+            f"{without} pictures: use other pictures or ground-truth prompts"
         )
     if len(chosen) < size:
         _log.warning(

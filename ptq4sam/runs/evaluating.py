@@ -47,7 +47,7 @@ def evaluate_run(
         if writer is not None:
             writer(picture)
 
-    with context.stages.stage("evaluate"):
+    with context.phases.phase("evaluate"):
         evaluation = evaluate_sam(
             models.sam,
             dataset,

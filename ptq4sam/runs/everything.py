@@ -131,7 +131,7 @@ def open_model(
         return load_sam(name or DEFAULT_MODEL, checkpoint, device=device)
     if checkpoint is None:
         raise ConfigError(
-            f"backend {backend} runs what is quantized or exported already: give it by --checkpoint"
+            f"backend {backend} runs what is quantized or exported already: give a checkpoint"
         )
     sam: PromptableModel = (
         load(checkpoint, device)

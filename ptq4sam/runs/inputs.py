@@ -37,9 +37,8 @@ class Inputs:
         settings = self._settings
         if settings.data is None:
             return None
-        with self._context.stages.stage("data"):
-            dataset = self._dataset(settings.data, settings.limit)
-            source = self._source(settings.prompts, dataset)
+        with self._context.phases.phase("data"):
+            dataset, source = self._opened(settings.data, settings.limit, settings.prompts)
         if settings.score and not has_truth(dataset):
             _log.warning(
                 "%s has no annotations: masks are written, but not scored", settings.data.images
@@ -55,16 +54,17 @@ class Inputs:
         settings = self._settings
         if settings.scheme is None or settings.calibration is None:
             raise ValueError("RunSettings has a scheme and calibration data, or neither")
-        with self._context.stages.stage("calibration boxes"):
-            dataset = self._dataset(settings.calibration, limit=None, masks=False)
-            source = self._source(calibration_prompts(settings), dataset)
-            return calibration_pictures(
-                sam,
-                dataset,
-                source,
-                settings.scheme.calibrate,
-                settings.prompting,
-                self._context.progress,
+        prompts = calibration_prompts(settings)
+        size, prompting = settings.scheme.calibrate, settings.prompting
+        with self._context.phases.phase("calibration boxes"):
+            dataset, source = self._opened(settings.calibration, None, prompts, masks=False)
+            key = (settings.float_model, settings.checkpoint, sam.device, settings.calibration)
+            return self._context.opened.get(
+                "calibration pictures",
+                (*key, settings.skip_bad, prompts, size, prompting),
+                lambda: calibration_pictures(
+                    sam, dataset, source, size, prompting, self._context.progress
+                ),
             )
 
     def validation(self) -> Validation | None:
@@ -81,15 +81,15 @@ class Inputs:
         if pair is None:
             raise ValueError("AccuracySettings has pictures, or the run evaluates some")
         annotations = pair.annotations if evaluated else accuracy.annotations
-        with self._context.stages.stage("validation data"):
+        with self._context.phases.phase("validation data"):
             limit = accuracy.limit or (settings.limit if evaluated else None)
-            opened = self._dataset(DataSettings(pair.images, annotations), limit)
-            dataset = require_truth(opened, annotations)
             prompts = "ground-truth" if accuracy.metric == "mean_iou" else settings.prompts
             if parse_spec(prompts).kind == "clicks":
                 raise ConfigError(
-                    "accuracy control by AP prompts with boxes, not clicks: use another --prompts"
+                    "accuracy control by AP prompts with boxes, not clicks: use other prompts"
                 )
+            data = DataSettings(pair.images, annotations)
+            dataset = require_truth(self._dataset(data, limit), annotations)
             source = self._source(prompts, dataset)
         return Validation(
             dataset,
@@ -99,6 +99,18 @@ class Inputs:
             self._context.cache,
             self._context.progress,
         )
+
+    def _opened(
+        self, data: DataSettings, limit: int | None, prompts: str, masks: bool = True
+    ) -> tuple[ImageSet, PromptSource]:
+        """A data set, with or without a need of masks, and its boxes."""
+
+        def open_both() -> tuple[ImageSet, PromptSource]:
+            dataset = self._dataset(data, limit, masks)
+            return dataset, self._source(prompts, dataset)
+
+        key = (data, limit, prompts, masks, self._settings.skip_bad, self._context.device)
+        return self._context.opened.get("pictures", key, open_both)
 
     def _dataset(self, data: DataSettings, limit: int | None, masks: bool = True) -> ImageSet:
         return data.open(skip_bad=self._settings.skip_bad, limit=limit, masks=masks)

@@ -67,7 +67,7 @@ def run_metrics(
     metrics["arithmetic"] = arithmetic(context.device)
     metrics["backend"] = sam.runtime if isinstance(sam, ExportedSam) else settings.backend
     metrics["versions"] = versions()
-    metrics["stages"] = context.stages.to_dict()
+    metrics["phases"] = context.phases.to_dict()
     return metrics
 
 

@@ -46,12 +46,12 @@ class RunModels:
     units: tuple[UnitRecord, ...] = ()
 
 
-class ModelSource:
-    """Gives the models that a run's settings ask for."""
+class ModelOpener:
+    """Opens the models that a run's settings ask for."""
 
     def __init__(self, context: RunContext, inputs: Inputs) -> None:
         self._context, self._settings = context, context.settings
-        self._inputs, self._stages = inputs, context.stages
+        self._inputs, self._phases = inputs, context.phases
 
     def open(self) -> RunModels:
         """Load the models, and quantize where a scheme is asked for.
@@ -72,26 +72,32 @@ class ModelSource:
                 f"a float checkpoint is what a quantized model is compared with, but "
                 f"{settings.checkpoint or settings.float_model} is not quantized"
             )
-        sam = self._float_sam()
+        sam = self.float_sam()
         return RunModels(sam, None) if settings.scheme is None else self._quantized(sam)
 
     def plan(self) -> Plan:
         """What the quantization will take; errors as `open`."""
-        return self._prepare(self._float_sam()).plan
+        return self._prepare(self.float_sam()).make_plan()
 
-    def _float_sam(self) -> Sam:
+    def float_sam(self) -> Sam:
+        """The float model.
+
+        Raises:
+            CheckpointError: its file is not what it was taken for.
+        """
         settings = self._settings
-        with self._stages.stage("load"):
-            return load_sam(settings.float_model, settings.checkpoint, device=self._context.device)
+        key = (settings.float_model, settings.checkpoint, self._context.device)
+        with self._phases.phase("load"):
+            return self._context.opened.get("model", key, lambda: load_sam(*key))
 
     def _quantized(self, sam: Sam) -> RunModels:
         validation = self._inputs.validation()
         quantizing = self._prepare(sam)
-        with self._stages.stage("quantize"):
+        with self._phases.phase("quantize"):
             quantized = quantizing.run(validation)
         if not parallel.is_first():
             return RunModels(quantized, sam, quantizing.accuracy)
-        with self._stages.stage("distributions"):
+        with self._phases.phase("distributions"):
             seen = quantizing.distributions(quantized)
         return RunModels(quantized, sam, quantizing.accuracy, seen, quantizing.units)
 
@@ -99,19 +105,18 @@ class ModelSource:
         settings = self._settings
         if settings.scheme is None:
             raise ValueError("only a run with a scheme quantizes")
-        items = self._inputs.calibration(sam)
-        with self._stages.stage("plan"):
-            return Quantizing(
-                settings, sam, items, settings.scheme, self._context.cache, self._context.progress
-            )
+        quantizing = Quantizing(self._context, sam, self._inputs.calibration(sam), settings.scheme)
+        with self._phases.phase("plan"):
+            quantizing.make_plan()
+        return quantizing
 
     def _from_file(self, checkpoint: Path) -> RunModels:
         if self._settings.scheme is not None:
             raise ConfigError(
-                f"{checkpoint} is quantized already, so --scheme has no meaning: "
+                f"{checkpoint} is quantized already, so a scheme has no meaning: "
                 "leave it away, or give float weights"
             )
-        with self._stages.stage("load"):
+        with self._phases.phase("load"):
             quantized = load(checkpoint, self._context.device)
             require_name(self._settings.model, quantized.name, checkpoint)
             return RunModels(quantized, self._origin(quantized.name, origin(quantized)))
@@ -119,7 +124,7 @@ class ModelSource:
     def _deployed(self, checkpoint: Path) -> RunModels:
         """A model on another backend than torch."""
         settings = self._settings
-        with self._stages.stage("load"):
+        with self._phases.phase("load"):
             model = open_backend(checkpoint, settings.backend, settings.precision)
             require_name(settings.model, model.name, checkpoint)
             made_of = model.manifest.origin if isinstance(model, ExportedSam) else origin(model)

@@ -14,7 +14,7 @@ from ptq4sam.runs.settings import (
 )
 from ptq4sam.sam.checkpoint import OFFICIAL_FILES
 
-OTHER_BOXES = "boxes of any detector can be given instead: --prompts boxes.json"
+OTHER_BOXES = "boxes of any detector can be given instead, as prompts boxes.json"
 
 
 def require_inputs(settings: RunSettings) -> None:

@@ -1,4 +1,4 @@
-"""`--method nncf`: a float SAM exported for OpenVINO, its encoder quantized by NNCF."""
+"""The method nncf: a float SAM exported for OpenVINO, its encoder quantized by NNCF."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ class NncfRequest:
         if self.pictures < 1:
             raise ConfigError(f"asked for {self.pictures} calibration pictures: use 1 or more")
         if self.accuracy is not None and self.accuracy.metric != "mean_iou":
-            raise ConfigError("--method nncf controls the mean IoU: leave --drop-metric away")
+            raise ConfigError("NNCF controls the mean IoU: ask for no other metric")
         if self.accuracy is not None and self.accuracy.images is None:
             raise ConfigError(
-                "--max-drop is measured on annotated pictures: give --validation-images and "
-                "--validation-annotations"
+                "accuracy is measured on annotated pictures: give validation pictures and their "
+                "annotations"
             )
 
 

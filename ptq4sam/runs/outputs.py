@@ -49,7 +49,7 @@ def save_model(context: RunContext, sam: PromptableModel) -> tuple[PartRecord, .
     path = context.settings.save_model
     if path is None:
         return ()
-    with context.stages.stage("save"):
+    with context.phases.phase("save"):
         save(sam, path)
     sizes = size_report(path)
     _log.info("wrote %s: %s", path, sizes.summary())

@@ -14,7 +14,7 @@ from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import Clicks, PromptSource
 from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.inputs import Inputs
-from ptq4sam.runs.models import ModelSource
+from ptq4sam.runs.models import ModelOpener
 from ptq4sam.runs.outputs import make_folders
 from ptq4sam.runs.quantizing import JOURNAL
 from ptq4sam.runs.reproducibility import fix_seeds
@@ -46,7 +46,7 @@ class Preparation:
         self.settings = settings
         context = RunContext.of(settings, progress)
         self._inputs = Inputs(context)
-        self._models = ModelSource(context, self._inputs)
+        self._models = ModelOpener(context, self._inputs)
 
     def pictures(self) -> tuple[ImageSet, PromptSource]:
         """The pictures and their boxes.
@@ -56,9 +56,9 @@ class Preparation:
         """
         data = self._inputs.evaluated()
         if data is None:
-            raise ConfigError("a study measures on pictures: give --images")
+            raise ConfigError("a study measures on pictures: give some")
         if isinstance(data[1], Clicks):
-            raise ConfigError("a study prompts with boxes, not clicks: use --prompts ground-truth")
+            raise ConfigError("a study prompts with boxes, not clicks: use ground-truth prompts")
         return data
 
     def prepare(self) -> Prepared:
@@ -74,8 +74,8 @@ class Preparation:
         sam, float_sam = models.sam, models.reference
         if not isinstance(sam, QuantizedSam):
             raise ConfigError(
-                "the model is not quantized: give --scheme exp/ptq4sam-s44.yaml, or a quantized "
-                "file by --checkpoint"
+                "the model is not quantized: give a scheme, as exp/ptq4sam-s44.yaml, or a "
+                "quantized checkpoint"
             )
         if sam.scheme.compat == "published":
             raise ConfigError(
@@ -85,7 +85,7 @@ class Preparation:
         if not isinstance(float_sam, Sam):
             raise ConfigError(
                 f"{self.settings.checkpoint} is compared with the float model that it was made of: "
-                "give its weights by --float-checkpoint"
+                "give its weights, the float checkpoint"
             )
         return Prepared(sam, float_sam, dataset, source)
 

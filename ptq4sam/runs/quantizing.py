@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from ptq4sam import parallel
-from ptq4sam.model.cache import ActivationCache
+from ptq4sam.errors import ConfigError
+from ptq4sam.model.calibrated import CalibratedState
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.distributions import Distributions, observe_distributions
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
 from ptq4sam.model.journal import Journal, run_fingerprint
 from ptq4sam.model.plan import Plan, make_plan
 from ptq4sam.model.quantize import quantize_sam
-from ptq4sam.progress import Progress
 from ptq4sam.quantization.scheme import FLOAT, Scheme
 from ptq4sam.runs.accuracy import AccuracyReport, Level, control_accuracy
+from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.measurements import Measurements
 from ptq4sam.runs.record import UnitRecord, unit_records
-from ptq4sam.runs.settings import AccuracySettings, RunSettings
+from ptq4sam.runs.settings import AccuracySettings
 from ptq4sam.runs.validation import Validation
 from ptq4sam.sam.model import Sam
 
@@ -33,34 +36,48 @@ JOURNAL = "journal"
 class Quantizing:
     """Quantizes the float model of a run; a killed one goes on where it was.
 
+    Args:
+        context: of the run.
+        sam: the float model.
+        items: calibration pictures; none are needed where nothing is left to learn from them.
+        scheme: the quantization.
+        calibrated: of an earlier calibration, that is not done again.
+        restart: start again where the journal is another run's, instead of refusing.
+
     Attributes:
-        plan: what it will take.
         accuracy: what accuracy control did, once it was run.
         units: how each unit was reconstructed, once it was; the first process's only.
     """
 
     def __init__(
         self,
-        settings: RunSettings,
+        context: RunContext,
         sam: Sam,
         items: Sequence[CalibrationItem],
         scheme: Scheme,
-        cache: ActivationCache,
-        progress: Progress,
+        calibrated: CalibratedState | None = None,
+        restart: bool = False,
     ) -> None:
-        self._settings, self._sam, self._items, self._scheme = settings, sam, items, scheme
-        self._cache, self._progress = cache, progress
+        self._context, self._settings = context, context.settings
+        self._sam, self._items, self._scheme = sam, items, scheme
+        self._calibrated, self._restart = calibrated, restart
+        self._plan: Plan | None = None
         self.accuracy: AccuracyReport | None = None
         self.units: tuple[UnitRecord, ...] = ()
-        self.plan: Plan = make_plan(
-            sam,
-            items,
-            scheme,
-            quantize_encoder=settings.quantize_encoder,
-            budget=self._cache.budget,
-        )
-        for line in self.plan.lines():
-            _log.info("%s", line)
+
+    def make_plan(self) -> Plan:
+        """Plan what it will take, by a float forward of a picture, and tell of it."""
+        if self._plan is None:
+            self._plan = make_plan(
+                self._sam,
+                self._items,
+                self._scheme,
+                quantize_encoder=self._settings.quantize_encoder,
+                budget=self._context.cache.budget,
+            )
+            for line in self._plan.lines():
+                _log.info("%s", line)
+        return self._plan
 
     def run(self, validation: Validation | None = None) -> QuantizedSam:
         """Quantize, going on with what the journal has if the run is to resume.
@@ -81,24 +98,36 @@ class Quantizing:
     def _quantized(self, scheme: Scheme, folder: str) -> QuantizedSam:
         settings = self._settings
         journal = None
-        if parallel.is_first():
-            journal = Journal(
-                settings.work_dir / folder, self._fingerprint(scheme), resume=settings.resume
-            )
+        # A calibration of before without a reconstruction leaves nothing to lose.
+        if parallel.is_first() and (self._calibrated is None or scheme.recon is not None):
+            journal = self._journal(settings.work_dir / folder, scheme)
         quantized = quantize_sam(
             self._sam,
             self._items,
             scheme,
             quantize_encoder=settings.quantize_encoder,
             seed=settings.seed,
-            progress=self._progress,
-            cache=self._cache,
+            progress=self._context.progress,
+            cache=self._context.cache,
             journal=journal,
-            plan=self.plan,
+            plan=self._plan,
+            calibrated=self._calibrated,
         )
         if journal is not None and folder == JOURNAL:
             self.units = unit_records(journal.parts)
         return quantized
+
+    def _journal(self, folder: Path, scheme: Scheme) -> Journal:
+        """What a killed run has finished, or a new one."""
+        fingerprint = self._fingerprint(scheme)
+        try:
+            return Journal(folder, fingerprint, resume=self._settings.resume)
+        except ConfigError as error:
+            if not self._restart:
+                raise
+            _log.info("starting again: %s", error)
+            shutil.rmtree(folder)
+            return Journal(folder, fingerprint, resume=False)
 
     def distributions(self, quantized: QuantizedSam) -> Distributions:
         """What the quantizers see on the first calibration picture."""

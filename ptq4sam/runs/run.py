@@ -9,16 +9,15 @@ from typing import Any
 
 from ptq4sam import parallel
 from ptq4sam.evaluation import write_json
-from ptq4sam.model.audit import AuditReport
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
-from ptq4sam.runs.auditing import audit_model, require_passed
+from ptq4sam.runs.auditing import audit_run, require_passed
 from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.evaluating import evaluate_run
 from ptq4sam.runs.inputs import Inputs
 from ptq4sam.runs.metrics import run_metrics
-from ptq4sam.runs.models import ModelSource
+from ptq4sam.runs.models import ModelOpener
 from ptq4sam.runs.needed import require_inputs
 from ptq4sam.runs.outputs import make_folders, save_model
 from ptq4sam.runs.quantizing import JOURNAL
@@ -41,7 +40,7 @@ class Run:
         self.settings = settings
         self._context = RunContext.of(settings, progress)
         self._inputs = Inputs(self._context)
-        self._models = ModelSource(self._context, self._inputs)
+        self._models = ModelOpener(self._context, self._inputs)
 
     @reproducible()
     def execute(self) -> dict[str, Any]:
@@ -81,7 +80,7 @@ class Run:
         report = None
         # Layers on integers have no quantizers that could be watched.
         if isinstance(models.sam, QuantizedSam) and settings.backend == "torch":
-            report = self._audit(models.sam)
+            report = audit_run(context.phases, models.sam)
         if parallel.is_first():
             record = dataclasses.replace(record, file=save_model(context, models.sam))
         evaluation = None
@@ -98,10 +97,3 @@ class Run:
         if report is not None:
             require_passed(report, models.sam)
         return metrics
-
-    def _audit(self, sam: QuantizedSam) -> AuditReport:
-        with self._context.stages.stage("audit"):
-            report = audit_model(sam)
-        for line in report.lines():
-            (_log.info if report.passed else _log.warning)("%s", line)
-        return report

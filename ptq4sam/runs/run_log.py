@@ -74,6 +74,6 @@ class _LogFile(logging.FileHandler):
         with contextlib.suppress(OSError):
             self.close()
         raise ResourceError(
-            f"{self._path}: {reason(error)}: make room or name another --work-dir; a quantization "
-            "goes on with --resume"
+            f"{self._path}: {reason(error)}: make room or name another work directory; a "
+            "quantization can be resumed"
         ) from error

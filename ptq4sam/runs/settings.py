@@ -53,7 +53,7 @@ class AccuracySettings(Record):
     """How much a quantized model may lose, and where that is measured.
 
     Attributes:
-        max_drop: points (hundredths) of the metric that it may be below the float model.
+        max_drop: percentage points of the metric that it may be below the float model.
         metric: "mean_iou" or "AP".
         pictures: pictures that single units are measured on; whole models are on all.
         images: folder of validation pictures; None for those that are evaluated.
@@ -74,8 +74,8 @@ class AccuracySettings(Record):
         self._require(self.pictures >= 1, "pictures", "1 or more")
         if (self.images is None) != (self.annotations is None):
             raise ConfigError(
-                "accuracy is measured on annotated pictures: give --validation-images and "
-                "--validation-annotations together"
+                "accuracy is measured on annotated pictures: give validation pictures "
+                "and their annotations together"
             )
 
 
@@ -158,18 +158,18 @@ class RunSettings:
             raise ConfigError(f"asked for seed {self.seed}: use 0 to {2**32 - 1}")
         if self.scheme is not None and self.calibration is None:
             raise ConfigError(
-                "a scheme needs pictures to calibrate on: give --calibration-images and "
-                "--calibration-annotations"
+                "a scheme needs pictures to calibrate on: give calibration pictures and "
+                "their annotations"
             )
         if self.scheme is None and (self.resume or self.dry_run):
             raise ConfigError(
-                "--resume and --dry-run are about quantization, but nothing is to be quantized: "
-                "add --scheme"
+                "to resume and to plan are about quantization, but nothing is to be quantized: "
+                "add a scheme"
             )
         if self.backend != "torch" and (self.checkpoint is None or self.scheme is not None):
             raise ConfigError(
-                f"backend {self.backend} runs what is quantized or exported already: give it by "
-                "--checkpoint, without --scheme"
+                f"backend {self.backend} runs what is quantized or exported already: give it as "
+                "the checkpoint, without a scheme"
             )
         self._check_accuracy()
         self._check_saving()
@@ -179,18 +179,19 @@ class RunSettings:
             return
         if self.scheme is None:
             raise ConfigError(
-                "--max-drop is about quantization, but nothing is to be quantized: add --scheme"
+                "accuracy control is about quantization, but nothing is to be quantized: add a "
+                "scheme"
             )
         if self.scheme.compat == "published":
             raise ConfigError(
-                "--max-drop cannot mend a model with compat: published, which is random: use "
+                "accuracy control cannot mend a model with compat: published, which is random: use "
                 "compat: faithful"
             )
         evaluated = self.data is not None and self.data.annotations is not None
         if self.accuracy.images is None and not evaluated:
             raise ConfigError(
-                "--max-drop is measured on annotated pictures: give --validation-images and "
-                "--validation-annotations, or --images and --annotations"
+                "accuracy is measured on annotated pictures: give validation pictures and their "
+                "annotations, or evaluate annotated ones"
             )
 
     def _check_saving(self) -> None:

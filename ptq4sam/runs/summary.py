@@ -50,8 +50,9 @@ def summary_table(metrics: dict[str, Any]) -> str:
     if "accuracy_control" in metrics:
         control = metrics["accuracy_control"]
         lines.append(
-            f"accuracy control: {control['drop']:.2f} points of {control['metric']} below float "
-            f"(allowed {control['max_drop']:.2f}), {len(control['kept'])} units kept higher"
+            f"accuracy control: {control['drop']:.2f} percentage points of "
+            f"{control['metric']} below float (allowed {control['max_drop']:.2f}), "
+            f"{len(control['kept'])} units kept higher"
         )
     if "audit" in metrics:
         lines.append(metrics["audit"]["report"][0])
@@ -67,6 +68,6 @@ def _clicks(name: str, row: dict[str, Any]) -> str:
     after = {
         key.removeprefix(AFTER_CLICK): v for key, v in row.items() if key.startswith(AFTER_CLICK)
     }
-    steps = ", ".join(f"{number}: {value:.3f}" for number, value in after.items())
+    ious = ", ".join(f"{number}: {value:.3f}" for number, value in after.items())
     best = row["mean_iou_best_of_three"]
-    return f"{name}, mean IoU after clicks: {steps} (best of the first three masks {best:.3f})"
+    return f"{name}, mean IoU after clicks: {ious} (best of the first three masks {best:.3f})"

@@ -1,4 +1,4 @@
-"""How good a model is on a validation set, in points, and what single units do to it."""
+"""How good a model is on a validation set, in percent, and what single units do to it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Validation:
         dataset: annotated pictures.
         source: boxes; for the mean IoU those of the annotations.
         prompting: how boxes prompt.
-        metric: "mean_iou" or "AP"; points are hundredths of either.
+        metric: "mean_iou" or "AP"; both are in percent here.
         cache: keeps embeddings between models with one encoder.
         progress: shows how far it is.
     """
@@ -62,7 +62,7 @@ class Validation:
     _encoder: str = ""
 
     def score(self, sam: Sam, encoder: str) -> float:
-        """Points of a model.
+        """The score of a model.
 
         Args:
             sam: the model.
@@ -85,7 +85,7 @@ class Validation:
         measurements: Measurements,
         name: str,
     ) -> dict[str, float]:
-        """Points that a model gains by one of its units exchanged, for each, on the first pictures.
+        """What a model gains by one of its units exchanged, for each, on the first pictures.
 
         A picture runs up to each unit once: what the unit changes is run from there. Of several
         processes the first one does it.
@@ -112,14 +112,14 @@ class Validation:
                 chosen.append(record)
             for unit, scored in changes.items():
                 parts[unit].append(Scored(**scored))
-        before = self._points_of(parts.pop(_NOTHING), chosen)
-        return {unit: self._points_of(found, chosen) - before for unit, found in parts.items()}
+        before = self._score_of(parts.pop(_NOTHING), chosen)
+        return {unit: self._score_of(found, chosen) - before for unit, found in parts.items()}
 
     @torch.no_grad()
     def _changes(
         self, sam: QuantizedSam, units: Mapping[str, nn.Module], record: ImageRecord
     ) -> dict[str, dict[str, Any]]:
-        """What one picture adds to the points of each change and none; nothing without boxes."""
+        """What one picture adds to the scores of each change and none; nothing without boxes."""
         image = self.dataset.load_or_skip(record)
         if image is None:
             return {}
@@ -165,7 +165,7 @@ class Validation:
                 with exchanged(sam, {name: unit}):
                     yield name, segmented(state[0])
 
-    def _points_of(self, parts: Sequence[Scored], pictures: Sequence[ImageRecord]) -> float:
+    def _score_of(self, parts: Sequence[Scored], pictures: Sequence[ImageRecord]) -> float:
         if self.metric == "mean_iou":
             return 100 * float(np.mean([iou for part in parts for iou in part.ious]))
         return metrics_of(self.dataset.subset(pictures), parts)["AP"]

@@ -31,7 +31,7 @@ class Cluster:
         try:
             import ray
         except ImportError as error:
-            raise DependencyError("--ray needs ray: pip install 'ptq4sam[ray]'") from error
+            raise DependencyError("a Ray cluster needs ray: pip install 'ptq4sam[ray]'") from error
         self._ray = ray
         try:
             self._context = ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
@@ -47,7 +47,7 @@ class Cluster:
             ray.shutdown()
             raise ConfigError(
                 f"asked for {count} workers, but the Ray cluster has {cpus} cores and {gpus} GPUs: "
-                "ask for fewer --jobs"
+                "ask for fewer"
             )
         # Ray gives each actor as many threads as cores, and shows it its own GPU alone.
         actor = ray.remote(num_cpus=max(1, cpus // count), num_gpus=min(1.0, gpus / count))(_Actor)

@@ -27,7 +27,7 @@ def read_description(path: Path) -> Sweep:
     if not path.exists():
         raise DataError(
             f"there is no {path}, which says what the trials are: start the sweep again with this "
-            "--work-dir, which repeats nothing and writes it"
+            "work directory, which repeats nothing and writes it"
         )
     content, _ = read_json(path, "description of a sweep")
     try:

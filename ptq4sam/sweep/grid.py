@@ -130,16 +130,16 @@ class _Reader:
         return values
 
     def sweep(self, name: str) -> Sweep:
-        points = [
-            dict(zip(self._axes, p, strict=True)) for p in itertools.product(*self._axes.values())
-        ]
-        points = [point for point in points if point] if self._axes else []
+        products = itertools.product(*self._axes.values()) if self._axes else ()
+        combinations = [dict(zip(self._axes, values, strict=True)) for values in products]
         for left_out in self._exclude:
-            left = [p for p in points if any(p[axis] != v for axis, v in left_out.items())]
-            if len(left) == len(points):
+            left = [
+                one for one in combinations if any(one[axis] != v for axis, v in left_out.items())
+            ]
+            if len(left) == len(combinations):
                 _log.warning("exclude %s leaves out no trial", left_out)
-            points = left
-        trials = [self._trial(point) for point in (*points, *self._include)]
+            combinations = left
+        trials = [self._trial(one) for one in (*combinations, *self._include)]
         if not trials:
             raise FieldError(
                 "grid",
@@ -228,8 +228,8 @@ def _require_known(key: object, section: str) -> None:
         raise FieldError(f"{section}.{key}", f"unknown key; did you mean {inside[0]!r}?")
     leaves = {short(name): name for name in known}
     near = difflib.get_close_matches(short(str(key)), leaves, n=1)
-    whole = difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
-    hints = whole or [leaves[name] for name in near]
+    close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
+    hints = close or [leaves[name] for name in near]
     if hints:
         raise FieldError(f"{section}.{key}", f"unknown key; did you mean {hints[0]!r}?")
     raise unknown_key(str(key), (name for name in known if "." not in name)).within(section)

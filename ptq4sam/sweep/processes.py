@@ -189,7 +189,7 @@ def _death(process: BaseProcess) -> str:
     if sys.platform != "win32" and code == -signal.SIGKILL:
         return (
             "its worker was killed (signal 9), as the system does when memory is used up: use "
-            "fewer --jobs, or calibrate on fewer pictures"
+            "fewer workers, or calibrate on fewer pictures"
         )
     how = f"by signal {-code}" if code is not None and code < 0 else f"with status {code}"
     return f"its worker ended {how}: its log is in the sweep's folder"

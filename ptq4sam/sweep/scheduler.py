@@ -122,7 +122,7 @@ def _end(state: State, store: Store, task: Task, outcome: Outcome, seconds: floa
         settings=task.settings.to_dict(),
         scheme=task.settings.scheme.to_yaml(),
         metrics=outcome.metrics or {},
-        stages=outcome.stages or {},
+        phases=outcome.phases or {},
         versions=outcome.versions or {},
         seconds=seconds,
         started=datetime.fromtimestamp(now - seconds, timezone.utc).isoformat(

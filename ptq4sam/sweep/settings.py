@@ -18,7 +18,7 @@ from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.prompts.spec import is_boxes_file
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.records import FieldError, Record
-from ptq4sam.runs.settings import DEFAULT_MODEL, DataSettings
+from ptq4sam.runs.settings import DEFAULT_MODEL, DataSettings, RunSettings
 from ptq4sam.sam.registry import VARIANTS
 
 GENERATED_SCENES = 30
@@ -52,7 +52,7 @@ class TrialSettings(Record):
         data: what is evaluated; None for generated scenes.
         calibration: what is calibrated on; generated scenes with `data` None.
         limit: evaluate the first pictures only; of generated scenes GENERATED_SCENES by default.
-        prompts: prompt source as `ptq4sam evaluate --prompts` names it.
+        prompts: prompt source as `open_prompts` names it.
         calibration_prompts: that of the calibration pictures; None for `prompts`.
         prompting: how boxes prompt and how masks are scored.
         device: torch device; None for CUDA where there is one.
@@ -112,6 +112,38 @@ class TrialSettings(Record):
         """Prompt source of the calibration pictures."""
         return self.calibration_prompts or self.prompts
 
+    def run(self, work_dir: Path, boxes: Path, scenes: Path) -> RunSettings:
+        """The same as the settings of a run.
+
+        Args:
+            work_dir: of the run, which goes on with what is finished there.
+            boxes: where detections are kept.
+            scenes: generated ones, for a trial without data sets of its own.
+        """
+
+        def data(pictures: Pictures | None, split: str) -> DataSettings:
+            if pictures is not None:
+                return pictures.data()
+            return DataSettings(scenes / "images" / split, scenes / "annotations" / f"{split}.json")
+
+        return RunSettings(
+            model=self.model,
+            data=data(self.data, "val"),
+            prompts=self.prompts,
+            work_dir=work_dir,
+            checkpoint=self.checkpoint,
+            scheme=self.scheme,
+            quantize_encoder=self.quantize_encoder,
+            calibration=data(self.calibration, "train"),
+            calibration_prompts=self.calibration_prompts,
+            prompting=self.prompting,
+            limit=self.evaluated,
+            device=self.device,
+            seed=self.seed,
+            cache_dir=boxes,
+            resume=True,
+        )
+
     def part(self, *names: str) -> dict[str, Any]:
         """Some fields, as plain values."""
         plain = self.to_dict()
@@ -157,6 +189,6 @@ def require_pictures(settings: TrialSettings) -> None:
         for path in () if pictures is None else (pictures.images, pictures.annotations):
             if not path.exists():
                 raise ConfigError(
-                    f"the sweep's {name} {path} is not there: name another, on the command line "
-                    "too, or leave data and calibration away for generated scenes"
+                    f"the sweep's {name} {path} is not there: name another, or leave data "
+                    "and calibration away for generated scenes"
                 )

@@ -33,7 +33,7 @@ CREATE TABLE trials (
     settings TEXT NOT NULL,
     scheme TEXT NOT NULL,
     metrics TEXT NOT NULL,
-    stages TEXT NOT NULL,
+    stages TEXT NOT NULL,  -- `phases` of a record
     versions TEXT NOT NULL,
     seconds REAL NOT NULL,
     started TEXT NOT NULL,
@@ -43,7 +43,7 @@ CREATE TABLE trials (
 );
 CREATE INDEX trials_by_key ON trials (key);
 """
-_JSON = ("settings", "metrics", "stages", "versions")
+_JSON = ("settings", "metrics", "phases", "versions")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TrialRecord:
         settings: all its settings.
         scheme: the scheme as YAML, to run it again.
         metrics: AP, mean IoU, agreement and the like; empty where it failed.
-        stages: seconds and peak memory of each stage.
+        phases: seconds and peak memory of each phase.
         versions: of packages, and the machine.
         seconds: from its start to its record.
         started: when, ISO 8601 in UTC.
@@ -74,7 +74,7 @@ class TrialRecord:
     settings: dict[str, Any]
     scheme: str
     metrics: dict[str, Any] = field(default_factory=dict)
-    stages: dict[str, Any] = field(default_factory=dict)
+    phases: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     started: str = ""
@@ -126,7 +126,7 @@ class Store:
         """
         row = asdict(record)
         row.update({name: json.dumps(finite(row[name]), allow_nan=False) for name in _JSON})
-        names = ", ".join(row)
+        names = ", ".join(map(_column, row))
         marks = ", ".join(f":{name}" for name in row)
         with self._transaction():
             self._connection.execute(f"INSERT INTO trials ({names}) VALUES ({marks})", row)
@@ -189,7 +189,7 @@ def _check(connection: sqlite3.Connection, path: Path) -> int:
     (application,) = run("PRAGMA application_id").fetchone()
     (version,) = run("PRAGMA user_version").fetchone()
     if tables and application != _APPLICATION:
-        raise StoreError(f"{path} is another program's file: name another --work-dir")
+        raise StoreError(f"{path} is another program's file: name another work directory")
     if version > _VERSION:
         raise StoreError(f"{path} was written by a newer ptq4sam: use that one")
     (problem,) = run("PRAGMA quick_check(1)").fetchone()
@@ -198,9 +198,16 @@ def _check(connection: sqlite3.Connection, path: Path) -> int:
     return int(tables)
 
 
+def _column(name: str) -> str:
+    """The column of a record's field."""
+    return "stages" if name == "phases" else name
+
+
 def _latest(connection: sqlite3.Connection) -> dict[str, TrialRecord]:
     names = [one.name for one in fields(TrialRecord)]
-    rows = connection.execute(f"SELECT {', '.join(names)} FROM trials ORDER BY number").fetchall()
+    rows = connection.execute(
+        f"SELECT {', '.join(map(_column, names))} FROM trials ORDER BY number"
+    ).fetchall()
     found = (dict(zip(names, row, strict=True)) for row in rows)
     records = [
         TrialRecord(**{**row, **{name: json.loads(row[name]) for name in _JSON}}) for row in found

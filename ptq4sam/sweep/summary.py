@@ -17,7 +17,7 @@ from ptq4sam.sweep.store import TrialRecord
 
 _SEED = "seed"
 _CHANGE = "change"
-"""Of the score that counts, against the float model's: mean IoU in points, else AP."""
+"""Of the score that counts, against the float model's: mean IoU in percentage points, else AP."""
 
 _PARTS_OF_AP = ("AP50", "AP75", "APs", "APm", "APl", "AR")
 
@@ -120,7 +120,10 @@ def markdown(sweep: Sweep, found: Sequence[Row]) -> str:
     done = sum(row.status == "done" for row in found)
     parts = [f"# Sweep {sweep.name}", "", f"{done} of {len(found)} trials done."]
     parts += float_lines(found)
-    parts += ["", "Change is against the float model: mean IoU in points, or AP without it."]
+    parts += [
+        "",
+        "Change is against the float model: mean IoU in percentage points, or AP without it.",
+    ]
     averaged = table_over_seeds(sweep, found)
     if averaged:
         parts += ["", "## Mean and standard deviation over seeds", "", *_markdown_table(averaged)]
@@ -136,10 +139,10 @@ def markdown(sweep: Sweep, found: Sequence[Row]) -> str:
 def csv_text(sweep: Sweep, found: Sequence[Row]) -> str:
     """Every trial with all its numbers, for programs."""
     scores = metrics_of(found)
-    stages = list(dict.fromkeys(name for row in found if row.record for name in row.record.stages))
+    phases = list(dict.fromkeys(name for row in found if row.record for name in row.record.phases))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    times = [f"{name} seconds" for name in stages]
+    times = [f"{name} seconds" for name in phases]
     writer.writerow(
         ["key", *sweep.axes, "status", *(key for key, _ in scores), "seconds", *times, "error"]
     )
@@ -147,9 +150,9 @@ def csv_text(sweep: Sweep, found: Sequence[Row]) -> str:
         record = row.record
         values = [row.trial.values.get(axis, "") for axis in sweep.axes]
         numbers = [row.metric(key) for key, _ in scores]
-        ended: list[object] = [None] * (len(stages) + 2)
+        ended: list[object] = [None] * (len(phases) + 2)
         if record is not None:
-            spent = (record.stages.get(name, {}).get("seconds") for name in stages)
+            spent = (record.phases.get(name, {}).get("seconds") for name in phases)
             ended = [record.seconds, *spent, record.error]
         writer.writerow([row.trial.key, *values, row.status, *numbers, *ended])
     return text.getvalue()

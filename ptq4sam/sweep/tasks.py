@@ -48,7 +48,7 @@ class Outcome:
     Attributes:
         error: why it failed, in one line; None where it did not.
         metrics: of a trial.
-        stages: seconds and memory of its stages.
+        phases: seconds and memory of its phases.
         versions: of packages, and the machine.
         worker: who did it.
         log: what it logged.
@@ -56,7 +56,7 @@ class Outcome:
 
     error: str | None = None
     metrics: dict[str, Any] | None = None
-    stages: dict[str, Any] | None = None
+    phases: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
     worker: str = ""
     log: str = ""
@@ -93,8 +93,8 @@ class Folder:
         ending = "safetensors" if kind == "calibration" else "json"
         return self.path / "shared" / f"{kind.replace(' ', '-')}-{key}.{ending}"
 
-    def journal(self, key: str) -> Path:
-        """Finished units of a trial that is not."""
+    def trial(self, key: str) -> Path:
+        """Work directory of a trial that has not ended."""
         return self.path / "unfinished" / key
 
 

@@ -25,15 +25,15 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 def test_metrics_of_a_float_model_with_annotated_boxes(truth_metrics: dict[str, object]) -> None:
     metrics = truth_metrics
-    assert {*AP, "mean_iou", "seed", "versions", "stages", "device"} <= metrics.keys()
+    assert {*AP, "mean_iou", "seed", "versions", "phases", "device"} <= metrics.keys()
     assert metrics["quantized"] is False
     assert "agreement" not in metrics
     assert (metrics["pictures"], metrics["skipped"]) == (3, {})
     assert set(metrics["versions"]) >= {"ptq4sam", "torch", "numpy", "python"}
-    for stage in metrics["stages"].values():
-        assert stage["seconds"] >= 0
-        assert stage["peak_memory_bytes"] > 2**20
-    assert {"load", "evaluate"} <= metrics["stages"].keys()
+    for phase in metrics["phases"].values():
+        assert phase["seconds"] >= 0
+        assert phase["peak_memory_bytes"] > 2**20
+    assert {"load", "evaluate"} <= metrics["phases"].keys()
 
 
 def test_boxes_from_a_file_score_as_the_same_boxes_from_the_annotations(

@@ -21,7 +21,7 @@ def test_quantizing_reports_agreement_audit_and_scheme(quantized: Quantized) -> 
     assert 0 <= metrics["agreement"] <= 1
     assert {*AP, "mean_iou"} <= metrics.keys()
     assert {*AP, "mean_iou", "iou_error"} == metrics["float"].keys()
-    assert {"calibration boxes", "quantize", "audit", "save", "evaluate"} <= set(metrics["stages"])
+    assert {"calibration boxes", "quantize", "audit", "save", "evaluate"} <= set(metrics["phases"])
     scheme = Scheme.from_yaml(quantized.work_dir / "scheme.yaml")
     asked = Scheme.from_yaml(SCHEMES / "ptq4sam-s44.yaml").with_overrides(*QUICK, "calibrate=2")
     assert scheme == asked
@@ -37,7 +37,7 @@ def test_quantize_needs_a_scheme_and_a_name_for_its_output(
     tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["quantize", *tiny.model(), "--work-dir", "w"]
-    assert "--scheme" in refusal(capsys, *asked, "--output", "q.safetensors")
+    assert "scheme" in refusal(capsys, *asked, "--output", "q.safetensors")
     scheme = tiny.scheme("config44", "compat=published")
     assert "*.safetensors" in refusal(capsys, *asked, *scheme, "--output", "q.pth")
     assert "published" in refusal(capsys, *asked, *scheme, "--output", "q.safetensors")

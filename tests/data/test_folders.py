@@ -67,7 +67,7 @@ def test_subfolders_are_searched_if_asked(folder: Path, caplog: pytest.LogCaptur
     for name in ("x/a.png", "x/y/c.png", ".cache/d.png", "__MACOSX/._a.png", "x/@eaDir/a.png"):
         _picture(folder / name)
     assert _names(ImageFolder(folder)) == ["a.png", "b.jpg"]
-    assert "subfolders, which --recursive searches: 1 (x)" in caplog.text
+    assert "subfolders, which a recursive search reads: 1 (x)" in caplog.text
     caplog.clear()
     images = ImageFolder(folder, recursive=True)
     assert _names(images) == ["a.png", "b.jpg", "x/a.png", "x/y/c.png"]

@@ -236,7 +236,7 @@ def test_a_folder_gives_its_pictures_by_name(tmp_path: Path) -> None:
 def test_a_folder_with_a_damaged_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _folder(tmp_path)
     (tmp_path / "b.jpg").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"image id 2: .*b\.jpg .*--skip-bad"):
+    with pytest.raises(DataError, match=r"image id 2: .*b\.jpg .*skip what is bad"):
         ImageFolder(tmp_path)
     folder = ImageFolder(tmp_path, skip_bad=True)
     assert [r.id for r in folder.images] == [1, 3, 4]

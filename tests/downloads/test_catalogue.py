@@ -80,7 +80,7 @@ def test_where_a_file_comes_from() -> None:
         f"{here}, which puts it at ckpt/sam_vit_b_01ec64.pth"
     )
     assert where_from(Path("data/scenes/images/val")) == "ptq4sam scenes data/scenes generates it"
-    assert "--list" in where_from(Path("own.pth"))
+    assert "ptq4sam download lists" in where_from(Path("own.pth"))
 
 
 def test_torchvisions_detectors_are_those_of_torchvision() -> None:
@@ -97,7 +97,7 @@ def test_torchvisions_detectors_are_those_of_torchvision() -> None:
 def test_an_unknown_name_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean sam-vit-b"):
         find_asset("sam_vit_b")
-    with pytest.raises(ConfigError, match="--list"):
+    with pytest.raises(ConfigError, match="download lists"):
         find_asset("?")
 
 

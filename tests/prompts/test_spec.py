@@ -151,7 +151,7 @@ def test_torchvisions_own_weights_are_taken_where_they_are(
 
 
 def test_a_file_of_boxes_says_what_writes_one() -> None:
-    assert "none.json (ptq4sam prompts --detector" in missing("none.json")
+    assert "none.json (ptq4sam prompts writes" in missing("none.json")
 
 
 def test_folders_of_transformers_are_files_and_names_are_not(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def write_run(
         "asked": {"quantize_encoder": True, "limit": None},
         "seed": 0,
         "versions": {"torch": "2"},
-        "stages": {"evaluate": {"seconds": 3.5, "peak_memory_bytes": 2**30, "peak_cuda_bytes": 0}},
+        "phases": {"evaluate": {"seconds": 3.5, "peak_memory_bytes": 2**30, "peak_cuda_bytes": 0}},
     }
     write_json(metrics, folder / "metrics.json")
     (folder / "scheme.yaml").write_text(scheme.to_yaml())

@@ -110,7 +110,7 @@ def test_bad_input(tmp_path: Path, bimodal: Sweep, capsys: pytest.CaptureFixture
     folder.description.write_text(described.replace('"trials"', '"trails"'))
     assert "sweep.json is damaged" in refusal()
     folder.description.unlink()
-    assert "start the sweep again with this --work-dir" in refusal()
+    assert "start the sweep again with this work directory" in refusal()
     folder.description.write_text(described)
     folder.store.write_bytes(b"no database at all, but long enough to be looked at")
     assert "sweep.sqlite is damaged" in refusal()

@@ -43,7 +43,7 @@ def scheme() -> Scheme:
 
 
 class KnownDamage:
-    """Stands for a validation set: a unit costs points by its bits, each its own."""
+    """Stands for a validation set: a unit costs score by its bits, each its own."""
 
     def __init__(
         self, damage: dict[str, float], others: float = 0.01, at_8_bits: float = 0.0
@@ -106,8 +106,8 @@ def test_the_fewest_of_the_worst_units_are_returned(scheme: Scheme, tmp_path: Pa
     assert report.kept == sam.scheme.units == {WORST: 8, SECOND: 8}
     assert list(report.effects["8"])[:3] == [WORST, SECOND, f"{DECODER}.layers.0.mlp"]
     assert report.met
-    assert report.points_before == pytest.approx(90 - 9 - 0.06)
-    assert report.points == pytest.approx(90 - 1.06)
+    assert report.score_before == pytest.approx(90 - 9 - 0.06)
+    assert report.score == pytest.approx(90 - 1.06)
     # Float, as it was, and at most log2(9) + 1 others.
     assert report.measured <= 2 + 4
 
@@ -122,12 +122,12 @@ def test_where_8_bits_do_not_do_units_become_float(scheme: Scheme, tmp_path: Pat
     validation = KnownDamage({WORST: 6}, others=5, at_8_bits=0.5)
     sam, report = controlled(scheme, validation, tmp_path, max_drop=3)
     assert report.met
-    assert (report.points_before, report.points) == (44, 87)
+    assert (report.score_before, report.score) == (44, 87)
     assert sorted(map(str, report.kept.values())) == ["8"] * 6 + ["float"] * 3
     assert sam.scheme.units == report.kept
     sam, report = controlled(scheme, validation, tmp_path, max_drop=0)
     assert set(report.kept.values()) == {"float"}
-    assert report.points == report.float_points
+    assert report.score == report.float_score
 
 
 def test_units_that_a_scheme_keeps_higher_are_not_lowered(scheme: Scheme, tmp_path: Path) -> None:
@@ -170,17 +170,17 @@ def test_a_change_alone_scores_as_the_whole_model_with_it(
     measurements = Measurements(tmp_path / "measurements.json", {}, resume=False)
     gains = validation.gains_of_changes(sam, units, 2, measurements, "test")
 
-    def points(model: Sam) -> float:
+    def score(model: Sam) -> float:
         return 100 * evaluate_sam(model, dataset, source, Prompting()).metrics["mean_iou"]
 
-    before = points(sam)
+    before = score(sam)
     assert validation.score(sam, "4 bits") == before
     for name, unit in units.items():
         with exchanged(sam, {name: unit}):
-            assert gains[name] == points(sam) - before
+            assert gains[name] == score(sam) - before
             # The decoder alone changed: the encoder is not run again.
             if name == SECOND:
-                assert validation.score(sam, "4 bits") == points(sam)
+                assert validation.score(sam, "4 bits") == score(sam)
     assert len(set(gains.values())) == 3
 
 
@@ -203,7 +203,7 @@ def test_a_model_within_the_drop_is_written_and_says_what_was_kept(
     control = read_metrics(tmp_path / "kept")["accuracy_control"]
     assert control["met"]
     assert control["drop"] <= allowed
-    assert control["points_before"] == before["points"]
+    assert control["score_before"] == before["score"]
     assert control["kept"]
     assert "units kept higher" in capsys.readouterr().out
     path = tmp_path / "kept" / "model.safetensors"
@@ -212,7 +212,7 @@ def test_a_model_within_the_drop_is_written_and_says_what_was_kept(
     assert Scheme.from_yaml(tmp_path / "kept" / "scheme.yaml").units == control["kept"]
     dataset = CocoDataset(tiny.images(), tiny.annotations())
     found = evaluate_sam(sam, dataset, GroundTruth(dataset), Prompting()).metrics["mean_iou"]
-    assert 100 * found == control["points"]
+    assert 100 * found == control["score"]
     assert main(["audit", str(path)]) == 0
     told = capsys.readouterr().out
     assert all(f"  {name}: kept" in told for name in control["kept"])
@@ -270,7 +270,10 @@ def test_measurements_of_another_run_are_not_taken(tmp_path: Path) -> None:
         (["--drop-metric", "AP"], "add --max-drop"),
         (["--max-drop", "-1"], "0 or more"),
         (["--max-drop", "1"], "measured on annotated pictures"),
-        (["--max-drop", "1", "--validation-images", "x"], "--validation-annotations together"),
+        (
+            ["--max-drop", "1", "--validation-images", "x"],
+            "their annotations together",
+        ),
         (["--max-drop", "1", "--scheme-options", "compat=published"], "cannot mend"),
     ],
 )

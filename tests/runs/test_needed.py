@@ -53,7 +53,7 @@ def test_a_configuration_without_anything_here(
             downloads.append(asset.name)
             assert asset.facts in told
     assert f": run ptq4sam download {' '.join(downloads)};" in told
-    assert told.endswith("--prompts boxes.json")
+    assert told.endswith("prompts boxes.json")
     # coco_mini alone is nowhere to be had.
     assert ("name others for the rest" in told) == ("nano" in path.stem)
     assert not Path("work_dirs").exists()

@@ -48,7 +48,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     damaged.write_bytes(damaged.read_bytes()[:2000])
     (one, first), (two, second) = (quantized_by(count, tmp_path, tmp_path) for count in (1, 2))
     for metrics in (one, two):
-        metrics.pop("stages")
+        metrics.pop("phases")
     assert one == two
     assert one["pictures"] == 4
     assert one["skipped"] == {"damaged image": 1}

@@ -8,7 +8,7 @@ import pytest
 
 from ptq4sam.cli import main
 from ptq4sam.errors import DataError
-from ptq4sam.runs import run as run_module
+from ptq4sam.runs import auditing
 from ptq4sam.sizes import format_bytes, format_seconds, parse_bytes
 from tests.tiny_runs import Tiny, run
 
@@ -43,7 +43,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 
     command = [str(part) for part in quantize(tiny, tmp_path / "cut")]
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "audit_model", fail)
+        patch.setattr(auditing, "audit_model", fail)
         assert main(command) == 2
     assert len(list((tmp_path / "cut" / "journal").glob("*.safetensors"))) == 1 + 9
     with caplog.at_level("INFO", logger="ptq4sam"):
@@ -60,7 +60,7 @@ def test_another_scheme_is_not_resumed(
     def fail(*_arguments: object) -> None:
         raise DataError("the audit's picture was lost")
 
-    monkeypatch.setattr(run_module, "audit_model", fail)
+    monkeypatch.setattr(auditing, "audit_model", fail)
     command = [str(part) for part in quantize(tiny, tmp_path)]
     assert main(command) == 2
     changed = [part.replace("recon.iters=2", "recon.iters=3") for part in command]

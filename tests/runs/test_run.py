@@ -10,9 +10,9 @@ import torch
 
 from ptq4sam.errors import ConfigError, DataError
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.runs.phases import Phases
 from ptq4sam.runs.run import Run
 from ptq4sam.runs.settings import DataSettings, RunSettings
-from ptq4sam.runs.stages import Stages
 from ptq4sam.runs.summary import summary_table
 from tests.tiny_runs import SCHEMES, Tiny, read_metrics
 
@@ -80,7 +80,7 @@ def test_no_permission_on_an_output_is_found_at_once(
         ({"limit": 0}, "1 or more"),
         ({"seed": 2**32}, "seed"),
         ({"save_model": Path("model.pt")}, r"\*\.safetensors"),
-        ({"scheme": Scheme.from_yaml(SCHEMES / "minmax44.yaml")}, "calibration-images"),
+        ({"scheme": Scheme.from_yaml(SCHEMES / "minmax44.yaml")}, "calibration pictures"),
     ],
 )
 def test_impossible_settings(settings: RunSettings, changes: dict[str, object], told: str) -> None:
@@ -98,15 +98,15 @@ def test_device_that_is_there(settings: RunSettings) -> None:
     assert settings.torch_device() == torch.device("cpu")
 
 
-def test_stages_measure_time_and_memory_of_their_own() -> None:
-    stages = Stages()
-    with stages.stage("large"):
+def test_phases_measure_time_and_memory_of_their_own() -> None:
+    phases = Phases()
+    with phases.phase("large"):
         block = np.ones(200 * 2**20, np.uint8)
         del block
-    with stages.stage("small"):
+    with phases.phase("small"):
         pass
-    large, small = stages.to_dict()["large"], stages.to_dict()["small"]
-    assert list(stages.to_dict()) == ["large", "small"]
+    large, small = phases.to_dict()["large"], phases.to_dict()["small"]
+    assert list(phases.to_dict()) == ["large", "small"]
     assert large["seconds"] > small["seconds"] >= 0
     assert large["peak_memory_bytes"] >= small["peak_memory_bytes"] > 2**20
 

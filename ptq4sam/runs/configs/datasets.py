@@ -19,7 +19,7 @@ NAMED = Path("projects/configs/_base_")
 
 
 def find_dataset(given: str, named: Path = NAMED) -> DataConfig:
-    """The data set that `--dataset` means.
+    """The data set that one word means.
 
     Args:
         given: a name, which is that of a file in `named` that has a section `data` (coco,
@@ -71,7 +71,7 @@ def images_beside(annotations: Path) -> Path:
     if not any(held.values()):
         raise DataError(
             f"the pictures of {annotations} were looked for beside it, but no folder there has "
-            f"{names[0]}: give their folder with --images"
+            f"{names[0]}: give their folder too"
         )
     return max(held, key=held.__getitem__)
 

@@ -64,7 +64,7 @@ class DetectorConfig(Record):
 
     @property
     def prompts(self) -> str:
-        """The same source as an argument of `ptq4sam evaluate --prompts`."""
+        """The same source as `open_prompts` names it."""
         if self.type == "results":
             return str(self.checkpoint)
         if self.type in ("onnx", "yolox", "transformers"):
@@ -122,7 +122,7 @@ class ExperimentConfig(Record):
 
         Args:
             path: the file.
-            options: overrides as after --cfg-options, "sam.checkpoint=other.pth".
+            options: overrides, "sam.checkpoint=other.pth".
 
         Raises:
             ConfigError: the file cannot be read, or a key or value is not usable.

@@ -47,7 +47,7 @@ def load_config(path: str | Path, options: Iterable[str] = ()) -> Config:
 
     Args:
         path: the file.
-        options: "dotted.key=value" as after --cfg-options; a value is a Python literal, or text
+        options: "dotted.key=value"; a value is a Python literal, or text
             where it is none. Numbers in a key index lists.
 
     Returns:

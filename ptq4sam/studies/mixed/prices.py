@@ -138,8 +138,8 @@ def _read(
         total = counted(at_bits, quantize_encoder=quantize_encoder).total
         return Budget(total.weight_bytes, total.bit_operations)
     if share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
-        whole = counted().total.float_weight_bytes
-        return Budget(bytes=int(whole * float(share[1]) / 100))
+        float_bytes = counted().total.float_weight_bytes
+        return Budget(bytes=int(float_bytes * float(share[1]) / 100))
     if work := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)BOPs?", text, re.IGNORECASE):
         return Budget(bit_operations=int(float(work[1]) * _POWERS[work[2].upper()]))
     try:

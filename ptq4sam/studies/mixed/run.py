@@ -140,7 +140,7 @@ def _frame(settings: RunSettings, asked: MixedSettings) -> tuple[Scheme, Budget,
     """The scheme, what it may take, and what its units take."""
     scheme = settings.scheme
     if scheme is None:
-        raise ConfigError("ptq4sam mixed needs a scheme: give --scheme exp/ptq4sam-s44.yaml")
+        raise ConfigError("mixed precision needs a scheme: give one, as exp/ptq4sam-s44.yaml")
     if scheme.units:
         raise ConfigError("the scheme has units of other bits already: give one without `units`")
     model, encoder = settings.float_model, settings.quantize_encoder
@@ -163,8 +163,8 @@ def require_possible(budget: Budget, prices: Prices, least: Bits) -> None:
         if limit < possible[place]:
             raise ConfigError(
                 f"asked for at most {limit:,} {name}, but the least possible is "
-                f"{possible[place]:,}, with all units at W{least[0]}A{least[1]}: raise --budget, "
-                "or allow fewer --bits"
+                f"{possible[place]:,}, with all units at W{least[0]}A{least[1]}: raise the "
+                "budget, or allow fewer bits"
             )
 
 

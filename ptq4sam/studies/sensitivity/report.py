@@ -7,9 +7,9 @@
 - `float` and `quantized`: the whole models, each an effect as below; `quantized_on_proxy`: that on
   the proxy's pictures, which targets that were not measured compare with;
 - `targets`, worst first: `name` (path, or path:role), `path`, `role` (empty: all), `grain`,
-  `stage`, `block`, `layer`, `bits` (of its quantizers, sorted), `quantizers` (paths), `rank` (from
-  1, of its grain), `measured` (whether on the larger set of pictures and with AP), and two effects:
-  `only` (it alone quantized) and `all_but` (all quantized but it).
+  `network`, `block`, `layer`, `bits` (of its quantizers, sorted), `quantizers` (paths), `rank`
+  (from 1, of its grain), `measured` (whether on the larger set of pictures and with AP), and two
+  effects: `only` (it alone quantized) and `all_but` (all quantized but it).
 
 An effect has `embedding_sqnr_db` and `logits_sqnr_db` (null where there is no error),
 `embedding_relative_error` and `logits_relative_error`, `agreement` and `mean_iou` in shares (the
@@ -62,13 +62,13 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        stage, block, layer = self.target.place
+        network, block, layer = self.target.place
         return {
             "name": self.target.name,
             "path": self.target.path,
             "role": self.target.role,
             "grain": self.target.grain,
-            "stage": stage,
+            "network": network,
             "block": block,
             "layer": layer,
             "bits": list(self.bits),
@@ -154,7 +154,7 @@ def _csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [effect.name for effect in dataclasses.fields(Effect)]
-    plain = ["name", "grain", "stage", "block", "layer", "role", "bits", "rank", "measured"]
+    plain = ["name", "grain", "network", "block", "layer", "role", "bits", "rank", "measured"]
     kinds = ("only", "all_but")
     writer.writerow([*plain, *(f"{kind}.{name}" for kind in kinds for name in names)])
     for row in rows:

@@ -119,9 +119,9 @@ def _metric(asked: str | None, preparation: Preparation) -> str:
     if asked is None:
         return "mean_iou" if isinstance(source, GroundTruth) else "AP" if truth else "agreement"
     if asked == "mean_iou" and not isinstance(source, GroundTruth):
-        raise ConfigError("the mean IoU is of annotated boxes: use --prompts ground-truth")
+        raise ConfigError("the mean IoU is of annotated boxes: use ground-truth prompts")
     if asked == "AP" and not truth:
-        raise ConfigError("the AP needs annotations: give --annotations, or --metric agreement")
+        raise ConfigError("the AP needs annotations: give some, or measure the agreement")
     return asked
 
 
@@ -163,7 +163,7 @@ def _measure(
     if worst:
         measured = study.effects(worst, asked.pictures, "worst targets", scored=True)
     effects = {**proxy, **measured}
-    worst.sort(key=lambda target: _points(effects[ONLY, target.name], metric))
+    worst.sort(key=lambda target: _value(effects[ONLY, target.name], metric))
     rest = [target for target in by_proxy if target not in worst]
     rows = _rows(study.sam, worst, rest, effects)
     return Sensitivities({}, effects[FLOAT, ""], effects[QUANTIZED, ""], proxy[QUANTIZED, ""], rows)
@@ -187,6 +187,6 @@ def _decibels(effect: Effect) -> float:
     return float("inf") if effect.logits_sqnr_db is None else effect.logits_sqnr_db
 
 
-def _points(effect: Effect, metric: str) -> float:
+def _value(effect: Effect, metric: str) -> float:
     value: Any = getattr(effect, metric)
     return float("inf") if value is None else float(value)

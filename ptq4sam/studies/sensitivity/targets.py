@@ -1,4 +1,4 @@
-"""What a study switches on and off: parts of a model by stage, block, unit, quantizer and role.
+"""What a study switches on and off: parts of a model by network, block, unit, quantizer and role.
 
 A target is named by the path of a part, `image_encoder.blocks.3.attn`, or by the path and a role,
 `image_encoder.blocks.3.attn:softmax`. Patterns with `*` and `?` name several.
@@ -16,9 +16,9 @@ from ptq4sam.model.insertion import QuantizedSam, model_units
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.records import unknown_key
 
-WHOLE = "model"
-GRAINS = (WHOLE, "stage", "block", "unit", "quantizer")
-"""How large the parts are: all of it, encoder and decoder, a block, a unit, a single quantizer."""
+MODEL = "model"
+GRAINS = (MODEL, "network", "block", "unit", "quantizer")
+"""How large the parts are: all of it, encoder or decoder, a block, a unit, a single quantizer."""
 
 ROLES = ("weights", "activations", "inputs", "query", "key", "value", "softmax")
 """What a quantizer is for; `activations` are all but weights."""
@@ -31,7 +31,7 @@ _ROLE_OF = {
     "value_quantizer": "value",
     "softmax_quantizer": "softmax",
 }
-_STAGE = re.compile(r"image_encoder|mask_decoder\.transformer")
+_NETWORK = re.compile(r"image_encoder|mask_decoder\.transformer")
 _BLOCK = re.compile(r"blocks\.\d+|layers\.\d+|[^.]+")
 
 
@@ -60,15 +60,15 @@ class Target:
 
     @property
     def place(self) -> tuple[str, str, str]:
-        """Stage, block in it and layer in that; empty where the target has several."""
-        stage = _STAGE.match(self.path)
-        if stage is None:
+        """Network, block in it and layer in that; empty where the target has several."""
+        network = _NETWORK.match(self.path)
+        if network is None:
             return "", "", ""
-        rest = self.path[stage.end() + 1 :]
+        rest = self.path[network.end() + 1 :]
         block = _BLOCK.match(rest)
         if block is None:
-            return stage[0], "", ""
-        return stage[0], block[0], rest[block.end() + 1 :]
+            return network[0], "", ""
+        return network[0], block[0], rest[block.end() + 1 :]
 
 
 def role_of(quantizer: str) -> str:
@@ -89,7 +89,7 @@ def targets_of(
     Args:
         sam: the model.
         grains: some of GRAINS.
-        roles: split parts by some of ROLES, beside each part as a whole.
+        roles: split parts by some of ROLES, beside all of each part.
         patterns: keep those that match one; none keeps all.
 
     Raises:
@@ -117,25 +117,25 @@ def targets_of(
 
 def _part(grain: str, unit: str, quantizer: str) -> str:
     """Path of the part of a grain that a quantizer belongs to."""
-    if grain in (WHOLE, "unit", "quantizer"):
-        return {WHOLE: WHOLE, "unit": unit, "quantizer": quantizer}[grain]
-    stage = _STAGE.match(unit)
-    assert stage is not None
-    if grain == "stage":
-        return stage[0]
-    block = _BLOCK.match(unit, stage.end() + 1)
+    if grain in (MODEL, "unit", "quantizer"):
+        return {MODEL: MODEL, "unit": unit, "quantizer": quantizer}[grain]
+    network = _NETWORK.match(unit)
+    assert network is not None
+    if grain == "network":
+        return network[0]
+    block = _BLOCK.match(unit, network.end() + 1)
     assert block is not None
-    return f"{stage[0]}.{block[0]}"
+    return f"{network[0]}.{block[0]}"
 
 
 def _split(
     path: str, grain: str, members: Sequence[tuple[str, str]], roles: Sequence[str]
 ) -> Iterable[Target]:
-    """A part as a whole, then by role."""
-    whole = frozenset(quantizer for _, quantizer in members)
+    """All of a part, then by role."""
+    every = frozenset(quantizer for _, quantizer in members)
     role = role_of(members[0][1]) if grain == "quantizer" else ""
-    yield Target(path, role, grain, whole, members[0][0])
-    seen = {whole}
+    yield Target(path, role, grain, every, members[0][0])
+    seen = {every}
     for role in ROLES:
         chosen = [(u, q) for u, q in members if role_of(q) == role]
         if role == "activations":
@@ -159,8 +159,7 @@ def _matching(found: Sequence[Target], patterns: Sequence[str]) -> list[Target]:
             known = [target.name if ":" in pattern else target.path for target in found]
             error = unknown_key(pattern, dict.fromkeys(known))
             raise ConfigError(
-                f"--targets {error.key}: no such part of the model; "
-                f"{error.problem.partition('; ')[2]}"
+                f"target {error.key}: no such part of the model; {error.problem.partition('; ')[2]}"
             )
         kept |= names
     return [target for target in found if target.name in kept] if patterns else list(found)

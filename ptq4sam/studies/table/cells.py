@@ -21,7 +21,7 @@ _GROUND_TRUTH = ("detector.type=ground-truth", "detector.checkpoint=None")
 
 
 @dataclass(frozen=True)
-class Source:
+class Candidate:
     """One way to the boxes of a row: a configuration, and how the table names it.
 
     Attributes:
@@ -46,7 +46,7 @@ class Profile:
         models: SAMs.
     """
 
-    detectors: Mapping[str, tuple[Source, ...]]
+    detectors: Mapping[str, tuple[Candidate, ...]]
     models: tuple[str, ...]
 
 
@@ -56,25 +56,25 @@ PROFILES = {
     "coco": Profile(
         {
             "faster-rcnn": (
-                Source("Faster R-CNN R50", "faster_rcnn/faster-rcnn-r50_sam-{model}.py"),
+                Candidate("Faster R-CNN R50", "faster_rcnn/faster-rcnn-r50_sam-{model}.py"),
             ),
             "yolox": (
-                Source("YOLOX-L", "yolox/yolo_l-sam-{model}.py"),
-                Source("YOLOX-L, its authors' weights", "yolox/yolox_l_megvii-sam-{model}.py"),
+                Candidate("YOLOX-L", "yolox/yolo_l-sam-{model}.py"),
+                Candidate("YOLOX-L, its authors' weights", "yolox/yolox_l_megvii-sam-{model}.py"),
             ),
-            "hdetr": (Source("H-Deformable-DETR R50", "hdetr/r50-hdetr_sam-{model}.py"),),
-            "dino": (Source("DINO FocalNet-L", "focalnet_dino/focalnet-l-dino_sam-{model}.py"),),
+            "hdetr": (Candidate("H-Deformable-DETR R50", "hdetr/r50-hdetr_sam-{model}.py"),),
+            "dino": (Candidate("DINO FocalNet-L", "focalnet_dino/focalnet-l-dino_sam-{model}.py"),),
         },
         ("vit_b", "vit_l", "vit_h"),
     ),
     "nano": Profile(
         {
             "coco-mini": (
-                Source("YOLOX-Nano, coco_mini", _NANO),
-                Source("annotated boxes, coco_mini", _NANO, _GROUND_TRUTH),
+                Candidate("YOLOX-Nano, coco_mini", _NANO),
+                Candidate("annotated boxes, coco_mini", _NANO, _GROUND_TRUTH),
             ),
             "scenes": (
-                Source(
+                Candidate(
                     "scene detector, generated scenes",
                     "scenes/scene-detector_sam-{model}.py",
                     generated=True,
@@ -124,7 +124,7 @@ class Request:
 
 @dataclass(frozen=True)
 class _Found:
-    source: Source
+    candidate: Candidate
     config: ExperimentConfig
     missing: tuple[MissingInput, ...]
     data: tuple[Pictures, Pictures] | None
@@ -159,9 +159,9 @@ class Table:
         """The cells in the order of the table, each with what it misses."""
         for detector in self._detectors:
             for model in self._models:
-                sources = self._profile.detectors[detector]
+                ways = [self._look(one, model) for one in self._profile.detectors[detector]]
                 # The first of equals is the published way.
-                found = min((self._look(s, model) for s in sources), key=lambda f: len(f.missing))
+                found = min(ways, key=lambda way: len(way.missing))
                 yield from self._block(detector, model, found)
 
     def _block(self, detector: str, model: str, found: _Found) -> Iterator[Cell]:
@@ -172,7 +172,7 @@ class Table:
             name = f"minmax{BITS[0]}{BITS[0]}" if bits is None else f"{method}{bits}{bits}"
             yield Cell(
                 detector,
-                found.source.title,
+                found.candidate.title,
                 model,
                 bits,
                 method,
@@ -181,12 +181,12 @@ class Table:
                 found.missing,
             )
 
-    def _look(self, source: Source, model: str) -> _Found:
+    def _look(self, candidate: Candidate, model: str) -> _Found:
         """Read a configuration and see what is there of what it needs."""
-        path = source.config.format(model=model.replace("_", "-"))
+        path = candidate.config.format(model=model.replace("_", "-"))
         file = self._root / "projects" / "configs" / path
-        config = ExperimentConfig.from_file(file, *source.options)
-        data = None if source.generated else self._data(config)
+        config = ExperimentConfig.from_file(file, *candidate.options)
+        data = None if candidate.generated else self._data(config)
         needed = [config.detector.checkpoint, config.sam.checkpoint]
         for one in data or ():
             needed += [one.images, one.annotations]
@@ -195,7 +195,7 @@ class Table:
         absent = ", ".join(name for name in packages if find_spec(name) is None)
         if absent:
             missing.insert(0, MissingInput(absent, remedy=f"{absent}: {install}"))
-        return _Found(source, config, tuple(dict.fromkeys(missing)), data)
+        return _Found(candidate, config, tuple(dict.fromkeys(missing)), data)
 
     def _data(self, config: ExperimentConfig) -> tuple[Pictures, Pictures]:
         asked = self.request

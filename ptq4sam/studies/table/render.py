@@ -37,7 +37,7 @@ _CSV_TITLES = (
 _LEFT = 4
 """Columns of words before those of numbers."""
 _MISSING = "missing: "
-_OTHER_DATA = "{} is not there: give your own by --images and the like, or --coco-mini"
+_OTHER_DATA = "{} is not there: give pictures of your own, or the folder of coco_mini"
 
 
 def cells(row: Row) -> list[str]:
@@ -76,7 +76,7 @@ def terminal(rows: Sequence[Row]) -> Table:
 
 def legend(rows: Sequence[Row]) -> list[str]:
     """What the columns of these rows mean, a line each."""
-    lines = ["AP: mask AP in percent; to float: against the float model, in points."]
+    lines = ["AP: mask AP in percent; to float: against the float model, in percentage points."]
     marks = {
         figure.mark
         for row in rows

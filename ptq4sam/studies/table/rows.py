@@ -111,14 +111,14 @@ class Row:
 
     @property
     def change(self) -> float | None:
-        """Against the float model, in points of AP; None of the float model itself."""
+        """Against the float model, in percentage points of AP; None of the float model itself."""
         if self.cell.bits is None or self.ap is None or self.float_ap is None:
             return None
         return self.ap - self.float_ap
 
     @property
     def difference(self) -> float | None:
-        """Against the corrected figure, else the published one, in points of AP."""
+        """Against the corrected figure, else the published one, in percentage points of AP."""
         reference = self.cell.published.comparable
         return None if self.ap is None or reference is None else self.ap - reference
 

@@ -90,7 +90,7 @@ def test_what_is_no_data_set(tmp_path: Path, scenes: tuple[Path, Path]) -> None:
     alone = tmp_path / "alone" / "annotations" / "a.json"
     alone.parent.mkdir(parents=True)
     shutil.copy(scenes[1], alone)
-    with pytest.raises(DataError, match=r"a\.json were looked for beside it.*--images"):
+    with pytest.raises(DataError, match=r"a\.json were looked for beside it.*give their folder"):
         find_dataset(str(alone))
     for content in ([], {}, {"images": []}, {"images": [3]}, {"images": [{"file_name": ""}]}):
         alone.write_text(json.dumps(content))

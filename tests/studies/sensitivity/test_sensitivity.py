@@ -81,7 +81,7 @@ def test_the_fragile_unit_is_the_worst(
     }
     assert max(errors, key=errors.__getitem__) == worst
     unit = targets[FRAGILE]
-    assert (unit["stage"], unit["block"], unit["layer"]) == ("image_encoder", "blocks.0", "attn")
+    assert (unit["network"], unit["block"], unit["layer"]) == ("image_encoder", "blocks.0", "attn")
     # Without it the embedding is better; with it alone it is worse than without anything.
     whole = content["quantized"]["embedding_sqnr_db"]
     assert unit["all_but"]["embedding_sqnr_db"] > whole
@@ -195,7 +195,7 @@ def test_targets_cover_every_quantizer_once() -> None:
             meta_sam("vit_nano", Scheme.from_yaml(SCHEMES / "ptq4sam-s44.yaml"))
         )
     }
-    for grain in ("model", "stage", "block", "unit", "quantizer"):
+    for grain in ("model", "network", "block", "unit", "quantizer"):
         found = [name for target in targets((grain,), ()) for name in target.quantizers]
         assert sorted(found) == sorted(every), grain
     for roles in (
@@ -230,7 +230,7 @@ def test_patterns_address_stage_block_layer_and_role() -> None:
         (["--by", "units"], "did you mean 'unit'"),
         (["--roles", "softmx"], "did you mean 'softmax'"),
         (["--pictures", "0"], "1 or more"),
-        (["--metric", "mean_iou", "--prompts", "scene-detector"], "use --prompts ground-truth"),
+        (["--metric", "mean_iou", "--prompts", "scene-detector"], "use ground-truth prompts"),
         (["--scheme-options", "compat=published"], "compat: faithful"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of each stage of a run."""
+"""Seconds and peak memory of each phase of a run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What one stage took: wall seconds, highest resident bytes, highest CUDA bytes."""
+class Phase:
+    """What one phase took: wall seconds, highest resident bytes, highest CUDA bytes."""
 
     seconds: float
     peak_memory_bytes: int
@@ -25,25 +25,25 @@ class Stage:
 
 
 @dataclass
-class Stages:
-    """The stages of a run by name, in order."""
+class Phases:
+    """The phases of a run by name, in order."""
 
-    done: dict[str, Stage] = field(default_factory=dict)
+    done: dict[str, Phase] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         """Measure the `with` block under a name."""
         _log.info("%s ...", name)
         _forget_peaks()
         started = time.monotonic()
         yield
-        stage = Stage(time.monotonic() - started, peak_memory(), _peak_cuda())
-        self.done[name] = stage
-        _log.info("%s: %.1f s, peak %.2f GiB", name, stage.seconds, stage.peak_memory_bytes / 2**30)
+        took = Phase(time.monotonic() - started, peak_memory(), _peak_cuda())
+        self.done[name] = took
+        _log.info("%s: %.1f s, peak %.2f GiB", name, took.seconds, took.peak_memory_bytes / 2**30)
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """For metrics.json."""
-        return {name: asdict(stage) for name, stage in self.done.items()}
+        return {name: asdict(took) for name, took in self.done.items()}
 
 
 def _forget_peaks() -> None:

@@ -1,0 +1,48 @@
+"""Flags are named where they are defined: messages of everything below speak of settings."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ptq4sam.cli import build_parser
+from tests.tiny_runs import REPOSITORY
+
+PACKAGE = REPOSITORY / "ptq4sam"
+NAMED_IN = ("cli.py", "commands", "solver")
+NOT_YET = ("deploy", "model", "quantization")
+"""Folders whose messages still name some; to be emptied."""
+_FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """All flags of a parser and of its verbs."""
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags.update(*map(flags_of, action.choices.values()))
+    return flags
+
+
+def words_of(path: Path) -> Iterator[tuple[int, str]]:
+    """The strings of a module, docstrings among them, with their lines."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def test_no_module_below_the_commands_names_a_flag() -> None:
+    ours = flags_of(build_parser())
+    assert {"--work-dir", "--resume", "--scheme"} <= ours
+    found = [
+        f"{path.relative_to(PACKAGE)}:{line}: {flag}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.relative_to(PACKAGE).parts[0] not in (*NAMED_IN, *NOT_YET)
+        for line, words in words_of(path)
+        for flag in _FLAG.findall(words)
+        if flag in ours
+    ]
+    assert found == []
