@@ -35,7 +35,7 @@ R = TypeVar("R")
 Arguments: TypeAlias = tuple[Any, ...]
 """Tensors and integers, the first a tensor."""
 
-FEWEST_ELEMENTS = 2**20
+FEWEST_ELEMENTS = 2**18
 """Smallest tensor worth a compiled kernel."""
 LARGEST_UNCOMPILED = 2**24
 """Smallest tensor whose kernel is compiled at once: one by one it needs its memory many times."""
@@ -46,6 +46,7 @@ About what compiling takes, so that no run takes twice as long as it would by th
 """
 SWITCH = "PTQ4SAM_COMPILE"
 """Environment variable; 0 runs everything one by one, 1 compiles at a function's first use."""
+_VECTOR_BITS = {"AVX2": 256, "AVX512": 512}
 _FUSION = "TRITON_DEFAULT_FP_FUSION"
 """Triton's own; 0 keeps products and sums apart."""
 
@@ -205,13 +206,21 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 
 
 def _options() -> dict[str, str | int | bool | Callable[..., Any]]:
-    """Of torch.compile: the C++ compiler is not tested before it is used.
+    """Of torch.compile: the width of vectors is named, and the C++ compiler is not tested before.
 
-    The test imports torch in a process of its own for each set of vector instructions that the CPU
+    torch keeps kernels on disk, and does not know them apart by the vector instructions that it
+    found by itself: a kernel made for others computes half of its elements. The test of the
+    compiler imports torch in a process of its own for each set of vector instructions that the CPU
     has, seconds each; of a compiler that cannot make use of them the first kernel tells.
     """
     config = importlib.import_module("torch._inductor.config")
-    return {} if config.cpp.vec_isa_ok is not None else {"cpp.vec_isa_ok": True}
+    options: dict[str, str | int | bool | Callable[..., Any]] = {}
+    width = _VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())
+    if width is not None and config.cpp.simdlen is None:
+        options["cpp.simdlen"] = width
+    if config.cpp.vec_isa_ok is None:
+        options["cpp.vec_isa_ok"] = True
+    return options
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:

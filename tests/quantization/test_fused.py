@@ -1,8 +1,12 @@
 """Compiled kernels: the same values as operations one by one, and a way back without a compiler."""
 
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,14 +209,16 @@ def test_a_huge_tensor_is_compiled_for_at_once(monkeypatch: pytest.MonkeyPatch) 
     assert float(fused.fused(lambda x: x + 1)(torch.zeros(FEWEST_ELEMENTS))[0]) == -1
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, {"cpp.vec_isa_ok": True}), (False, {})])
+@pytest.mark.parametrize(("own", "expected"), [(None, True), (False, None)])
 def test_the_compiler_is_not_tested_unless_the_user_wants_it(
-    own: bool | None, expected: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+    own: bool | None, expected: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[object] = []
 
-    def remember(function: Callable[[Tensor], Tensor], **options: object) -> object:
-        given.append(options["options"])
+    def remember(
+        function: Callable[[Tensor], Tensor], options: dict[str, object], **_: object
+    ) -> object:
+        given.append(options.get("cpp.vec_isa_ok"))
         return function
 
     monkeypatch.setattr(torch, "compile", remember)
@@ -220,6 +226,34 @@ def test_the_compiler_is_not_tested_unless_the_user_wants_it(
     with torch._inductor.config.patch({"cpp.vec_isa_ok": own}):
         fused.fused(lambda x: x + 1)(torch.zeros(FEWEST_ELEMENTS))
     assert given == [expected]
+
+
+_TO_POINTS = """
+import torch
+from ptq4sam.methods.granularity_points import point_parameters, to_points
+from ptq4sam.quantization import fused
+to_points(torch.rand(2**18), *point_parameters(torch.tensor(0.9), torch.tensor(4.0), 64))
+print(torch.backends.cpu.get_cpu_capability(), fused._compiler._told)
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="one set of vector instructions"
+)
+def test_kernels_on_disk_are_those_of_the_processor(tmp_path: Path) -> None:
+    """torch takes one made for wider vectors, and half of what it gives was never computed."""
+    told = []
+    for capability in ("avx512", "avx2"):
+        environment = {
+            **os.environ,
+            "ATEN_CPU_CAPABILITY": capability,
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+            fused.SWITCH: "1",
+        }
+        command = [sys.executable, "-c", _TO_POINTS]
+        told.append(subprocess.run(command, env=environment, capture_output=True, text=True).stdout)
+    assert told == ["AVX512 set()\n", "AVX2 set()\n"]
 
 
 def test_a_failing_compiler_is_said_once_and_left(
