@@ -38,7 +38,7 @@ def run_metrics(
     method = _method(sam, settings.backend)
     metrics: dict[str, Any] = {
         "model": sam.name,
-        "image_size": sam.image_size,
+        "image_size": sam.geometry.encoder_side,
         "quantized": method is not None,
     }
     if method is not None:

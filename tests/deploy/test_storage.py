@@ -14,7 +14,7 @@ from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import CheckpointError, ConfigError, DeployError
 from ptq4sam.model.audit import audit
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import quantized_layers
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.sam.model import Sam
 

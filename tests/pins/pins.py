@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ptq4sam.data.scenes import Scene, generate_scene
 from ptq4sam.deploy.storage import save
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.numerics import reproducible
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.model import PromptableModel, Sam
 from ptq4sam.sam.predictor import Predictor
 
@@ -114,7 +114,7 @@ def outputs(sam: PromptableModel) -> dict[str, Tensor]:
 
 
 def packed(sam: QuantizedSam, folder: Path) -> dict[str, str]:
-    """Tensors of a packed file: codes by name; of the others, whose names may change, the values."""
+    """Tensors of a packed file: codes by name; of quantizers, whose names may change, values."""
     path = folder / "packed.safetensors"
     save(sam, path)
     tensors = load_file(path)

@@ -9,7 +9,7 @@ import torch
 
 from ptq4sam.deploy.export import Format, export
 from ptq4sam.deploy.exported import open_exported
-from ptq4sam.deploy.integer import integer_model
+from ptq4sam.deploy.reference import integer_model
 from ptq4sam.deploy.storage import load, save
 from tests.pins.pins import CASES, here, outputs, quantized, record, recorded
 

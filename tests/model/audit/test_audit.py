@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ptq4sam.model.audit import AuditReport, audit, expected_activations
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import quantized_layers
 from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
@@ -127,7 +127,7 @@ def test_finds_a_layer_of_no_list(
 def test_finds_an_activation_that_goes_around(
     quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
 ) -> None:
-    attention = quantized.mask_decoder.transformer.final_attn_token_to_image
+    attention = quantized.mask_decoder.transformer.final_attn_token_to_image.core
     other = copy.deepcopy(attention.value_quantizer)
     other.mode = Mode.FLOAT
     attention.__dict__["value_quantizer"] = other  # shadows the registered module
