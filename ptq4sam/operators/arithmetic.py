@@ -96,6 +96,7 @@ def integer_convolution(x: Tensor, weight: Tensor, windows: Windows) -> Tensor:
     # torch moves only floats so, which hold what is moved.
     looked_at = F.unfold(x.double(), kernel, *places)
     groups, batch = windows.groups, len(x)
-    by_group = looked_at.reshape(batch, groups, -1, looked_at.shape[-1])
-    sums = integer_product(weight.reshape(groups, len(weight) // groups, -1), by_group)
+    by_group = looked_at.reshape(batch, groups, -1, looked_at.shape[-1]).transpose(-1, -2)
+    by_output = weight.reshape(groups, len(weight) // groups, -1).transpose(-1, -2)
+    sums = integer_product(by_group, by_output).transpose(-1, -2)
     return sums.reshape(batch, len(weight), *windows.size(kernel, x.shape[2], x.shape[3]))

@@ -52,7 +52,13 @@ class Operand:
         """Compare a sample of so many numbers with the grid."""
         axis = channel_axis if self.of_channels else None
         compared = sample(x, most, axis)
-        on_grid = is_on_grid(compared, self.quantizer, axis, self.factor)
+        scales = self.quantizer.scale.numel()
+        if axis is not None and scales not in (1, x.shape[axis]):
+            # Some of the channels, as a convolution by groups multiplies them: whole steps.
+            largest = self.quantizer.grid.largest_step
+            on_grid = (compared == compared.round()) & (compared.abs() <= largest)
+        else:
+            on_grid = is_on_grid(compared, self.quantizer, axis, self.factor)
         self.elements += compared.numel()
         self.off += int((~on_grid).sum())
 
