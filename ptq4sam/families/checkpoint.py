@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ptq4sam.errors import CheckpointError
-from ptq4sam.families import variant_of
+from ptq4sam.families import VARIANTS, variant_of
 from ptq4sam.families.family import Variant
 from ptq4sam.families.fitting import described, fit_state, read_normalization
+from ptq4sam.families.foreign import refuse_foreign
 from ptq4sam.families.state_dict import FoundState, find_state
 from ptq4sam.families.weight_file import read_file
 from ptq4sam.sam.description import SAM_NORMALIZATION
@@ -69,9 +72,31 @@ def _read(variant: Variant, checkpoint: str | Path | None) -> tuple[FoundState, 
     """Tensors under official names, the side of their input, and where they come from."""
     path = _locate(variant, checkpoint)
     origin = str(path)
-    found = find_state(_content(variant, path), origin)
+    found = find_state(_content(variant, path), origin, partial(_check_family, variant))
     found = replace(found, tensors=variant.family.fold(found.tensors))
     return found, variant.side_of(found.tensors, origin), origin
+
+
+def _check_family(variant: Variant, names: list[str], origin: str) -> None:
+    """Refuse a model of another family, by its names.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    refuse_foreign(names, origin, encoders=False)
+    if _is_of(variant, names):
+        return
+    others = [other.name for other in VARIANTS.values() if _is_of(other, names)]
+    if others:
+        raise CheckpointError(
+            f"{origin}: asked for {variant.name}, but this is a SAM of another family: ask for "
+            f"{' or '.join(others)}"
+        )
+    refuse_foreign(names, origin)
+
+
+def _is_of(variant: Variant, names: list[str]) -> bool:
+    return any(re.search(variant.family.fingerprint, name) for name in names)
 
 
 def _content(variant: Variant, path: Path) -> object:

@@ -18,18 +18,21 @@ class _Family:
         what: it is, for the message.
         pattern: found in one of its names at least, and in none of a SAM's.
         advice: what to do.
+        is_encoder: it is told by its image encoder, which a family of ours may have.
     """
 
     what: str
     pattern: re.Pattern[str]
     advice: str
+    is_encoder: bool
 
 
+_HQ = "a SAM-HQ"
 _OTHER = "it cannot be read here; give the weights of an original SAM (vit_b, vit_l or vit_h)"
 
 # The first that fits is named: a SAM-HQ of any encoder is one, whatever the encoder.
 _FAMILIES = tuple(
-    _Family(what, re.compile(pattern), advice)
+    _Family(what, re.compile(pattern), advice, advice == _OTHER and what != _HQ)
     for what, pattern, advice in (
         (
             "a quantized model of ptq4sam",
@@ -37,7 +40,7 @@ _FAMILIES = tuple(
             "open it by ptq4sam.load, or by the commands that take a quantized model",
         ),
         (
-            "a SAM-HQ",
+            _HQ,
             r"\.(?:hf_token|hf_mlp|hq_token|hq_mask_mlp|compress_vit_feat|compress_vit_conv\d)\b",
             _OTHER,
         ),
@@ -74,19 +77,22 @@ _FAMILIES = tuple(
 )
 
 
-def refuse_foreign(names: Iterable[str], origin: str) -> None:
+def refuse_foreign(names: Iterable[str], origin: str, encoders: bool = True) -> None:
     """Refuse models that have a SAM's names and others.
 
     Args:
         names: of all tensors, without prefixes where they are a SAM's: a wrapper has what name it
             will.
         origin: where they come from, for the message.
+        encoders: refuse those too that are told by their image encoder.
 
     Raises:
         CheckpointError: they are of a family that is known; it is named.
     """
     names = list(names)
     for family in _FAMILIES:
+        if family.is_encoder and not encoders:
+            continue
         sign = next((name for name in names if family.pattern.search(name)), None)
         if sign is not None:
             raise CheckpointError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,9 @@ class _Named:
         return ".".join((*self.path, self.prefix))
 
 
-def find_state(content: object, origin: str) -> FoundState:
+def find_state(
+    content: object, origin: str, check: Callable[[list[str], str], None] = refuse_foreign
+) -> FoundState:
     """Find a SAM's tensors in what a file holds.
 
     They may lie in mappings (`model`, `state_dict`, ...) beside other things, and their names may
@@ -96,6 +98,7 @@ def find_state(content: object, origin: str) -> FoundState:
     Args:
         content: a state dict, or mappings with one somewhere in them.
         origin: where it comes from, for messages.
+        check: refuses models by their names, given with the origin.
 
     Raises:
         CheckpointError: there are no tensors, no whole SAM, several, or another model.
@@ -106,7 +109,7 @@ def find_state(content: object, origin: str) -> FoundState:
         raise CheckpointError(
             f"{origin}: holds no named tensors, but {type(content).__name__}; give a state dict"
         )
-    refuse_foreign([named.name if named.part else named.key for named in tensors], origin)
+    check([named.name if named.part else named.key for named in tensors], origin)
     parts = [named for named in tensors if named.part is not None]
     _require_whole(parts, tensors, origin)
     chosen = _chosen(parts, origin)

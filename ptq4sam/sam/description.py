@@ -233,7 +233,7 @@ DECODER = Description(
     sizes=(
         (r"prompt_encoder\..*\.bias$", "biases and layer norms"),
         (r"prompt_encoder\.", "prompt encoder"),
-        (r"mask_decoder\.transformer\..*(\.bias$|\.norm)", "biases and layer norms"),
+        (r"mask_decoder\.transformer(\..*)?(\.bias$|\.norm)", "biases and layer norms"),
         (r"mask_decoder\.transformer\.", "mask decoder transformer"),
         (r"mask_decoder\.", "mask decoder heads"),
     ),

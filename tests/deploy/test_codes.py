@@ -47,12 +47,12 @@ def test_a_weight_off_its_grid_is_named(quantize: Quantize) -> None:
 
 def test_activations_have_the_grid_that_they_are_quantized_on(quantize: Quantize) -> None:
     attention = quantize().image_encoder.blocks[0].attn
-    found = uniform_grid(attention.query_quantizer)
+    found = uniform_grid(attention.core.query_quantizer)
     assert isinstance(found, UniformGrid)
     x = torch.linspace(-3, 3, 1000)
     scale = torch.tensor(found.scale)
     codes = (torch.round(x / scale) + found.zero_point).clamp(found.grid.qmin, found.grid.qmax)
-    assert torch.equal(attention.query_quantizer(x), (codes - found.zero_point) * scale)
+    assert torch.equal(attention.core.query_quantizer(x), (codes - found.zero_point) * scale)
 
     softmax = softmax_grid(attention.softmax_quantizer)
     assert isinstance(softmax, LogGrid)

@@ -104,8 +104,10 @@ def test_finds_a_quantizer_that_is_off(
     quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
 ) -> None:
     two_way = quantized.mask_decoder.transformer
-    two_way.final_attn_token_to_image.key_quantizer.mode = Mode.FLOAT
-    assert "final_attn_token_to_image.key_quantizer: is switched to float" in problems(run_audit())
+    two_way.final_attn_token_to_image.core.key_quantizer.mode = Mode.FLOAT
+    assert "final_attn_token_to_image.core.key_quantizer: is switched to float" in problems(
+        run_audit()
+    )
 
 
 def test_finds_a_layer_that_was_missed(
@@ -114,7 +116,9 @@ def test_finds_a_layer_that_was_missed(
     mlp = quantized.image_encoder.blocks[0].mlp
     plain = nn.Linear(mlp.lin1.in_features, mlp.lin1.out_features)
     mlp.lin1 = plain
-    assert "blocks.0.mlp.lin1: is listed as quantized but is a float layer" in problems(run_audit())
+    assert "blocks.0.mlp.lin1: is listed as quantized but is a float operator" in problems(
+        run_audit()
+    )
 
 
 def test_finds_a_layer_of_no_list(
