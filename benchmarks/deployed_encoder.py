@@ -44,7 +44,7 @@ def random_sam(name: str) -> Any:
     """A SAM with random weights, positions included."""
     import torch
 
-    from ptq4sam.sam.registry import build_sam
+    from ptq4sam.families import build_sam
 
     torch.manual_seed(0)
     sam = build_sam(name)
@@ -83,7 +83,7 @@ def quantized_encoder(arguments: argparse.Namespace) -> Any:
 
     from ptq4sam.model.calibration import observing_activations
     from ptq4sam.model.insertion import insert_quantizers
-    from ptq4sam.model.layers import observe_weights, put_weights_on_grid
+    from ptq4sam.operators.base import observe_weights, put_weights_on_grid
     from ptq4sam.quantization.scheme import Scheme
 
     # The time does not depend on the ranges: those of one picture, found at once, will do.
@@ -317,9 +317,9 @@ def table(arguments: argparse.Namespace, runtime: str, precision: str) -> list[s
 
 
 def _image_size(model: str) -> int:
-    from ptq4sam.sam.registry import VARIANTS
+    from ptq4sam.families import VARIANTS
 
-    return VARIANTS[model].image_size
+    return VARIANTS[model].geometry.encoder_side
 
 
 def _do_step(arguments: argparse.Namespace) -> None:

@@ -28,8 +28,8 @@ MODELS = ("ptq4sam", "segment-anything")
 def measure(model: str, name: str, points: int, size: tuple[int, int]) -> dict[str, float]:
     """Find masks with one of the two in this process."""
     from ptq4sam.everything import EverythingSettings, MaskGenerator
+    from ptq4sam.families import build_sam
     from ptq4sam.sam.predictor import Predictor
-    from ptq4sam.sam.registry import build_sam
 
     torch.manual_seed(0)
     sam = build_sam(name)

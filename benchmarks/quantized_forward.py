@@ -23,13 +23,13 @@ from ptq4sam.allocator import keep_freed_memory
 # isort: split
 import torch
 
+from ptq4sam.families import build_sam
+from ptq4sam.families.sam_vit.image_encoder import Block, ImageEncoderViT
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.model.calibration import observing_activations
 from ptq4sam.model.insertion import insert_quantizers
-from ptq4sam.model.layers import observe_weights, put_weights_on_grid
+from ptq4sam.operators.base import observe_weights, put_weights_on_grid
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.sam.image_encoder import Block, ImageEncoderViT
-from ptq4sam.sam.registry import build_sam
 
 
 def scheme(bits: int) -> Scheme:

@@ -21,7 +21,7 @@ from ptq4sam.cli import main as ptq4sam
 import torch
 
 from ptq4sam.data.scenes import write_scenes
-from ptq4sam.sam.registry import build_sam
+from ptq4sam.families import build_sam
 
 _SCHEME = Path(__file__).resolve().parents[1] / "exp" / "ptq4sam-s44.yaml"
 

@@ -90,14 +90,14 @@ def measure(side: str, name: str, steps: int, threads: int, precision: str) -> d
     import torch
 
     from ptq4sam.allocator import keep_freed_memory
+    from ptq4sam.families import build_sam
     from ptq4sam.methods.reconstruction import UnitData, reconstruct_unit
     from ptq4sam.model.calibration import observing_activations
     from ptq4sam.model.insertion import insert_quantizers
-    from ptq4sam.model.layers import observe_weights, quantized_layers
+    from ptq4sam.operators.base import observe_weights, quantized_layers
     from ptq4sam.quantization.modes import quantizer_mode
     from ptq4sam.quantization.quantizers import Mode
     from ptq4sam.quantization.scheme import Scheme
-    from ptq4sam.sam.registry import build_sam
 
     if side == "ours":
         keep_freed_memory()
@@ -150,7 +150,7 @@ def measure(side: str, name: str, steps: int, threads: int, precision: str) -> d
 
 def seconds_of_search(unit: nn.Module) -> float:
     """Our search of the ranges of the unit's weights."""
-    from ptq4sam.model.layers import quantized_layers
+    from ptq4sam.operators.base import quantized_layers
     from ptq4sam.quantization.observers import OBSERVERS
 
     started = time.perf_counter()
@@ -163,7 +163,7 @@ def seconds_of_plain_search(unit: nn.Module) -> float:
     """The plain search of the ranges of the unit's weights, channel by channel of each at once."""
     import torch
 
-    from ptq4sam.model.layers import quantized_layers
+    from ptq4sam.operators.base import quantized_layers
     from ptq4sam.quantization.mse import POWER, WIDTHS
 
     seconds = 0.0
@@ -204,9 +204,9 @@ def seconds_from_image(sam: QuantizedSam, unit: nn.Module) -> float:
     import torch
     from plain import calibrate_blindly, make_plain
 
+    from ptq4sam.families import build_sam
     from ptq4sam.model.calibration import CalibrationItem, run_item
     from ptq4sam.model.capture import capture_call
-    from ptq4sam.sam.registry import build_sam
 
     calibrate_blindly(sam)
     make_plain(sam)

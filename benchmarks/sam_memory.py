@@ -39,7 +39,7 @@ def measure(model: str, name: str, threads: int) -> dict[str, float]:
     import torch
 
     if model == "ptq4sam":
-        from ptq4sam.sam.registry import build_sam as build
+        from ptq4sam.families import build_sam as build
     else:
         from segment_anything import sam_model_registry
 

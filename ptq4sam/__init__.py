@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from ptq4sam.api import evaluate, quantize
     from ptq4sam.data import CocoDataset, ImageFolder
     from ptq4sam.deploy.storage import load, save
+    from ptq4sam.families.checkpoint import load_sam
     from ptq4sam.prompts import open_prompts
     from ptq4sam.quantization.scheme import Scheme
-    from ptq4sam.sam.checkpoint import load_sam
 
 __all__ = [
     "CocoDataset",

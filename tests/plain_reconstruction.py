@@ -255,16 +255,16 @@ def encoder_attention(heads: int) -> Forward:
         windows, rows, columns, dim = x.shape
         qkv = unit.linear("qkv", x).reshape(windows, rows * columns, 3, heads, dim // heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        query = unit.activation("query_quantizer", query)
-        key = unit.activation("key_quantizer", key)
-        value = unit.activation("value_quantizer", value)
+        query = unit.activation("core.query_quantizer", query)
+        key = unit.activation("core.key_quantizer", key)
+        value = unit.activation("core.value_quantizer", value)
         logits = (query * (dim // heads) ** -0.5) @ key.transpose(-1, -2)
         grid = query.reshape(windows, heads, rows, columns, -1)
         down = torch.einsum("whrcd,rkd->whrck", grid, _table(unit.state["rel_pos_h"], rows))
         across = torch.einsum("whrcd,ckd->whrck", grid, _table(unit.state["rel_pos_w"], columns))
         positions = down[..., :, None] + across[..., None, :]
         logits = logits + positions.reshape(logits.shape)
-        attention = unit.activation("softmax_quantizer", logits.softmax(-1))
+        attention = unit.activation("core.softmax_quantizer", logits.softmax(-1))
         attended = (attention @ value).transpose(1, 2).reshape(windows, rows, columns, dim)
         return unit.linear("proj", attended)
 
@@ -283,11 +283,11 @@ def decoder_attention(heads: int) -> Forward:
         names = ("q_proj", "k_proj", "v_proj")
         projected = [unit.linear(name, x) for name, x in zip(names, arguments, strict=True)]
         query, key, value = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in projected)
-        query = unit.activation("query_quantizer", query)
-        key = unit.activation("key_quantizer", key)
-        value = unit.activation("value_quantizer", value)
+        query = unit.activation("core.query_quantizer", query)
+        key = unit.activation("core.key_quantizer", key)
+        value = unit.activation("core.value_quantizer", value)
         logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        attention = unit.activation("softmax_quantizer", logits.softmax(-1))
+        attention = unit.activation("core.softmax_quantizer", logits.softmax(-1))
         return unit.linear("out_proj", (attention @ value).transpose(1, 2).flatten(2))
 
     return forward

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ptq4sam.sam.registry import SamVariant
+from ptq4sam.families.sam_vit.sizes import SamVariant
 
 
 def randomize_state(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:

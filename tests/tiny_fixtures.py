@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ptq4sam.data.scenes import write_scenes
-from ptq4sam.sam.registry import build_sam
+from ptq4sam.families import build_sam
 from tests.tiny_runs import Quantized, Tiny, read_metrics, run
 
 

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from ptq4sam.data.scenes import write_scenes
+from ptq4sam.families import VARIANTS, build_sam
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.sam import registry
-from ptq4sam.sam.registry import build_sam
-from tests.model.conftest import TINY
+from tests.model.conftest import TINY_VARIANT
 from tests.tiny_runs import SCHEMES
 from tests.tiny_sams import TinySam
 
@@ -26,7 +25,7 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> TinySam:
     write_scenes(folder, 2, seed=0, split="train")
     write_scenes(folder, 3, seed=1, split="val")
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        patch.setitem(registry.VARIANTS, "tiny", TINY)
+        patch.setitem(VARIANTS, "tiny", TINY_VARIANT)
         torch.manual_seed(0)
         model = build_sam("tiny")
         for parameter in model.parameters():
@@ -43,6 +42,6 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> TinySam:
 @pytest.fixture
 def tiny_sam(tiny_files: TinySam, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TinySam:
     """The files, with the tiny SAM known by name, in an empty current folder."""
-    monkeypatch.setitem(registry.VARIANTS, "tiny", TINY)
+    monkeypatch.setitem(VARIANTS, "tiny", TINY_VARIANT)
     monkeypatch.chdir(tmp_path)
     return tiny_files

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptq4sam.methods.granularity_points import point_parameters, to_points
-from ptq4sam.model.portable_layers import PortableGELU, PortableLayerNorm, portable_softmax
+from ptq4sam.operators.activation import PortableGELU
+from ptq4sam.operators.attention import portable_softmax
+from ptq4sam.operators.norm import PortableLayerNorm
 from ptq4sam.quantization.grid import Grid, fake_quantize, steps_from_zero
 from ptq4sam.quantization.whole import (
     WholeConvolution,

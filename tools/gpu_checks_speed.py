@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ptq4sam.families import build_sam
 from ptq4sam.methods.granularity_search import ScaleSearch
 from ptq4sam.methods.reconstruction import UnitData, reconstruct_unit
 from ptq4sam.model.cache import ActivationCache, KeptSequence
 from ptq4sam.model.calibration import observing_activations
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
-from ptq4sam.model.layers import observe_weights, put_weights_on_grid, quantized_layers
+from ptq4sam.operators.base import observe_weights, put_weights_on_grid, quantized_layers
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.observers import OBSERVERS
@@ -25,7 +26,6 @@ from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.quantization.whole import WholeLinear
 from ptq4sam.sam.predictor import Predictor
-from ptq4sam.sam.registry import build_sam
 
 Found = Iterator[tuple[Any, ...]]
 _SCHEME = Path(__file__).resolve().parents[1] / "exp" / "ptq4sam-l44.yaml"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ptq4sam.families.sam_vit.sizes import SIZES
+from ptq4sam.families.sam_vit.variants import build_variant
 from ptq4sam.sam.model import Sam
-from ptq4sam.sam.registry import VARIANTS, build_variant
 
 
 def position_frequencies(count: int) -> Tensor:
@@ -25,11 +26,11 @@ def position_frequencies(count: int) -> Tensor:
 
 def build_model(window: int) -> Sam:
     """vit_nano whose encoder takes windows; the prompt encoder keeps the whole input's frame."""
-    whole = build_variant("vit_nano", VARIANTS["vit_nano"])
+    whole = build_variant("vit_nano", SIZES["vit_nano"])
     matrix = whole.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
     matrix.copy_(position_frequencies(matrix.shape[1]))
     if window != whole.image_size:
-        small = dataclasses.replace(VARIANTS["vit_nano"], image_size=window)
+        small = dataclasses.replace(SIZES["vit_nano"], image_size=window)
         whole.image_encoder = build_variant("vit_nano", small).image_encoder
     return whole
 

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ptq4sam.allocator import keep_freed_memory
-from ptq4sam.sam.common import LayerNorm2d
+from ptq4sam.operators.norm import LayerNorm2d
 
 _log = logging.getLogger("train_vit_nano")
 

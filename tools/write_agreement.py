@@ -20,8 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Before torch, which then knows how its threads wait.
 from ptq4sam.allocator import keep_freed_memory
+
+# Before torch, which then knows how its threads wait.
+from ptq4sam.families.family import ASSETS
+from ptq4sam.sam.model import Features
 
 # isort: split
 import numpy as np
@@ -35,11 +38,11 @@ from ptq4sam.deploy.backends import open_backend
 from ptq4sam.deploy.storage import load
 from ptq4sam.evaluation.evaluate import evaluate_sam
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.files import replacing, write_json
 from ptq4sam.prompts import GroundTruth
 from ptq4sam.runs.reproducibility import versions
 from ptq4sam.runs.verifying import GOAL
-from ptq4sam.sam.checkpoint import EMBEDDED_FILE, load_sam
 from ptq4sam.sam.model import PromptableModel, Sam
 from ptq4sam.sam.predictor import Predictor
 
@@ -55,7 +58,6 @@ FAST = "openvino-fast"
 BACKENDS = {
     SIMULATION: "torch",
     "integer reference": "integer",
-    "torch-int8": "torch-int8",
     "ONNX Runtime": "onnxruntime",
     "OpenVINO": "openvino",
     "OpenVINO, fast": FAST,
@@ -78,7 +80,7 @@ class Noisy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sam, name)
 
-    def embed(self, pixels: Tensor) -> Tensor:
+    def embed(self, pixels: Tensor) -> Features:
         """As `Sam.embed`, of pixels with noise."""
         noise = torch.randn(pixels.shape, generator=self._generator)
         return self._sam.embed(pixels + self._size * noise)
@@ -127,7 +129,7 @@ class Measurement:
     def _open(self, scheme: str | None, backend: str) -> tuple[PromptableModel, list[Path]]:
         """The model, and the files that it is read from."""
         if scheme is None:
-            return load_sam(MODEL), [EMBEDDED_FILE]
+            return load_sam(MODEL), [ASSETS / f"{MODEL}.safetensors"]
         checkpoint = self._quantized(scheme)
         kind = BACKENDS[backend]
         if kind == BACKENDS[SIMULATION]:
@@ -165,7 +167,7 @@ def _run(*arguments: object) -> None:
 @torch.no_grad()
 def milliseconds(model: PromptableModel, rounds: int = 5) -> tuple[float, float]:
     """Median time of encoding a picture of noise, and of decoding 16 boxes on it."""
-    side = model.image_size
+    side = model.geometry.encoder_side
     generator = np.random.default_rng(0)
     image = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
     corners = generator.uniform(0, side / 2, (BOXES_TIMED, 2))
@@ -266,14 +268,14 @@ _INTRODUCTION = """\
 Written by `python tools/write_agreement.py`; every number was measured by it. `vit_nano` (encoder
 and decoder quantized, {calibration} calibration pictures) with ground-truth boxes, scored by the
 same code on every backend, on the first {limit} pictures of each data set. Bytes are those of the
-files that a backend reads: the simulation, the integer reference and torch-int8 read the packed
+files that a backend reads: the simulation and the integer reference read the packed
 file, ONNX Runtime and OpenVINO what `ptq4sam export` wrote (codes of 6 bits in bytes). Times are of
 a machine that was shared, {threads} thread(s): ratios in docs/benchmarks.md are measured apart.
 
 The goal is an IoU of masks with the simulation of {goal}, and an AP within {goal_ap} of its own.
 The last column says which rows meet it. Every product of codes is a sum of whole numbers that is
 exact wherever it is computed, and what lies between them is made of operations that all round alike
-(`quantization/portable.py`): the integer reference, torch-int8, ONNX Runtime and OpenVINO have the
+(`quantization/portable.py`): the integer reference, ONNX Runtime and OpenVINO have the
 simulation's codes; masks may differ by last bits of the float layers behind the last quantizer.
 "OpenVINO, fast" is `ptq4sam export --fast`: its own norms, softmaxes and GELUs differ in the last
 bit, a few codes of a picture in the middle of two are rounded the other way, and the network

@@ -37,8 +37,8 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam.deploy.export import export
     from ptq4sam.deploy.storage import load
     from ptq4sam.downloads import Missing
+    from ptq4sam.families.checkpoint import load_sam
     from ptq4sam.runs.needed import look_for_sam
-    from ptq4sam.sam.checkpoint import load_sam
     from ptq4sam.sam.model import Sam
     from ptq4sam.sizes import format_bytes
 

@@ -111,10 +111,10 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         metavar="B",
-        help="torch, the simulation; torch-int8, fast integer products of a quantized "
-        "--checkpoint, or integer, their exact and slow reference; onnxruntime or openvino, of the "
-        "folder --checkpoint that ptq4sam export wrote; auto: the fastest of those that can run "
-        "the checkpoint; default: what runs such a folder, else torch",
+        help="torch, the simulation; integer, its exact and slow reference, of a quantized "
+        "--checkpoint; onnxruntime or openvino, of the folder --checkpoint that ptq4sam export "
+        "wrote; auto: the fastest of those that can run the checkpoint; default: what runs such a "
+        "folder, else torch",
     )
     parser.add_argument(
         "--precision",

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="these only, as image_encoder.blocks.3.attn, '*.attn:softmax' or 'mask_decoder.*'",
+        help="these only, as 'image_encoder.*', '*.attn:softmax' or 'mask_decoder.*'",
     )
     parser.add_argument(
         "--measure",

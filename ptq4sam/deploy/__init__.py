@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptq4sam.deploy.exported import ExportedSam, open_exported
-    from ptq4sam.deploy.integer import integer_model
+    from ptq4sam.deploy.reference import integer_model
 
 __all__ = ["ExportedSam", "integer_model", "open_exported"]
 
 _WHERE = {
     "ExportedSam": "ptq4sam.deploy.exported",
-    "integer_model": "ptq4sam.deploy.integer",
+    "integer_model": "ptq4sam.deploy.reference",
     "open_exported": "ptq4sam.deploy.exported",
 }
 

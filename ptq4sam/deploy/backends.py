@@ -14,19 +14,23 @@ import torch
 
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.exported import ExportedSam, open_exported
-from ptq4sam.deploy.integer import integer_model
 from ptq4sam.deploy.manifest import find_export, formats
 from ptq4sam.deploy.products import advice
+from ptq4sam.deploy.reference import integer_model
 from ptq4sam.deploy.runtimes import PRECISIONS, RUNTIMES, Precision, require
 from ptq4sam.deploy.storage import load
-from ptq4sam.deploy.torch_int8 import with_integer_products
 from ptq4sam.errors import CheckpointError, ConfigError, DependencyError
+from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.sam.model import Sam
 
 _log = logging.getLogger(__name__)
 
-TORCH, INTEGER, TORCH_INT8 = "torch", "integer", "torch-int8"
-BACKENDS = (INTEGER, TORCH_INT8, *RUNTIMES)
+TORCH, INTEGER = "torch", "integer"
+BACKENDS = (INTEGER, *RUNTIMES)
+_GONE = {
+    "torch-int8": "torch, which multiplies in int8 by itself where the processor is fast at that"
+}
+"""Backends of earlier versions, and what to use instead."""
 AUTO = "auto"
 CHOICE_SECONDS = 20.0
 """Time that "auto" has to measure runtimes, once the likeliest one is open."""
@@ -43,6 +47,8 @@ def check_backend(backend: str, precision: str = "f32") -> None:
     Raises:
         ConfigError: there is none, or none of that precision.
     """
+    if backend in _GONE:
+        raise ConfigError(f"there is no backend {backend} any more: use {_GONE[backend]}")
     if backend not in (TORCH, AUTO, *BACKENDS):
         raise ConfigError(
             f"backend {backend!r} was asked for: use {TORCH}, {', '.join(BACKENDS)} or {AUTO}"
@@ -89,11 +95,10 @@ def open_backend(checkpoint: str | Path, backend: str, precision: str = "f32") -
     """Open a deployed model.
 
     Args:
-        checkpoint: for "integer" and "torch-int8" a file written by `save`, for runtimes a folder
-            written by `export`, for "auto" any of them.
+        checkpoint: for "integer" a file written by `save`, for runtimes a folder written by
+            `export`, for "auto" any of them.
         backend: one of BACKENDS, or "auto" for the one that encodes a picture fastest, which is
-            measured for CHOICE_SECONDS at most. "integer" is the reference, exact and slow;
-            "torch-int8" has fast integer products in torch.
+            measured for CHOICE_SECONDS at most. "integer" is the reference, exact and slow.
         precision: of what OpenVINO does not compute in integers, see `open_exported`.
 
     Raises:
@@ -105,21 +110,24 @@ def open_backend(checkpoint: str | Path, backend: str, precision: str = "f32") -
     path = Path(checkpoint)
     if backend == AUTO:
         return _fastest(path, precision)
-    if backend in (INTEGER, TORCH_INT8):
-        if not is_quantized_file(path):
-            raise CheckpointError(
-                f"{path} is no quantized model, which {backend} needs: write one with ptq4sam "
-                "quantize"
-            )
-        quantized = load(path)
-        return integer_model(quantized) if backend == INTEGER else with_integer_products(quantized)
+    if backend == INTEGER:
+        return integer_model(_quantized(path, backend))
     return open_exported(path, backend, cast(Precision, precision))
+
+
+def _quantized(path: Path, backend: str) -> QuantizedSam:
+    if not is_quantized_file(path):
+        raise CheckpointError(
+            f"{path} is no quantized model, which {backend} needs: write one with ptq4sam quantize"
+        )
+    return load(path)
 
 
 def _fastest(path: Path, precision: str) -> Deployed:
     """What encodes a picture in the least time, as far as can be told in CHOICE_SECONDS."""
     if not path.is_dir():
-        return open_backend(path, TORCH_INT8)
+        # Of a file there is the simulation alone, which computes what a device does.
+        return _quantized(path, AUTO)
     candidates = _candidates(path)
     if not candidates:
         raise CheckpointError(

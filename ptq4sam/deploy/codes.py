@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptq4sam.errors import DeployError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.model.layers import QuantizedLayer
+from ptq4sam.operators.base import QuantizedLayer
 from ptq4sam.quantization.base import AffineQuantizer
 from ptq4sam.quantization.grid import Grid, along_channels
 from ptq4sam.quantization.quantizers import Quantizer

@@ -30,8 +30,12 @@ CHECKSUM = "sha256"
 """Its first member; an entry of its own up to format version 2."""
 UNPACKED_VERSION = 1
 """Format of ptq4sam 0.1 before packing: float32 weights, no checksums; still read."""
-FORMAT_VERSION = 3
-"""Format that is written; 2 is read too."""
+_SIGNED_WITHIN = 3
+"""From this format on a description holds its own checksum."""
+WITH_CORES = 4
+"""From this format on quantizers of attentions are named below the attention's `core`."""
+FORMAT_VERSION = 4
+"""Format that is written; earlier ones are read too."""
 
 _CHECKSUMS = "checksums"
 _AGAIN = "copy it again or quantize again"
@@ -69,7 +73,7 @@ def _text_digest(text: str) -> str:
 
 def _is_intact(text: str, version: int, metadata: Mapping[str, str]) -> bool:
     """Whether a description has its checksum."""
-    if version < FORMAT_VERSION:
+    if version < _SIGNED_WITHIN:
         return _text_digest(text) == metadata.get(CHECKSUM)
     length = len(_opening(64 * "0"))
     opening, rest = text[:length], "{" + text[length:]

@@ -12,22 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ptq4sam.deploy.operations import (
-    DECODER,
-    FLOAT_BITS,
-    GLOBAL,
-    WINDOWS,
-    Operation,
-    operations,
-    part_of,
-)
+from ptq4sam.deploy.operations import FLOAT_BITS, Operation, operations
 from ptq4sam.deploy.packing import packed_size
+from ptq4sam.families import build_sam
 from ptq4sam.model.float_weights import float_weights
 from ptq4sam.model.insertion import insert_quantizers
-from ptq4sam.model.layers import quantized_layers
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
-from ptq4sam.sam.registry import build_sam
 
 _HALF_BITS = 16
 _CHANNEL_BYTES = 5
@@ -104,7 +96,7 @@ class Cost:
 
         PTQ4SAM's 3.9 times for SAM-H at 6 bits comes out so.
         """
-        products = [part for part in self.parts if part.name in (WINDOWS, GLOBAL, DECODER)]
+        products = [part for part in self.parts if "attention" in part.name]
         dearer = sum(part.macs - part.float_operations for part in products)
         return self.total.macs / (self.total.float_operations + dearer)
 
@@ -145,7 +137,7 @@ def count(
         add(_cost(operation))
     half = scheme is not None and scheme.float_weights == "float16"
     for path, values, size in storage(sam, half):
-        add(PartCost(part_of(path), values, size, FLOAT_BITS // 8 * values))
+        add(PartCost(sam.description.part_of(path), values, size, FLOAT_BITS // 8 * values))
     return Cost(name, boxes, tuple(parts.values()))
 
 

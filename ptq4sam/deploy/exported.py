@@ -15,7 +15,8 @@ from ptq4sam.deploy.manifest import DECODER, ENCODER, SUFFIXES, Manifest, read_m
 from ptq4sam.deploy.products import exact_products
 from ptq4sam.deploy.runtimes import RUNTIMES, Precision, Products, Session, open_session
 from ptq4sam.errors import ConfigError
-from ptq4sam.sam.model import normalize, resize_masks
+from ptq4sam.sam.description import Geometry, Normalization
+from ptq4sam.sam.model import Features, normalize, resize_masks
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +70,14 @@ class ExportedSam:
         return self.manifest.image_size
 
     @property
+    def geometry(self) -> Geometry:
+        """Of its pictures."""
+        manifest = self.manifest
+        normalization = Normalization(manifest.pixel_mean, manifest.pixel_std)
+        side = manifest.image_size
+        return Geometry(side, side, (manifest.embedding,), normalization)
+
+    @property
     def device(self) -> torch.device:
         """Where tensors are taken and given: the CPU."""
         return torch.device("cpu")
@@ -88,8 +97,8 @@ class ExportedSam:
         """Normalise [..., 3, height, width] (0-255) and pad it at the right and bottom."""
         return normalize(pixels, self._mean, self._std, self.image_size)
 
-    def embed(self, pixels: Tensor, seconds: float | None = None) -> Tensor:
-        """Preprocessed pictures [batch, 3, side, side] to [batch, channels, rows, columns].
+    def embed(self, pixels: Tensor, seconds: float | None = None) -> Features:
+        """Preprocessed pictures [batch, 3, side, side] to ([batch, channels, rows, columns],).
 
         Args:
             pixels: the pictures.
@@ -101,11 +110,11 @@ class ExportedSam:
         features = [
             self._encoder.run({"image": picture[None]}, seconds)[0] for picture in pixels.numpy()
         ]
-        return torch.from_numpy(np.concatenate(features))
+        return (torch.from_numpy(np.concatenate(features)),)
 
     def decode(
         self,
-        features: Tensor,
+        features: Features,
         points: tuple[Tensor, Tensor] | None,
         boxes: Tensor | None,
         masks: Tensor | None,
@@ -122,7 +131,7 @@ class ExportedSam:
             labels = torch.cat([labels, -labels.new_ones(count, 1)], dim=1)
         no_mask = new(1, 1, *self.mask_input_size)
         inputs = {
-            "embedding": features,
+            "embedding": features[0],
             "points": coordinates.float(),
             "labels": labels.long(),
             "boxes": new(count, 0, 4) if boxes is None else boxes[:, None],

@@ -11,7 +11,8 @@ from ptq4sam.deploy.runtimes import Products
 from ptq4sam.errors import CheckpointError, DataError
 from ptq4sam.files import read_json, write_json
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.sam.model import SAM_NORMALIZATION, Sam
+from ptq4sam.sam.description import SAM_NORMALIZATION
+from ptq4sam.sam.model import Sam
 from ptq4sam.version import __version__
 
 Format = Literal["onnx", "openvino"]
@@ -23,11 +24,6 @@ SUFFIXES: dict[str, tuple[str, ...]] = {"onnx": (".onnx",), "openvino": (".xml",
 """Files of a graph in each format; the first is the one that a runtime opens."""
 
 # Tensors that no quantization changes: two models that share them are one before and after.
-_ORIGIN = (
-    "image_encoder.pos_embed",
-    "image_encoder.patch_embed.proj.weight",
-    "mask_decoder.mask_tokens.weight",
-)
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def origin(sam: Sam) -> str:
     """Fingerprint of the weights that quantization leaves alone."""
     state = sam.state_dict()
     digest = hashlib.sha256()
-    for name in _ORIGIN:
+    for name in sam.description.origin:
         if name in state:
             # Schemes may round what stays float to half precision.
             digest.update(state[name].detach().cpu().half().numpy().tobytes())

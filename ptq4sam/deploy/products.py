@@ -24,7 +24,8 @@ from ptq4sam.deploy.onnx.layers import convolution, linear
 from ptq4sam.deploy.onnx.values import dequantize, quantize, steps_of
 from ptq4sam.deploy.runtimes import FORMS, RUNTIMES, Arrays, Products, open_session
 from ptq4sam.errors import DeployError
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
+from ptq4sam.operators.convolution import QuantizedConv2d
+from ptq4sam.operators.linear import QuantizedLinear
 from ptq4sam.quantization.base import FixedQuantizer, Mode, Quantizer
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode
@@ -57,7 +58,7 @@ def exact_products(runtime: str, held: Products | None = None) -> Products:
             return products
     raise DeployError(
         f"{runtime} multiplies codes inexactly on this processor, whether as "
-        f"{' or '.join(candidates)}: use --backend torch-int8 with the quantized file, or an "
+        f"{' or '.join(candidates)}: use --backend torch with the quantized file, or an "
         "export --fast, which promises no codes"
     )
 

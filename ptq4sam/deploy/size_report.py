@@ -13,22 +13,12 @@ import torch
 
 from ptq4sam.deploy.container import checked_tensors, read_description
 from ptq4sam.deploy.storage import CODES
+from ptq4sam.families import variant_of
+from ptq4sam.sam.description import Description
 
 _FLOAT_BYTES = 4
 _KINDS = {torch.float32: "f32", torch.float16: "f16", torch.uint8: "u8", torch.bool: "bool"}
 _SCALES = "scales, zero points, tau"
-_NORMS = "biases and layer norms"
-# Patterns in names, the first that fits counts.
-_PARTS = (
-    ("_quantizer.", _SCALES),
-    ("image_encoder.pos_embed", "position embedding"),
-    ("image_encoder.patch_embed.", "patch embedding"),
-    (".rel_pos_", "relative positions"),
-    ("prompt_encoder.", "prompt encoder"),
-    ("mask_decoder.transformer.", "mask decoder transformer"),
-    ("mask_decoder.", "mask decoder heads"),
-    ("image_encoder.", "image encoder"),
-)
 
 
 @dataclass(frozen=True)
@@ -98,11 +88,12 @@ def size_report(path: str | Path) -> SizeReport:
     """
     path = Path(path)
     description = read_description(path)
+    networks = variant_of(description["model"]).family.description
     values: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     kinds: defaultdict[str, set[str]] = defaultdict(set)
     for name, kind, count, size in _tensors(path, description):
-        part = _part(name)
+        part = _part(networks, name)
         values[part] += count
         sizes[part] += size
         kinds[part].add(kind)
@@ -133,11 +124,5 @@ def _tensors(path: Path, description: dict[str, Any]) -> Iterator[tuple[str, str
             yield name, _KINDS.get(tensor.dtype, str(tensor.dtype)), tensor.numel(), tensor.nbytes
 
 
-def _part(name: str) -> str:
-    if name.endswith(CODES):
-        return "image encoder" if name.startswith("image_encoder.") else "mask decoder transformer"
-    for pattern, part in _PARTS:
-        if pattern in name:
-            small = name.endswith(".bias") or ".norm" in name or "neck." in name
-            return _NORMS if small and part.endswith(("encoder", "transformer")) else part
-    return "other"
+def _part(description: Description, name: str) -> str:
+    return _SCALES if "_quantizer." in name else description.size_of(name)

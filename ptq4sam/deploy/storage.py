@@ -14,6 +14,7 @@ What follows from these is not stored: float weights, learned rounding, flags.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,21 @@ import torch
 from torch import Tensor
 
 from ptq4sam.deploy.codes import WeightCodes, layer_codes
-from ptq4sam.deploy.container import UNPACKED_VERSION, read_container, write_container
+from ptq4sam.deploy.container import UNPACKED_VERSION, WITH_CORES, read_container, write_container
 from ptq4sam.deploy.packing import pack, unpack
 from ptq4sam.errors import CheckpointError, ConfigError
+from ptq4sam.families import build_sam
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
-from ptq4sam.model.layers import QuantizedLayer, quantized_layers
+from ptq4sam.operators.base import QuantizedLayer, quantized_layers
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.sam.model import SAM_NORMALIZATION, Normalization, Sam
-from ptq4sam.sam.registry import build_sam
+from ptq4sam.sam.description import SAM_NORMALIZATION, Normalization
 from ptq4sam.version import __version__
+
+_ATTENTION_SLOT = re.compile(r"\.(query|key|value|softmax)_quantizer\.")
+
 
 CODES = "weight.codes"
 """Name of a layer's packed weight, below the layer's path."""
@@ -82,6 +86,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> QuantizedSam:
     tensors, description = read_container(path)
     sam = _skeleton(path, description)
     try:
+        if description["format_version"] < WITH_CORES:
+            tensors = {_with_core(name): tensor for name, tensor in tensors.items()}
         if description["format_version"] != UNPACKED_VERSION:
             tensors = _expanded(sam, tensors)
         sam.load_state_dict(tensors)
@@ -89,6 +95,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> QuantizedSam:
         problem = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not hold the model it names: {problem}") from error
     return sam.to(device)
+
+
+def _with_core(name: str) -> str:
+    """Today's name of a tensor of an earlier file: attentions had no `core` of their own."""
+    return _ATTENTION_SLOT.sub(r".core.\1_quantizer.", name)
 
 
 def _skeleton(path: Path, description: Mapping[str, Any]) -> QuantizedSam:
@@ -99,10 +110,8 @@ def _skeleton(path: Path, description: Mapping[str, Any]) -> QuantizedSam:
         with torch.device("meta"):
             # Files of earlier versions say neither size nor normalisation: all had the model's own.
             empty = build_sam(description["model"], description.get("image_size"))
-        empty = empty.to_empty(device="cpu")
         # Made anew, so that the constants of normalisation are real.
-        parts = (empty.image_encoder, empty.prompt_encoder, empty.mask_decoder)
-        float_sam = Sam(empty.name, *parts, _normalization(description))
+        float_sam = empty.to_empty(device="cpu").normalized_by(_normalization(description))
         sam = insert_quantizers(float_sam, scheme, description["encoder_quantized"])
         sam.folded = list(description["folded"])
     except (ConfigError, KeyError, TypeError) as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq4sam.quantization.scheme import TAUS
-from ptq4sam.quantization.whole import EXACT
+from ptq4sam.quantization.whole import EXACT, LARGEST_ROW
 
 ENTRY_BITS = 24
 """Fraction bits of the table's entries: as many as a float32 has."""
@@ -19,9 +19,6 @@ _ENOUGH_BITS = 15
 """Fraction bits with which float32 is used whatever the grid."""
 _SPARE_BITS = 5
 """Bits that the smallest point must have at least, where there are fewer."""
-LARGEST_ROW = 3.0
-"""Sum of a quantized softmax, at most: its outputs add up to 1, a point is at most sqrt(2) times
-its output, and the rounding to a whole number at most doubles it."""
 
 
 def fraction_bits(levels: int, tau: int, scale: float) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.precision import product_precision
 from ptq4sam.methods.prefetch import prefetched
+from ptq4sam.operators.arithmetic import learning
 from ptq4sam.quantization.dropping import keep_some_float
 from ptq4sam.quantization.modes import dropping, quantizers
 from ptq4sam.quantization.quantizers import Quantizer
@@ -197,8 +198,9 @@ def reconstruct_unit(
     grids = _learned_grids(unit) if settings.learn_scale else []
     alphas = [quantizer.alpha for quantizer in rounding]
     with (
+        learning(unit),
         dropping(unit, settings.drop_prob, generator),
-        _learning([*alphas, *_parameters(grids)]),
+        _with_gradients([*alphas, *_parameters(grids)]),
     ):
         errors: list[float] = []
         if alphas or grids:
@@ -305,7 +307,7 @@ def _parameters(grids: Sequence[Quantizer]) -> list[nn.Parameter]:
 
 
 @contextlib.contextmanager
-def _learning(parameters: Sequence[Tensor]) -> Iterator[None]:
+def _with_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Only these parameters get gradients, and only within the `with` block."""
     before = [parameter.requires_grad for parameter in parameters]
     try:

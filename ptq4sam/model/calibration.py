@@ -19,16 +19,15 @@ from ptq4sam import parallel
 from ptq4sam.allocator import release_freed_memory
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.bimodal import channel_signs, fold_signs, is_bimodal
-from ptq4sam.model.attention import QuantizedDecoderAttention
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import observe_weights, weight_quantizers
+from ptq4sam.operators.base import observe_weights, weight_quantizers
 from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.modes import merge_recorded, quantizer_mode, recording
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.registry import METHODS
 from ptq4sam.quantization.scheme import Methods
+from ptq4sam.sam.description import TRANSFORMER, Description
 from ptq4sam.sam.model import Sam
-from ptq4sam.sam.transformer import TwoWayTransformer
 
 _log = logging.getLogger(__name__)
 
@@ -45,18 +44,31 @@ class CalibrationItem:
 
     Attributes:
         pixels: [1, 3, side, side], normalised and padded.
-        boxes: [n, 4] xyxy in pixels of that input, n >= 1.
+        boxes: [n, 4] xyxy in pixels of the prompts' square, n >= 1.
+
+    Raises:
+        CalibrationError: there are no boxes, without which nothing passes the mask decoder.
     """
 
     pixels: Tensor
     boxes: Tensor
 
+    def __post_init__(self) -> None:
+        if self.boxes.dim() != 2 or self.boxes.shape[1] != 4 or len(self.boxes) == 0:
+            raise CalibrationError(
+                "a calibration picture needs boxes of shape [n, 4], n at least 1, but found "
+                f"{list(self.boxes.shape)}: leave the picture out, or give prompts for it"
+            )
+
 
 def check_calibration(items: Sequence[CalibrationItem]) -> None:
     """Refuse a calibration set that would leave quantizers without a range.
 
+    A picture without boxes is refused where it is made (`CalibrationItem`): a data set reads its
+    pictures anew each time they are asked for.
+
     Raises:
-        CalibrationError: no pictures, or a picture without boxes.
+        CalibrationError: no pictures.
     """
     if len(items) == 0:
         raise CalibrationError(
@@ -67,8 +79,7 @@ def check_calibration(items: Sequence[CalibrationItem]) -> None:
 @torch.no_grad()
 def run_item(sam: Sam, item: CalibrationItem) -> None:
     """One picture through the image encoder and the decoder's transformer."""
-    features = sam.image_encoder(item.pixels.to(sam.device))
-    run_decoder(sam, features, item.boxes)
+    run_decoder(sam, sam.embed(item.pixels.to(sam.device))[0], item.boxes)
 
 
 @torch.no_grad()
@@ -109,7 +120,11 @@ def calibrate(
     if methods.BIG:
         with quantizer_mode(sam, Mode.FLOAT):
             sam.folded = integrate_bimodal(
-                sam.mask_decoder.transformer, methods, lambda: run_item(sam, items[0])
+                sam.mask_decoder.transformer,
+                TRANSFORMER,
+                sam.description,
+                methods,
+                lambda: run_item(sam, items[0]),
             )
         _log.info("bimodal integration folded %s", ", ".join(sam.folded) or "no attention")
     for name in sam.scheme.methods:
@@ -150,31 +165,38 @@ def observing_activations(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def integrate_bimodal(
-    two_way: TwoWayTransformer, methods: Methods, run_first_picture: Callable[[], None]
+    network: nn.Module,
+    path: str,
+    description: Description,
+    methods: Methods,
+    run_first_picture: Callable[[], None],
 ) -> list[str]:
     """Fold signs into query and key projections behind bimodal post-key activations.
 
-    Only attentions from tokens to the image are looked at (PTQ4SAM, section 3.2).
+    Only attentions that the description says are looked at: those from tokens to the image
+    (PTQ4SAM, section 3.2).
 
     Args:
-        two_way: a transformer with quantizers in float mode.
+        network: with quantizers in float mode.
+        path: of it in the model.
+        description: of the model.
         methods: settings of the detection.
-        run_first_picture: runs the first calibration picture through the transformer.
+        run_first_picture: runs the first calibration picture through the network.
 
     Returns:
-        Names of the attentions that were folded.
+        Names of the attentions that were folded, below the network.
     """
     candidates = {
-        name: module
-        for name, module in two_way.named_modules()
-        if isinstance(module, QuantizedDecoderAttention) and name.endswith("token_to_image")
+        name: (module.get_submodule(foldable.query), module.get_submodule(foldable.key))
+        for name, module in network.named_modules()
+        if (foldable := description.foldable_at(f"{path}.{name}")) is not None
     }
     keys: dict[str, Tensor] = {}
     handles = [
-        module.k_proj.register_forward_hook(
+        key.register_forward_hook(
             lambda _module, _inputs, output, name=name: keys.__setitem__(name, output.detach())
         )
-        for name, module in candidates.items()
+        for name, (_, key) in candidates.items()
     ]
     try:
         run_first_picture()
@@ -183,5 +205,5 @@ def integrate_bimodal(
             handle.remove()
     folded = [name for name, key in keys.items() if is_bimodal(key, methods)]
     for name in folded:
-        fold_signs(candidates[name].q_proj, candidates[name].k_proj, channel_signs(keys[name]))
+        fold_signs(*candidates[name], channel_signs(keys[name]))
     return folded

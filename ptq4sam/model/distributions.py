@@ -11,21 +11,21 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.methods.bimodal import key_density
-from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderAttention
 from ptq4sam.model.calibration import CalibrationItem, run_item
-from ptq4sam.model.insertion import TRANSFORMER, QuantizedSam
-from ptq4sam.model.layers import quantized_layers
+from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.operators.base import KEY, SOFTMAX, quantized_layers, quantized_operators
 from ptq4sam.quantization.modes import dropping
 from ptq4sam.quantization.quantizers import AffineQuantizer, Quantizer
 from ptq4sam.quantization.scheme import Methods
 from ptq4sam.records import Record
+from ptq4sam.sam.description import TRANSFORMER, network_of
 from ptq4sam.sam.model import Sam
 
 BINS = 96
@@ -36,7 +36,6 @@ MOST_CHANNELS = 256
 """Ranges that are kept of a tensor: of more channels those of neighbours are joined."""
 _LOOKED_AT = 2**20
 """About so many values of a tensor, evenly spread, go into its histogram."""
-_TOKEN_TO_IMAGE = "token_to_image"
 
 
 @dataclass(frozen=True)
@@ -185,51 +184,57 @@ def observe_distributions(
         CalibrationError: a key is not finite.
     """
     methods = quantized.scheme.ptq4sam
-    attentions = {
-        name: module
-        for name, module in quantized.named_modules()
-        if isinstance(module, QuantizedDecoderAttention | QuantizedEncoderAttention)
-    }
+    attentions = {n: o for n, o in quantized_operators(quantized) if SOFTMAX in o.slot_names}
     before: dict[str, Keys] = {}
     with contextlib.ExitStack() as hooks:
-        for name, module in attentions.items():
-            if isinstance(module, QuantizedDecoderAttention):
-                projection = cast(nn.Module, float_sam.get_submodule(name).k_proj)
-                keep = partial(_keep_float_keys, before, name, methods)
-                hooks.callback(projection.register_forward_hook(keep).remove)
+        for name in attentions:
+            if network_of(name) == "decoder":
+                foldable = _is_foldable(quantized, name)
+                keep = partial(_keep_float_keys, before, name, methods, foldable)
+                hooks.callback(float_sam.get_submodule(name).register_forward_pre_hook(keep).remove)
         run_item(float_sam, item)
     seen = _Seen()
     # Under compat: published elements stay float at random, and drawing here would change what is
     # evaluated later.
     with dropping(quantized, 0.0, None), contextlib.ExitStack() as hooks:
-        for name, module in attentions.items():
+        for name, operator in attentions.items():
             see_keys = partial(
-                seen.keys, name, methods, isinstance(module, QuantizedDecoderAttention)
+                seen.keys,
+                name,
+                methods,
+                network_of(name) == "decoder",
+                _is_foldable(quantized, name),
             )
-            _watch(hooks, module.key_quantizer, see_keys)
-            _watch(hooks, module.softmax_quantizer, partial(seen.softmax, name))
+            _watch(hooks, operator.quantizer(KEY), see_keys)
+            _watch(hooks, operator.quantizer(SOFTMAX), partial(seen.softmax, name))
         for name, layer in quantized_layers(quantized):
-            axis = 1 if isinstance(layer, nn.Conv2d) else -1
+            # Channels are on the last axis of a linear layer's input, on the second of others'.
+            axis = -1 if layer.weight.dim() == 2 else 1
             _watch(hooks, layer.input_quantizer, partial(seen.layer, name, axis))
         run_item(quantized, item)
     folded = {f"{TRANSFORMER}.{name}" for name in quantized.folded}
     return Distributions(
         tuple(
             AttentionRecord(
-                name,
-                name in folded,
+                name.rpartition(".")[0],
+                name.rpartition(".")[0] in folded,
                 seen.of_keys[name],
-                _range(module.key_quantizer),
-                _softmax(module.softmax_quantizer, seen.of_softmax[name]),
+                _range(operator.quantizer(KEY)),
+                _softmax(operator.quantizer(SOFTMAX), seen.of_softmax[name]),
                 before.get(name),
             )
-            for name, module in attentions.items()
+            for name, operator in attentions.items()
         ),
         tuple(
             LayerRecord(name, seen.of_layers[name], _range(layer.input_quantizer))
             for name, layer in quantized_layers(quantized)
         ),
     )
+
+
+def _is_foldable(sam: Sam, attention: str) -> bool:
+    """Whether bimodal integration looks at the keys of an attention."""
+    return sam.description.foldable_at(attention.rpartition(".")[0]) is not None
 
 
 @dataclass
@@ -240,12 +245,10 @@ class _Seen:
     of_softmax: dict[str, Tensor] = field(default_factory=dict)
     of_layers: dict[str, ChannelRanges] = field(default_factory=dict)
 
-    def keys(self, name: str, methods: Methods, decoder: bool, x: Tensor) -> None:
+    def keys(self, name: str, methods: Methods, decoder: bool, foldable: bool, x: Tensor) -> None:
         """Keys [batch, heads, tokens, head_dim]."""
         if name not in self.of_keys:
-            # A channel is one of a head.
-            by_channel = x.transpose(1, 2).flatten(2)
-            self.of_keys[name] = _keys(by_channel, methods, name, decoder)
+            self.of_keys[name] = _keys(x, methods, decoder, foldable)
 
     def softmax(self, name: str, x: Tensor) -> None:
         """Softmax outputs [batch, heads, queries, keys]."""
@@ -272,18 +275,19 @@ def _keep_float_keys(
     found: dict[str, Keys],
     name: str,
     methods: Methods,
+    foldable: bool,
     _module: nn.Module,
-    _inputs: tuple[Any, ...],
-    output: Tensor,
+    inputs: tuple[Any, ...],
 ) -> None:
     if name not in found:
-        found[name] = _keys(output, methods, name, decoder=True)
+        found[name] = _keys(inputs[1], methods, True, foldable)
 
 
-def _keys(x: Tensor, methods: Methods, name: str, decoder: bool) -> Keys:
-    """Of keys [batch, tokens, channels]."""
+def _keys(by_head: Tensor, methods: Methods, decoder: bool, foldable: bool) -> Keys:
+    """Of keys [batch, heads, tokens, head_dim]; a channel is one of a head."""
+    x = by_head.transpose(1, 2).flatten(2)
     density = None
-    if name.endswith(_TOKEN_TO_IMAGE):
+    if foldable:
         estimated = key_density(x, methods)
         if len(estimated.points):
             density = Density(

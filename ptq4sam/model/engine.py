@@ -19,13 +19,14 @@ from ptq4sam.model.calibration import CalibrationItem, box_groups
 from ptq4sam.model.capture import capture_call
 from ptq4sam.model.insertion import ENCODER, TRANSFORMER, QuantizedSam
 from ptq4sam.model.journal import Journal
-from ptq4sam.model.layers import quantized_layers, weight_quantizers
 from ptq4sam.model.plan import Plan
 from ptq4sam.model.published import keep_defects
+from ptq4sam.operators.base import quantized_layers, weight_quantizers
 from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Reconstruction
+from ptq4sam.sam.model import Features
 from ptq4sam.sam.stages import Stage
 from ptq4sam.sizes import format_seconds
 
@@ -98,7 +99,7 @@ def reconstruct(
         streams = _Streams(begun, list(begun))
         work.run_part(ENCODER, sam.image_encoder.stages(), streams)
     else:
-        features = [cache.keep((work.exact_features(item),)) for item in items]
+        features = [cache.keep(work.exact_features(item)) for item in items]
         streams = _Streams(features, list(features))
     boxes = [item.boxes for item in items]
     exact = work.decoder_states(streams.exact, boxes)
@@ -133,13 +134,11 @@ class _Work:
             raise CalibrationError(
                 f"calibration picture {number} has pixels that are not finite: check it"
             )
-        # With gradients it would be torch's own embedding, not the portable one that is evaluated.
         return self.cache.keep(self.sam.image_encoder.begin(item.pixels.to(self.sam.device)))
 
     @torch.no_grad()
-    def exact_features(self, item: CalibrationItem) -> Tensor:
-        features: Tensor = self.sam.image_encoder(item.pixels.to(self.sam.device))
-        return features
+    def exact_features(self, item: CalibrationItem) -> Features:
+        return self.sam.embed(item.pixels.to(self.sam.device))
 
     @torch.no_grad()
     def decoder_states(
@@ -149,7 +148,7 @@ class _Work:
         sam, states = self.sam, []
         positions = sam.prompt_encoder.dense_positions()
         for kept, picture_boxes in zip(features, boxes, strict=True):
-            (embedding,) = load_all(kept)
+            embedding, *_ = load_all(kept)
             for group in box_groups(picture_boxes):
                 sparse, dense = sam.prompt_encoder(boxes=group.to(sam.device))
                 begun = sam.mask_decoder.begin(embedding, positions, sparse, dense)

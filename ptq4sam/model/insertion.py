@@ -1,43 +1,31 @@
-"""Put quantizers into a SAM: the table of what is quantized, and the order of the units.
+"""Put quantizers into a SAM, by the description of its networks and the registry of operators.
 
-Quantized: in the image encoder qkv, proj, lin1, lin2 and the two neck convolutions (weight and
-input of each), query, key, value and softmax output; in the mask decoder's transformer the
-projections, lin1 and lin2 (weight and input), query, key, value and softmax output. The same list
-for every bit width, without an exception for first or last layers but those that a scheme lists.
+The same list for every bit width, without an exception for first or last layers but those that a
+scheme lists.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 from torch import nn
 
+from ptq4sam.errors import ConfigError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.model.attention import (
-    AttentionQuantizers,
-    QuantizedDecoderAttention,
-    QuantizedEncoderAttention,
-)
 from ptq4sam.model.float_weights import round_float_weights
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
-from ptq4sam.model.portable_layers import make_portable
+from ptq4sam.operators.base import KEY, PORTABLE, QUANTIZED, SOFTMAX, WEIGHT
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import QUANTIZERS, Quantizer
 from ptq4sam.quantization.scheme import Scheme, TensorFormat
 from ptq4sam.records import unknown_key
-from ptq4sam.sam import image_encoder, transformer
-from ptq4sam.sam.common import MLPBlock
-from ptq4sam.sam.image_encoder import ImageEncoderViT
+from ptq4sam.sam.description import ENCODER, TRANSFORMER, Description, network_of
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.stages import Stage
-from ptq4sam.sam.transformer import TwoWayTransformer
 
-ENCODER = "image_encoder"
-TRANSFORMER = "mask_decoder.transformer"
-"""Paths in a SAM of what is quantized."""
+__all__ = ["ENCODER", "TRANSFORMER"]
 
 BIMODAL_KEY_OBSERVER = "AvgMSEFastObserver"
 """Observer of decoder keys under bimodal integration (PTQ4SAM's published setting)."""
@@ -54,35 +42,21 @@ class QuantizerFactory:
         scheme = self.scheme.of_unit(name)
         return None if scheme is None else QuantizerFactory(scheme)
 
-    def weight(self) -> Quantizer:
-        """Quantizer of a weight."""
-        return _build(self.scheme.w_qconfig)
+    def make(self, slot: str, roles: frozenset[str]) -> Quantizer:
+        """The quantizer of a slot.
 
-    def activation(self, observer: str | None = None) -> Quantizer:
-        """Quantizer of an activation, with the scheme's observer or another."""
-        return _build(self.scheme.a_qconfig, observer)
-
-    def softmax(self, decoder: bool) -> Quantizer:
-        """Quantizer of a softmax output."""
-        methods = self.scheme.ptq4sam
-        if methods.AGQ is True or (decoder and methods.AGQ == "decoder"):
+        Args:
+            slot: of an operator, see `operators.base`.
+            roles: that the slot has, see `Description.roles`.
+        """
+        if slot == WEIGHT:
+            return _build(self.scheme.w_qconfig)
+        methods, in_decoder = self.scheme.ptq4sam, "decoder" in roles
+        if slot == SOFTMAX and (methods.AGQ is True or (in_decoder and methods.AGQ == "decoder")):
             grid = Grid(self.scheme.a_qconfig.bit)
             return AdaptiveGranularityQuantizer(grid, methods.exact, methods.taus)
-        return self.activation()
-
-    def attention(self, decoder: bool) -> AttentionQuantizers:
-        """The four activation quantizers of an attention."""
-        bimodal = decoder and self.scheme.ptq4sam.BIG
-        key = self.activation(BIMODAL_KEY_OBSERVER if bimodal else None)
-        return AttentionQuantizers(self.activation(), key, self.activation(), self.softmax(decoder))
-
-    def linear(self, layer: nn.Linear) -> QuantizedLinear:
-        """A quantized linear layer with the weights of a float one."""
-        return QuantizedLinear(layer, self.weight(), self.activation())
-
-    def convolution(self, layer: nn.Conv2d) -> QuantizedConv2d:
-        """A quantized convolution with the weights of a float one."""
-        return QuantizedConv2d(layer, self.weight(), self.activation())
+        bimodal = slot == KEY and in_decoder and methods.BIG
+        return _build(self.scheme.a_qconfig, BIMODAL_KEY_OBSERVER if bimodal else None)
 
 
 def _build(tensor_format: TensorFormat, observer: str | None = None) -> Quantizer:
@@ -103,7 +77,7 @@ class QuantizedSam(Sam):
 
     def __init__(self, sam: Sam, scheme: Scheme, encoder_quantized: bool) -> None:
         parts = (sam.image_encoder, sam.prompt_encoder, sam.mask_decoder)
-        super().__init__(sam.name, *parts, sam.normalization)
+        super().__init__(sam.name, *parts, sam.geometry, sam.description)
         self.to(sam.device)
         self.scheme = scheme
         self.encoder_quantized = encoder_quantized
@@ -114,16 +88,17 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
     """Copy a float SAM and put quantizers into the copy, not yet calibrated.
 
     Raises:
-        ConfigError: the scheme makes an exception for a unit that there is not.
+        ConfigError: the scheme makes an exception for a unit that there is not, or an operator has
+            no quantized form.
     """
     quantized = QuantizedSam(copy.deepcopy(sam), scheme, quantize_encoder)
     _check_units(quantized)
-    factory = QuantizerFactory(scheme)
-    if quantize_encoder:
-        insert_into_encoder(quantized.image_encoder, factory)
-    insert_into_transformer(quantized.mask_decoder.transformer, factory)
+    for name in [name for name, _ in model_units(quantized)]:
+        factory = QuantizerFactory(scheme).of_unit(name)
+        if factory is not None:
+            insert_into(quantized, name, sam.description, factory)
+    make_portable(quantized, sam.description, quantize_encoder)
     name_quantizers(quantized)
-    make_portable(quantized, quantize_encoder)
     if scheme.float_weights == "float16":
         round_float_weights(quantized)
     # Quantizers were made on torch's default device.
@@ -143,57 +118,68 @@ def name_quantizers(module: nn.Module) -> None:
         quantizer.name = name
 
 
-def insert_into_encoder(encoder: ImageEncoderViT, factory: QuantizerFactory) -> None:
-    """Replace the layers and attentions of an image encoder in place."""
-    for index, block in enumerate(encoder.blocks):
-        block = cast(image_encoder.Block, block)
-        of_unit = factory.of_unit(f"{ENCODER}.blocks.{index}.attn")
-        if of_unit is not None:
-            attention = block.attn
-            block.attn = QuantizedEncoderAttention(
-                attention,
-                of_unit.linear(attention.qkv),
-                of_unit.linear(attention.proj),
-                of_unit.attention(decoder=False),
+def insert_into(
+    root: nn.Module, path: str, description: Description, factory: QuantizerFactory
+) -> None:
+    """Replace what is to be quantized below a path by its quantized form, in place.
+
+    Args:
+        root: a SAM, or something with its paths.
+        path: of a unit or a network.
+        description: of the SAM.
+        factory: makes quantizers.
+
+    Raises:
+        ConfigError: an operator has no quantized form.
+    """
+    for name, operator in _below(root, path):
+        if description.place_of(name) is None:
+            continue
+        form = QUANTIZED.get(type(operator))
+        if form is None:
+            known = ", ".join(sorted(kind.__name__ for kind in QUANTIZED))
+            raise ConfigError(
+                f"{name} is to be quantized, but a {type(operator).__name__} has no quantized "
+                f"form: {known} have one"
             )
-        _insert_into_mlp(block.mlp, factory.of_unit(f"{ENCODER}.blocks.{index}.mlp"))
-    of_unit = factory.of_unit(f"{ENCODER}.neck")
-    if of_unit is not None:
-        for index in (0, 2):
-            encoder.neck[index] = of_unit.convolution(cast(nn.Conv2d, encoder.neck[index]))
+
+        def make(slot: str, name: str = name) -> Quantizer:
+            return factory.make(slot, description.roles(name, slot))
+
+        try:
+            _put(root, name, form.of(operator, make))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
 
 
-def insert_into_transformer(two_way: TwoWayTransformer, factory: QuantizerFactory) -> None:
-    """Replace the layers and attentions of a mask decoder's transformer in place."""
-    for index, layer in enumerate(two_way.layers):
-        layer = cast(transformer.TwoWayAttentionBlock, layer)
-        path = f"{TRANSFORMER}.layers.{index}"
-        for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
-            attention = getattr(layer, name)
-            setattr(layer, name, _decoder_attention(attention, factory.of_unit(f"{path}.{name}")))
-        _insert_into_mlp(layer.mlp, factory.of_unit(f"{path}.mlp"))
-    two_way.final_attn_token_to_image = _decoder_attention(
-        two_way.final_attn_token_to_image,
-        factory.of_unit(f"{TRANSFORMER}.final_attn_token_to_image"),
-    )
+def make_portable(root: nn.Module, description: Description, encoder: bool) -> None:
+    """Let what lies between quantizers compute portably, in place; parameters stay.
+
+    Args:
+        root: a SAM, or something with its paths.
+        description: says what.
+        encoder: whether the image encoder is quantized; a float one is left alone.
+    """
+    for name, operator in list(root.named_modules()):
+        in_encoder = network_of(name) == "encoder"
+        if description.is_portable(name) and (encoder or not in_encoder):
+            try:
+                _put(root, name, PORTABLE[type(operator)].of(operator))
+            except (ConfigError, KeyError) as error:
+                kind = type(operator).__name__
+                raise ConfigError(
+                    f"{name} lies between quantizers, but this {kind} has no portable form"
+                ) from error
 
 
-def _decoder_attention(
-    source: transformer.Attention, factory: QuantizerFactory | None
-) -> transformer.Attention:
-    if factory is None:
-        return source
-    projections: dict[str, nn.Module] = {
-        name: factory.linear(getattr(source, name))
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj")
-    }
-    return QuantizedDecoderAttention(source, projections, factory.attention(decoder=True))
+def _below(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    inner = root.get_submodule(path).named_modules()
+    return [(f"{path}.{name}" if name else path, module) for name, module in inner]
 
 
-def _insert_into_mlp(mlp: MLPBlock, factory: QuantizerFactory | None) -> None:
-    if factory is not None:
-        mlp.lin1 = factory.linear(mlp.lin1)
-        mlp.lin2 = factory.linear(mlp.lin2)
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, last = path.rpartition(".")
+    setattr(root.get_submodule(parent), last, module)
 
 
 def model_units(sam: QuantizedSam) -> list[tuple[str, nn.Module]]:
@@ -203,3 +189,12 @@ def model_units(sam: QuantizedSam) -> list[tuple[str, nn.Module]]:
         parts.append((ENCODER, sam.image_encoder.stages()))
     parts.append((TRANSFORMER, sam.mask_decoder.transformer.stages()))
     return [(f"{path}.{stage.name}", stage.unit) for path, stages in parts for stage in stages]
+
+
+def folded_layers(sam: QuantizedSam) -> Iterator[str]:
+    """Paths of the projections whose signs bimodal integration folded."""
+    for name in sam.folded:
+        path = f"{TRANSFORMER}.{name}"
+        foldable = sam.description.foldable_at(path)
+        if foldable is not None:
+            yield from (f"{path}.{foldable.query}", f"{path}.{foldable.key}")

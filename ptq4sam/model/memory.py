@@ -7,8 +7,8 @@ from typing import cast
 
 import torch
 
+from ptq4sam.families.sam_vit.image_encoder import Attention
 from ptq4sam.machine import available_memory
-from ptq4sam.sam.image_encoder import Attention
 from ptq4sam.sam.model import Sam
 
 _MATRICES_PER_ATTENTION = 3.5

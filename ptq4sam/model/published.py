@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ptq4sam.model.insertion import QuantizedSam, model_units
-from ptq4sam.model.layers import quantized_layers
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Reconstruction
 

@@ -11,9 +11,9 @@ from ptq4sam.model.calibration import CalibrationItem, calibrate
 from ptq4sam.model.engine import reconstruct
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.model.journal import Journal
-from ptq4sam.model.layers import put_weights_on_grid, weight_quantizers
 from ptq4sam.model.plan import Plan
 from ptq4sam.model.published import keep_published_defects
+from ptq4sam.operators.base import put_weights_on_grid, weight_quantizers
 from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Scheme

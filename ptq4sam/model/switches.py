@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from ptq4sam.model.insertion import TRANSFORMER, QuantizedSam
-from ptq4sam.model.layers import QuantizedLayer, quantized_layers
+from ptq4sam.model.insertion import QuantizedSam, folded_layers
+from ptq4sam.operators.base import QuantizedLayer, quantized_layers
 from ptq4sam.quantization.modes import WEIGHT_QUANTIZER, quantizers
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.sam.model import Sam
@@ -32,11 +32,7 @@ class Switches:
     def __init__(self, sam: QuantizedSam, float_sam: Sam) -> None:
         self._quantizers = dict(quantizers(sam))
         self.names = frozenset(self._quantizers)
-        folded = {
-            f"{TRANSFORMER}.{name}.{projection}"
-            for name in sam.folded
-            for projection in ("q_proj", "k_proj")
-        }
+        folded = set(folded_layers(sam))
         self._weights: dict[str, tuple[QuantizedLayer, Tensor, Tensor]] = {}
         for name, layer in quantized_layers(sam):
             source = float_sam.get_submodule(name)

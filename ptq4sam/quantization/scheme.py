@@ -89,7 +89,7 @@ class Reconstruction(Record):
         rounding_lr: ours; Adam's learning rate of the rounding variables.
         learn_rounding: ours; learn the rounding of the weights.
         learn_scale: ours; learn the scales of the activations, and the zero points of LSQ+.
-        granularity: ours; reconstruct whole attentions, MLPs and the neck ("unit", as BRECQ and
+        granularity: ours; reconstruct whole attentions, MLPs and the like ("unit", as BRECQ and
             QDrop) or one layer after another ("layer", as AdaRound).
         patience: ours; steps without a lower loss after which the rest of the schedule passes
             within as many steps; 0 makes all steps.

@@ -34,6 +34,9 @@ _log = logging.getLogger(__name__)
 
 EXACT = 2.0**24
 """Largest sum that float32 holds with all whole numbers below it."""
+LARGEST_ROW = 3.0
+"""Sum of a quantized softmax, at most: its outputs add up to 1, a point is at most sqrt(2) times
+its output, and the rounding to a whole number at most doubles it."""
 _MOST_PIECES = 8
 """Pieces of a product; what needs more is float64."""
 
@@ -131,17 +134,34 @@ def _narrowest(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Windows:
-    """Where a convolution with zeros around and one group looks.
+    """Where a convolution with zeros around looks.
 
     Attributes:
         stride: down and across.
         padding: zeros above and below, left and right.
         dilation: steps between the places of a kernel.
+        groups: of channels that have nothing to do with each other.
     """
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def of_torch(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """As torch.nn.functional.conv2d takes it behind the bias."""
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def size(self, kernel: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the output, of an input's height and width."""
+        rows, columns = (
+            (length + 2 * padding - dilation * (size - 1) - 1) // stride + 1
+            for length, size, padding, dilation, stride in zip(
+                (height, width), kernel, self.padding, self.dilation, self.stride, strict=True
+            )
+        )
+        return rows, columns
 
 
 class WholeConvolution:
@@ -164,28 +184,21 @@ class WholeConvolution:
             largest = max(-low, high)
             self._weight = weight if exact_pieces(weight, largest) == 1 else weight.double()
         else:
-            self._linear = WholeLinear(weight.flatten(1), low, high)
+            parts = weight.flatten(1).chunk(windows.groups)
+            self._linears = [WholeLinear(part, low, high) for part in parts]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map whole numbers [batch, channels, height, width] to sums rounded to float32 once."""
         windows = self._windows
         if self._direct:
             weight = self._weight if _rounds_no_factors(x.device) else self._weight.double()
-            places = windows.stride, windows.padding, windows.dilation
-            return F.conv2d(x.to(weight.dtype), weight, None, *places).float()
+            return F.conv2d(x.to(weight.dtype), weight, None, *windows.of_torch).float()
         looked_at = F.unfold(x, self._kernel, windows.dilation, windows.padding, windows.stride)
-        sums = self._linear(looked_at.transpose(1, 2)).transpose(1, 2)
-        return sums.reshape(*sums.shape[:2], *self._size(x.shape[2], x.shape[3]))
-
-    def _size(self, height: int, width: int) -> tuple[int, int]:
-        w = self._windows
-        rows, columns = (
-            (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for length, kernel, padding, dilation, stride in zip(
-                (height, width), self._kernel, w.padding, w.dilation, w.stride, strict=True
-            )
-        )
-        return rows, columns
+        by_group = looked_at.transpose(1, 2).chunk(windows.groups, -1)
+        pairs = zip(self._linears, by_group, strict=True)
+        sums = torch.cat([linear(part) for linear, part in pairs], -1).transpose(1, 2)
+        size = windows.size(self._kernel, x.shape[2], x.shape[3])
+        return sums.reshape(*sums.shape[:2], *size)
 
 
 def _has_direct_convolutions(device: torch.device) -> bool:

@@ -16,7 +16,7 @@ from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import Prompts, PromptSource
 from ptq4sam.sam.model import Sam
-from ptq4sam.sam.predictor import resize_longest_side
+from ptq4sam.sam.predictor import resized_picture
 
 _log = logging.getLogger(__name__)
 
@@ -46,9 +46,10 @@ class CalibrationPictures(Sequence[CalibrationItem]):
             return CalibrationPictures(self._sam, self._dataset, self._chosen[index])
         record, prompts = self._chosen[index]
         image = self._dataset.load(record)
-        resized = resize_longest_side(image, self._sam.image_size)
+        geometry, size = self._sam.geometry, (image.shape[0], image.shape[1])
+        resized = resized_picture(image, geometry)
         pixels = torch.from_numpy(resized).permute(2, 0, 1)[None].to(self._sam.device)
-        height, width = resized.shape[0] / image.shape[0], resized.shape[1] / image.shape[1]
+        height, width = (new / old for new, old in zip(geometry.placed(size), size, strict=True))
         boxes = torch.from_numpy(prompts.boxes).double()
         boxes = (boxes * boxes.new_tensor([width, height, width, height])).float()
         return CalibrationItem(self._sam.preprocess(pixels), boxes)

@@ -22,13 +22,13 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation import write_json
 from ptq4sam.evaluation.pictures import draw_segments, write_picture
 from ptq4sam.everything import EverythingSettings, FoundMasks, MaskGenerator, Tally
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
 from ptq4sam.runs.models import require_name
 from ptq4sam.runs.pictures import file_names
 from ptq4sam.runs.settings import DEFAULT_MODEL
 from ptq4sam.runs.work_dir import claimed
-from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.model import PromptableModel
 from ptq4sam.sam.predictor import Predictor
 

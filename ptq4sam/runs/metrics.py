@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ptq4sam.deploy.backends import AUTO, TORCH
 from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.evaluation.evaluate import Evaluation
 from ptq4sam.model.audit import AuditReport, EncoderState
@@ -38,7 +39,7 @@ def run_metrics(
     method = _method(sam, settings.backend)
     metrics: dict[str, Any] = {
         "model": sam.name,
-        "image_size": sam.image_size,
+        "image_size": sam.geometry.encoder_side,
         "quantized": method is not None,
     }
     if method is not None:
@@ -65,7 +66,9 @@ def run_metrics(
     metrics["seed"] = settings.seed
     metrics["device"] = str(context.device)
     metrics["arithmetic"] = arithmetic(context.device)
-    metrics["backend"] = sam.runtime if isinstance(sam, ExportedSam) else settings.backend
+    # "auto" of a quantized file is the simulation.
+    own = TORCH if settings.backend == AUTO else settings.backend
+    metrics["backend"] = sam.runtime if isinstance(sam, ExportedSam) else own
     metrics["versions"] = versions()
     metrics["phases"] = context.phases.to_dict()
     return metrics

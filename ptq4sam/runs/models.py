@@ -13,6 +13,8 @@ from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.deploy.manifest import origin
 from ptq4sam.deploy.storage import load
 from ptq4sam.errors import CheckpointError, ConfigError
+from ptq4sam.families import variant_of
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.model.distributions import Distributions
 from ptq4sam.model.plan import Plan
 from ptq4sam.runs.accuracy import AccuracyReport
@@ -20,7 +22,6 @@ from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.inputs import Inputs
 from ptq4sam.runs.quantizing import Quantizing
 from ptq4sam.runs.record import UnitRecord
-from ptq4sam.sam.checkpoint import EMBEDDED_FILE, load_sam
 from ptq4sam.sam.model import PromptableModel, Sam
 
 _log = logging.getLogger(__name__)
@@ -133,7 +134,8 @@ class ModelOpener:
     def _origin(self, name: str, made_of: str) -> Sam | None:
         """The float model that a quantized one was made of, where it is at hand."""
         path = self._settings.float_checkpoint
-        if path is None and (name != "vit_nano" or not EMBEDDED_FILE.is_file()):
+        embedded = variant_of(name).weights.embedded
+        if path is None and (embedded is None or not embedded.is_file()):
             return None
         sam = load_sam(name, path, device=self._context.device)
         if origin(sam) == made_of:

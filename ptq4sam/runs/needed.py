@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptq4sam.downloads import Missing
+from ptq4sam.families import VARIANTS
 from ptq4sam.prompts.spec import is_boxes_file, look_for_prompts
 from ptq4sam.runs.settings import (
     DEFAULT_MODEL,
@@ -12,7 +13,6 @@ from ptq4sam.runs.settings import (
     DataSettings,
     RunSettings,
 )
-from ptq4sam.sam.checkpoint import OFFICIAL_FILES
 
 OTHER_BOXES = "boxes of any detector can be given instead, as prompts boxes.json"
 
@@ -47,8 +47,9 @@ def look_for_sam(missing: Missing, model: str | None, checkpoint: Path | None) -
     """Note a SAM's weights, or a quantized or exported model, that are not there."""
     name = model or DEFAULT_MODEL
     advice = "name another, or none for the embedded weights"
-    if name in OFFICIAL_FILES:
-        advice = f"the official one: ptq4sam download sam-{name.replace('_', '-')}"
+    variant = VARIANTS.get(name)
+    if variant is not None and variant.weights.download is not None:
+        advice = f"the official one: ptq4sam download {variant.weights.download}"
     missing.look_for("SAM", checkpoint, advice)
 
 

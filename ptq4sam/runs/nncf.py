@@ -22,11 +22,11 @@ from ptq4sam.evaluation import mask_ious
 from ptq4sam.evaluation.evaluate import require_truth, select
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import segment
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.locks import alone_in
 from ptq4sam.prompts import GroundTruth
 from ptq4sam.runs.needed import look_for_data, look_for_sam, look_for_validation
 from ptq4sam.runs.settings import DEFAULT_MODEL, AccuracySettings, DataSettings
-from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor
 

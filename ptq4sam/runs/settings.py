@@ -114,8 +114,8 @@ class RunSettings:
             for half of what is free.
         resume: go on with what a killed run of the same settings has finished in `work_dir`.
         dry_run: plan the quantization and stop.
-        backend: what runs the model: "torch", the simulation; "integer" or "torch-int8", a
-            quantized `checkpoint` on integers; "onnxruntime" or "openvino", an exported one;
+        backend: what runs the model: "torch", the simulation; "integer", a quantized
+            `checkpoint` summed in integers; "onnxruntime" or "openvino", an exported one;
             "auto", the fastest of those.
         precision: under "openvino", of what is not integer: "f32" or "bf16".
 

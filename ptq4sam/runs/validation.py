@@ -31,8 +31,8 @@ from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import GroundTruth, Prompts, PromptSource
 from ptq4sam.runs.measurements import Measurements
 from ptq4sam.runs.settings import Metric
-from ptq4sam.sam.model import Sam
-from ptq4sam.sam.predictor import ImageEmbedding, Predictor, input_size
+from ptq4sam.sam.model import Features, Sam
+from ptq4sam.sam.predictor import ImageEmbedding, Predictor
 from ptq4sam.sam.stages import run_stages
 
 _NOTHING = ""
@@ -146,9 +146,9 @@ class Validation:
     ) -> Iterator[tuple[str, Segmented]]:
         predictor = Predictor(sam)
 
-        def segmented(features: Tensor) -> Segmented:
+        def segmented(features: Features) -> Segmented:
             size = (image.shape[0], image.shape[1])
-            embedding = ImageEmbedding(features, input_size(size, sam.image_size), size)
+            embedding = ImageEmbedding.of(features, size, sam.geometry)
             return segment(predictor, embedding, prompts.boxes, prompts.scores, self.prompting)
 
         stages = sam.image_encoder.stages()
@@ -157,13 +157,13 @@ class Validation:
             name = f"{ENCODER}.{stage.name}"
             if name in units:
                 changed = dataclasses.replace(stage, unit=units[name]).run(state)
-                yield name, segmented(run_stages(stages[place + 1 :], changed)[0])
+                yield name, segmented(run_stages(stages[place + 1 :], changed))
             state = stage.run(state)
-        yield _NOTHING, segmented(state[0])
+        yield _NOTHING, segmented(state)
         for name, unit in units.items():
             if not name.startswith(f"{ENCODER}."):
                 with exchanged(sam, {name: unit}):
-                    yield name, segmented(state[0])
+                    yield name, segmented(state)
 
     def _score_of(self, parts: Sequence[Scored], pictures: Sequence[ImageRecord]) -> float:
         if self.metric == "mean_iou":
@@ -178,14 +178,14 @@ class _EncodingOnce:
         self, sam: Sam, embeddings: dict[bytes, tuple[Kept, ...]], cache: ActivationCache
     ) -> None:
         self._sam, self._embeddings, self._cache = sam, embeddings, cache
-        self.name, self.image_size, self.device = sam.name, sam.image_size, sam.device
+        self.name, self.geometry, self.device = sam.name, sam.geometry, sam.device
         self.mask_input_size, self.embedding_bytes = sam.mask_input_size, sam.embedding_bytes
         self.preprocess, self.postprocess_masks = sam.preprocess, sam.postprocess_masks
         self.decode = sam.decode
 
-    def embed(self, pixels: Tensor) -> Tensor:
+    def embed(self, pixels: Tensor) -> Features:
         """As `Sam.embed`, run once for each picture."""
         picture = hashlib.sha256(pixels.cpu().contiguous().numpy().data).digest()
         if picture not in self._embeddings:
-            self._embeddings[picture] = self._cache.keep((self._sam.embed(pixels),))
-        return load_all(self._embeddings[picture])[0]
+            self._embeddings[picture] = self._cache.keep(self._sam.embed(pixels))
+        return load_all(self._embeddings[picture])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ptq4sam.data import ImageFolder
 from ptq4sam.data.scenes import generate_scene
-from ptq4sam.deploy.integer import integer_model
+from ptq4sam.deploy.reference import integer_model
 from ptq4sam.deploy.verify import OperatorCheck, verify_operators, worst_first
 from ptq4sam.evaluation import mask_ious
 from ptq4sam.model.insertion import QuantizedSam

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ptq4sam.sam.common import LayerNorm2d
+from ptq4sam.operators.norm import LayerNorm2d
 from ptq4sam.sam.stages import State
 from ptq4sam.sam.transformer import TwoWayTransformer
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4sam.sam.image_encoder import ImageEncoderViT
+from ptq4sam.sam.description import Description, Geometry, Normalization
 from ptq4sam.sam.mask_decoder import MaskDecoder
 from ptq4sam.sam.prompt_encoder import PromptEncoder
 
-
-class Normalization(NamedTuple):
-    """What pictures are normalised by, by channel (red, green, blue), of values 0 to 255."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-SAM_NORMALIZATION = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-"""SAM's own."""
+Features: TypeAlias = tuple[Tensor, ...]
+"""What an encoder hands over; the first is the image embedding [batch, channels, rows, columns]."""
 
 
 class PromptableModel(Protocol):
@@ -30,8 +23,8 @@ class PromptableModel(Protocol):
     name: str
 
     @property
-    def image_size(self) -> int:
-        """Side of the square input in pixels."""
+    def geometry(self) -> Geometry:
+        """Of its pictures."""
 
     @property
     def device(self) -> torch.device:
@@ -48,12 +41,12 @@ class PromptableModel(Protocol):
     def preprocess(self, pixels: Tensor) -> Tensor:
         """Normalise [..., 3, height, width] (0-255) and pad it to the square input."""
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Preprocessed pictures [batch, 3, side, side] to [batch, channels, rows, columns]."""
+    def embed(self, pixels: Tensor) -> Features:
+        """Preprocessed pictures [batch, 3, side, side] to what the encoder hands over."""
 
     def decode(
         self,
-        features: Tensor,
+        features: Features,
         points: tuple[Tensor, Tensor] | None,
         boxes: Tensor | None,
         masks: Tensor | None,
@@ -72,7 +65,8 @@ class Sam(nn.Module):
 
     Attributes:
         name: of its variant.
-        normalization: what pictures are normalised by.
+        geometry: of its pictures.
+        description: of its networks.
     """
 
     pixel_mean: Tensor
@@ -81,25 +75,38 @@ class Sam(nn.Module):
     def __init__(
         self,
         name: str,
-        image_encoder: ImageEncoderViT,
+        image_encoder: nn.Module,
         prompt_encoder: PromptEncoder,
         mask_decoder: MaskDecoder,
-        normalization: Normalization = SAM_NORMALIZATION,
+        geometry: Geometry,
+        description: Description,
     ) -> None:
         super().__init__()
         self.name = name
-        self.normalization = normalization
-        self.image_encoder = image_encoder
+        self.geometry = geometry
+        self.description = description
+        self.image_encoder: Any = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
-        mean, std = torch.tensor(normalization.mean), torch.tensor(normalization.std)
+        mean, std = map(torch.tensor, geometry.normalization)
         self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
 
+    def normalized_by(self, normalization: Normalization) -> Sam:
+        """The same model, of these parts, for pictures that are normalised by something else."""
+        parts = (self.image_encoder, self.prompt_encoder, self.mask_decoder)
+        geometry = replace(self.geometry, normalization=normalization)
+        return Sam(self.name, *parts, geometry, self.description)
+
+    @property
+    def normalization(self) -> Normalization:
+        """What pictures are normalised by."""
+        return self.geometry.normalization
+
     @property
     def image_size(self) -> int:
-        """Side of the square input in pixels."""
-        return self.prompt_encoder.input_image_size[0]
+        """Side of the encoder's square input in pixels."""
+        return self.geometry.encoder_side
 
     @property
     def device(self) -> torch.device:
@@ -120,16 +127,20 @@ class Sam(nn.Module):
 
     def preprocess(self, pixels: Tensor) -> Tensor:
         """Normalise [..., 3, height, width] (0-255) and pad it at the right and bottom."""
-        return normalize(pixels, self.pixel_mean, self.pixel_std, self.image_size)
+        side = self.geometry.encoder_side
+        return normalize(pixels, self.pixel_mean, self.pixel_std, side)
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Preprocessed pictures [batch, 3, side, side] to [batch, channels, rows, columns]."""
-        features: Tensor = self.image_encoder(pixels)
-        return features
+    def embed(self, pixels: Tensor) -> Features:
+        """Preprocessed pictures [batch, 3, side, side] to what the encoder hands over.
+
+        The first tensor is the image embedding [batch, channels, rows, columns].
+        """
+        features: Tensor | Features = self.image_encoder(pixels)
+        return (features,) if isinstance(features, Tensor) else tuple(features)
 
     def decode(
         self,
-        features: Tensor,
+        features: Features,
         points: tuple[Tensor, Tensor] | None,
         boxes: Tensor | None,
         masks: Tensor | None,
@@ -138,9 +149,10 @@ class Sam(nn.Module):
         """Masks of prompts on one picture; those given together belong together row by row.
 
         Args:
-            features: the picture's embedding [1, channels, rows, columns].
-            points: coordinates [prompts, n, 2] in pixels of the input and labels [prompts, n].
-            boxes: [prompts, 4] xyxy in pixels of the input.
+            features: of the picture, see `embed`.
+            points: coordinates [prompts, n, 2] in pixels of the prompts' square and labels
+                [prompts, n].
+            boxes: [prompts, 4] xyxy in pixels of that square.
             masks: [prompts, 1, *mask_input_size] logits of an earlier prediction.
             multimask: three masks a prompt instead of one.
 
@@ -149,8 +161,9 @@ class Sam(nn.Module):
         """
         sparse, dense = self.prompt_encoder(points, boxes, masks)
         positions = self.prompt_encoder.dense_positions()
+        embedding, *others = features
         decoded: tuple[Tensor, Tensor] = self.mask_decoder(
-            features, positions, sparse, dense, multimask
+            embedding, positions, sparse, dense, multimask, *others
         )
         return decoded
 
@@ -161,13 +174,13 @@ class Sam(nn.Module):
 
         Args:
             masks: [prompts, masks, height, width] low-resolution logits.
-            input_size: (height, width) of the resized picture before padding.
+            input_size: (height, width) of the picture in the prompts' square.
             original_size: (height, width) of the picture.
 
         Returns:
             [prompts, masks, *original_size] logits.
         """
-        return resize_masks(masks, self.image_size, input_size, original_size)
+        return resize_masks(masks, self.geometry.prompt_side, input_size, original_size)
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor, side: int) -> Tensor:
@@ -180,7 +193,7 @@ def normalize(pixels: Tensor, mean: Tensor, std: Tensor, side: int) -> Tensor:
 def resize_masks(
     masks: Tensor, side: int, input_size: tuple[int, int], original_size: tuple[int, int]
 ) -> Tensor:
-    """Logits of the padded square input to those of the picture; see `Sam.postprocess_masks`."""
+    """Logits of the prompts' square to those of the picture; see `Sam.postprocess_masks`."""
     masks = F.interpolate(masks, (side, side), mode="bilinear", align_corners=False)
     masks = masks[..., : input_size[0], : input_size[1]]
     return F.interpolate(masks, original_size, mode="bilinear", align_corners=False)

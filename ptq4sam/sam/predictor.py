@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ptq4sam.errors import DataError
-from ptq4sam.sam.model import PromptableModel
+from ptq4sam.sam.description import Geometry
+from ptq4sam.sam.model import Features, PromptableModel
 
 ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
 
@@ -35,13 +36,23 @@ class ImageEmbedding:
 
     Attributes:
         features: [1, channels, rows, columns].
-        input_size: (height, width) in pixels after resizing, before padding.
+        input_size: (height, width) in the square that prompts are placed in, in pixels.
         original_size: (height, width) of the picture in pixels.
+        others: what the encoder hands over beside it.
     """
 
     features: Tensor
     input_size: tuple[int, int]
     original_size: tuple[int, int]
+    others: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(
+        cls, features: Features, original_size: tuple[int, int], geometry: Geometry
+    ) -> ImageEmbedding:
+        """Of what an encoder handed over for a picture of a (height, width)."""
+        first, *others = features
+        return cls(first, geometry.placed(original_size), original_size, tuple(others))
 
 
 @dataclass(frozen=True)
@@ -114,13 +125,11 @@ class Predictor:
         """
         height, width = image.shape[:2]
         features = self.sam.embed(self.pixels(image))
-        return ImageEmbedding(
-            features, input_size((height, width), self.sam.image_size), (height, width)
-        )
+        return ImageEmbedding.of(features, (height, width), self.sam.geometry)
 
     def pixels(self, image: npt.NDArray[np.uint8]) -> Tensor:
         """The encoder's input of a picture [1, 3, side, side]; arguments as for `embed`."""
-        resized = resize_longest_side(image, self.sam.image_size)
+        resized = resized_picture(image, self.sam.geometry)
         return self.sam.preprocess(
             torch.from_numpy(resized).permute(2, 0, 1)[None].to(self.sam.device)
         )
@@ -160,8 +169,9 @@ class Predictor:
         for first in range(0, count, at_once):
             part = {key: value[first : first + at_once] for key, value in prompts.items()}
             given = (part["points"], part["labels"]) if "points" in part else None
+            features = (embedding.features, *embedding.others)
             mask, iou = self.sam.decode(
-                embedding.features, given, part.get("boxes"), part.get("masks"), multimask
+                features, given, part.get("boxes"), part.get("masks"), multimask
             )
             low_res.append(mask)
             ious.append(iou)
@@ -188,7 +198,7 @@ class Predictor:
 
     def _resize_into(self, result: Tensor, low_res: Tensor, embedding: ImageEmbedding) -> Tensor:
         height, width = embedding.original_size
-        mask_bytes = low_res.element_size() * (self.sam.image_size**2 + height * width)
+        mask_bytes = low_res.element_size() * (self.sam.geometry.prompt_side**2 + height * width)
         at_once = max(1, _RESIZE_BYTES // mask_bytes)
         flat, flat_result = low_res.flatten(0, 1), result.flatten(0, 1)
         for first in range(0, len(flat), at_once):
@@ -232,20 +242,12 @@ class Predictor:
         return {key: value.to(self.sam.device) for key, value in prompts.items()}
 
 
-def input_size(original_size: tuple[int, int], side: int) -> tuple[int, int]:
-    """Size (height, width) of a picture whose longest side is scaled to `side` pixels."""
-    scale = side * 1.0 / max(original_size)
-    # The official code would make a side of nothing out of a very thin picture.
-    height, width = (max(1, int(length * scale + 0.5)) for length in original_size)
-    return height, width
-
-
-def resize_longest_side(image: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
-    """Resize a picture so that its longest side has `side` pixels (bilinear, antialiased).
+def resized_picture(image: npt.NDArray[np.uint8], geometry: Geometry) -> npt.NDArray[np.uint8]:
+    """Resize a picture to the encoder's input, before padding (bilinear, antialiased).
 
     Args:
         image: RGB [height, width, 3], uint8.
-        side: in pixels.
+        geometry: says how.
 
     Raises:
         DataError: the array is not such a picture.
@@ -255,13 +257,13 @@ def resize_longest_side(image: npt.NDArray[np.uint8], side: int) -> npt.NDArray[
             "a picture must be an RGB array [height, width, 3] of uint8, but found "
             f"{list(image.shape)} of {image.dtype}"
         )
-    height, width = input_size((image.shape[0], image.shape[1]), side)
+    height, width = geometry.resized((image.shape[0], image.shape[1]), geometry.encoder_side)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     return np.array(resized)
 
 
 def to_input_pixels(coordinates: Tensor, embedding: ImageEmbedding) -> Tensor:
-    """Scale [..., 2] (x, y) from pixels of the original picture to those of the input."""
+    """Scale [..., 2] (x, y) from pixels of the original picture to the prompts' square."""
     height, width = (
         new / old for new, old in zip(embedding.input_size, embedding.original_size, strict=True)
     )

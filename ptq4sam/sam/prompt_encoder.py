@@ -7,17 +7,23 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ptq4sam.sam.common import LayerNorm2d
+from ptq4sam.operators.base import portable_form
+from ptq4sam.operators.norm import LayerNorm2d
+from ptq4sam.quantization import portable
 
 
-class PositionEmbeddingRandom(nn.Module):
-    """Random Fourier features of 2-D positions."""
+class Positions(nn.Module):
+    """Fourier features of 2-D positions.
+
+    Args:
+        matrix: [2, feats], turns for each coordinate.
+    """
 
     positional_encoding_gaussian_matrix: Tensor
 
-    def __init__(self, num_pos_feats: int) -> None:
+    def __init__(self, matrix: Tensor) -> None:
         super().__init__()
-        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, num_pos_feats))
+        self.register_buffer("positional_encoding_gaussian_matrix", matrix)
 
     def forward(self, size: tuple[int, int]) -> Tensor:
         """Encode the cell centres of a (rows, columns) grid to [2 * feats, rows, columns]."""
@@ -33,8 +39,40 @@ class PositionEmbeddingRandom(nn.Module):
         return self._encode(points.to(torch.float32) / size)
 
     def _encode(self, unit: Tensor) -> Tensor:
+        """Positions [..., 2] from 0 to 1 to [..., 2 * feats]."""
+        raise NotImplementedError
+
+
+class PositionEmbeddingRandom(Positions):
+    """Random features, by torch's own functions."""
+
+    def __init__(self, num_pos_feats: int) -> None:
+        super().__init__(torch.randn(2, num_pos_feats))
+
+    def _encode(self, unit: Tensor) -> Tensor:
         angles = 2 * math.pi * ((2 * unit - 1) @ self.positional_encoding_gaussian_matrix)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+@portable_form(PositionEmbeddingRandom)
+class PortablePositions(Positions):
+    """The same features, computed alike by every runtime; the buffer's name stays."""
+
+    @classmethod
+    def of(cls, source: PositionEmbeddingRandom) -> PortablePositions:
+        """With the features of another."""
+        return cls(source.positional_encoding_gaussian_matrix)
+
+    def _encode(self, unit: Tensor) -> Tensor:
+        x, y = (unit * 2.0 - 1.0).tensor_split(2, dim=-1)
+        return torch.cat(waves(x, y, *self.positional_encoding_gaussian_matrix), dim=-1)
+
+
+def waves(
+    x: portable.X, y: portable.X, per_x: portable.X, per_y: portable.X
+) -> tuple[portable.X, portable.X]:
+    """Sines and cosines [..., n] of positions [..., 1] from -1 to 1, with n turns for each."""
+    return portable.turn(portable.apart(x * per_x) + portable.apart(y * per_y))
 
 
 class PromptEncoder(nn.Module):
@@ -51,7 +89,7 @@ class PromptEncoder(nn.Module):
         self.embed_dim = embed_dim
         self.image_embedding_size = image_embedding_size
         self.input_image_size = input_image_size
-        self.pe_layer = PositionEmbeddingRandom(embed_dim // 2)
+        self.pe_layer: Positions = PositionEmbeddingRandom(embed_dim // 2)
         # Negative point, positive point, top-left corner, bottom-right corner.
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, embed_dim) for _ in range(4))
         self.not_a_point_embed = nn.Embedding(1, embed_dim)

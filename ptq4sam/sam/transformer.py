@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ptq4sam.operators.attention import SoftmaxAttention
 from ptq4sam.sam.common import MLPBlock
 from ptq4sam.sam.stages import Stage, State, run_stages
 
@@ -18,18 +18,18 @@ class Attention(nn.Module):
         super().__init__()
         internal_dim = embedding_dim // downsample_rate
         self.num_heads = num_heads
-        self.scale = (internal_dim // num_heads) ** -0.5
         self.q_proj = nn.Linear(embedding_dim, internal_dim)
         self.k_proj = nn.Linear(embedding_dim, internal_dim)
         self.v_proj = nn.Linear(embedding_dim, internal_dim)
         self.out_proj = nn.Linear(internal_dim, embedding_dim)
+        self.core = SoftmaxAttention((internal_dim // num_heads) ** -0.5)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from q [batch, n, dim] to k, v [batch, m, dim]; the result is as q."""
         query = self.split_heads(self.q_proj(q))
         key = self.split_heads(self.k_proj(k))
         value = self.split_heads(self.v_proj(v))
-        attended = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        attended = self.core(query, key, value)
         projected: Tensor = self.out_proj(self.merge_heads(attended))
         return projected
 
@@ -41,6 +41,22 @@ class Attention(nn.Module):
     def merge_heads(self, x: Tensor) -> Tensor:
         """[batch, heads, tokens, head_dim] to [batch, tokens, internal_dim]."""
         return x.transpose(1, 2).flatten(2)
+
+
+class TwoWayState(NamedTuple):
+    """What flows between the units of the transformer.
+
+    Attributes:
+        queries: tokens [batch, n, dim].
+        keys: the image [batch, m, dim].
+        query_pe: positions of the tokens.
+        key_pe: positions of the image.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    query_pe: Tensor
+    key_pe: Tensor
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -70,49 +86,61 @@ class TwoWayAttentionBlock(nn.Module):
         self.skip_first_layer_pe = skip_first_layer_pe
 
     def stages(self) -> list[Stage]:
-        """The block's units; the state is (queries, keys, position of queries, of keys).
-
-        Queries are the tokens [batch, n, dim], keys the image [batch, m, dim].
-        """
+        """The block's units; the state is a TwoWayState."""
         return [
             Stage("self_attn", self.self_attn, self._enter_self, self._leave_self),
             Stage(
                 "cross_attn_token_to_image",
                 self.cross_attn_token_to_image,
-                to_image,
-                lambda s, attended: (self.norm2(s[0] + attended), *s[1:]),
+                enter_token_to_image,
+                self._leave_token_to_image,
             ),
-            Stage(
-                "mlp",
-                self.mlp,
-                lambda s: (s[0],),
-                lambda s, changed: (self.norm3(s[0] + changed), *s[1:]),
-            ),
+            Stage("mlp", self.mlp, self._enter_mlp, self._leave_mlp),
             Stage(
                 "cross_attn_image_to_token",
                 self.cross_attn_image_to_token,
-                lambda s: (s[1] + s[3], s[0] + s[2], s[0]),
-                lambda s, attended: (s[0], self.norm4(s[1] + attended), *s[2:]),
+                self._enter_image_to_token,
+                self._leave_image_to_token,
             ),
         ]
 
     def _enter_self(self, state: State) -> tuple[Tensor, ...]:
-        queries, _, query_pe, _ = state
+        s = TwoWayState(*state)
         if self.skip_first_layer_pe:
-            return queries, queries, queries
-        placed = queries + query_pe
-        return placed, placed, queries
+            return s.queries, s.queries, s.queries
+        placed = s.queries + s.query_pe
+        return placed, placed, s.queries
 
     def _leave_self(self, state: State, attended: Tensor) -> State:
+        s = TwoWayState(*state)
         # The first layer's tokens are their own positions: there is nothing to add to.
-        queries = attended if self.skip_first_layer_pe else state[0] + attended
-        return (self.norm1(queries), *state[1:])
+        queries = attended if self.skip_first_layer_pe else s.queries + attended
+        return s._replace(queries=self.norm1(queries))
+
+    def _leave_token_to_image(self, state: State, attended: Tensor) -> State:
+        s = TwoWayState(*state)
+        return s._replace(queries=self.norm2(s.queries + attended))
+
+    def _enter_mlp(self, state: State) -> tuple[Tensor, ...]:
+        return (TwoWayState(*state).queries,)
+
+    def _leave_mlp(self, state: State, changed: Tensor) -> State:
+        s = TwoWayState(*state)
+        return s._replace(queries=self.norm3(s.queries + changed))
+
+    def _enter_image_to_token(self, state: State) -> tuple[Tensor, ...]:
+        s = TwoWayState(*state)
+        return s.keys + s.key_pe, s.queries + s.query_pe, s.queries
+
+    def _leave_image_to_token(self, state: State, attended: Tensor) -> State:
+        s = TwoWayState(*state)
+        return s._replace(keys=self.norm4(s.keys + attended))
 
 
-def to_image(state: State) -> tuple[Tensor, ...]:
+def enter_token_to_image(state: State) -> tuple[Tensor, ...]:
     """Arguments of an attention from tokens to the image."""
-    queries, keys, query_pe, key_pe = state
-    return queries + query_pe, keys + key_pe, keys
+    s = TwoWayState(*state)
+    return s.queries + s.query_pe, s.keys + s.key_pe, s.keys
 
 
 class TwoWayTransformer(nn.Module):
@@ -156,17 +184,17 @@ class TwoWayTransformer(nn.Module):
             Tokens [batch, n, dim] and image [batch, rows * columns, dim].
         """
         state = self.begin(image_embedding, image_pe, point_embedding)
-        queries, keys, *_ = run_stages(self.stages(), state)
-        return queries, keys
+        behind = TwoWayState(*run_stages(self.stages(), state))
+        return behind.queries, behind.keys
 
     def begin(self, image_embedding: Tensor, image_pe: Tensor, point_embedding: Tensor) -> State:
         """The state before the first stage; arguments as for `forward`."""
         keys = image_embedding.flatten(2).transpose(1, 2)
         key_pe = image_pe.flatten(2).transpose(1, 2)
-        return point_embedding, keys, point_embedding, key_pe
+        return TwoWayState(point_embedding, keys, point_embedding, key_pe)
 
     def stages(self) -> list[Stage]:
-        """The blocks' stages and the last attention; the state is as for a block's."""
+        """The blocks' stages and the last attention; the state is a TwoWayState."""
         layers = [
             stage.below(f"layers.{index}")
             for index, layer in enumerate(self.layers)
@@ -175,7 +203,11 @@ class TwoWayTransformer(nn.Module):
         final = Stage(
             "final_attn_token_to_image",
             self.final_attn_token_to_image,
-            to_image,
-            lambda s, attended: (self.norm_final_attn(s[0] + attended), *s[1:]),
+            enter_token_to_image,
+            self._leave_final,
         )
         return [*layers, final]
+
+    def _leave_final(self, state: State, attended: Tensor) -> State:
+        s = TwoWayState(*state)
+        return s._replace(queries=self.norm_final_attn(s.queries + attended))

@@ -15,11 +15,11 @@ from typing import Any
 from ptq4sam.data.images import check_limit
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.families import VARIANTS
 from ptq4sam.prompts.spec import is_boxes_file
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.records import FieldError, Record
 from ptq4sam.runs.settings import DEFAULT_MODEL, DataSettings, RunSettings
-from ptq4sam.sam.registry import VARIANTS
 
 GENERATED_SCENES = 30
 """Scenes that a trial without a data set of its own is evaluated on."""

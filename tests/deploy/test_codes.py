@@ -8,7 +8,7 @@ import torch
 from ptq4sam.deploy.codes import LogGrid, UniformGrid, layer_codes, softmax_grid, uniform_grid
 from ptq4sam.errors import CalibrationError, DeployError
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
-from ptq4sam.model.layers import quantized_layers
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.quantizers import LSQPlusQuantizer
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
@@ -47,12 +47,12 @@ def test_a_weight_off_its_grid_is_named(quantize: Quantize) -> None:
 
 def test_activations_have_the_grid_that_they_are_quantized_on(quantize: Quantize) -> None:
     attention = quantize().image_encoder.blocks[0].attn
-    found = uniform_grid(attention.query_quantizer)
+    found = uniform_grid(attention.core.query_quantizer)
     assert isinstance(found, UniformGrid)
     x = torch.linspace(-3, 3, 1000)
     scale = torch.tensor(found.scale)
     codes = (torch.round(x / scale) + found.zero_point).clamp(found.grid.qmin, found.grid.qmax)
-    assert torch.equal(attention.query_quantizer(x), (codes - found.zero_point) * scale)
+    assert torch.equal(attention.core.query_quantizer(x), (codes - found.zero_point) * scale)
 
     softmax = softmax_grid(attention.softmax_quantizer)
     assert isinstance(softmax, LogGrid)
@@ -78,4 +78,4 @@ def test_without_calibration_there_are_no_codes(
     with pytest.raises(CalibrationError, match="calibrate the model first"):
         layer_codes(model.image_encoder.neck[0])  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match="calibrate the model first"):
-        softmax_grid(model.image_encoder.blocks[0].attn.softmax_quantizer)
+        softmax_grid(model.image_encoder.blocks[0].attn.core.softmax_quantizer)

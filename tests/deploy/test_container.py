@@ -114,8 +114,8 @@ def test_float_weights_are_no_quantized_model(sam: Sam, tmp_path: Path) -> None:
 
 def test_newer_format_version(saved: Path, rewrite: Callable[..., None]) -> None:
     assert is_quantized_file(saved)
-    rewrite(saved, format_version=4)
-    with pytest.raises(CheckpointError, match="has format version 4, this ptq4sam reads up to 3"):
+    rewrite(saved, format_version=5)
+    with pytest.raises(CheckpointError, match="has format version 5, this ptq4sam reads up to 4"):
         load(saved)
 
 

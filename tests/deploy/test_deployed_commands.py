@@ -28,18 +28,18 @@ def deployed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch-int8", "auto"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "integer", "auto"])
 def test_deployed_models_score_as_the_simulation(
     backend: str, deployed: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run("evaluate", "--checkpoint", deployed, *tiny.data(), "--work-dir", tmp_path / "simulated")
-    checkpoint = deployed if backend == "torch-int8" else deployed.with_suffix("")
+    checkpoint = deployed if backend == "integer" else deployed.with_suffix("")
     command = ["evaluate", "--checkpoint", checkpoint, "--backend", backend, *tiny.data()]
     run(*command, "--work-dir", tmp_path / "deployed")
     simulated, found = (read_metrics(tmp_path / name) for name in ("simulated", "deployed"))
     assert found["quantized"]
-    assert found["backend"] in ("onnxruntime", "openvino", "torch-int8")
+    assert found["backend"] in ("onnxruntime", "openvino", "integer")
     assert found["masks"] == simulated["masks"]
     assert math.isclose(found["mean_iou"], simulated["mean_iou"], abs_tol=0.02)
     # With the float model, which both know that they were made of.
@@ -79,7 +79,8 @@ def test_files_are_small(deployed: Path, tmp_path: Path) -> None:
         (["evaluate", "--checkpoint", "DEPLOYED", "--backend", "torch"], "which torch does not"),
         (["evaluate", "--checkpoint", "DEPLOYED", "--backend", "integer"], "no quantized model"),
         (["evaluate", "--checkpoint", "."], "config.json is missing, found"),
-        (["evaluate", "--backend", "tpu", "--checkpoint", "."], "use torch, integer, torch-int8"),
+        (["evaluate", "--backend", "tpu", "--checkpoint", "."], "use torch, integer, onnxruntime"),
+        (["evaluate", "--backend", "torch-int8", "--checkpoint", "."], "int8 any more: use torch"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -90,8 +90,8 @@ def test_the_audit_finds_bits_that_the_scheme_does_not_say(
     kept = quantize(units={ATTENTION: "float"})
     kept.scheme = said
     told = "\n".join(audit(kept, lambda: forward(kept)).lines())
-    assert f"{ATTENTION}.qkv: is listed as quantized but is a float layer" in told
-    assert f"{ATTENTION}: its query, key, value and softmax pass no quantizer" in told
+    assert f"{ATTENTION}.qkv: is listed as quantized but is a float operator" in told
+    assert f"{ATTENTION}.core: is listed as quantized but is a float operator" in told
 
 
 def test_exchanged_units_come_back(quantize: Quantize, forward: Forward) -> None:

@@ -14,9 +14,10 @@ from ptq4sam.deploy.onnx.decoder import decoder_graph
 from ptq4sam.deploy.onnx.encoder import encoder_graph
 from ptq4sam.errors import DeployError
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import quantized_layers
+from ptq4sam.operators.base import quantized_layers
+from ptq4sam.sam.description import Geometry
 from ptq4sam.sam.model import Sam
-from ptq4sam.sam.predictor import ImageEmbedding, Predictor, input_size
+from ptq4sam.sam.predictor import ImageEmbedding, Predictor
 from tests.deploy.runtime_graphs import (
     RUNTIMES,
     onnxruntime_operators,
@@ -192,7 +193,7 @@ def test_prompts_of_all_kinds(
         given |= {"points": np.zeros((3, 0, 2), np.float32), "labels": np.zeros((3, 0), np.int64)}
         given["boxes"] = np.zeros((3, 0, 4), np.float32)
     with torch.no_grad():
-        expected = sam.decode(features, **arguments, multimask=multimask)
+        expected = sam.decode((features,), **arguments, multimask=multimask)
     inputs = decoder_inputs(sam, features, **(given | {"multimask": given["multimask"]}))
     found = run_graph(decoder_graph(sam), runtime, tmp_path, with_count(inputs, 3))
     for ours, theirs in zip(found, expected, strict=False):
@@ -237,7 +238,7 @@ def test_masks_at_the_size_of_the_picture(
         sam, features, boxes=BOXES[:, None], original_size=np.array(size, np.int64)
     )
     low_res, _, masks = run_graph(decoder_graph(sam), runtime, tmp_path, with_count(inputs, 3))
-    embedding = ImageEmbedding(features, input_size(size, 64), size)
+    embedding = ImageEmbedding.of((features,), size, sam.geometry)
     expected = Predictor(sam).full_resolution(torch.from_numpy(low_res), embedding)
     assert masks.shape == expected.shape
     assert relative_error(masks, expected.numpy()) < 1e-5
@@ -246,7 +247,8 @@ def test_masks_at_the_size_of_the_picture(
 def test_sizes_of_resized_pictures_are_those_of_the_predictor() -> None:
     sides = range(1, 700, 3)
     for side in (256, 1024):
+        geometry = Geometry(side, side, ())
         for longest in sides:
             for other in range(1, longest + 1, 7):
                 quotient = (2 * other * side + longest) // (2 * longest)
-                assert (max(1, quotient), side) == input_size((other, longest), side)
+                assert (max(1, quotient), side) == geometry.placed((other, longest))

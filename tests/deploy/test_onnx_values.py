@@ -17,8 +17,10 @@ from ptq4sam.deploy.onnx.points import first_outputs, looked_up, point_codes, po
 from ptq4sam.deploy.onnx.values import quantize, steps_of
 from ptq4sam.errors import DeployError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, put_weights_on_grid
-from ptq4sam.model.portable_layers import PortableLayerNorm, PortableLayerNorm2d, PortablePatches
+from ptq4sam.operators.base import put_weights_on_grid
+from ptq4sam.operators.convolution import PortableConv2d, QuantizedConv2d
+from ptq4sam.operators.linear import QuantizedLinear
+from ptq4sam.operators.norm import LayerNorm2d, PortableLayerNorm, PortableLayerNorm2d
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import (
@@ -27,7 +29,6 @@ from ptq4sam.quantization.quantizers import (
     Mode,
     Quantizer,
 )
-from ptq4sam.sam.common import LayerNorm2d
 from tests.deploy.runtime_graphs import (
     RUNTIMES,
     onnxruntime_operators,
@@ -245,7 +246,7 @@ def test_norms_and_patches_are_those_of_the_simulation(runtime: str, tmp_path: P
     for parameter in (*norm.parameters(), *over_channels.parameters()):
         nn.init.normal_(parameter)
     modules = (
-        PortablePatches(nn.Conv2d(3, 48, 8, 8)),
+        PortableConv2d(nn.Conv2d(3, 48, 8, 8)),
         PortableLayerNorm(norm),
         PortableLayerNorm2d(over_channels),
     )

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from ptq4sam.cli import main
 from ptq4sam.deploy.size_report import size_report
 from ptq4sam.deploy.storage import load, save
+from ptq4sam.families import build_sam
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
-from ptq4sam.model.layers import observe_weights, put_weights_on_grid
+from ptq4sam.operators.base import observe_weights, put_weights_on_grid
 from ptq4sam.quantization import fused
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
-from ptq4sam.sam.registry import build_sam
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMITS = {4: 0.15, 6: 0.21, 8: 0.27}

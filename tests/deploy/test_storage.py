@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ptq4sam.deploy.codes import layer_codes
-from ptq4sam.deploy.container import DESCRIPTION
+from ptq4sam.deploy.container import CHECKSUM, DESCRIPTION, signed
 from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import CheckpointError, ConfigError, DeployError
 from ptq4sam.model.audit import audit
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import quantized_layers
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.sam.model import Sam
 
@@ -112,8 +113,26 @@ def test_a_file_of_the_unpacked_format_is_read(
     quantized = quantize(4, 3)
     path = tmp_path / "model.safetensors"
     save(quantized, path)
-    text = describe(path).replace('"format_version": 3', '"format_version": 1')
-    save_file(quantized.state_dict(), path, metadata={DESCRIPTION: text})
+    text = describe(path).replace('"format_version": 4', '"format_version": 1')
+    state = {name.replace(".core.", "."): value for name, value in quantized.state_dict().items()}
+    save_file(state, path, metadata={DESCRIPTION: text})
+    assert all(map(same_bits, forward(load(path)), forward(quantized)))
+
+
+def test_a_file_from_before_attentions_had_cores_is_read(
+    quantize: Quantize, forward: Forward, tmp_path: Path, describe: Callable[[Path], str]
+) -> None:
+    """As ptq4sam wrote it in format version 3: quantizers were named below the attention."""
+    quantized = quantize(4)
+    path = tmp_path / "model.safetensors"
+    save(quantized, path)
+    content = json.loads(describe(path))
+    del content[CHECKSUM]
+    checksums = {n.replace(".core.", "."): value for n, value in content["checksums"].items()}
+    text = signed({**content, "format_version": 3, "checksums": checksums})
+    tensors = {name.replace(".core.", "."): value for name, value in load_file(path).items()}
+    assert tensors.keys() != load_file(path).keys()
+    save_file(tensors, path, metadata={DESCRIPTION: text})
     assert all(map(same_bits, forward(load(path)), forward(quantized)))
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq4sam.deploy.integer import integer_model
+from ptq4sam.deploy.reference import integer_model
 from ptq4sam.deploy.verify import OperatorCheck, verify_operators, worst_first
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import quantized_layers
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.sam.model import Sam
 
 Forward = Callable[[Sam], tuple[Tensor, ...]]
@@ -65,7 +65,7 @@ def test_every_operator_agrees_with_the_simulation(
     quantized = quantize(bits, **more)
     checks = check(quantized, integer_model(quantized))
     attentions = 2 + 7 - ("float" in quantized.scheme.units.values())
-    assert len(checks) == len(quantized_layers(quantized)) + 2 * attentions
+    assert len(checks) == len(quantized_layers(quantized)) + attentions
     for found in checks:
         assert found.exact, found
         assert found.kept, found
@@ -85,7 +85,8 @@ def test_a_wrong_weight_code_is_found(
 ) -> None:
     quantized = quantize(8)
     integer = integer_model(quantized)
-    integer.get_submodule("image_encoder.neck.2").weight_codes[3, 1, 1, 1] += 1
+    layer = integer.image_encoder.neck[2]
+    layer.weight[3, 1, 1, 1] += layer.weight_quantizer.step[3]
     worst, *others = worst_first(check(quantized, integer))
     assert worst.name == "image_encoder.neck.2"
     assert not worst.exact
@@ -93,16 +94,16 @@ def test_a_wrong_weight_code_is_found(
     assert all(c.kept for c in others)
 
 
-def test_a_wrong_output_grid_is_found(
+def test_a_wrong_scale_is_found(
     quantize: Quantize, check: Callable[..., list[OperatorCheck]]
 ) -> None:
     quantized = quantize(8)
     integer = integer_model(quantized)
     attention = integer.get_submodule("mask_decoder.transformer.layers.1.self_attn")
-    attention.q_proj.factor *= 1.5
-    attention.products.values_step *= 1.5
+    attention.q_proj.input_quantizer.scale *= 1.5
+    attention.core.value_quantizer.scale *= 1.5
     broken = {c.name.rpartition("self_attn.")[2] for c in check(quantized, integer) if not c.kept}
-    assert broken == {"q_proj", "attention_value"}
+    assert broken == {"q_proj", "core"}
 
 
 def test_an_operator_that_is_not_reached_is_no_proof(quantize: Quantize) -> None:
@@ -113,10 +114,11 @@ def test_an_operator_that_is_not_reached_is_no_proof(quantize: Quantize) -> None
     assert not any(m._forward_hooks for m in quantized.modules())
 
 
-def test_codes_are_compared_one_by_one() -> None:
+def test_outputs_are_compared_one_by_one() -> None:
     check = OperatorCheck("layer")
-    check.add_codes(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 6]))
-    assert (check.share, check.largest, check.kept) == (0.75, 2.0, False)
-    check = OperatorCheck("layer")
-    check.add_floats(torch.tensor([0.0, 1.0, 3.01]), torch.tensor([0.0, 1.0, 3.0]), 4)
+    check.add(torch.tensor([0.0, 1.0, 3.01]), torch.tensor([0.0, 1.0, 3.0]), 4)
     assert check.largest == pytest.approx(0.01 * (4 - 0.618) / 3, rel=1e-3)
+    assert not check.exact
+    check = OperatorCheck("layer")
+    check.add(torch.tensor([1.0, 2, 3, 6]), torch.tensor([1.0, 2, 3, 4]), 4)
+    assert (check.share, check.kept) == (0.75, False)

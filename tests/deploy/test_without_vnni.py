@@ -18,7 +18,6 @@ TESTS = (
     "test_onnx_models.py::test_an_encoder_is_that_of_the_simulation",
     "test_exported.py::test_predictions_are_those_of_the_simulation",
     "test_products.py::test_sums_that_float32_would_round_are_cut[float32]",
-    "test_torch_int8.py",
 )
 
 

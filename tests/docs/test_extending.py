@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from ptq4sam.families import build_sam
 from ptq4sam.model.calibration import CalibrationItem, run_decoder
 from ptq4sam.model.insertion import insert_quantizers
 from ptq4sam.quantization.grid import Grid
@@ -14,7 +15,6 @@ from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.sam.registry import build_sam
 from tests.docs.pages import blocks
 from tests.tiny_runs import REPOSITORY, SCHEMES
 

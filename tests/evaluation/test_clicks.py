@@ -15,9 +15,9 @@ from ptq4sam.evaluation import mask_ious
 from ptq4sam.evaluation.clicks import next_click, segment_by_clicks
 from ptq4sam.evaluation.evaluate import evaluate_sam
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.prompts import Clicks, open_prompts
 from ptq4sam.runs.summary import summary_table
-from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.predictor import Predictor
 
 NOTHING = np.zeros((40, 60), np.bool_)

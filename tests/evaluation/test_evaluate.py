@@ -12,9 +12,9 @@ from ptq4sam.errors import DataError
 from ptq4sam.evaluation import MaskScores, mask_ious
 from ptq4sam.evaluation.evaluate import Picture, evaluate_sam, has_truth, select
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.prompts import GroundTruth, Prompts, cached
 from ptq4sam.runs.pictures import PictureWriter
-from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.model import Sam
 from tests.tiny_runs import Tiny
 

@@ -9,8 +9,8 @@ import torch
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import segment
+from ptq4sam.families import build_sam
 from ptq4sam.sam.predictor import ImageEmbedding, Predictor
-from ptq4sam.sam.registry import build_sam
 
 BOXES = np.array([[10, 10, 90, 70], [40, 5, 120, 90], [0, 0, 128, 96]], np.float32)
 SCORES = np.array([0.9, 0.5, 0.25], np.float32)

@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ptq4sam.data.scenes import generate_scene
-from ptq4sam.sam.checkpoint import load_sam
+from ptq4sam.families.checkpoint import load_sam
+from ptq4sam.families.sam_vit.sizes import SIZES
+from ptq4sam.families.sam_vit.variants import build_variant
 from ptq4sam.sam.model import Sam
-from ptq4sam.sam.registry import VARIANTS, build_variant
 from tests.reference_sams import build_reference, randomize_state
 
 # SAM-B's widths and depth on a smaller input.
 _SIZES = {
-    "vit_nano": VARIANTS["vit_nano"],
-    "vit_b": dataclasses.replace(VARIANTS["vit_b"], image_size=128),
+    "vit_nano": SIZES["vit_nano"],
+    "vit_b": dataclasses.replace(SIZES["vit_b"], image_size=128),
 }
 
 
@@ -29,7 +30,7 @@ def models() -> Callable[[str], tuple[Sam, nn.Module]]:
     pytest.importorskip("segment_anything")
 
     def build(name: str) -> tuple[Sam, nn.Module]:
-        variant = _SIZES.get(name, VARIANTS["vit_nano"])
+        variant = _SIZES.get(name, SIZES["vit_nano"])
         if name == "embedded":
             sam = load_sam("vit_nano")
         else:

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ptq4sam.families import VARIANTS
+from ptq4sam.families.family import Weights
+from ptq4sam.families.sam_vit.sizes import SamVariant
+from ptq4sam.families.sam_vit.variants import build_variant, variant
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.sam import registry
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor
-from ptq4sam.sam.registry import SamVariant, build_variant
 
 TINY = SamVariant(
     32,
@@ -27,11 +29,12 @@ TINY = SamVariant(
     iou_hidden_dim=16,
 )
 """A SAM with a padded window, a global attention and every other part, in a blink."""
+TINY_VARIANT = variant("tiny", TINY, Weights("tiny.safetensors"))
 
 
 @pytest.fixture(autouse=True)
 def tiny_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.VARIANTS, "tiny", TINY)
+    monkeypatch.setitem(VARIANTS, "tiny", TINY_VARIANT)
 
 
 def tiny_sam() -> Sam:

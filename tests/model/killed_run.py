@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
+from ptq4sam.families import VARIANTS, build_sam
+from ptq4sam.families.family import Weights
+from ptq4sam.families.sam_vit.sizes import SamVariant
+from ptq4sam.families.sam_vit.variants import variant
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.journal import Journal, run_fingerprint
 from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.sam import registry
-from ptq4sam.sam.registry import SamVariant, build_sam
 
 VARIANT = SamVariant(
     16, 1, 2, (0,), image_size=32, patch_size=8, window_size=2, prompt_dim=16,
@@ -38,12 +40,12 @@ SCHEME = {
 
 def quantized(folder: Path | None) -> QuantizedSam:
     """The run, with a journal in `folder` that it goes on with."""
-    registry.VARIANTS["killed"] = VARIANT
+    VARIANTS["killed"] = variant("killed", VARIANT, Weights("killed.safetensors"))
     try:
         torch.manual_seed(0)
         sam = build_sam("killed")
     finally:
-        del registry.VARIANTS["killed"]
+        del VARIANTS["killed"]
     scheme = Scheme.from_dict(SCHEME)
     items = [
         CalibrationItem(torch.randn(1, 3, 32, 32), torch.tensor([[4.0, 4, 20 + i, 25]]))

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from ptq4sam.data.scenes import generate_scene
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.model.calibration import observing_activations
 from ptq4sam.model.insertion import insert_quantizers
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.predictor import Predictor
 
 MakeScheme = Callable[..., Scheme]

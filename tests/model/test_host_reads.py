@@ -15,6 +15,7 @@ from ptq4sam.methods import reconstruction
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam, model_units
 from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.operators.arithmetic import learning
 from ptq4sam.quantization import int8_products
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
@@ -28,7 +29,7 @@ BOXES = torch.tensor([[5.0, 6, 40, 50], [20, 10, 60, 30]])
 @torch.no_grad()
 def run(sam: Sam, pixels: Tensor) -> tuple[Tensor, Tensor]:
     features = sam.embed(pixels)
-    return features, sam.decode(features, None, BOXES, None, True)[0]
+    return features[0], sam.decode(features, None, BOXES, None, True)[0]
 
 
 def quick(make_scheme: MakeScheme, bits: int = 4, **more: object) -> Scheme:
@@ -125,14 +126,15 @@ def learn_scales(sam: QuantizedSam) -> None:
     """By an optimiser whose steps torch does not count."""
     attention = sam.image_encoder.blocks[1].attn
     learned = [
-        attention.query_quantizer.scale,
-        attention.softmax_quantizer.scale,
+        attention.core.query_quantizer.scale,
+        attention.core.softmax_quantizer.scale,
         attention.proj.input_quantizer.scale,
     ]
     for scale in learned:
         scale.requires_grad_()
     x = torch.randn(1, 8, 8, 32, generator=torch.Generator().manual_seed(0))
-    attention(x).square().sum().backward()
+    with learning(attention):
+        attention(x).square().sum().backward()
     before = [scale._version for scale in learned]
     torch.optim.Adam(learned, lr=0.01, fused=True).step()
     assert before == [scale._version for scale in learned]
@@ -150,7 +152,7 @@ def load_other_state(sam: QuantizedSam) -> None:
 
 @torch.no_grad()
 def other_softmax_scale(sam: QuantizedSam) -> None:
-    sam.image_encoder.blocks[1].attn.softmax_quantizer.scale.mul_(0.5)
+    sam.image_encoder.blocks[1].attn.core.softmax_quantizer.scale.mul_(0.5)
 
 
 def other_zero_point(sam: QuantizedSam) -> None:

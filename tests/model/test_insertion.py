@@ -9,7 +9,7 @@ from torch import Tensor
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.model.insertion import insert_quantizers, model_units
-from ptq4sam.model.layers import quantized_layers
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.modes import quantizer_mode, quantizers
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme

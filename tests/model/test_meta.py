@@ -13,13 +13,13 @@ from torch import nn
 
 from ptq4sam.deploy.cost import storage
 from ptq4sam.deploy.operations import operations
+from ptq4sam.families import build_sam
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
 from ptq4sam.model.plan import make_plan
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
-from ptq4sam.sam.registry import build_sam
 
 MakeScheme = Callable[..., Scheme]
 META = torch.device("meta")

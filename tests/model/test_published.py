@@ -17,8 +17,8 @@ from ptq4sam.model import engine
 from ptq4sam.model.calibration import CalibrationItem, calibrate, run_item
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
 from ptq4sam.model.journal import Journal
-from ptq4sam.model.layers import quantized_layers
 from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme

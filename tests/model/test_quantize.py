@@ -10,8 +10,8 @@ from ptq4sam.errors import CalibrationError
 from ptq4sam.model import calibration
 from ptq4sam.model.calibration import CalibrationItem, calibrate, integrate_bimodal, run_item
 from ptq4sam.model.insertion import TRANSFORMER, insert_quantizers, model_units
-from ptq4sam.model.layers import quantized_layers
 from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.modes import quantizer_mode, quantizers
 from ptq4sam.quantization.observers import OBSERVERS
 from ptq4sam.quantization.quantizers import Mode
@@ -125,6 +125,8 @@ def test_bimodal_folding_leaves_the_float_output(
     with quantizer_mode(quantized, Mode.FLOAT):
         folded = integrate_bimodal(
             quantized.mask_decoder.transformer,
+            TRANSFORMER,
+            quantized.description,
             quantized.scheme.ptq4sam,
             lambda: run_item(quantized, items[0]),
         )
@@ -164,7 +166,7 @@ def test_bimodal_keys_have_an_observer_of_their_own(
             run_item(quantized, item)
     for handle in handles:
         handle.remove()
-    keys = {f"{TRANSFORMER}.{name}.key_quantizer" for name in decoder_attentions(sam)}
+    keys = {f"{TRANSFORMER}.{name}.core.key_quantizer" for name in decoder_attentions(sam)}
     assert keys < set(activations)
     for name, quantizer in activations.items():
         kind = "AvgMSEFastObserver" if BIG and name in keys else "AvgMinMaxObserver"

@@ -19,7 +19,7 @@ from ptq4sam.model import engine
 from ptq4sam.model.calibration import CalibrationItem, calibrate, run_item
 from ptq4sam.model.engine import reconstruct
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
-from ptq4sam.model.layers import quantized_layers
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Reconstruction, Scheme

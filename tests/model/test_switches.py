@@ -23,7 +23,7 @@ Forward = Callable[[Sam], tuple[Tensor, ...]]
 WEIGHT = "mask_decoder.transformer.final_attn_token_to_image.k_proj.weight_quantizer"
 SOME = {
     WEIGHT,
-    "image_encoder.blocks.1.attn.softmax_quantizer",
+    "image_encoder.blocks.1.attn.core.softmax_quantizer",
     "image_encoder.neck.2.weight_quantizer",
 }
 

@@ -13,10 +13,10 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
-from ptq4sam.deploy import torch_int8
 from ptq4sam.methods import granularity_points
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.model import portable_layers
+from ptq4sam.operators import activation, norm
+from ptq4sam.operators import attention as attention_operator
 from ptq4sam.quantization import fused, grid, portable, rounding, whole
 from ptq4sam.quantization import hard_numbers as hard
 from ptq4sam.quantization.dropping import choose, keep_some_float
@@ -400,7 +400,6 @@ def flat_calls() -> dict[str, tuple[object, Callable[..., Tensor], tuple[object,
         "steps": (grid, grid._steps_from_zero, (x, *affine_parameters)),
         "weights": (grid, grid._move_to_grid, (weight, *by_channel, 0, 15)),
         "some": (grid, grid._move_some_to_grid, (some.rows(x), *chosen_affine)),
-        "int8": (torch_int8, torch_int8._codes, (x, *affine_parameters, 128)),
         "rounding": (
             rounding,
             rounding._soften,
@@ -422,9 +421,9 @@ def flat_calls() -> dict[str, tuple[object, Callable[..., Tensor], tuple[object,
             granularity_points._quantize_some,
             (some.rows(attention), *points_of_some),
         ),
-        "softmax": (portable, portable_layers._softmax, (rows, rows[:, :1])),
-        "gelu": (portable, portable_layers._gelu, (x,)),
-        "norm": (portable, portable_layers._norm_of_rows, (rows, channels, channels, 1e-6)),
+        "softmax": (portable, attention_operator._softmax, (rows, rows[:, :1])),
+        "gelu": (portable, activation._gelu, (x,)),
+        "norm": (portable, norm._norm_of_rows, (rows, channels, channels, 1e-6)),
         "rescaled": (whole, whole._rescaled, (rows, channels, channels)),
     }
 

@@ -16,6 +16,7 @@ from ptq4sam.deploy.storage import load
 from ptq4sam.errors import ConfigError, DataError
 from ptq4sam.evaluation.evaluate import evaluate_sam
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.model.cache import ActivationCache
 from ptq4sam.model.exchange import exchanged
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
@@ -28,7 +29,6 @@ from ptq4sam.runs.accuracy import AccuracyReport, control_accuracy, levels_above
 from ptq4sam.runs.measurements import Measurements
 from ptq4sam.runs.settings import AccuracySettings
 from ptq4sam.runs.validation import Validation
-from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.model import Sam
 from tests.tiny_runs import QUICK, SCHEMES, Tiny, read_metrics, run
 

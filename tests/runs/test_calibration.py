@@ -10,9 +10,9 @@ import pytest
 from ptq4sam.data import CocoDataset, ImageFolder
 from ptq4sam.errors import CalibrationError
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.prompts import CocoResults, GroundTruth
 from ptq4sam.runs.calibration import calibration_pictures
-from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.model import Sam
 from tests.tiny_runs import Tiny
 

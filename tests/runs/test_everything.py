@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from ptq4sam.cli import main
 from ptq4sam.data import CocoDataset
-from ptq4sam.sam.checkpoint import load_sam
+from ptq4sam.families.checkpoint import load_sam
 from tests.tiny_runs import Quantized, Tiny, run
 
 pytest_plugins = ("tests.tiny_fixtures",)

@@ -15,9 +15,9 @@ from ptq4sam.cli import main
 from ptq4sam.data.images import read_image
 from ptq4sam.deploy.exported import open_exported
 from ptq4sam.deploy.manifest import read_manifest
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.runs import nncf as nncf_module
 from ptq4sam.runs.summary import summary_table
-from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.predictor import Predictor
 from tests.model.conftest import sam, tiny_variant  # noqa: F401
 from tests.tiny_runs import Tiny, read_metrics, run

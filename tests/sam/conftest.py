@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq4sam.sam.registry import SamVariant
+from ptq4sam.families.sam_vit.sizes import SamVariant
 from tests.reference_sams import build_reference, randomize_state
 
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ptq4sam.downloads.catalogue import ASSETS
 from ptq4sam.errors import CheckpointError, ConfigError
-from ptq4sam.sam import checkpoint
-from ptq4sam.sam.checkpoint import OFFICIAL_FILES, load_sam
+from ptq4sam.families import VARIANTS, build_sam, family
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.sam.model import Sam
-from ptq4sam.sam.registry import VARIANTS, build_sam
 
 
 @pytest.fixture
@@ -42,6 +42,9 @@ def official_state(name: str) -> dict[str, Tensor]:
         key: torch.tensor(float(index)).expand(tensor.shape)
         for index, (key, tensor) in enumerate(official.items())
     }
+
+
+OFFICIAL_FILES = {n: v.weights.file for n, v in VARIANTS.items() if v.weights.download}
 
 
 def check_equal(sam: Sam, state: dict[str, Tensor]) -> None:
@@ -125,7 +128,7 @@ def test_a_model_does_not_depend_on_its_file(
 def test_the_embedded_file_is_the_default(
     state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "EMBEDDED_FILE", tmp_path / "vit_nano.safetensors")
+    monkeypatch.setattr(family, "ASSETS", tmp_path)
     assert "embedded weights" in refusal("vit_nano", None)
     state = {key: tensor.half() for key, tensor in state.items()}
     save_file(state, tmp_path / "vit_nano.safetensors")
@@ -249,4 +252,8 @@ def test_what_holds_no_tensors_is_refused(tmp_path: Path, content: Any) -> None:
 
 
 def test_every_variant_has_a_source() -> None:
-    assert set(OFFICIAL_FILES) | {"vit_nano"} == set(VARIANTS)
+    for variant in VARIANTS.values():
+        if variant.weights.embedded is None:
+            assert variant.weights.download in ASSETS
+        else:
+            assert variant.weights.embedded.is_file()

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ptq4sam.errors import CheckpointError
-from ptq4sam.sam.checkpoint import load_sam
-from ptq4sam.sam.huggingface import convert_names
-from ptq4sam.sam.registry import VARIANTS, SamVariant, build_sam
+from ptq4sam.families import build_sam
+from ptq4sam.families.checkpoint import load_sam
+from ptq4sam.families.sam_vit.huggingface import convert_names
+from ptq4sam.families.sam_vit.sizes import SIZES, SamVariant
 
 TIED = "prompt_encoder.shared_embedding.positional_embedding"
 SHARED = "shared_image_embedding.positional_embedding"
@@ -24,7 +25,7 @@ MATRIX = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 
 @pytest.fixture(scope="module")
 def nano(sam_model: Callable[[SamVariant], Any]) -> Any:
-    return sam_model(VARIANTS["vit_nano"])
+    return sam_model(SIZES["vit_nano"])
 
 
 @pytest.fixture
@@ -54,14 +55,14 @@ def refusal(name: str, path: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("name", list(SIZES))
 def test_every_name_and_shape_is_converted(
     name: str, sam_model_config: Callable[[SamVariant], Any]
 ) -> None:
     from transformers import SamModel
 
     with torch.device("meta"):
-        theirs = SamModel(sam_model_config(VARIANTS[name])).state_dict()
+        theirs = SamModel(sam_model_config(SIZES[name])).state_dict()
         ours = build_sam(name).state_dict()
     del theirs[TIED]  # meta tensors cannot be compared with their twins
     converted = convert_names(theirs)

@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ptq4sam.sam import image_encoder
-from ptq4sam.sam.image_encoder import (
-    Attention,
-    relative_table,
-    window_partition,
-    window_unpartition,
-)
+from ptq4sam.families.sam_vit.image_encoder import Attention, window_partition, window_unpartition
+from ptq4sam.operators import attention as operator
+from ptq4sam.operators.bias import relative_table
 
 
 @pytest.fixture
@@ -26,7 +22,7 @@ def attention() -> Attention:
 def test_attention_equals_its_formula(attention: Attention) -> None:
     x = torch.randn(2, 6, 6, 24)
     query, key, value = attention.split_heads(attention.qkv(x))
-    logits = query @ key.transpose(-1, -2) * attention.scale
+    logits = query @ key.transpose(-1, -2) * attention.core.scale
     for i in range(36):
         for j in range(36):
             row, column = i // 6 - j // 6 + 5, i % 6 - j % 6 + 5
@@ -43,7 +39,7 @@ def test_attention_in_pieces_equals_the_whole(
     whole = attention(x)
     (whole_gradient,) = torch.autograd.grad(whole.square().sum(), x)
     # Two rows are 2 * 3 * 12 * 36 floats; a budget of 4 rows leaves an uneven last piece.
-    monkeypatch.setitem(image_encoder._BIAS_BYTES, "cpu", 4 * 2 * 3 * 6 * 36 * 4)
+    monkeypatch.setitem(operator._BIAS_BYTES, "cpu", 4 * 2 * 3 * 6 * 36 * 4)
     pieces = attention(x)
     (gradient,) = torch.autograd.grad(pieces.square().sum(), x)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-6)

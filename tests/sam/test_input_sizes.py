@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.errors import CheckpointError
-from ptq4sam.sam.checkpoint import image_size_of, load_sam
-from ptq4sam.sam.model import SAM_NORMALIZATION
+from ptq4sam.families import build_sam
+from ptq4sam.families.checkpoint import image_size_of, load_sam
+from ptq4sam.families.sam_vit.sizes import SIZES, SamVariant
+from ptq4sam.sam.description import SAM_NORMALIZATION
 from ptq4sam.sam.predictor import Predictor
-from ptq4sam.sam.registry import VARIANTS, SamVariant, build_sam
 
 TOLERANCE = 1e-4  # of the largest magnitude
 State = dict[str, Tensor]
@@ -43,7 +44,7 @@ def test_a_sam_of_another_size_is_segment_anythings_of_that_size(
     pytest.importorskip("segment_anything")
     from segment_anything import SamPredictor
 
-    own = VARIANTS["vit_nano"]
+    own = SIZES["vit_nano"]
     reference: Any = reference_sam(replace(own, image_size=side))
     state = random_state(reference.state_dict())
     if tables == "kept":
@@ -84,7 +85,7 @@ def test_a_sam_of_another_size_is_segment_anythings_of_that_size(
 def test_a_directory_of_another_size_loads(
     sam_model: Callable[[SamVariant], Any], tmp_path: Path
 ) -> None:
-    theirs = sam_model(replace(VARIANTS["vit_nano"], image_size=128))
+    theirs = sam_model(replace(SIZES["vit_nano"], image_size=128))
     theirs.save_pretrained(tmp_path)
     sam = load_sam("vit_nano", tmp_path)
     assert sam.image_size == 128
@@ -185,7 +186,7 @@ def test_a_normalization_is_found_wherever_it_is(
 def test_the_image_processor_of_a_directory_is_read(
     sam_model: Callable[[SamVariant], Any], tmp_path: Path
 ) -> None:
-    sam_model(VARIANTS["vit_nano"]).save_pretrained(tmp_path)
+    sam_model(SIZES["vit_nano"]).save_pretrained(tmp_path)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({"image_mean": [0.485, 0.456, 0.406], "rescale_factor": 1 / 255}))
     assert load_sam("vit_nano", tmp_path).normalization == SAM_NORMALIZATION

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq4sam.sam.checkpoint import load_sam
+from ptq4sam.families.checkpoint import load_sam
+from ptq4sam.families.sam_vit.sizes import SIZES, SamVariant
+from ptq4sam.families.sam_vit.variants import build_variant
 from ptq4sam.sam.model import Sam
-from ptq4sam.sam.registry import VARIANTS, SamVariant, build_variant
 
 TOLERANCE = 1e-4  # of the largest magnitude
 ALL_CASES = ("box", "points", "one point", "mask", "box and points", "all")
@@ -23,9 +24,7 @@ FEW_CASES = ("box and points",)
 SAM_MODEL_CASES = ("box", "points", "one point", "box and points", "all")
 
 # The second block is global; at 1024 px the first pads its grid of 64 to windows of 70.
-CUT = {
-    name: replace(VARIANTS[name], depth=2, global_attn_indexes=(1,)) for name in ("vit_l", "vit_h")
-}
+CUT = {name: replace(SIZES[name], depth=2, global_attn_indexes=(1,)) for name in ("vit_l", "vit_h")}
 
 
 @pytest.fixture(autouse=True)
@@ -93,11 +92,11 @@ def vit_b(
     tmp_path_factory: pytest.TempPathFactory, sam_model: Callable[[SamVariant], Any]
 ) -> Iterator[VitB]:
     directory = tmp_path_factory.mktemp("sam-vit-base")
-    theirs = sam_model(VARIANTS["vit_b"])
+    theirs = sam_model(SIZES["vit_b"])
     theirs.save_pretrained(directory)
     ours = load_sam("vit_b", directory)
     with torch.no_grad():
-        features = ours.image_encoder(ours.preprocess(picture(VARIANTS["vit_b"])))
+        features = ours.image_encoder(ours.preprocess(picture(SIZES["vit_b"])))
     yield VitB(theirs, ours, features)
     for file in directory.iterdir():
         file.unlink()
@@ -136,7 +135,7 @@ def test_variant_equals_segment_anything(
     prompts_of_every_kind: Any,
     error_of: Any,
 ) -> None:
-    variant = CUT.get(name, VARIANTS[name])
+    variant = CUT.get(name, SIZES[name])
     ours, reference = build_variant(name, variant), reference_sam(variant)
     state = random_state(reference.state_dict())
     ours.load_state_dict(state)
@@ -164,7 +163,7 @@ def test_vit_b_equals_segment_anything(
     prompts_of_every_kind: Any,
     error_of: Any,
 ) -> None:
-    variant = VARIANTS["vit_b"]
+    variant = SIZES["vit_b"]
     reference = reference_sam(variant)
     reference.load_state_dict(vit_b.ours.state_dict())
     features = reference.image_encoder(reference.preprocess(picture(variant)))
@@ -181,7 +180,7 @@ def test_vit_b_equals_segment_anything(
 
 @pytest.mark.timeout(900)
 def test_vit_b_equals_sam_model(vit_b: VitB, prompts_of_every_kind: Any, error_of: Any) -> None:
-    variant = VARIANTS["vit_b"]
+    variant = SIZES["vit_b"]
     features = vit_b.theirs.get_image_embeddings(vit_b.ours.preprocess(picture(variant)))
     assert error_of(vit_b.features, features) < TOLERANCE
     check_decoding(
@@ -200,7 +199,7 @@ def test_nano_equals_sam_model(
     prompts_of_every_kind: Any,
     error_of: Any,
 ) -> None:
-    variant = VARIANTS["vit_nano"]
+    variant = SIZES["vit_nano"]
     theirs = sam_model(variant)
     theirs.save_pretrained(tmp_path)
     ours = load_sam("vit_nano", tmp_path)

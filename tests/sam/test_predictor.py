@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.errors import DataError
+from ptq4sam.families import build_sam
+from ptq4sam.families.sam_vit.sizes import SIZES, SamVariant
+from ptq4sam.sam.description import Geometry
 from ptq4sam.sam.model import Sam
-from ptq4sam.sam.predictor import Predictor, input_size, resize_longest_side
-from ptq4sam.sam.registry import VARIANTS, SamVariant, build_sam
+from ptq4sam.sam.predictor import Predictor, resized_picture
 
 HEIGHT, WIDTH = 150, 203
 
@@ -50,7 +52,7 @@ def test_as_many_prompts_at_once_as_the_device_has_room_for(kind: str, prompts: 
 def official(sam: Sam, image: Any, reference_sam: Callable[[SamVariant], nn.Module]) -> Any:
     from segment_anything import SamPredictor
 
-    reference = reference_sam(VARIANTS["vit_nano"])
+    reference = reference_sam(SIZES["vit_nano"])
     reference.load_state_dict(sam.state_dict())
     result = SamPredictor(reference)
     result.set_image(image)
@@ -70,13 +72,15 @@ def test_pictures_are_resized_as_by_the_official_code(size: tuple[int, int], sid
     transforms = pytest.importorskip("segment_anything.utils.transforms")
     picture = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
     expected = transforms.ResizeLongestSide(side).apply_image(picture)
-    resized = resize_longest_side(picture, side)
-    assert resized.shape[:2] == input_size(size, side)
+    geometry = Geometry(side, side, ())
+    resized = resized_picture(picture, geometry)
+    assert resized.shape[:2] == geometry.placed(size)
     assert np.array_equal(resized, expected)
 
 
 def test_a_thin_picture_keeps_one_pixel() -> None:
-    assert resize_longest_side(np.zeros((2000, 1, 3), dtype=np.uint8), 256).shape == (256, 1, 3)
+    thin = np.zeros((2000, 1, 3), dtype=np.uint8)
+    assert resized_picture(thin, Geometry(256, 256, ())).shape == (256, 1, 3)
 
 
 @pytest.mark.parametrize("multimask", [False, True])

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ptq4sam.errors import CheckpointError
-from ptq4sam.sam.checkpoint import load_sam
-from ptq4sam.sam.registry import build_sam
+from ptq4sam.families import build_sam
+from ptq4sam.families.checkpoint import load_sam
 
 State = dict[str, Tensor]
 

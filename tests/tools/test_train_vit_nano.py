@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 from train_vit_nano import Phase, Settings, Trainer, rate_at
 
-from ptq4sam.sam.registry import build_sam
+from ptq4sam.families import build_sam
 
 PHASE = Phase(128, 2, 4, 1e-3, 1e-4)
 

@@ -20,13 +20,13 @@ from ptq4sam.deploy.onnx.values import (
     steps_of,
 )
 from ptq4sam.errors import DeployError
+from ptq4sam.families.sam_vit.image_encoder import Attention as EncoderAttention
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.model.attention import Whole, logits_worth, values_worth
+from ptq4sam.operators.attention import Whole, logits_worth, values_worth
 from ptq4sam.quantization import portable
 from ptq4sam.quantization.base import Quantizer
 from ptq4sam.quantization.portable import MOST_TERMS, apart, rounded_sum
 from ptq4sam.quantization.whole import EXACT
-from ptq4sam.sam.image_encoder import Attention as EncoderAttention
 from ptq4sam.sam.transformer import Attention as DecoderAttention
 
 _ROLES = ("query", "key", "value")
@@ -58,7 +58,7 @@ class Operands:
 
 def attention_quantizer(attention: nn.Module, role: str) -> Quantizer | None:
     """The quantizer of "query", "key", "value" or "softmax"; None in a float attention."""
-    quantizer = getattr(attention, f"{role}_quantizer", None)
+    quantizer = getattr(attention.core, f"{role}_quantizer", None)
     return quantizer if isinstance(quantizer, Quantizer) else None
 
 
@@ -103,9 +103,11 @@ def operands(
         if whole:
             x = steps_of(graph, value, inner)
         elif role == "key" and value.affine is None:
-            x = graph.node("Mul", [value.name, graph.number(attention.scale)], f"{inner}.scaled")
+            x = graph.node(
+                "Mul", [value.name, graph.number(attention.core.scale)], f"{inner}.scaled"
+            )
         else:
-            x = dequantize(graph, value, inner, attention.scale if role == "key" else 1.0)
+            x = dequantize(graph, value, inner, attention.core.scale if role == "key" else 1.0)
         found.append(by_head(x, role, inner))
         if role == "query":
             steps = found[0]
@@ -154,7 +156,7 @@ def attend(
         attention_quantizer(attention, role) for role in (*_ROLES, "softmax")
     )
     if graph.multiplies_steps and query is not None and key is not None:
-        worth = logits_worth(query, key, attention.scale, _head_dim(attention))
+        worth = logits_worth(query, key, attention.core.scale, _head_dim(attention))
         inner = f"{path}.logits"
         sums = _sums_of_steps(graph, given.query, given.key, worth.largest, inner)
         logits = _worth(sums, worth)

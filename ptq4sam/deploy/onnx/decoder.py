@@ -82,7 +82,7 @@ def decoder_graph(sam: Sam, signed: bool = False, exact: bool = True) -> Graph:
     chosen = [multimask, last, graph.integers(1)]
     low_res = graph.node("Slice", [logits, *chosen], f"{_PATH}.chosen")
     quality = graph.node("Slice", [ious, *chosen], f"{_PATH}.chosen_ious")
-    masks = _resize(graph, low_res, original_size, sam.image_size)
+    masks = _resize(graph, low_res, original_size, sam.geometry.prompt_side)
     each = Dimension("masks")
     graph.output("low_res", low_res, np.float32, [count, each, height, width])
     graph.output("iou", quality, np.float32, [count, each])

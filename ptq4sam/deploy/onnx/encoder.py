@@ -20,11 +20,7 @@ from ptq4sam.deploy.onnx.layers import (
     sequential,
 )
 from ptq4sam.deploy.onnx.values import Value
-from ptq4sam.sam.image_encoder import (
-    Attention,
-    Block,
-    ImageEncoderViT,
-)
+from ptq4sam.families.sam_vit.image_encoder import Attention, Block, ImageEncoderViT
 
 _PATH = "image_encoder"
 
@@ -42,7 +38,7 @@ def encoder_graph(encoder: ImageEncoderViT, signed: bool = False, exact: bool = 
     graph = Graph("image_encoder", signed, exact)
     side = encoder.img_size
     embedding = encoder.patch_embed.proj
-    rows = side // embedding.stride[0]
+    rows = side // embedding.kernel_size[0]
     image = graph.input("image", np.float32, [1, embedding.in_channels, side, side])
     x = patches(graph, embedding, image, side, f"{_PATH}.patch_embed.proj")
     if encoder.pos_embed is not None:

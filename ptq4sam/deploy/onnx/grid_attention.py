@@ -10,8 +10,8 @@ from ptq4sam.deploy.onnx.attention import Operands, attend, attention_quantizer
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.layers import array
 from ptq4sam.deploy.onnx.traced import Traced
-from ptq4sam.model.relative_positions import of_terms, table_digits
-from ptq4sam.sam.image_encoder import Attention, relative_rows, table_of_size
+from ptq4sam.families.sam_vit.image_encoder import Attention
+from ptq4sam.operators.bias import of_terms, relative_rows, table_digits, table_of_size
 
 _FLOAT_BYTES = 4
 _WHOLE_BYTES = 64 * 2**20

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,20 +22,21 @@ from ptq4sam.deploy.onnx.values import (
     steps_of,
 )
 from ptq4sam.errors import DeployError
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, step_of_sums
-from ptq4sam.model.portable_layers import (
-    PortableGELU,
-    PortableLayerNorm,
-    PortableLayerNorm2d,
-    PortablePatches,
+from ptq4sam.operators.activation import PortableGELU
+from ptq4sam.operators.base import QuantizedLayer, step_of_sums
+from ptq4sam.operators.convolution import (
+    PortableConv2d,
+    QuantizedConv2d,
     digit_weights,
     pixel_digits,
     weight_digits,
 )
+from ptq4sam.operators.linear import QuantizedLinear
+from ptq4sam.operators.norm import LayerNorm2d, PortableLayerNorm, PortableLayerNorm2d
 from ptq4sam.quantization.base import Quantizer
 from ptq4sam.quantization.portable import apart, gelu, of_digits, rounded_sum
 from ptq4sam.quantization.portable import layer_norm as layer_norm_of
-from ptq4sam.sam.common import LayerNorm2d, MLPBlock
+from ptq4sam.sam.common import MLPBlock
 from ptq4sam.sam.mask_decoder import MLP
 
 _ACTIVATIONS = {nn.GELU: "Gelu", PortableGELU: "Gelu", nn.ReLU: "Relu"}
@@ -52,7 +53,7 @@ def input_quantizer(layer: nn.Module) -> Quantizer | None:
     return layer.input_quantizer if isinstance(layer, QuantizedLinear | QuantizedConv2d) else None
 
 
-def linear(graph: Graph, layer: nn.Linear, x: str, path: str) -> str:
+def linear(graph: Graph, layer: nn.Linear | QuantizedLinear, x: str, path: str) -> str:
     """A linear layer, float or quantized, of a float tensor."""
     return apply_linear(graph, layer, quantize_input(graph, layer, x, path), path)
 
@@ -63,7 +64,11 @@ def quantize_input(graph: Graph, layer: nn.Module, x: str, path: str) -> Value:
 
 
 def apply_linear(
-    graph: Graph, layer: nn.Linear, x: Value, path: str, outputs: slice = slice(None)
+    graph: Graph,
+    layer: nn.Linear | QuantizedLinear,
+    x: Value,
+    path: str,
+    outputs: slice = slice(None),
 ) -> str:
     """A linear layer, or some of its outputs, of an input that is quantized where the layer is."""
     if graph.multiplies_steps and x.affine is not None:
@@ -114,7 +119,7 @@ def _product_of_steps(
     return apart(apart(rounded_sum(sums)).node("Mul", worth)).name
 
 
-def _matrix(graph: Graph, layer: nn.Linear, path: str, outputs: slice) -> str:
+def _matrix(graph: Graph, layer: nn.Linear | QuantizedLinear, path: str, outputs: slice) -> str:
     """The weight as [in, out]."""
     if type(layer) is nn.Linear:
         return graph.parameter(f"{path}.weight", array(layer.weight[outputs].t()))
@@ -128,16 +133,19 @@ def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
     if not isinstance(layer, QuantizedConv2d) and type(layer) not in (
         nn.Conv2d,
         nn.ConvTranspose2d,
-        PortablePatches,
+        PortableConv2d,
     ):
         raise _unknown(layer, path)
-    assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
-    plain = (
-        layer.groups == 1
-        and layer.padding_mode == "zeros"
-        and isinstance(layer.padding, tuple)
-        and (not isinstance(layer, nn.ConvTranspose2d) or not any(layer.output_padding))
-    )
+    assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | QuantizedConv2d | PortableConv2d)
+    if isinstance(layer, QuantizedConv2d | PortableConv2d):
+        plain = layer.windows.groups == 1
+    else:
+        plain = (
+            layer.groups == 1
+            and layer.padding_mode == "zeros"
+            and isinstance(layer.padding, tuple)
+            and (not isinstance(layer, nn.ConvTranspose2d) or not any(layer.output_padding))
+        )
     if not plain:
         raise DeployError(f"{path} is a convolution with groups or padding that SAM has not")
     value = quantize_input(graph, layer, x, path)
@@ -160,12 +168,13 @@ def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
     return graph.node(kind, inputs, path, **_geometry(layer))
 
 
-def _geometry(layer: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, list[int]]:
-    padding = [int(size) for size in layer.padding]
+def _geometry(layer: Any) -> dict[str, list[int]]:
+    windows = getattr(layer, "windows", layer)
+    padding = [int(size) for size in windows.padding]
     return {
         "kernel_shape": list(layer.kernel_size),
-        "strides": list(layer.stride),
-        "dilations": list(layer.dilation),
+        "strides": list(windows.stride),
+        "dilations": list(windows.dilation),
         "pads": [*padding, *padding],
     }
 
@@ -199,20 +208,20 @@ def _integer_convolution(graph: Graph, layer: QuantizedConv2d, x: Value, path: s
     return graph.node("Add", [graph.node("Mul", [sums, worth], f"{path}.scaled"), bias], path)
 
 
-def layer_norm(graph: Graph, layer: nn.LayerNorm | LayerNorm2d, x: str, path: str) -> str:
+def layer_norm(graph: Graph, layer: Any, x: str, path: str) -> str:
     """Layer normalisation over the last axis, or over the channels of [batch, channels, h, w]."""
-    if isinstance(layer, nn.LayerNorm):
+    if not isinstance(layer, LayerNorm2d | PortableLayerNorm2d):
         return _normalized(graph, layer, x, path)
     x = graph.transpose(x, (0, 2, 3, 1), f"{path}.channels_last")
     return graph.transpose(_normalized(graph, layer, x, f"{path}.rows"), (0, 3, 1, 2), path)
 
 
-def _normalized(graph: Graph, layer: nn.LayerNorm | LayerNorm2d, x: str, path: str) -> str:
+def _normalized(graph: Graph, layer: Any, x: str, path: str) -> str:
     parameters = [
         graph.constant(f"{path}.{name}", array(value))
         for name, value in (("weight", layer.weight), ("bias", layer.bias))
     ]
-    if not (graph.exact and isinstance(layer, PortableLayerNorm | PortableLayerNorm2d)):
+    if not (graph.exact and isinstance(layer, PortableLayerNorm)):
         inputs = [x, *parameters]
         return graph.node("LayerNormalization", inputs, path, axis=-1, epsilon=layer.eps)
     traced, weight, bias = (Traced(graph, name, path) for name in (x, *parameters))
@@ -221,14 +230,14 @@ def _normalized(graph: Graph, layer: nn.LayerNorm | LayerNorm2d, x: str, path: s
 
 def patches(graph: Graph, layer: nn.Conv2d, x: str, side: int, path: str) -> str:
     """The patch embedding of [1, channels, side, side] as [1, rows, columns, out_channels]."""
-    if graph.exact and isinstance(layer, PortablePatches):
+    if graph.exact and isinstance(layer, PortableConv2d):
         embedded = _patches_of_digits(graph, layer, x, path)
     else:
         embedded = convolution(graph, layer, x, path)
     return graph.transpose(embedded, (0, 2, 3, 1), f"{path}.last")
 
 
-def _patches_of_digits(graph: Graph, layer: PortablePatches, x: str, path: str) -> str:
+def _patches_of_digits(graph: Graph, layer: PortableConv2d, x: str, path: str) -> str:
     pixels = pixel_digits(Traced(graph, x, f"{path}.pixels"))
     weights, worth = weight_digits(layer.weight)
     sums = []
@@ -282,9 +291,9 @@ def sequential(graph: Graph, modules: nn.Sequential, x: str, path: str) -> str:
     """Convolutions, normalisations and activations one after the other."""
     for index, module in enumerate(modules):
         inner = f"{path}.{index}"
-        if isinstance(module, LayerNorm2d):
+        if isinstance(module, LayerNorm2d | PortableLayerNorm2d):
             x = layer_norm(graph, module, x, inner)
-        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d | QuantizedConv2d):
             x = convolution(graph, module, x, inner)
         else:
             x = activation(graph, module, x, inner)

@@ -10,8 +10,7 @@ import torch
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.layers import array, sequential
 from ptq4sam.deploy.onnx.traced import Traced
-from ptq4sam.model.portable_layers import PortablePositions, waves
-from ptq4sam.sam.prompt_encoder import PromptEncoder
+from ptq4sam.sam.prompt_encoder import PortablePositions, PromptEncoder, waves
 
 _PATH = "prompt_encoder"
 

@@ -14,7 +14,7 @@ from ptq4sam.deploy.codes import LogGrid, UniformGrid, layer_codes, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.traced import Traced
 from ptq4sam.errors import DeployError
-from ptq4sam.model.layers import QuantizedLayer
+from ptq4sam.operators.base import QuantizedLayer
 from ptq4sam.quantization.base import Mode, Quantizer
 from ptq4sam.quantization.grid import Grid, along_channels
 from ptq4sam.quantization.portable import quotient

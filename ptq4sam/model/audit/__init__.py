@@ -22,7 +22,7 @@ from ptq4sam.model.audit.quantizers import (
 )
 from ptq4sam.model.audit.report import AuditReport, EncoderState, Finding
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import quantized_layers
+from ptq4sam.operators.base import quantized_layers
 
 __all__ = [
     "AuditReport",

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from torch import nn
 
-from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderAttention
 from ptq4sam.model.audit.report import EncoderState, Finding
 from ptq4sam.model.insertion import ENCODER, QuantizedSam
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, quantized_layers
+from ptq4sam.operators.base import (
+    QUANTIZED,
+    WEIGHT,
+    QuantizedOperator,
+    quantized_operators,
+)
 from ptq4sam.quantization.observers import Observer
 from ptq4sam.quantization.quantizers import Quantizer
 from ptq4sam.quantization.scheme import FLOAT, Scheme
-from ptq4sam.sam import image_encoder, transformer
-from ptq4sam.sam.common import LayerNorm2d
+from ptq4sam.sam.description import network_of
 
 DECODER = "mask_decoder"
-_ENCODER_LAYER = re.compile(
-    r"image_encoder\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(lin1|lin2))|neck\.(0|2))"
-)
-_ENCODER_ATTENTION = re.compile(r"image_encoder\.blocks\.\d+\.attn")
-_DECODER_ATTENTION = re.compile(
-    r"mask_decoder\.transformer\.(layers\.\d+\.(self_attn|cross_attn_token_to_image|"
-    r"cross_attn_image_to_token)|final_attn_token_to_image)"
-)
-_DECODER_LAYER = re.compile(
-    rf"{_DECODER_ATTENTION.pattern}\.(q_proj|k_proj|v_proj|out_proj)|"
-    r"mask_decoder\.transformer\.layers\.\d+\.mlp\.(lin1|lin2)"
-)
-_FLOAT_PRODUCT = re.compile(
-    r"image_encoder\.patch_embed\.proj|prompt_encoder(\.pe_layer|\.mask_downscaling\.(0|3|6))?|"
-    r"mask_decoder\.(output_upscaling\.(0|3)|output_hypernetworks_mlps\.[0-3]\.layers\.[0-2]|"
-    r"iou_prediction_head\.layers\.[0-2])"
-)
-_FLOAT_TABLE = re.compile(
-    r"|image_encoder|prompt_encoder\.(pe_layer|point_embeddings\.[0-3]|not_a_point_embed|"
-    r"no_mask_embed)|mask_decoder\.(iou_token|mask_tokens)"
-)
-_NORMS = (nn.LayerNorm, LayerNorm2d)
-_QUANTIZED_LAYERS = (QuantizedLinear, QuantizedConv2d)
-_QUANTIZED_ATTENTIONS = (QuantizedEncoderAttention, QuantizedDecoderAttention)
 
 
 def missed_modules(sam: QuantizedSam) -> Iterator[Finding]:
@@ -54,43 +32,36 @@ def missed_modules(sam: QuantizedSam) -> Iterator[Finding]:
         yield Finding(ENCODER, f"is {state}, the model says that its encoder is float")
     for name, module in sam.named_modules():
         told = float_encoder and name.startswith(ENCODER)
-        if isinstance(module, _QUANTIZED_LAYERS + _QUANTIZED_ATTENTIONS):
+        if isinstance(module, QuantizedOperator):
             continue
-        if must_be_quantized(name, sam) and not told:
-            yield Finding(name, "is listed as quantized but is a float layer")
-        if _must_attend_quantized(name, sam) and not told:
-            yield Finding(name, "its query, key, value and softmax pass no quantizer")
-        if _computes(module) and not _is_listed(name):
+        if must_be_quantized(name, sam):
+            if not told:
+                yield Finding(name, "is listed as quantized but is a float operator")
+        elif _computes(module) and not _is_listed(name, sam):
             problem = "is in no list: neither quantized nor known to be float"
             yield Finding(name, f"{problem} ({type(module).__name__})")
 
 
 def encoder_state(sam: QuantizedSam) -> EncoderState:
-    """Whether the image encoder's layers are quantized, by what they are."""
-    quantized = sum(name.startswith(f"{ENCODER}.") for name, _ in quantized_layers(sam))
-    listed = sum(1 for name, _ in sam.named_modules() if _ENCODER_LAYER.fullmatch(name))
+    """Whether the image encoder's operators are quantized, by what they are."""
+    quantized = len(quantized_operators(sam.image_encoder))
     if quantized == 0:
         return FLOAT
-    return "quantized" if quantized >= listed else "quantized in part"
+    return "quantized" if quantized >= len(_listed_in_encoder(sam)) else "quantized in part"
 
 
 def must_be_quantized(name: str, sam: QuantizedSam) -> bool:
-    """Whether the list has this layer among the quantized ones, and the scheme excepts it not."""
-    listed = _DECODER_LAYER.fullmatch(name) or (
-        sam.encoder_quantized and _ENCODER_LAYER.fullmatch(name)
-    )
-    return bool(listed) and exception(name, sam.scheme) != FLOAT
+    """Whether the list has this operator as a quantized one, and the scheme excepts it not."""
+    listed = sam.description.place_of(name) is not None
+    counts = sam.encoder_quantized or network_of(name) != "encoder"
+    return listed and counts and exception(name, sam.scheme) != FLOAT
 
 
 def may_multiply_floats(name: str, sam: QuantizedSam) -> bool:
     """Whether the list, or an exception of the scheme, leaves a module's products float."""
-    if _FLOAT_PRODUCT.fullmatch(name):
+    if sam.description.may_multiply(name):
         return True
-    encoder = _ENCODER_LAYER.fullmatch(name) or _ENCODER_ATTENTION.fullmatch(name)
-    decoder = _DECODER_LAYER.fullmatch(name) or _DECODER_ATTENTION.fullmatch(name)
-    if encoder and not sam.encoder_quantized:
-        return True
-    return bool(encoder or decoder) and exception(name, sam.scheme) == FLOAT
+    return sam.description.place_of(name) is not None and not must_be_quantized(name, sam)
 
 
 def exception(name: str, scheme: Scheme) -> int | str | None:
@@ -102,36 +73,38 @@ def exception(name: str, scheme: Scheme) -> int | str | None:
 
 
 def expected_activations(sam: QuantizedSam) -> int:
-    """How many activations the list has for this model: layer inputs, and 4 an attention."""
-    layers = sum(must_be_quantized(name, sam) for name, _ in sam.named_modules())
-    attentions = sum(isinstance(module, _QUANTIZED_ATTENTIONS) for module in sam.modules())
-    return layers + 4 * attentions
+    """How many activations the list has for this model: all slots of operators but weights."""
+    return sum(
+        len({*_slots(module)} - {WEIGHT})
+        for name, module in sam.named_modules()
+        if must_be_quantized(name, sam)
+    )
+
+
+def _slots(module: nn.Module) -> tuple[str, ...]:
+    """Slots that an operator has, or that its quantized form would have."""
+    if isinstance(module, QuantizedOperator):
+        return module.slot_names
+    form = QUANTIZED.get(type(module))
+    return () if form is None else form.slot_names
+
+
+def _listed_in_encoder(sam: QuantizedSam) -> list[str]:
+    names = [name for name, _ in sam.named_modules() if network_of(name) == "encoder"]
+    return [name for name in names if sam.description.place_of(name) is not None]
 
 
 def _is_kept_float(sam: QuantizedSam) -> bool:
-    """Whether the scheme keeps each layer of the image encoder float."""
-    layers = [name for name, _ in sam.named_modules() if _ENCODER_LAYER.fullmatch(name)]
-    return bool(layers) and not any(must_be_quantized(name, sam) for name in layers)
-
-
-def _must_attend_quantized(name: str, sam: QuantizedSam) -> bool:
-    listed = _DECODER_ATTENTION.fullmatch(name) or (
-        sam.encoder_quantized and _ENCODER_ATTENTION.fullmatch(name)
-    )
-    return bool(listed) and exception(name, sam.scheme) != FLOAT
+    """Whether the scheme keeps each operator of the image encoder float."""
+    listed = _listed_in_encoder(sam)
+    return bool(listed) and not any(must_be_quantized(name, sam) for name in listed)
 
 
 def _computes(module: nn.Module) -> bool:
-    """Whether a module has numbers of its own, but for norms, attentions and quantizers."""
-    known = (*_NORMS, image_encoder.Attention, transformer.Attention, Quantizer, Observer)
-    if isinstance(module, known):
-        return False
+    """Whether a module has numbers of its own, but for quantizers."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return bool(own)
+    return bool(own) and not isinstance(module, Quantizer | Observer)
 
 
-def _is_listed(name: str) -> bool:
-    return any(
-        pattern.fullmatch(name)
-        for pattern in (_ENCODER_LAYER, _DECODER_LAYER, _FLOAT_PRODUCT, _FLOAT_TABLE)
-    )
+def _is_listed(name: str, sam: QuantizedSam) -> bool:
+    return sam.description.place_of(name) is not None or sam.description.may_hold(name)

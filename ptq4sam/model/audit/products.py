@@ -10,15 +10,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderAttention
 from ptq4sam.model.audit.modules import DECODER, may_multiply_floats
 from ptq4sam.model.audit.operands import are_digits, is_on_grid, sample
 from ptq4sam.model.audit.ranges import Reach
 from ptq4sam.model.audit.report import Finding
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear, weight_quantizers
-from ptq4sam.model.watching import ProductWatch
-from ptq4sam.quantization.modes import quantizers
+from ptq4sam.operators.base import (
+    QUERY,
+    WEIGHT,
+    QuantizedOperator,
+    activation_slots,
+    quantized_operators,
+)
+from ptq4sam.operators.watching import ProductWatch
 from ptq4sam.quantization.quantizers import Quantizer
 
 _SAMPLE, _FEWEST = 2**16, 2**10
@@ -48,7 +52,13 @@ class Operand:
         """Compare a sample of so many numbers with the grid."""
         axis = channel_axis if self.of_channels else None
         compared = sample(x, most, axis)
-        on_grid = is_on_grid(compared, self.quantizer, axis, self.factor)
+        scales = self.quantizer.scale.numel()
+        if axis is not None and scales not in (1, x.shape[axis]):
+            # Some of the channels, as a convolution by groups multiplies them: whole steps.
+            largest = self.quantizer.grid.largest_step
+            on_grid = (compared == compared.round()) & (compared.abs() <= largest)
+        else:
+            on_grid = is_on_grid(compared, self.quantizer, axis, self.factor)
         self.elements += compared.numel()
         self.off += int((~on_grid).sum())
 
@@ -107,8 +117,7 @@ class WatchedPass:
         self._no_positions: Counter[str] = Counter()
         self._floats: Counter[str] = Counter()
         self._decoded = 0
-        weights = set(weight_quantizers(sam))
-        self.reaches = {n: Reach(q) for n, q in quantizers(sam) if q not in weights}
+        self.reaches = {name: Reach(q) for name, q in activation_slots(sam)}
 
     def run(self, forward: Callable[[], Any]) -> Any:
         """Make the pass; returns what it gives."""
@@ -143,7 +152,7 @@ class WatchedPass:
         name = self._names[owner]
         if product is not None:
             product.saw(first, second, is_convolution)
-        elif isinstance(owner, QuantizedEncoderAttention) and owner.use_rel_pos:
+        elif isinstance(owner, QuantizedOperator) and QUERY in owner.slot_names:
             self._positions[name] += 1
             most = _sample_size(self._positions[name])
             self._no_positions[name] += not _of_positions(owner, first, second, most)
@@ -180,18 +189,14 @@ class WatchedPass:
 
 
 def _expected_products(sam: QuantizedSam) -> Iterator[tuple[nn.Module, Product]]:
-    """The products that quantized layers and attentions make, by the module that makes each."""
-    for name, module in sam.named_modules():
-        if isinstance(module, QuantizedLinear | QuantizedConv2d):
-            weight = Operand("weight", module.weight_quantizer, of_channels=True)
-            yield module, Product(name, Operand("input", module.input_quantizer), weight)
-        elif isinstance(module, QuantizedEncoderAttention | QuantizedDecoderAttention):
-            query = Operand("query", module.query_quantizer, factor=module.scale)
-            key = Operand("key", module.key_quantizer)
-            yield module.query_key, Product(name, query, key)
-            softmax = Operand("softmax", module.softmax_quantizer)
-            value = Operand("value", module.value_quantizer)
-            yield module.attention_value, Product(name, softmax, value)
+    """The products that quantized operators make, by the module that makes each."""
+    for name, operator in quantized_operators(sam):
+        for product in operator.products():
+            first, second = (
+                Operand(slot, operator.quantizer(slot), factor, of_channels=slot == WEIGHT)
+                for slot, factor in ((product.first, product.factor), (product.second, 1.0))
+            )
+            yield product.module, Product(name, first, second)
 
 
 def _sample_size(seen: int) -> int:
@@ -202,18 +207,14 @@ def _sample_size(seen: int) -> int:
     return max(_FEWEST, _SAMPLE // seen)
 
 
-def _of_positions(
-    attention: QuantizedEncoderAttention, first: Tensor, second: Tensor, most: int
-) -> bool:
+def _of_positions(operator: QuantizedOperator, first: Tensor, second: Tensor, most: int) -> bool:
     """Whether one operand is on the query's grid, and the other a table of relative positions."""
     # Tables are whole numbers where all of the attention is.
-    whole = all(
-        quantizer.is_whole for quantizer in attention.children() if isinstance(quantizer, Quantizer)
-    )
+    whole = all(quantizer.is_whole for quantizer in operator.slots().values())
 
     def fits(query: Tensor, table: Tensor) -> bool:
         return (not whole or are_digits(sample(table, most))) and bool(
-            is_on_grid(sample(query, most), attention.query_quantizer).all()
+            is_on_grid(sample(query, most), operator.quantizer(QUERY)).all()
         )
 
     return fits(first, second) or fits(second, first)

@@ -11,7 +11,7 @@ from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.model.audit.modules import DECODER, exception
 from ptq4sam.model.audit.report import Finding
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import QuantizedLayer, quantized_layers, weight_quantizers
+from ptq4sam.operators.base import QuantizedLayer, quantized_layers, weight_quantizers
 from ptq4sam.quantization.grid import along_channels
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import QUANTIZERS, AffineQuantizer, Mode, Quantizer

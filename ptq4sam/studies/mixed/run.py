@@ -15,6 +15,7 @@ from typing import Any
 from ptq4sam import parallel
 from ptq4sam.deploy.manifest import origin
 from ptq4sam.errors import ConfigError
+from ptq4sam.families.checkpoint import image_size_of, load_sam
 from ptq4sam.files import write_json, write_text
 from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
@@ -26,7 +27,6 @@ from ptq4sam.runs.quantizing import JOURNAL
 from ptq4sam.runs.reproducibility import versions
 from ptq4sam.runs.settings import RunSettings
 from ptq4sam.runs.work_dir import working_in
-from ptq4sam.sam.checkpoint import image_size_of, load_sam
 from ptq4sam.studies.mixed.allocation import Option, allocate
 from ptq4sam.studies.mixed.prices import Bits, Budget, Prices, prices_of, read_budget
 from ptq4sam.studies.sensitivity.effects import Effect

@@ -30,8 +30,8 @@ from ptq4sam.model.switches import Switches
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import GroundTruth, Prompts, PromptSource
 from ptq4sam.runs.measurements import Measurements
-from ptq4sam.sam.model import Sam
-from ptq4sam.sam.predictor import ImageEmbedding, Predictor, input_size
+from ptq4sam.sam.model import Features, Sam
+from ptq4sam.sam.predictor import ImageEmbedding, Predictor
 from ptq4sam.sam.stages import Stage, State, run_stages
 from ptq4sam.studies.sensitivity.effects import Effect, PictureEffect, Power, add_up
 from ptq4sam.studies.sensitivity.targets import Target
@@ -170,8 +170,11 @@ class Study:
     def _seen(self, segmented: Segmented, size: tuple[int, int]) -> Tensor:
         """Logits where the picture is: those of its padding mean nothing."""
         logits = segmented.logits
-        side = self.sam.image_size
-        rows, columns = (-(-length * logits.shape[-1] // side) for length in input_size(size, side))
+        geometry = self.sam.geometry
+        rows, columns = (
+            -(-length * logits.shape[-1] // geometry.prompt_side)
+            for length in geometry.placed(size)
+        )
         return logits[:, :rows, :columns]
 
     def _outputs(
@@ -185,8 +188,8 @@ class Study:
         size = (image.shape[0], image.shape[1])
         every = self._switches.names
 
-        def segmented(features: Tensor) -> Segmented:
-            embedding = ImageEmbedding(features, input_size(size, self.sam.image_size), size)
+        def segmented(features: Features) -> Segmented:
+            embedding = ImageEmbedding.of(features, size, self.sam.geometry)
             return segment(
                 self._predictor, embedding, prompts.boxes, prompts.scores, self.prompting
             )
@@ -196,19 +199,19 @@ class Study:
                 return run_stages(stages, state)
 
         def masks(
-            key: Key, names: frozenset[str], features: Tensor
+            key: Key, names: frozenset[str], features: Features
         ) -> tuple[Key, Tensor, Segmented]:
             with self._switches.only(names):
-                return key, features, segmented(features)
+                return key, features[0], segmented(features)
 
         stages = self.sam.image_encoder.stages()
         begin = self.sam.image_encoder.begin(self._predictor.pixels(image))
         nothing: frozenset[str] = frozenset()
         exact = run(nothing, stages, begin)
-        yield masks((FLOAT, ""), nothing, exact[0])
+        yield masks((FLOAT, ""), nothing, exact)
         quantized = run(every, stages, begin) if ALL_BUT in kinds else begin
         if ALL_BUT in kinds:
-            yield masks((QUANTIZED, ""), every, quantized[0])
+            yield masks((QUANTIZED, ""), every, quantized)
         by_unit: dict[str, list[Target]] = {}
         for target in targets:
             by_unit.setdefault(target.first_unit, []).append(target)
@@ -219,11 +222,11 @@ class Study:
             for target in by_unit.pop(f"{ENCODER}.{stage.name}", ()):
                 for kind in kinds:
                     names = bases[kind] ^ target.quantizers
-                    features = run(names, stages[place:], states[kind])[0]
+                    features = run(names, stages[place:], states[kind])
                     yield masks((kind, target.name), names, features)
             states = {kind: run(bases[kind], [stage], state) for kind, state in states.items()}
         for behind in by_unit.values():
             for target in behind:
                 for kind in kinds:
                     names = bases[kind] ^ target.quantizers
-                    yield masks((kind, target.name), names, states[kind][0])
+                    yield masks((kind, target.name), names, states[kind])

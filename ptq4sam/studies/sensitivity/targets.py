@@ -1,13 +1,12 @@
 """What a study switches on and off: parts of a model by network, block, unit, quantizer and role.
 
-A target is named by the path of a part, `image_encoder.blocks.3.attn`, or by the path and a role,
-`image_encoder.blocks.3.attn:softmax`. Patterns with `*` and `?` name several.
+A target is named by the path of a part, or by the path and a role, as `image_encoder.UNIT:softmax`.
+Patterns with `*` and `?` name several.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.model.insertion import QuantizedSam, model_units
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.records import unknown_key
+from ptq4sam.sam.description import Description, network_path
 
 MODEL = "model"
 GRAINS = (MODEL, "network", "block", "unit", "quantizer")
@@ -31,8 +31,6 @@ _ROLE_OF = {
     "value_quantizer": "value",
     "softmax_quantizer": "softmax",
 }
-_NETWORK = re.compile(r"image_encoder|mask_decoder\.transformer")
-_BLOCK = re.compile(r"blocks\.\d+|layers\.\d+|[^.]+")
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class Target:
         grain: one of GRAINS.
         quantizers: their paths.
         first_unit: path of the first unit that has one of them.
+        place: network, block in it and layer in that; empty where the target has several.
     """
 
     path: str
@@ -52,23 +51,12 @@ class Target:
     grain: str
     quantizers: frozenset[str]
     first_unit: str
+    place: tuple[str, str, str]
 
     @property
     def name(self) -> str:
         """Path and role."""
         return f"{self.path}:{self.role}" if self.role else self.path
-
-    @property
-    def place(self) -> tuple[str, str, str]:
-        """Network, block in it and layer in that; empty where the target has several."""
-        network = _NETWORK.match(self.path)
-        if network is None:
-            return "", "", ""
-        rest = self.path[network.end() + 1 :]
-        block = _BLOCK.match(rest)
-        if block is None:
-            return network[0], "", ""
-        return network[0], block[0], rest[block.end() + 1 :]
 
 
 def role_of(quantizer: str) -> str:
@@ -109,32 +97,41 @@ def targets_of(
         if grain in grains:
             parts: dict[str, list[tuple[str, str]]] = {}
             for unit, quantizer in units:
-                parts.setdefault(_part(grain, unit, quantizer), []).append((unit, quantizer))
+                parts.setdefault(_part(sam.description, grain, unit, quantizer), []).append(
+                    (unit, quantizer)
+                )
             for path, members in parts.items():
-                found.extend(_split(path, grain, members, roles))
+                place = _place(sam.description, path)
+                found.extend(_split(path, place, grain, members, roles))
     return _matching(found, patterns)
 
 
-def _part(grain: str, unit: str, quantizer: str) -> str:
+def _part(networks: Description, grain: str, unit: str, quantizer: str) -> str:
     """Path of the part of a grain that a quantizer belongs to."""
     if grain in (MODEL, "unit", "quantizer"):
         return {MODEL: MODEL, "unit": unit, "quantizer": quantizer}[grain]
-    network = _NETWORK.match(unit)
-    assert network is not None
-    if grain == "network":
-        return network[0]
-    block = _BLOCK.match(unit, network.end() + 1)
-    assert block is not None
-    return f"{network[0]}.{block[0]}"
+    return network_path(unit) if grain == "network" else networks.block_of(unit)
+
+
+def _place(networks: Description, path: str) -> tuple[str, str, str]:
+    network = network_path(path)
+    if path in (network, MODEL):
+        return network, "", ""
+    block = networks.block_of(path)
+    return network, block.removeprefix(f"{network}."), path.removeprefix(block).removeprefix(".")
 
 
 def _split(
-    path: str, grain: str, members: Sequence[tuple[str, str]], roles: Sequence[str]
+    path: str,
+    place: tuple[str, str, str],
+    grain: str,
+    members: Sequence[tuple[str, str]],
+    roles: Sequence[str],
 ) -> Iterable[Target]:
     """All of a part, then by role."""
     every = frozenset(quantizer for _, quantizer in members)
     role = role_of(members[0][1]) if grain == "quantizer" else ""
-    yield Target(path, role, grain, every, members[0][0])
+    yield Target(path, role, grain, every, members[0][0], place)
     seen = {every}
     for role in ROLES:
         chosen = [(u, q) for u, q in members if role_of(q) == role]
@@ -143,7 +140,7 @@ def _split(
         those = frozenset(quantizer for _, quantizer in chosen)
         if role in roles and those and those not in seen:
             seen.add(those)
-            yield Target(path, role, grain, those, chosen[0][0])
+            yield Target(path, role, grain, those, chosen[0][0], place)
 
 
 def _matching(found: Sequence[Target], patterns: Sequence[str]) -> list[Target]:

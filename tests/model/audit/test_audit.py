@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ptq4sam.model.audit import AuditReport, audit, expected_activations
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import quantized_layers
 from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
@@ -104,8 +104,10 @@ def test_finds_a_quantizer_that_is_off(
     quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
 ) -> None:
     two_way = quantized.mask_decoder.transformer
-    two_way.final_attn_token_to_image.key_quantizer.mode = Mode.FLOAT
-    assert "final_attn_token_to_image.key_quantizer: is switched to float" in problems(run_audit())
+    two_way.final_attn_token_to_image.core.key_quantizer.mode = Mode.FLOAT
+    assert "final_attn_token_to_image.core.key_quantizer: is switched to float" in problems(
+        run_audit()
+    )
 
 
 def test_finds_a_layer_that_was_missed(
@@ -114,7 +116,9 @@ def test_finds_a_layer_that_was_missed(
     mlp = quantized.image_encoder.blocks[0].mlp
     plain = nn.Linear(mlp.lin1.in_features, mlp.lin1.out_features)
     mlp.lin1 = plain
-    assert "blocks.0.mlp.lin1: is listed as quantized but is a float layer" in problems(run_audit())
+    assert "blocks.0.mlp.lin1: is listed as quantized but is a float operator" in problems(
+        run_audit()
+    )
 
 
 def test_finds_a_layer_of_no_list(
@@ -127,7 +131,7 @@ def test_finds_a_layer_of_no_list(
 def test_finds_an_activation_that_goes_around(
     quantized: QuantizedSam, run_audit: Callable[[], AuditReport]
 ) -> None:
-    attention = quantized.mask_decoder.transformer.final_attn_token_to_image
+    attention = quantized.mask_decoder.transformer.final_attn_token_to_image.core
     other = copy.deepcopy(attention.value_quantizer)
     other.mode = Mode.FLOAT
     attention.__dict__["value_quantizer"] = other  # shadows the registered module

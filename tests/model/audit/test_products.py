@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptq4sam.model.attention import QuantizedDecoderAttention, QuantizedEncoderAttention
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import QuantizedConv2d, QuantizedLinear
+from ptq4sam.operators.attention import QuantizedSoftmaxAttention
+from ptq4sam.operators.convolution import QuantizedConv2d
+from ptq4sam.operators.linear import QuantizedLinear
 
 MLP = "image_encoder.blocks.0.mlp.lin1"
 WINDOW = "image_encoder.blocks.0.attn"
-GLOBAL = "image_encoder.blocks.1.attn"
-FINAL = "mask_decoder.transformer.final_attn_token_to_image"
+GLOBAL = "image_encoder.blocks.1.attn.core"
+FINAL = "mask_decoder.transformer.final_attn_token_to_image.core"
 SELF = "mask_decoder.transformer.layers.0.self_attn"
 
 
@@ -80,7 +81,7 @@ def test_a_convolution_that_multiplies_its_float_input(
 ) -> None:
     def forward(layer: QuantizedConv2d, x: Tensor) -> Tensor:
         layer.input_quantizer(x)
-        return F.conv2d(x, layer.weight_quantizer(layer.weight), padding=layer.padding)
+        return F.conv2d(x, layer.weight_quantizer(layer.weight), padding=layer.windows.padding)
 
     layer = quantized.image_encoder.neck[2]
     layer.forward = types.MethodType(forward, layer)
@@ -125,7 +126,7 @@ def test_an_attention_that_multiplies_floats(
 
 def test_an_attention_in_one_piece(quantized: QuantizedSam, told: Callable[[], list[str]]) -> None:
     def attend(
-        attention: QuantizedDecoderAttention, query: Tensor, key: Tensor, value: Tensor
+        attention: QuantizedSoftmaxAttention, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         return F.scaled_dot_product_attention(
             attention.query_quantizer(query),
@@ -135,21 +136,23 @@ def test_an_attention_in_one_piece(quantized: QuantizedSam, told: Callable[[], l
         )
 
     attention = quantized.get_submodule(FINAL)
-    attention._quantized_attention = types.MethodType(attend, attention)
+    attention.forward = types.MethodType(attend, attention)
     lines = told()
     assert f"{FINAL}: made no product of its query and key, expected one" in lines
     assert f"{FINAL}.softmax_quantizer: no activation passed it" in lines
-    assert f"{FINAL}: made 1 products of float numbers, expected 0" in lines
+    assert (
+        f"{FINAL}: made 1 products that are not of its query and positions, expected none" in lines
+    )
 
 
 def test_a_float_product_beside_relative_positions(
     quantized: QuantizedSam, told: Callable[[], list[str]]
 ) -> None:
-    attention = cast(QuantizedEncoderAttention, quantized.get_submodule(GLOBAL))
+    attention = cast(QuantizedSoftmaxAttention, quantized.get_submodule(GLOBAL))
     plain = attention.forward
 
-    def with_product(x: Tensor) -> Tensor:
-        return plain(x) + 0 * (x @ x.transpose(-1, -2)).sum()
+    def with_product(x: Tensor, *others: Any) -> Tensor:
+        return plain(x, *others) + 0 * (x @ x.transpose(-1, -2)).sum()
 
     attention.forward = with_product  # type: ignore[method-assign]
     wanted = "made 1 products that are not of its query and positions, expected none"

@@ -11,7 +11,7 @@ import torch
 
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.model.layers import QuantizedLinear
+from ptq4sam.operators.linear import QuantizedLinear
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.quantizers import FixedQuantizer, LSQQuantizer, Quantizer
 
@@ -29,15 +29,15 @@ def quantizer_of(sam: QuantizedSam, path: str) -> Quantizer:
 AFFINE = [
     f"{MLP}.input_quantizer",
     "image_encoder.neck.2.input_quantizer",
-    f"{WINDOW}.query_quantizer",
-    f"{GLOBAL}.key_quantizer",
-    f"{FINAL}.value_quantizer",
+    f"{WINDOW}.core.query_quantizer",
+    f"{GLOBAL}.core.key_quantizer",
+    f"{FINAL}.core.value_quantizer",
     f"{SELF}.q_proj.input_quantizer",
 ]
 SOFTMAX = [
-    f"{WINDOW}.softmax_quantizer",
-    f"{GLOBAL}.softmax_quantizer",
-    f"{FINAL}.softmax_quantizer",
+    f"{WINDOW}.core.softmax_quantizer",
+    f"{GLOBAL}.core.softmax_quantizer",
+    f"{FINAL}.core.softmax_quantizer",
 ]
 
 
@@ -78,7 +78,7 @@ def test_a_zero_point_that_is_no_code(
 def test_a_granularity_that_there_is_not(
     quantized: QuantizedSam, told: Callable[[], list[str]], tau: float
 ) -> None:
-    path = f"{GLOBAL}.softmax_quantizer"
+    path = f"{GLOBAL}.core.softmax_quantizer"
     cast(AdaptiveGranularityQuantizer, quantizer_of(quantized, path)).tau.fill_(tau)
     assert told() == [f"{path}: has the granularity {tau:g}, expected one of 1, 2, 4"]
 
@@ -86,7 +86,7 @@ def test_a_granularity_that_there_is_not(
 def test_a_granularity_that_the_scheme_does_not_allow(
     quantized: QuantizedSam, told: Callable[[], list[str]]
 ) -> None:
-    path = f"{FINAL}.softmax_quantizer"
+    path = f"{FINAL}.core.softmax_quantizer"
     tau = int(cast(AdaptiveGranularityQuantizer, quantizer_of(quantized, path)).tau)
     others = tuple(other for other in (1, 2, 4) if other != tau)
     methods = replace(quantized.scheme.ptq4sam, taus=others)
@@ -118,17 +118,17 @@ def calibrated(kind: type[FixedQuantizer] | type[LSQQuantizer], grid: Grid) -> Q
             "has 5 bits where the scheme says 4 bits",
         ),
         (
-            f"{FINAL}.key_quantizer",
+            f"{FINAL}.core.key_quantizer",
             (LSQQuantizer, Grid(4, symmetric=True)),
             "is symmetric where the scheme says asymmetric",
         ),
         (
-            f"{FINAL}.key_quantizer",
+            f"{FINAL}.core.key_quantizer",
             (FixedQuantizer, Grid(4)),
             "is of FixedQuantizer where the scheme says LSQQuantizer",
         ),
         (
-            f"{WINDOW}.softmax_quantizer",
+            f"{WINDOW}.core.softmax_quantizer",
             (LSQQuantizer, Grid(4)),
             "is evenly spaced where the scheme says adaptive granularity",
         ),

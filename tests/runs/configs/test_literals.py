@@ -266,8 +266,8 @@ def test_missing_section(tmp_path: Path) -> None:
 def test_known_sams_are_those_of_the_registry() -> None:
     from typing import get_args, get_type_hints
 
+    from ptq4sam.families import VARIANTS
     from ptq4sam.runs.configs.experiment import SamConfig
-    from ptq4sam.sam.registry import VARIANTS
 
     assert set(get_args(get_type_hints(SamConfig)["type"])) == set(VARIANTS)
 

@@ -19,13 +19,13 @@ from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import DataError
 from ptq4sam.evaluation.evaluate import evaluate_sam
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.switches import Switches
 from ptq4sam.prompts import GroundTruth
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs.measurements import Measurements
-from ptq4sam.sam.checkpoint import load_sam
 from ptq4sam.sam.predictor import Predictor
 from ptq4sam.studies.sensitivity import study as study_module
 from ptq4sam.studies.sensitivity.study import ALL_BUT, ONLY, QUANTIZED, Study
@@ -46,7 +46,7 @@ def fragile(tiny_sam: TinySam, tmp_path: Path) -> Path:
     run("quantize", *tiny_sam.arguments(), "--output", whole, "--work-dir", tmp_path / "quantize")
     sam = load(whole)
     # At 8 bits nothing else costs much.
-    dict(quantizers(sam))[f"{FRAGILE}.query_quantizer"].scale.mul_(40)
+    dict(quantizers(sam))[f"{FRAGILE}.core.query_quantizer"].scale.mul_(40)
     save(sam, tmp_path / "fragile.safetensors")
     return tmp_path / "fragile.safetensors"
 
@@ -72,7 +72,7 @@ def test_the_fragile_unit_is_the_worst(
     )
     assert by_error["path"] == FRAGILE
     targets = {target["name"]: target for target in content["targets"]}
-    worst = f"{FRAGILE}.query_quantizer:query"
+    worst = f"{FRAGILE}.core.query_quantizer:query"
     assert targets[worst]["grain"] == "quantizer"
     errors = {
         name: target["only"]["embedding_relative_error"]

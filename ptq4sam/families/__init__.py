@@ -1,0 +1,37 @@
+"""All families of SAMs: a folder and a line here for each."""
+
+from __future__ import annotations
+
+from ptq4sam.errors import ConfigError
+from ptq4sam.families.family import Variant
+from ptq4sam.families.sam_vit.variants import VARIANTS as SAM_VIT
+from ptq4sam.sam.model import Sam
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant for variants in (SAM_VIT,) for variant in variants
+}
+
+
+def variant_of(name: str) -> Variant:
+    """A SAM by its name, a key of VARIANTS.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in VARIANTS:
+        raise ConfigError(f"unknown SAM {name!r}: choose one of {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+def build_sam(name: str, image_size: int | None = None) -> Sam:
+    """Build a SAM with random weights by its name.
+
+    Args:
+        name: a key of VARIANTS.
+        image_size: side of the input in pixels of a SAM that was fine-tuned for another; None for
+            the variant's own.
+
+    Raises:
+        ConfigError: the name is unknown, or there is no such size.
+    """
+    return variant_of(name).build(image_size)

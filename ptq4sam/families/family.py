@@ -1,0 +1,102 @@
+"""What a family of SAMs is: sizes, weights, and the description of its networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ptq4sam.sam.description import (
+    DECODER,
+    Description,
+    Foldable,
+    Geometry,
+    Normalization,
+    Place,
+)
+from ptq4sam.sam.model import Sam
+
+__all__ = [
+    "ASSETS",
+    "DECODER",
+    "Description",
+    "Family",
+    "Foldable",
+    "Geometry",
+    "Normalization",
+    "Place",
+    "Variant",
+    "Weights",
+]
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+"""Where weights that ship with the package are."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a variant.
+
+    Attributes:
+        file: its usual name.
+        download: name for `ptq4sam download`, whose catalogue has address and checksum; None where
+            it ships with the package.
+        source: where it is published.
+    """
+
+    file: str
+    download: str | None = None
+    source: str = "github.com/facebookresearch/segment-anything"
+
+    @property
+    def embedded(self) -> Path | None:
+        """The file, where it ships with the package."""
+        return ASSETS / self.file if self.download is None else None
+
+
+@dataclass(frozen=True)
+class Family:
+    """SAMs with encoders of one kind.
+
+    Attributes:
+        name: of its folder.
+        description: of its encoder; what it shares with others is DECODER.
+        fingerprint: found in the name of a tensor of each of its state dicts, and of no other
+            family's.
+        fold: from a state dict as it was published (also under other names) to ours.
+        read_directory: tensors of a variant in a directory of its publisher; None where there are
+            no such directories.
+    """
+
+    name: str
+    description: Description
+    fingerprint: str
+    fold: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    read_directory: Callable[[str, Path], dict[str, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One SAM by name.
+
+    Attributes:
+        name: on the command line.
+        family: of which it is one.
+        geometry: of its pictures.
+        build: it with random weights; takes another side of its input in pixels, or None. Raises a
+            ConfigError where it cannot have that side.
+        weights: where they are.
+        side_of: side of the input that a state dict (after `fold`) was trained for; takes the state
+            and its origin, for messages.
+        fit: a tensor as this variant holds it; takes name, tensor and the model's own.
+    """
+
+    name: str
+    family: Family
+    geometry: Geometry
+    build: Callable[[int | None], Sam]
+    weights: Weights
+    side_of: Callable[[Mapping[str, Tensor], str], int]
+    fit: Callable[[str, Tensor, Tensor], Tensor] = lambda _name, tensor, _own: tensor

@@ -1,0 +1,1 @@
+"""SAM as it was published: image encoders of ViTs (Kirillov et al., 2023)."""

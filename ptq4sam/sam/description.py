@@ -1,0 +1,244 @@
+"""What may know the names of a network: which of its operators are quantized, what its parts are.
+
+Patterns are full matches of paths from the root of a SAM. A family describes its image encoder;
+what all families share, the prompt encoder and the mask decoder, is described here (`DECODER`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+ENCODER = "image_encoder"
+TRANSFORMER = "mask_decoder.transformer"
+"""Paths in a SAM of the networks whose units are quantized."""
+_NETWORKS = {ENCODER: "encoder", TRANSFORMER: "decoder"}
+
+
+class Normalization(NamedTuple):
+    """What pictures are normalised by, by channel (red, green, blue), of values 0 to 255."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+SAM_NORMALIZATION = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+"""SAM's own."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Pictures on their way in, and what the encoder makes of them.
+
+    Attributes:
+        encoder_side: of the encoder's square input, in pixels.
+        prompt_side: of the square that prompts and masks are placed in, in pixels.
+        features: channels, rows and columns of each tensor that the encoder hands over; the first
+            is the image embedding.
+        normalization: of pixels.
+        resizing: by the longest side, or both sides to the square. Then pixels are normalised, and
+            zeros fill the square at the right and bottom.
+    """
+
+    encoder_side: int
+    prompt_side: int
+    features: tuple[tuple[int, int, int], ...]
+    normalization: Normalization = SAM_NORMALIZATION
+    resizing: Literal["longest side", "square"] = "longest side"
+
+    def resized(self, original_size: tuple[int, int], side: int) -> tuple[int, int]:
+        """Size (height, width) of a picture within a square of `side` pixels."""
+        if self.resizing == "square":
+            return side, side
+        scale = side * 1.0 / max(original_size)
+        # The official code would make a side of nothing out of a very thin picture.
+        height, width = (max(1, int(length * scale + 0.5)) for length in original_size)
+        return height, width
+
+    def placed(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        """Size (height, width) of a picture within the prompts' square."""
+        return self.resized(original_size, self.prompt_side)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Operators that are quantized.
+
+    Attributes:
+        pattern: of their paths.
+        roles: by slot, what a scheme can say: {"input": ("after-gelu",)}.
+    """
+
+    pattern: str
+    roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Foldable:
+    """Attentions whose query and key may change their signs together (bimodal integration).
+
+    Attributes:
+        pattern: of the module that owns the attention.
+        query: projection below it.
+        key: projection below it.
+    """
+
+    pattern: str
+    query: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """A network, or several.
+
+    Attributes:
+        quantized: operators; the first place that fits counts.
+        stays_float: patterns of modules that multiply floats.
+        tables: patterns of modules with numbers of their own that multiply nothing.
+        portable: patterns of float operators that compute portably where their network is
+            quantized.
+        parts: of the cost: beginnings of paths, and names; the first that fits counts. `@windows`
+            stands behind the path of a product in one of many small attentions.
+        sizes: of a file, in the same way.
+        blocks: what repeats, as beginnings of paths.
+        foldable: see there.
+        origin: names of tensors that no quantization changes, by which models of one float model
+            are told.
+    """
+
+    quantized: tuple[Place, ...] = ()
+    stays_float: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    portable: tuple[str, ...] = ()
+    parts: tuple[tuple[str, str], ...] = ()
+    sizes: tuple[tuple[str, str], ...] = ()
+    blocks: tuple[str, ...] = ()
+    foldable: tuple[Foldable, ...] = ()
+    origin: tuple[str, ...] = ()
+
+    def __add__(self, other: Description) -> Description:
+        """Both together."""
+        mine, theirs = vars(self), vars(other)
+        return Description(**{name: value + theirs[name] for name, value in mine.items()})
+
+    def place_of(self, path: str) -> Place | None:
+        """The place among the quantized ones of a module; None for any other."""
+        return next((p for p in self.quantized if re.fullmatch(p.pattern, path)), None)
+
+    def may_multiply(self, path: str) -> bool:
+        """Whether a module that is not quantized may have products."""
+        return any(re.fullmatch(pattern, path) for pattern in self.stays_float)
+
+    def may_hold(self, path: str) -> bool:
+        """Whether a module that is not quantized may have numbers of its own."""
+        known = self.stays_float + self.tables
+        return any(re.fullmatch(pattern, path) for pattern in known)
+
+    def is_portable(self, path: str) -> bool:
+        """Whether a float operator computes portably."""
+        return any(re.fullmatch(pattern, path) for pattern in self.portable)
+
+    def foldable_at(self, path: str) -> Foldable | None:
+        """How signs of an attention's owner are folded; None where they are not."""
+        return next((f for f in self.foldable if re.fullmatch(f.pattern, path)), None)
+
+    def roles(self, path: str, slot: str) -> frozenset[str]:
+        """Roles of a slot of a quantized operator, with that of its network."""
+        place = self.place_of(path)
+        own = place.roles.get(slot, ()) if place is not None else ()
+        return frozenset((*own, network_of(path)))
+
+    def block_of(self, path: str) -> str:
+        """The block that something in a network belongs to: what is in none is one by itself."""
+        for pattern in self.blocks:
+            found = re.match(pattern, path)
+            if found is not None:
+                return found[0]
+        network = network_path(path)
+        return f"{network}.{path.removeprefix(network + '.').partition('.')[0]}"
+
+    def known_roles(self) -> frozenset[str]:
+        """All that a scheme can name."""
+        own = {r for place in self.quantized for roles in place.roles.values() for r in roles}
+        return frozenset((*own, *_NETWORKS.values()))
+
+    def part_of(self, path: str) -> str:
+        """The part of the cost that something belongs to."""
+        return first_fit(self.parts, path)
+
+    def size_of(self, name: str) -> str:
+        """The part of a file that a tensor belongs to."""
+        return first_fit(self.sizes, name)
+
+
+def first_fit(parts: Sequence[tuple[str, str]], path: str) -> str:
+    """The name of the first pattern that a path begins with."""
+    return next((name for pattern, name in parts if re.match(pattern, path)), "other")
+
+
+def network_path(path: str) -> str:
+    """The network, ENCODER or TRANSFORMER, that a path leads to; empty elsewhere."""
+    found = (n for n in _NETWORKS if path == n or path.startswith(f"{n}."))
+    return next(found, "")
+
+
+def network_of(path: str) -> str:
+    """The role of all slots of a network: "encoder" or "decoder"; empty elsewhere."""
+    return _NETWORKS.get(network_path(path), "")
+
+
+_TO_IMAGE = r"mask_decoder\.transformer\.(layers\.\d+\.cross_attn|final_attn)_token_to_image"
+_ATTENTION = (
+    r"mask_decoder\.transformer\.(layers\.\d+\.(self_attn|cross_attn_token_to_image|"
+    r"cross_attn_image_to_token)|final_attn_token_to_image)"
+)
+_BIMODAL = {"query": ("token-to-image",), "key": ("token-to-image",)}
+
+DECODER = Description(
+    quantized=(
+        Place(rf"{_TO_IMAGE}\.core", _BIMODAL),
+        Place(rf"{_ATTENTION}\.core"),
+        Place(rf"{_ATTENTION}\.(q_proj|k_proj|v_proj|out_proj)"),
+        Place(r"mask_decoder\.transformer\.layers\.\d+\.mlp\.lin1", {"input": ("after-norm",)}),
+        Place(r"mask_decoder\.transformer\.layers\.\d+\.mlp\.lin2", {"input": ("after-relu",)}),
+    ),
+    stays_float=(
+        r"prompt_encoder(\.pe_layer|\.mask_downscaling\.[036])?",
+        r"mask_decoder\.output_upscaling\.[03]",
+        r"mask_decoder\.(output_hypernetworks_mlps\.[0-3]|iou_prediction_head)\.layers\.[0-2]",
+    ),
+    tables=(
+        r"|image_encoder",
+        r"prompt_encoder\.(point_embeddings\.[0-3]|not_a_point_embed|no_mask_embed)",
+        r"prompt_encoder\.mask_downscaling\.[14]",
+        r"mask_decoder\.(iou_token|mask_tokens|output_upscaling\.1)",
+        r"mask_decoder\.transformer\.(layers\.\d+\.norm\d|norm_final_attn)",
+    ),
+    portable=(
+        r"prompt_encoder\.pe_layer",
+        r"mask_decoder\.output_upscaling\.1",
+        r"mask_decoder\.transformer\.(layers\.\d+\.norm\d|norm_final_attn)",
+    ),
+    parts=(
+        (r"prompt_encoder\.", "prompt encoder"),
+        (r"mask_decoder\.transformer\..*_proj", "decoder projections"),
+        (r"mask_decoder\.transformer\..*core\.", "decoder attention"),
+        (r"mask_decoder\.transformer\..*mlp\.", "decoder MLP"),
+        (r"mask_decoder\.transformer\.", "decoder norms"),
+        (r"mask_decoder\.", "decoder heads"),
+    ),
+    sizes=(
+        (r"prompt_encoder\..*\.bias$", "biases and layer norms"),
+        (r"prompt_encoder\.", "prompt encoder"),
+        (r"mask_decoder\.transformer(\..*)?(\.bias$|\.norm)", "biases and layer norms"),
+        (r"mask_decoder\.transformer\.", "mask decoder transformer"),
+        (r"mask_decoder\.", "mask decoder heads"),
+    ),
+    blocks=(r"mask_decoder\.transformer\.layers\.\d+",),
+    foldable=(Foldable(_TO_IMAGE, "q_proj", "k_proj"),),
+    origin=("mask_decoder.mask_tokens.weight",),
+)
+"""The prompt encoder and the mask decoder of all families."""
