@@ -44,7 +44,8 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam.downloads import Missing
     from ptq4sam.everything import EverythingSettings
     from ptq4sam.progress import bars
-    from ptq4sam.runs.everything import open_model, open_pictures, segment_everything
+    from ptq4sam.runs.everything import open_pictures, segment_everything
+    from ptq4sam.runs.models import open_model
     from ptq4sam.runs.needed import look_for_sam
     from ptq4sam.runs.settings import find_device
     from ptq4sam.sizes import parse_bytes

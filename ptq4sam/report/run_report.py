@@ -295,7 +295,8 @@ def _run_section(run: RunFolder) -> Section:
     if facts:
         rows = [[name.replace("_", " "), _plain(value)] for name, value in facts.items()]
         blocks.append(Table("What was asked", ["setting", "value"], rows, texts=2))
-    phases = metrics.get("phases", {})
+    # "stages" in runs of before.
+    phases = metrics.get("phases", metrics.get("stages", {}))
     if phases:
         rows = [
             [name, f"{took['seconds']:.1f}", f"{took['peak_memory_bytes'] / 2**30:.2f}"]

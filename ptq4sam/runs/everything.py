@@ -9,25 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ptq4sam import parallel
 from ptq4sam.data import ImageFolder, ImageRecord, ImageSet
 from ptq4sam.data.images import check_limit, read_size
-from ptq4sam.deploy.backends import TORCH, open_backend
-from ptq4sam.deploy.container import is_quantized_file
-from ptq4sam.deploy.storage import load
-from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation import write_json
 from ptq4sam.evaluation.pictures import draw_segments, write_picture
 from ptq4sam.everything import EverythingSettings, FoundMasks, MaskGenerator, Tally
 from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
-from ptq4sam.runs.models import require_name
 from ptq4sam.runs.pictures import file_names
-from ptq4sam.runs.settings import DEFAULT_MODEL
 from ptq4sam.runs.work_dir import claimed
 from ptq4sam.sam.model import PromptableModel
 from ptq4sam.sam.predictor import Predictor
@@ -112,34 +105,6 @@ def _segment(
     seconds = float(np.median([seconds for _, (_, seconds) in kept])) if kept else 0.0
     tally = Tally.joined(parallel.gather([generator.tally]))
     return Summary(len(kept), sum(len(masks) for _, masks in annotations), seconds, tally)
-
-
-def open_model(
-    name: str | None,
-    checkpoint: Path | None,
-    device: torch.device,
-    backend: str = TORCH,
-    precision: str = "f32",
-) -> PromptableModel:
-    """A float, quantized or deployed SAM, as the command line names it.
-
-    Raises:
-        CheckpointError: the file does not fit, or is missing.
-        ConfigError: there is no such model, or a backend has nothing to run.
-    """
-    if backend == TORCH and (checkpoint is None or not is_quantized_file(checkpoint)):
-        return load_sam(name or DEFAULT_MODEL, checkpoint, device=device)
-    if checkpoint is None:
-        raise ConfigError(
-            f"backend {backend} runs what is quantized or exported already: give a checkpoint"
-        )
-    sam: PromptableModel = (
-        load(checkpoint, device)
-        if backend == TORCH
-        else open_backend(checkpoint, backend, precision)
-    )
-    require_name(name, sam.name, checkpoint)
-    return sam
 
 
 def open_pictures(

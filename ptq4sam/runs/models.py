@@ -6,8 +6,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ptq4sam import parallel
-from ptq4sam.deploy.backends import open_backend
+from ptq4sam.deploy.backends import TORCH, open_backend
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.deploy.manifest import origin
@@ -22,6 +24,7 @@ from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.inputs import Inputs
 from ptq4sam.runs.quantizing import Quantizing
 from ptq4sam.runs.record import UnitRecord
+from ptq4sam.runs.settings import DEFAULT_MODEL
 from ptq4sam.sam.model import PromptableModel, Sam
 
 _log = logging.getLogger(__name__)
@@ -64,10 +67,9 @@ class ModelOpener:
             ResourceError: memory or disk are used up; what was finished is in the journal.
         """
         settings = self._settings
-        if settings.backend != "torch" and settings.checkpoint is not None:
-            return self._deployed(settings.checkpoint)
-        if settings.checkpoint is not None and is_quantized_file(settings.checkpoint):
-            return self._from_file(settings.checkpoint)
+        checkpoint = settings.checkpoint
+        if checkpoint is not None and (settings.backend != TORCH or is_quantized_file(checkpoint)):
+            return self._stored(checkpoint)
         if settings.float_checkpoint is not None:
             raise ConfigError(
                 f"a float checkpoint is what a quantized model is compared with, but "
@@ -111,23 +113,22 @@ class ModelOpener:
             quantizing.make_plan()
         return quantizing
 
-    def _from_file(self, checkpoint: Path) -> RunModels:
-        if self._settings.scheme is not None:
+    def _stored(self, checkpoint: Path) -> RunModels:
+        """A quantized or exported model."""
+        settings = self._settings
+        if settings.scheme is not None:
             raise ConfigError(
                 f"{checkpoint} is quantized already, so a scheme has no meaning: "
                 "leave it away, or give float weights"
             )
         with self._phases.phase("load"):
-            quantized = load(checkpoint, self._context.device)
-            require_name(self._settings.model, quantized.name, checkpoint)
-            return RunModels(quantized, self._origin(quantized.name, origin(quantized)))
-
-    def _deployed(self, checkpoint: Path) -> RunModels:
-        """A model on another backend than torch."""
-        settings = self._settings
-        with self._phases.phase("load"):
-            model = open_backend(checkpoint, settings.backend, settings.precision)
-            require_name(settings.model, model.name, checkpoint)
+            model = open_model(
+                settings.model,
+                checkpoint,
+                self._context.device,
+                settings.backend,
+                settings.precision,
+            )
             made_of = model.manifest.origin if isinstance(model, ExportedSam) else origin(model)
             return RunModels(model, self._origin(model.name, made_of))
 
@@ -149,19 +150,40 @@ class ModelOpener:
         return None
 
 
-def require_name(asked: str | None, found: str, checkpoint: Path) -> None:
-    """Refuse a file with another model than was asked for.
+def open_model(
+    name: str | None,
+    checkpoint: Path | None,
+    device: torch.device,
+    backend: str = TORCH,
+    precision: str = "f32",
+) -> Sam | ExportedSam:
+    """A float, quantized or exported SAM.
 
     Args:
-        asked: name of the SAM; None for whichever there is.
-        found: that of the file's.
-        checkpoint: the file.
+        name: of the SAM; None for that of a quantized or exported one, else `DEFAULT_MODEL`.
+        checkpoint: its file or folder; None for the embedded weights.
+        device: where torch computes.
+        backend: what runs it, see `open_backend`.
+        precision: under OpenVINO, see `open_backend`.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: the file does not fit, or is missing.
+        ConfigError: there is no such model, or a backend has nothing to run.
     """
-    if asked not in (None, found):
+    if backend == TORCH and (checkpoint is None or not is_quantized_file(checkpoint)):
+        return load_sam(name or DEFAULT_MODEL, checkpoint, device=device)
+    if checkpoint is None:
+        raise ConfigError(
+            f"backend {backend} runs what is quantized or exported already: give a checkpoint"
+        )
+    sam = (
+        load(checkpoint, device)
+        if backend == TORCH
+        else open_backend(checkpoint, backend, precision)
+    )
+    if name not in (None, sam.name):
         raise CheckpointError(
-            f"asked for {asked}, but {checkpoint} is a quantized {found}: give another file, "
+            f"asked for {name}, but {checkpoint} is a quantized {sam.name}: give another file, "
             "or leave the model's name away"
         )
+    return sam

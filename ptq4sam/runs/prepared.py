@@ -12,10 +12,8 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import Clicks, PromptSource
-from ptq4sam.runs.context import RunContext
-from ptq4sam.runs.inputs import Inputs
-from ptq4sam.runs.models import ModelOpener
 from ptq4sam.runs.outputs import make_folders
+from ptq4sam.runs.parts import Parts
 from ptq4sam.runs.quantizing import JOURNAL
 from ptq4sam.runs.reproducibility import fix_seeds
 from ptq4sam.runs.settings import RunSettings
@@ -44,19 +42,15 @@ class Preparation:
 
     def __init__(self, settings: RunSettings, progress: Progress = silent) -> None:
         self.settings = settings
-        context = RunContext.of(settings, progress)
-        self._inputs = Inputs(context)
-        self._models = ModelOpener(context, self._inputs)
+        self._parts = Parts.of(settings, progress)
 
     def pictures(self) -> tuple[ImageSet, PromptSource]:
         """The pictures and their boxes.
 
         Raises:
-            ConfigError: none were asked for.
+            ConfigError: none were asked for, or they have clicks.
         """
-        data = self._inputs.evaluated()
-        if data is None:
-            raise ConfigError("a study measures on pictures: give some")
+        data = self._parts.pictures()
         if isinstance(data[1], Clicks):
             raise ConfigError("a study prompts with boxes, not clicks: use ground-truth prompts")
         return data
@@ -70,7 +64,7 @@ class Preparation:
         fix_seeds(self.settings.seed)
         make_folders(self.settings)
         dataset, source = self.pictures()
-        models = self._models.open()
+        models = self._parts.models.open()
         sam, float_sam = models.sam, models.reference
         if not isinstance(sam, QuantizedSam):
             raise ConfigError(

@@ -13,13 +13,11 @@ from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
 from ptq4sam.runs.auditing import audit_run, require_passed
-from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.evaluating import evaluate_run
-from ptq4sam.runs.inputs import Inputs
 from ptq4sam.runs.metrics import run_metrics
-from ptq4sam.runs.models import ModelOpener
 from ptq4sam.runs.needed import require_inputs
 from ptq4sam.runs.outputs import make_folders, save_model
+from ptq4sam.runs.parts import Parts
 from ptq4sam.runs.quantizing import JOURNAL
 from ptq4sam.runs.record import RunRecord
 from ptq4sam.runs.reproducibility import fix_seeds
@@ -38,9 +36,7 @@ class Run:
 
     def __init__(self, settings: RunSettings, progress: Progress = silent) -> None:
         self.settings = settings
-        self._context = RunContext.of(settings, progress)
-        self._inputs = Inputs(self._context)
-        self._models = ModelOpener(self._context, self._inputs)
+        self._parts = Parts.of(settings, progress)
 
     @reproducible()
     def execute(self) -> dict[str, Any]:
@@ -59,7 +55,7 @@ class Run:
 
     def _plan(self) -> dict[str, Any]:
         fix_seeds(self.settings.seed)
-        plan = self._models.plan()
+        plan = self._parts.models.plan()
         return {
             "plan": plan.lines(),
             "units": [dataclasses.asdict(unit) for unit in plan.units],
@@ -67,11 +63,11 @@ class Run:
         }
 
     def _execute(self) -> dict[str, Any]:
-        settings, context = self.settings, self._context
+        settings, context = self.settings, self._parts.context
         fix_seeds(settings.seed)
         # First of all, for a mistake in it should not show after hours of quantization.
-        data = self._inputs.evaluated()
-        models = self._models.open()
+        data = self._parts.inputs.evaluated()
+        models = self._parts.models.open()
         record = RunRecord(
             threshold=settings.show_threshold,
             distributions=models.distributions,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from ptq4sam.errors import ConfigError, DependencyError
@@ -59,12 +58,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for actor in (*self._idle.values(), *(actor for _, actor, _ in self._busy.values())):
             self._ray.kill(actor)
         self._ray.shutdown()

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 from ptq4sam.sweep.tasks import Outcome, Task
@@ -89,12 +88,7 @@ class Processes:
     def __enter__(self) -> Processes:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # What they have finished is in files that are complete or not there.
         for place in self._places:
             place.process.terminate()

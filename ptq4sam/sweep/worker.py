@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ptq4sam.data import ImageSet
 from ptq4sam.errors import Ptq4samError, gpu_memory_advice, in_one_line, is_out_of_memory
 from ptq4sam.evaluation.evaluate import evaluate_sam
 from ptq4sam.files import write_json
@@ -23,11 +22,9 @@ from ptq4sam.model.calibration import calibrate
 from ptq4sam.model.insertion import insert_quantizers
 from ptq4sam.numerics import reproducible
 from ptq4sam.progress import silent
-from ptq4sam.prompts import PromptSource
 from ptq4sam.runs.auditing import audit_run, require_passed
-from ptq4sam.runs.context import Opened, RunContext
-from ptq4sam.runs.inputs import Inputs
-from ptq4sam.runs.models import ModelOpener
+from ptq4sam.runs.context import Opened
+from ptq4sam.runs.parts import Parts
 from ptq4sam.runs.phases import Phases
 from ptq4sam.runs.quantizing import Quantizing
 from ptq4sam.runs.reproducibility import fix_seeds, versions
@@ -74,7 +71,7 @@ class Worker:
     def do(self, task: Task) -> Outcome:
         """Do a task; whatever goes wrong is in the outcome."""
         phases = Phases()
-        work: dict[str, Callable[[Task, _Parts], dict[str, Any] | None]] = {
+        work: dict[str, Callable[[Task, Parts], dict[str, Any] | None]] = {
             "boxes": self._boxes,
             "calibration boxes": self._calibration_boxes,
             "float": self._float,
@@ -93,20 +90,17 @@ class Worker:
             self._let_go()
         return Outcome(problem, metrics, phases.to_dict(), _versions(), self.name, log.getvalue())
 
-    def _parts(self, task: Task, phases: Phases) -> _Parts:
+    def _parts(self, task: Task, phases: Phases) -> Parts:
         """What a run of the task's settings is made of."""
         folder = self.folder
         settings = task.settings.run(folder.trial(task.key), folder.boxes, folder.scenes)
-        context = RunContext.of(
-            settings, silent, phases=phases, opened=self._opened, sharers=self.workers
-        )
-        inputs = Inputs(context)
-        return _Parts(context, inputs, ModelOpener(context, inputs))
+        shared = {"opened": self._opened, "sharers": self.workers}
+        return Parts.of(settings, silent, phases=phases, **shared)
 
-    def _trial(self, task: Task, parts: _Parts) -> dict[str, Any]:
+    def _trial(self, task: Task, parts: Parts) -> dict[str, Any]:
         settings, phases = parts.context.settings, parts.context.phases
         fix_seeds(settings.seed)
-        dataset, source = parts.evaluated()
+        dataset, source = parts.pictures()
         sam = parts.models.float_sam()
         with phases.phase("shared results"):
             reference = self._float_results(task.settings)
@@ -136,28 +130,28 @@ class Worker:
             "float": reference.metrics,
         }
 
-    def _boxes(self, task: Task, parts: _Parts) -> None:
-        dataset, source = parts.evaluated()
+    def _boxes(self, task: Task, parts: Parts) -> None:
+        dataset, source = parts.pictures()
         with parts.context.phases.phase("boxes"):
             for record in dataset.images:
                 source.prompts(record, dataset.load(record))
         self._mark(task, {"pictures": len(dataset.images)})
 
-    def _calibration_boxes(self, task: Task, parts: _Parts) -> None:
+    def _calibration_boxes(self, task: Task, parts: Parts) -> None:
         items = parts.inputs.calibration(parts.models.float_sam())
         self._mark(task, {"pictures": len(items)})
 
     def _mark(self, task: Task, content: dict[str, Any]) -> None:
         write_json(content, self.folder.result(task.kind, task.key))
 
-    def _float(self, task: Task, parts: _Parts) -> None:
-        dataset, source = parts.evaluated()
+    def _float(self, task: Task, parts: Parts) -> None:
+        dataset, source = parts.pictures()
         sam = parts.models.float_sam()
         with parts.context.phases.phase("evaluate"):
             evaluation = evaluate_sam(sam, dataset, source, task.settings.prompting)
         FloatResults.of(evaluation).save(self.folder.result("float", task.key))
 
-    def _calibration(self, task: Task, parts: _Parts) -> None:
+    def _calibration(self, task: Task, parts: Parts) -> None:
         settings = task.settings
         sam = parts.models.float_sam()
         items = parts.inputs.calibration(sam)
@@ -181,21 +175,6 @@ class Worker:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What a run is made of."""
-
-    context: RunContext
-    inputs: Inputs
-    models: ModelOpener
-
-    def evaluated(self) -> tuple[ImageSet, PromptSource]:
-        """What every trial has: pictures to evaluate."""
-        evaluated = self.inputs.evaluated()
-        assert evaluated is not None
-        return evaluated
 
 
 def _versions() -> dict[str, str]:

@@ -75,7 +75,7 @@ def test_files_are_small(deployed: Path, tmp_path: Path) -> None:
         (["export", "nowhere.safetensors", "--format", "onnx"], "no quantized model"),
         (["export", "vit_b", "--format", "onnx"], "vit_b"),
         (["export", "vit_nano", "--format", "tflite"], "use onnx or openvino"),
-        (["evaluate", "--backend", "openvino"], "give it by --checkpoint"),
+        (["evaluate", "--backend", "openvino"], "give it as the checkpoint"),
         (["evaluate", "--checkpoint", "DEPLOYED", "--backend", "torch"], "which torch does not"),
         (["evaluate", "--checkpoint", "DEPLOYED", "--backend", "integer"], "no quantized model"),
         (["evaluate", "--checkpoint", "."], "config.json is missing, found"),
