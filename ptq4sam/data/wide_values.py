@@ -102,7 +102,7 @@ def _upper_bits(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     return narrow
 
 
-def _stored_values(path: Path) -> tuple[str, NDArray[np.uint16]]:
+def _stored_values(path: Path) -> tuple[str, NDArray[Any]]:
     """Pillow's mode of 16-bit colours, and all their bits, [height, width, bands].
 
     Pillow gives the upper byte of a value. The lower ones are the upper ones in the other order of
@@ -129,12 +129,7 @@ def _order(raw_mode: str, order: str) -> str:
 def _loaded(path: Path, as_raw_mode: Callable[[str], str]) -> NDArray[np.uint8]:
     """A file's pixels where what names their bytes is taken for something else."""
     with Image.open(path) as stored:
-        tiles = []
-        for tile in stored.tile:
-            other = as_raw_mode(_raw_mode(tile))
-            in_tuple = isinstance(tile.args, tuple)
-            tiles.append(tile._replace(args=(other, *tile.args[1:]) if in_tuple else other))
-        stored.tile = tiles
+        stored.tile = [_renamed(tile, as_raw_mode(_raw_mode(tile))) for tile in stored.tile]
         stored.load()
         return np.asarray(stored)
 
@@ -143,3 +138,9 @@ def _raw_mode(tile: Any) -> str:
     """Names bands, size and order of a stored pixel's bytes, as RGB;16B; "" where nothing does."""
     mode = tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args
     return mode if isinstance(mode, str) else ""
+
+
+def _renamed(tile: Any, raw_mode: str) -> Any:
+    """A tile whose bytes are named otherwise."""
+    args = (raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode
+    return tile._replace(args=args)
