@@ -17,7 +17,6 @@ from ptq4sam.data.images import check_limit, read_size
 from ptq4sam.evaluation import write_json
 from ptq4sam.evaluation.pictures import draw_segments, write_picture
 from ptq4sam.everything import EverythingSettings, FoundMasks, MaskGenerator, Tally
-from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
 from ptq4sam.runs.pictures import file_names
