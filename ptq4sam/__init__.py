@@ -42,7 +42,7 @@ _WHERE = {
     "Scheme": "ptq4sam.quantization.scheme",
     "evaluate": "ptq4sam.api",
     "load": "ptq4sam.deploy.storage",
-    "load_sam": "ptq4sam.sam.checkpoint",
+    "load_sam": "ptq4sam.families.checkpoint",
     "open_prompts": "ptq4sam.prompts",
     "quantize": "ptq4sam.api",
     "save": "ptq4sam.deploy.storage",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,8 +95,8 @@ def _decimal(size: int) -> str:
 
 
 _CKPT = Path("ckpt")
+_FAMILIES = Path(__file__).resolve().parents[1] / "families"
 _COCO = Path("data/coco")
-_SAM = "https://dl.fbaipublicfiles.com/segment_anything/"
 _MMDET = "https://download.openmmlab.com/mmdetection/"
 _YOLOX = "https://github.com/Megvii-BaseDetection/YOLOX/releases/download/0.1.1rc0/"
 _HDETR = "https://github.com/HDETR/H-Deformable-DETR/releases/download/v0.1/"
@@ -132,6 +134,14 @@ def _weights(
     return Asset(name, _CKPT / url.rpartition("/")[2], url, licence, size, digest, about)
 
 
+def _of_families() -> Iterator[Asset]:
+    """The weights of SAMs, which stand in a file of each family."""
+    for path in sorted(_FAMILIES.glob("*/weights.json")):
+        for entry in json.loads(path.read_text(encoding="utf-8")):
+            digest = entry.pop("digest", None)
+            yield _weights(**entry, digest=None if digest is None else Digest(*digest))
+
+
 def _of_torchvision(model: str, ending: str, mebibytes: float) -> Asset:
     return _weights(
         f"torchvision-{model.replace('_', '-')}",
@@ -153,27 +163,7 @@ def _coco(
 # Sizes after `about` are those of copies of the same name on the Hugging Face Hub, of YOLOX-L of
 # mmdetection the copy with the published checksum; torchvision gives its own.
 _EVERY = (
-    _weights(
-        "sam-vit-b",
-        _SAM + "sam_vit_b_01ec64.pth",
-        "Apache-2.0",
-        Digest("md5", "01ec64"),
-        size=375_042_383,
-    ),
-    _weights(
-        "sam-vit-l",
-        _SAM + "sam_vit_l_0b3195.pth",
-        "Apache-2.0",
-        Digest("md5", "0b3195"),
-        about=1_249_524_607,
-    ),
-    _weights(
-        "sam-vit-h",
-        _SAM + "sam_vit_h_4b8939.pth",
-        "Apache-2.0",
-        Digest("md5", "4b8939"),
-        about=2_564_550_879,
-    ),
+    *_of_families(),
     _weights("yolox-nano-onnx", _YOLOX + "yolox_nano.onnx", "Apache-2.0", size=3_659_407),
     _weights("yolox-l-onnx", _YOLOX + "yolox_l.onnx", "Apache-2.0", about=217_000_000),
     _weights("yolox-l-megvii", _YOLOX + "yolox_l.pth", "Apache-2.0", about=434_357_141),

@@ -1,14 +1,20 @@
-"""All families of SAMs: a folder and a line here for each."""
+"""All families of SAMs: a folder and a name here for each."""
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from ptq4sam.errors import ConfigError
 from ptq4sam.families.family import Variant
-from ptq4sam.families.sam_vit.variants import VARIANTS as SAM_VIT
 from ptq4sam.sam.model import Sam
 
+FAMILIES = ("sam_vit",)
+"""Folders here, each with a module `variants` that lists VARIANTS."""
+
 VARIANTS: dict[str, Variant] = {
-    variant.name: variant for variants in (SAM_VIT,) for variant in variants
+    variant.name: variant
+    for family in FAMILIES
+    for variant in import_module(f"{__name__}.{family}.variants").VARIANTS
 }
 
 

@@ -41,8 +41,8 @@ class Weights:
 
     Attributes:
         file: its usual name.
-        download: name for `ptq4sam download`, whose catalogue has address and checksum; None where
-            it ships with the package.
+        download: name for `ptq4sam download`: address and checksum are in the family's own
+            weights.json; None where it ships with the package.
         source: where it is published.
     """
 
