@@ -229,6 +229,8 @@ def measure_apart(
     root = str(Path(__file__).resolve().parents[1])
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     environment["PYTHONPATH"] = root
+    # Few steps are timed: without this kernels would not be made before the last of them.
+    environment.setdefault("PTQ4SAM_COMPILE", "1")
     command = [sys.executable, __file__, "--side", side, "--units", name, "--steps", str(steps)]
     command += ["--threads", str(threads), "--precision", precision]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
