@@ -90,7 +90,8 @@ def read_normalization(
     if not usable or not all(map(math.isfinite, found.mean + found.std)) or min(found.std) <= 0:
         raise CheckpointError(
             f"{origin}: no picture of three channels can be normalised by its "
-            f"{described(found, own)}; write three finite values of each into it, or none for SAM's own"
+            f"{described(found, own)}; write three finite values of each into it, or none for "
+            "SAM's own"
         )
     ours = [*own.mean, *own.std]
     pairs = zip(ours, [*found.mean, *found.std], strict=True)
