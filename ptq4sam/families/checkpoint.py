@@ -17,7 +17,6 @@ from ptq4sam.families.fitting import described, fit_state, read_normalization
 from ptq4sam.families.foreign import refuse_foreign
 from ptq4sam.families.state_dict import FoundState, find_state
 from ptq4sam.families.weight_file import read_file
-from ptq4sam.sam.description import SAM_NORMALIZATION
 from ptq4sam.sam.model import Sam
 
 _log = logging.getLogger(__name__)
@@ -51,14 +50,16 @@ def load_sam(
         skeleton = variant.build(side)
     state = fit_state(variant, found.tensors, skeleton.state_dict(), origin)
     skeleton.load_state_dict(state, assign=True)
-    normalization = read_normalization(found.pixel_mean, found.pixel_std, origin)
+    own = variant.geometry.normalization
+    normalization = read_normalization(found.pixel_mean, found.pixel_std, origin, own)
     notes, own_side = list(found.notes), variant.geometry.encoder_side
     if side != own_side:
         notes.append(f"this {name} is for pictures of {side} pixels, not {own_side}")
     if notes:
         _log.info("%s: %s", origin, "; ".join(notes))
-    if normalization != SAM_NORMALIZATION:
-        _log.warning("%s: pictures are normalised by its %s", origin, described(normalization))
+    if normalization != own:
+        told = described(normalization, own)
+        _log.warning("%s: pictures are normalised by its %s", origin, told)
     # Made anew outside of the meta device, so that the constants of normalisation are real.
     return skeleton.normalized_by(normalization).eval().to(device)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptq4sam.errors import CheckpointError
 from ptq4sam.families.family import Variant
-from ptq4sam.sam.description import SAM_NORMALIZATION, Normalization
+from ptq4sam.sam.description import Normalization
 
 _NAMED_AT_ONCE = 3
 
@@ -62,13 +62,16 @@ def fit_state(
     return fitted
 
 
-def read_normalization(mean: Tensor | None, std: Tensor | None, origin: str) -> Normalization:
-    """What a checkpoint says that pictures are normalised by; SAM's own where it says nothing.
+def read_normalization(
+    mean: Tensor | None, std: Tensor | None, origin: str, own: Normalization
+) -> Normalization:
+    """What a checkpoint says that pictures are normalised by; its model's own where it is silent.
 
     Args:
         mean: three values by channel, of pictures of 0 to 255 or of 0 to 1.
         std: the same.
         origin: where they come from, for messages.
+        own: of its model.
 
     Raises:
         CheckpointError: they are no three usable values, or could be of either range.
@@ -80,19 +83,20 @@ def read_normalization(mean: Tensor | None, std: Tensor | None, origin: str) -> 
             "to 255"
         )
     found = Normalization(
-        SAM_NORMALIZATION.mean if mean is None else _of_levels(mean),
-        SAM_NORMALIZATION.std if std is None else _of_levels(std),
+        own.mean if mean is None else _of_levels(mean),
+        own.std if std is None else _of_levels(std),
     )
     usable = len(found.mean) == len(found.std) == 3
     if not usable or not all(map(math.isfinite, found.mean + found.std)) or min(found.std) <= 0:
         raise CheckpointError(
-            f"{origin}: no picture of three channels can be normalised by its {described(found)}; "
-            "write three finite values of each into it, or none for SAM's own"
+            f"{origin}: no picture of three channels can be normalised by its "
+            f"{described(found, own)}; write three finite values of each into it, or none for "
+            "SAM's own"
         )
-    ours = [*SAM_NORMALIZATION.mean, *SAM_NORMALIZATION.std]
+    ours = [*own.mean, *own.std]
     pairs = zip(ours, [*found.mean, *found.std], strict=True)
     same = all(math.isclose(one, other, rel_tol=_SAME) for one, other in pairs)
-    return SAM_NORMALIZATION if same else found
+    return own if same else found
 
 
 def _of_levels(values: Tensor) -> tuple[float, ...]:
@@ -102,11 +106,11 @@ def _of_levels(values: Tensor) -> tuple[float, ...]:
     return tuple(scale * value for value in given)
 
 
-def described(found: Normalization) -> str:
-    """A normalisation beside SAM's own, for a message."""
+def described(found: Normalization, own: Normalization) -> str:
+    """A normalisation beside the model's own, for a message."""
     return (
         f"mean {_listed(found.mean)} and deviation {_listed(found.std)}, where SAM has "
-        f"{_listed(SAM_NORMALIZATION.mean)} and {_listed(SAM_NORMALIZATION.std)}"
+        f"{_listed(own.mean)} and {_listed(own.std)}"
     )
 
 

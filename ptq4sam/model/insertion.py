@@ -89,10 +89,11 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
 
     Raises:
         ConfigError: the scheme makes an exception for a unit that there is not, or an operator has
-            no quantized form.
+            no quantized form, or is in no list of its family's.
     """
     quantized = QuantizedSam(copy.deepcopy(sam), scheme, quantize_encoder)
     _check_units(quantized)
+    _check_operators(quantized)
     for name in [name for name, _ in model_units(quantized)]:
         factory = QuantizerFactory(scheme).of_unit(name)
         if factory is not None:
@@ -110,6 +111,18 @@ def _check_units(sam: QuantizedSam) -> None:
     for name in sam.scheme.units:
         if name not in known:
             raise unknown_key(name, known).within("units")
+
+
+def _check_operators(sam: Sam) -> None:
+    """What no list has would stay float, unseen until the audit."""
+    for name, module in sam.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        listed = sam.description.place_of(name) or sam.description.may_hold(name)
+        if own and not listed:
+            raise ConfigError(
+                f"{name} ({type(module).__name__}) is in no list of the description of {sam.name}: "
+                "say there whether it is quantized or stays float"
+            )
 
 
 def name_quantizers(module: nn.Module) -> None:

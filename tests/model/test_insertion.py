@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ptq4sam.errors import CalibrationError
+from ptq4sam.errors import CalibrationError, ConfigError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.model.insertion import insert_quantizers, model_units
 from ptq4sam.operators.base import quantized_layers
@@ -94,3 +94,24 @@ def test_uncalibrated_model_names_its_quantizer(
 ) -> None:
     with pytest.raises(CalibrationError, match=r"blocks\.0\.attn\.qkv"):
         forward(insert_quantizers(sam, make_scheme()))
+
+
+def test_what_has_no_quantized_form_is_named(sam: Sam, make_scheme: MakeScheme) -> None:
+    class Scaled(nn.Linear):
+        """Not the operator that the registry knows."""
+
+    sam.image_encoder.blocks[1].mlp.lin1 = Scaled(32, 128)
+    with pytest.raises(ConfigError, match=r"blocks\.1\.mlp\.lin1 is .* a Scaled has no quantized"):
+        insert_quantizers(sam, make_scheme())
+
+
+def test_what_is_in_no_list_is_named(sam: Sam, make_scheme: MakeScheme) -> None:
+    sam.image_encoder.blocks[1].mlp.lin3 = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"blocks\.1\.mlp\.lin3 \(Linear\) is in no list"):
+        insert_quantizers(sam, make_scheme())
+
+
+def test_a_convolution_that_is_padded_otherwise_is_named(sam: Sam, make_scheme: MakeScheme) -> None:
+    sam.image_encoder.neck[2].padding_mode = "reflect"
+    with pytest.raises(ConfigError, match=r"neck\.2: a convolution pads with reflect"):
+        insert_quantizers(sam, make_scheme())

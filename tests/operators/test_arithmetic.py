@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.quantize import quantize_sam
@@ -98,15 +98,3 @@ def test_a_bias_by_table_is_added(
     assert torch.equal(quantized(query, key, value, bias), whole)
     monkeypatch.setattr("ptq4sam.operators.attention._BIAS_BYTES", {"cpu": 1})
     torch.testing.assert_close(source(query, key, value, bias), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_what_has_no_quantized_form_is_named(sam: Sam, make_scheme: MakeScheme) -> None:
-    from ptq4sam.errors import ConfigError
-    from ptq4sam.model.insertion import insert_quantizers
-
-    class Scaled(nn.Linear):
-        """Not the operator that the registry knows."""
-
-    sam.image_encoder.blocks[1].mlp.lin1 = Scaled(32, 128)
-    with pytest.raises(ConfigError, match=r"blocks\.1\.mlp\.lin1 is .* a Scaled has no quantized"):
-        insert_quantizers(sam, make_scheme())
