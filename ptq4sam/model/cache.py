@@ -182,7 +182,7 @@ class _OnDisk(Kept):
         except OSError as error:
             raise ResourceError(
                 f"{folder}: {reason(error)}: no room for activations of {values.nbytes} bytes: "
-                "make some, or raise --memory-budget"
+                "make some, or raise the memory budget"
             ) from error
 
     def load(self) -> Tensor:

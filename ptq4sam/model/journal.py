@@ -101,7 +101,7 @@ class Journal:
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ConfigError(
                 f"the journal's {path} cannot be read ({' '.join(str(error).split())[:200]}): "
-                "run without --resume to start again"
+                "start again without resuming"
             ) from error
         return True
 
@@ -120,8 +120,8 @@ class Journal:
         except OSError as error:
             raise ResourceError(
                 f"{in_one_line(error)}: the journal of finished units cannot be written: make "
-                "room or choose another --work-dir, then go on with --resume; what was finished "
-                "before is kept"
+                "room or choose another work directory, then resume; what was finished before is "
+                "kept"
             ) from error
 
     def _write_index(self) -> None:
@@ -160,13 +160,13 @@ def run_fingerprint(
 
 
 def _move_aside(folder: Path) -> None:
-    """Hours of work may lie there: a forgotten --resume must not cost them."""
+    """Hours of work may lie there: to forget that a run is to be resumed must not cost them."""
     names = (folder.with_name(f"{folder.name}.before{number}") for number in itertools.count(1))
     aside = next(name for name in names if not name.exists())
     folder.rename(aside)
     _log.warning(
-        "%s held an unfinished run, which is now in %s: to go on with it, move it back and add "
-        "--resume; delete it otherwise",
+        "%s held an unfinished run, which is now in %s: to go on with it, move it back and "
+        "resume; delete it otherwise",
         folder,
         aside,
     )
@@ -187,8 +187,8 @@ def require_same(index: Path, found: Mapping[str, str], asked: Mapping[str, str]
         there, now = _parts_that_differ(found.get(different[0]), asked[different[0]])
         raise ConfigError(
             f"{index} belongs to another run; {', '.join(different)} differ ({different[0]} there: "
-            f"{_short(there)}, asked now: {_short(now)}): run without --resume, or with the "
-            "settings of that run"
+            f"{_short(there)}, asked now: {_short(now)}): start without resuming, or with "
+            "the settings of that run"
         )
 
 

@@ -222,7 +222,7 @@ class Scheme(Record):
             float32 file's size off that of a quantized ViT-B. "float32" leaves them exact.
         units: ours; units that are not quantized as the rest, by their path in the model: bits of
             their weights and activations (4), both apart ("w4a8"), or "float". Accuracy control
-            (`--max-drop`) and `ptq4sam mixed` write them.
+            and `ptq4sam mixed` write them.
         methods: ours; names in METHODS, called in this order before ranges are observed.
         compat: ours; "published" leaves activations dropped and roundings soft after
             reconstruction, as the published implementation does, to reproduce its numbers; they

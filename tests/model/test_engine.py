@@ -225,7 +225,7 @@ def test_a_full_disk_keeps_what_was_finished(
 
     monkeypatch.setattr(journal_module, "save_file", fills)
     journal = Journal(tmp_path / "j", identity, resume=False)
-    with pytest.raises(ResourceError, match="--resume"):
+    with pytest.raises(ResourceError, match="then resume"):
         quantize_sam(sam, items, scheme, journal=journal)
     monkeypatch.setattr(journal_module, "save_file", save_file)
     journal = Journal(tmp_path / "j", identity, resume=True)
