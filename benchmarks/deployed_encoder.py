@@ -63,22 +63,21 @@ def picture(side: int) -> Any:
 
 def make_float(arguments: argparse.Namespace, folder: Path) -> None:
     """The float encoder as .onnx, .xml and .bin."""
-    _write(random_sam(arguments.model).image_encoder, folder, FILES[FLOAT], quantized=False)
+    _write(random_sam(arguments.model), folder, FILES[FLOAT], quantized=False)
 
 
 def make_ours(arguments: argparse.Namespace, folder: Path) -> None:
     """Our W8A8 encoder as .onnx, .xml and .bin."""
-    _write(quantized_encoder(arguments), folder, FILES[OURS], quantized=True)
+    _write(quantized_sam(arguments), folder, FILES[OURS], quantized=True)
 
 
 def make_fast(arguments: argparse.Namespace, folder: Path) -> None:
     """The fast form of it, which OpenVINO alone has."""
-    _write(quantized_encoder(arguments), folder, FILES[FAST], quantized=True, exact=False)
-    (folder / f"{FILES[FAST]}.onnx").unlink()
+    _write(quantized_sam(arguments), folder, FILES[FAST], quantized=True, fast=True)
 
 
-def quantized_encoder(arguments: argparse.Namespace) -> Any:
-    """A W8A8 encoder with random weights."""
+def quantized_sam(arguments: argparse.Namespace) -> Any:
+    """A SAM with random weights and a W8A8 encoder."""
     import torch
 
     from ptq4sam.model.calibration import observing_activations
@@ -91,23 +90,26 @@ def quantized_encoder(arguments: argparse.Namespace) -> Any:
         "a_qconfig.observer=MinMaxObserver", "w_qconfig.observer=MinMaxObserver"
     )
     sam = random_sam(arguments.model)
-    encoder = insert_quantizers(sam, scheme).image_encoder
+    quantized = insert_quantizers(sam, scheme)
+    encoder = quantized.image_encoder
     with torch.inference_mode():
         with observing_activations(encoder):
             encoder(picture(sam.image_size))
         observe_weights(encoder)
     put_weights_on_grid(encoder)
-    return encoder
+    return quantized
 
 
-def _write(encoder: Any, folder: Path, name: str, quantized: bool, exact: bool = True) -> None:
+def _write(sam: Any, folder: Path, name: str, quantized: bool, fast: bool = False) -> None:
     from ptq4sam.deploy.onnx.encoder import encoder_graph
-    from ptq4sam.deploy.openvino import write_openvino
+    from ptq4sam.deploy.targets import onnxruntime, openvino
 
-    encoder_graph(encoder, signed=False, exact=exact).write(folder / f"{name}.onnx", {})
-    encoder_graph(encoder, signed=True, exact=exact).write(folder / "signed.onnx", {})
-    write_openvino(folder / "signed.onnx", folder / f"{name}.xml", quantized=quantized)
-    (folder / "signed.onnx").unlink()
+    dialect = openvino.FAST if fast else openvino.DIALECT
+    encoder_graph(sam, dialect).write(folder / f"{name}.onnx", {})
+    openvino.write_openvino(folder / f"{name}.onnx", quantized)
+    (folder / f"{name}.onnx").unlink()
+    if not fast:
+        encoder_graph(sam, onnxruntime.DIALECT).write(folder / f"{name}.onnx", {})
 
 
 def make_nncf(arguments: argparse.Namespace, folder: Path) -> None:
@@ -147,10 +149,10 @@ def make(arguments: argparse.Namespace, kind: str) -> None:
 
 def seconds(arguments: argparse.Namespace, runtime: str, precision: str) -> dict[str, float]:
     """Median seconds of each encoder, in turns, after one that does not count."""
-    from ptq4sam.deploy.runtimes import open_session
+    from ptq4sam.deploy.targets import TARGETS
 
     sessions = {
-        kind: open_session(runtime, path, ["embedding"], precision, PRODUCTS.get(kind))
+        kind: TARGETS[runtime].open(path, ["embedding"], precision, PRODUCTS.get(kind))
         for kind, path in files_of(arguments, runtime, precision).items()
     }
     inputs = {"image": picture(_image_size(arguments.model)).numpy()}
@@ -216,7 +218,7 @@ def _encode_without_torch(path: Path, precision: str, products: str) -> None:
         return
     import openvino
 
-    from ptq4sam.deploy.float_products import with_float_products
+    from ptq4sam.deploy.targets.openvino import with_float_products
 
     settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     core = openvino.Core()

@@ -17,8 +17,9 @@ from ptq4sam.deploy.exported import ExportedSam, open_exported
 from ptq4sam.deploy.manifest import find_export, formats
 from ptq4sam.deploy.products import advice
 from ptq4sam.deploy.reference import integer_model
-from ptq4sam.deploy.runtimes import PRECISIONS, RUNTIMES, Precision, require
 from ptq4sam.deploy.storage import load
+from ptq4sam.deploy.targets import TARGETS
+from ptq4sam.deploy.targets.target import PRECISIONS, Precision, require
 from ptq4sam.errors import CheckpointError, ConfigError, DependencyError
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.sam.model import Sam
@@ -26,7 +27,7 @@ from ptq4sam.sam.model import Sam
 _log = logging.getLogger(__name__)
 
 TORCH, INTEGER = "torch", "integer"
-BACKENDS = (INTEGER, *RUNTIMES)
+BACKENDS = (INTEGER, *TARGETS)
 _GONE = {
     "torch-int8": "torch, which multiplies in int8 by itself where the processor is fast at that"
 }
@@ -84,7 +85,7 @@ def choose_backend(checkpoint: Path | None, asked: str | None) -> tuple[Path | N
         )
     if asked is not None:
         return folder, asked
-    runtimes = [runtime for runtime, known in RUNTIMES.items() if known in there]
+    runtimes = [runtime for runtime, target in TARGETS.items() if target.form in there]
     chosen = next((runtime for runtime in runtimes if find_spec(runtime)), runtimes[0])
     others = "" if len(runtimes) == 1 else f" (it has {' and '.join(there)}; --backend chooses)"
     _log.info("%s is an exported model: --backend %s%s", folder, chosen, others)
@@ -171,7 +172,7 @@ def _open_exported(path: Path, runtime: str, precision: str) -> ExportedSam:
     own = precision if runtime == "openvino" else "f32"
     model = open_exported(path, runtime, cast(Precision, own))
     in_codes = model.manifest.scheme is not None or model.manifest.nncf is not None
-    if in_codes and (told := advice(runtime)) is not None:
+    if in_codes and (told := advice(TARGETS[runtime])) is not None:
         _log.info(told)
     return model
 
@@ -180,10 +181,10 @@ def _candidates(path: Path) -> list[str]:
     """The runtimes that are installed and have files in a folder, the likeliest one first."""
     there, candidates = formats(path), []
     for runtime in _LIKELIEST:
-        if RUNTIMES[runtime] not in there:
+        if TARGETS[runtime].form not in there:
             continue
         try:
-            require(runtime)
+            require(runtime, TARGETS[runtime].form)
         except DependencyError as error:
             _log.info("%s was not tried: %s", runtime, error)
         else:

@@ -11,7 +11,6 @@ import torch
 from ptq4sam.deploy.manifest import (
     DECODER,
     ENCODER,
-    SUFFIXES,
     Format,
     Manifest,
     checksum,
@@ -19,9 +18,9 @@ from ptq4sam.deploy.manifest import (
 )
 from ptq4sam.deploy.onnx.decoder import decoder_graph
 from ptq4sam.deploy.onnx.encoder import encoder_graph
-from ptq4sam.deploy.openvino import write_openvino
 from ptq4sam.deploy.products import advice, exact_products
-from ptq4sam.deploy.runtimes import FORMS, RUNTIMES, Products, require
+from ptq4sam.deploy.targets import FORMATS
+from ptq4sam.deploy.targets.target import Products, Target, require
 from ptq4sam.errors import ConfigError, DependencyError, DeployError
 from ptq4sam.files import temporary_folder
 from ptq4sam.locks import alone_in
@@ -77,65 +76,76 @@ def export_alone(
     products: Products | None = None,
 ) -> Manifest:
     """`export`, for whoever has a right form and has claimed the folder."""
-    quantized, signed = isinstance(sam, QuantizedSam), runtime_format == "openvino"
-    exact = quantized and not fast
-    found = _products(runtime_format, exact) if quantized else None
-    products = products or found
+    target = FORMATS[runtime_format]
+    dialect = target.fast if fast and target.fast is not None else target.dialect
+    quantized = isinstance(sam, QuantizedSam)
     graphs = {
-        ENCODER: encoder_graph(sam.image_encoder, signed, not fast),
-        DECODER: decoder_graph(sam, signed, not fast),
+        ENCODER: encoder_graph(sam, dialect),
+        DECODER: decoder_graph(sam, dialect),
     }
+    doubtful = [place for graph in graphs.values() for place in graph.inexact]
+    for place in doubtful:
+        _log.debug("the codes of %s may be others than the simulation's", place)
+    has_codes = any(graph.quantizers for graph in graphs.values())
+    # Products are asked about wherever sums are those of the simulation, whatever is multiplied.
+    whole = has_codes and dialect.between == "portable"
+    found = _products(target, whole) if has_codes else None
+    products = (products or found) if whole else None
     with temporary_folder(folder, "export", folder) as temporary:
         for name, graph in graphs.items():
             path = temporary / f"{name}.onnx"
             graph.write(path, {"ptq4sam": __version__, "model": sam.name})
-            if signed:
-                form = products if exact else None
-                write_openvino(path, path.with_suffix(".xml"), quantized=quantized, products=form)
-        names = [name + suffix for name in graphs for suffix in SUFFIXES[runtime_format]]
+            if target.convert is not None:
+                target.convert(path, quantized, products)
+        names = [name + suffix for name in graphs for suffix in target.suffixes]
         files = {name: checksum(temporary / name) for name in names}
         for name in names:
             os.replace(temporary / name, folder / name)
-    manifest = describe(sam, runtime_format, files, exact, products if exact else None)
+    manifest = describe(sam, runtime_format, files, has_codes and not doubtful, products)
     manifest.write(folder)
     return manifest
 
 
-def _check_form(sam: Sam, runtime_format: Format, fast: bool, products: Products | None) -> None:
+def _check_form(sam: Sam, form: Format, fast: bool, products: Products | None) -> None:
     """Refuse what cannot be written, before anything is made; errors as `export`."""
-    if runtime_format not in SUFFIXES:
-        raise ConfigError(f"format {runtime_format!r} was asked for: use {' or '.join(SUFFIXES)}")
-    signed = runtime_format == "openvino"
-    if fast and not signed:
-        raise ConfigError(f"asked for a fast export as {runtime_format}: use openvino")
-    if products is not None and (fast or not signed or products not in FORMS["openvino"]):
+    if form not in FORMATS:
+        raise ConfigError(f"format {form!r} was asked for: use {' or '.join(FORMATS)}")
+    target = FORMATS[form]
+    if fast and target.fast is None:
+        others = " or ".join(known for known, other in FORMATS.items() if other.fast)
+        raise ConfigError(f"asked for a fast export as {form}: use {others}")
+    if products is not None and (fast or not target.held or products not in target.products):
+        known = ", ".join(
+            f"{known} have {' or '.join(other.products)}"
+            for known, other in FORMATS.items()
+            if other.held
+        )
         raise ConfigError(
             f"asked for {products} products of codes in {'a fast' if fast else 'an'} export as "
-            f"{runtime_format}: exact exports as openvino have {' or '.join(FORMS['openvino'])}"
+            f"{form}: exact exports as {known}"
         )
     if isinstance(sam, QuantizedSam) and sam.scheme.compat == "published":
         raise DeployError(
             "asked to export a model with compat: published, which is not on its grid: quantize "
             "with compat: faithful"
         )
-    if signed:
-        require("openvino")
+    if target.convert is not None:
+        require(target.name)
 
 
-def _products(runtime_format: Format, exact: bool) -> Products | None:
+def _products(target: Target, whole: bool) -> Products | None:
     """Products of codes that are exact here; None where the runtime cannot be asked, or has none.
 
     Another machine may have them: that is no reason not to export.
     """
-    runtime = next(known for known, taken in RUNTIMES.items() if taken == runtime_format)
     try:
-        told = advice(runtime)
-        found = exact_products(runtime) if exact else None
+        told = advice(target)
+        found = exact_products(target) if whole else None
     except (DependencyError, DeployError) as error:
         _log.info("how codes are multiplied is left to where the export is opened: %s", error)
         return None
     if told is not None:
         _log.info(told)
     if found is not None:
-        _log.info("%s multiplies codes in %s: exact on this processor", runtime, found)
+        _log.info("%s multiplies codes in %s: exact on this processor", target.name, found)
     return found

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptq4sam.deploy.manifest import DECODER, ENCODER, SUFFIXES, Manifest, read_manifest
+from ptq4sam.deploy.manifest import DECODER, ENCODER, Manifest, read_manifest
 from ptq4sam.deploy.products import exact_products
-from ptq4sam.deploy.runtimes import RUNTIMES, Precision, Products, Session, open_session
+from ptq4sam.deploy.targets import TARGETS
+from ptq4sam.deploy.targets.target import Precision, Products, Session
 from ptq4sam.errors import ConfigError
 from ptq4sam.sam.description import Geometry, Normalization
 from ptq4sam.sam.model import Features, normalize, resize_masks
@@ -36,21 +37,23 @@ class ExportedSam:
 
     def __init__(self, folder: Path, runtime: str, precision: Precision = "f32") -> None:
         """Open the files of a folder; see `open_exported`."""
-        self.manifest: Manifest = read_manifest(folder, RUNTIMES[runtime])
-        if self.manifest.exact and precision != "f32":
+        target = TARGETS[runtime]
+        self.manifest: Manifest = read_manifest(folder, target.form)
+        whole = self.manifest.exact or self.manifest.products is not None
+        if whole and precision != "f32":
             raise ConfigError(
-                f"precision {precision!r} was asked for, but {folder} holds an exact model, which "
-                "is one in f32: write it with ptq4sam export --fast"
+                f"precision {precision!r} was asked for, but {folder} holds a model of whole "
+                "numbers, which is one in f32: write it with ptq4sam export --fast"
             )
         self.runtime = runtime
         self.name = self.manifest.model
         self.products: Products | None = None
-        if self.manifest.exact:
-            self.products = exact_products(runtime, self.manifest.products)
+        if whole:
+            self.products = exact_products(target, self.manifest.products)
             _log.info("%s multiplies codes in %s: exact on this processor", runtime, self.products)
-        suffix = SUFFIXES[RUNTIMES[runtime]][0]
+        suffix = target.suffixes[0]
         self._encoder, self._decoder = (
-            open_session(runtime, folder / f"{part}{suffix}", outputs, precision, self.products)
+            target.open(folder / f"{part}{suffix}", outputs, precision, self.products)
             for part, outputs in ((ENCODER, ["embedding"]), (DECODER, ["low_res", "iou"]))
         )
         self._mean, self._std = (
@@ -167,11 +170,9 @@ def open_exported(folder: str | Path, runtime: str, precision: Precision = "f32"
         DependencyError: the runtime is not installed.
         DeployError: the export is exact, but the runtime is not on this processor.
     """
-    if runtime not in RUNTIMES:
-        raise ConfigError(f"runtime {runtime!r} was asked for: use {' or '.join(RUNTIMES)}")
-    if precision not in ("f32", "bf16") or (precision == "bf16" and runtime != "openvino"):
-        raise ConfigError(
-            f"precision {precision!r} was asked for in {runtime}: OpenVINO has f32 and bf16, ONNX "
-            "Runtime f32"
-        )
+    if runtime not in TARGETS:
+        raise ConfigError(f"runtime {runtime!r} was asked for: use {' or '.join(TARGETS)}")
+    if precision not in TARGETS[runtime].precisions:
+        known = (f"{name} has {' and '.join(t.precisions)}" for name, t in TARGETS.items())
+        raise ConfigError(f"precision {precision!r} was asked for in {runtime}: {', '.join(known)}")
     return ExportedSam(Path(folder), runtime, precision)

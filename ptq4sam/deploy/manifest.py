@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ptq4sam.deploy.runtimes import Products
+from ptq4sam.deploy.targets import FORMATS
+from ptq4sam.deploy.targets.target import Products
 from ptq4sam.errors import CheckpointError, DataError
 from ptq4sam.files import read_json, write_json
 from ptq4sam.model.insertion import QuantizedSam
@@ -20,8 +21,6 @@ Format = Literal["onnx", "openvino"]
 FORMAT = "ptq4sam-export"
 FORMAT_VERSION = 1
 ENCODER, DECODER = "encoder", "decoder"
-SUFFIXES: dict[str, tuple[str, ...]] = {"onnx": (".onnx",), "openvino": (".xml", ".bin")}
-"""Files of a graph in each format; the first is the one that a runtime opens."""
 
 # Tensors that no quantization changes: two models that share them are one before and after.
 
@@ -42,10 +41,11 @@ class Manifest:
         encoder_quantized: whether the encoder is quantized; None for a float model.
         scheme: the quantization; None for a float model.
         files: checksum (SHA-256) by name.
-        exact: whether it is quantized and computes the simulation's codes, in float32 alone.
-        products: how codes are multiplied where it was exported, so that they are exact there: see
-            `runtimes.FORMS`. In OpenVINO's format float32 means that the files have no other;
-            elsewhere the runtime is asked again. None where it is not exact, or was not asked.
+        exact: whether its graphs have codes and all are the simulation's, of the same input and in
+            float32 alone.
+        products: how codes are multiplied where it was exported, so that sums are exact there. In
+            OpenVINO's format float32 means that the files have no other; elsewhere the runtime is
+            asked again. None where sums are the runtime's own, or it was not asked.
         nncf: what NNCF was asked for, where it quantized the encoder.
         ptq4sam: version that wrote it.
     """
@@ -120,7 +120,9 @@ def find_export(path: Path) -> tuple[Path, list[str]] | None:
         there = formats(path)
         return (path, there) if there else None
     for known in formats(path.parent):
-        graphs = [part + suffix for part in (ENCODER, DECODER) for suffix in SUFFIXES[known]]
+        graphs = [
+            part + suffix for part in (ENCODER, DECODER) for suffix in FORMATS[known].suffixes
+        ]
         if path.is_file() and path.name in (f"{known}.json", *graphs):
             return path.parent, [known]
     return None
@@ -128,7 +130,7 @@ def find_export(path: Path) -> tuple[Path, list[str]] | None:
 
 def formats(folder: Path) -> list[str]:
     """The formats that a folder has."""
-    return [known for known in SUFFIXES if _path(folder, known).is_file()]
+    return [known for known in FORMATS if _path(folder, known).is_file()]
 
 
 def read_manifest(folder: Path, runtime_format: str) -> Manifest:

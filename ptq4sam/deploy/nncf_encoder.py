@@ -18,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq4sam.deploy.exported import ExportedSam, open_exported
-from ptq4sam.deploy.manifest import ENCODER, SUFFIXES, Manifest, checksum, read_manifest
-from ptq4sam.deploy.openvino import refused_writing
-from ptq4sam.deploy.runtimes import Arrays, require
+from ptq4sam.deploy.manifest import ENCODER, Manifest, checksum, read_manifest
+from ptq4sam.deploy.targets.openvino import TARGET, refused_writing
+from ptq4sam.deploy.targets.target import Arrays, require
 from ptq4sam.files import temporary_folder
 from ptq4sam.records import Record
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = "openvino"
+_FORMAT = TARGET.form
 
 Pixels = NDArray[np.float32]
 """A normalised and padded picture [1, 3, side, side]."""
@@ -83,14 +83,14 @@ def quantize_encoder(
         DependencyError: OpenVINO or NNCF is not installed.
         CheckpointError: the folder holds no such export.
     """
-    openvino, nncf = require("openvino"), require("nncf")
+    openvino, nncf = require("openvino"), require("nncf", "openvino")
     manifest = read_manifest(folder, _FORMAT)
     # NNCF reports on each of hundreds of operators.
     logging.getLogger("nncf").setLevel(logging.WARNING)
     core = openvino.Core()
     # Windows replaces no file that is mapped into memory.
     core.set_property({"ENABLE_MMAP": False})
-    model = core.read_model(folder / f"{ENCODER}{SUFFIXES[_FORMAT][0]}")
+    model = core.read_model(folder / f"{ENCODER}{TARGET.suffixes[0]}")
     common = {
         "model_type": nncf.ModelType.TRANSFORMER,
         "preset": nncf.QuantizationPreset(settings.preset),
@@ -140,7 +140,7 @@ class _Compiled:
 
 
 def _replace_encoder(folder: Path, model: Any, manifest: Manifest, openvino: Any) -> Manifest:
-    names = [ENCODER + suffix for suffix in SUFFIXES[_FORMAT]]
+    names = [ENCODER + suffix for suffix in TARGET.suffixes]
     with temporary_folder(folder, "nncf", folder) as temporary:
         with refused_writing(temporary / names[0], (folder / names[-1]).stat().st_size):
             openvino.save_model(model, temporary / names[0], compress_to_fp16=False)

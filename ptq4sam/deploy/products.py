@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.layers import convolution, linear
+from ptq4sam.deploy.onnx.traced import Traced
 from ptq4sam.deploy.onnx.values import dequantize, quantize, steps_of
-from ptq4sam.deploy.runtimes import FORMS, RUNTIMES, Arrays, Products, open_session
+from ptq4sam.deploy.targets.dialect import Dialect
+from ptq4sam.deploy.targets.target import Arrays, Products, Target
 from ptq4sam.errors import DeployError
 from ptq4sam.operators.convolution import QuantizedConv2d
 from ptq4sam.operators.linear import QuantizedLinear
@@ -41,65 +43,65 @@ _GRIDS = ((_SYMMETRIC, _SYMMETRIC), (_ASYMMETRIC, _SYMMETRIC), (_ASYMMETRIC, _AS
 """Of activations and weights: graphs hold each pair in another way."""
 
 
-def exact_products(runtime: str, held: Products | None = None) -> Products:
+def exact_products(target: Target, held: Products | None = None) -> Products:
     """The fastest products of codes that are exact in a runtime on this processor.
 
     Args:
-        runtime: a key of RUNTIMES.
+        target: the runtime.
         held: products that the exported file itself has, if not int8.
 
     Raises:
         DeployError: none are.
         DependencyError: the runtime, or onnx, is not installed.
     """
-    candidates = (held,) if held == "float32" else FORMS[runtime]
+    candidates = (held,) if held in target.held else target.products
     for products in candidates:
-        if _is_exact(runtime, products):
+        if _is_exact(target, products):
             return products
     raise DeployError(
-        f"{runtime} multiplies codes inexactly on this processor, whether as "
+        f"{target.name} multiplies codes inexactly on this processor, whether as "
         f"{' or '.join(candidates)}: use --backend torch with the quantized file, or an "
         "export --fast, which promises no codes"
     )
 
 
-def advice(runtime: str) -> str | None:
+def advice(target: Target) -> str | None:
     """What to know of INT8 in a runtime on this processor; None where it is what it should be."""
-    if _is_exact(runtime, "int8"):
+    if _is_exact(target, "int8"):
         return None
     return (
         "int8 products saturate on this processor (it has no VNNI): exact exports multiply in "
-        f"{FORMS[runtime][-1]}, and a float32 export is as fast as INT8 of any kind or faster "
+        f"{target.products[-1]}, and a float32 export is as fast as INT8 of any kind or faster "
         "(docs/deployment.md)"
     )
 
 
 @functools.cache
-def _is_exact(runtime: str, products: Products) -> bool:
+def _is_exact(target: Target, products: Products) -> bool:
     def run(path: Path, outputs: Sequence[str], inputs: Arrays) -> Sequence[NDArray[Any]]:
-        return open_session(runtime, path, outputs, products=products).run(inputs)
+        return target.open(path, outputs, "f32", products).run(inputs)
 
-    exact = multiplies_exactly(run, signed=RUNTIMES[runtime] == "openvino")
-    _log.debug("%s: %s products are%s exact here", runtime, products, "" if exact else " not")
+    exact = multiplies_exactly(run, target.dialect)
+    _log.debug("%s: %s products are%s exact here", target.name, products, "" if exact else " not")
     return exact
 
 
 @torch.no_grad()
-def multiplies_exactly(run: Run, *, signed: bool) -> bool:
+def multiplies_exactly(run: Run, dialect: Dialect) -> bool:
     """Whether a runtime's products of the largest codes are exact.
 
     Args:
         run: the runtime.
-        signed: as for `Graph`.
+        dialect: of its exact exports.
     """
-    graph, inputs = Graph("probe", signed), _inputs()
+    graph, inputs = Graph("probe", dialect), _inputs()
     for name, x in inputs.items():
         graph.input(name, np.float32, x.shape)
     expected: dict[str, Tensor] = {}
     for activations, weights in _GRIDS:
         made = _products(graph, inputs, activations, weights)
         for source, wanted in made:
-            name = f"probe.{len(expected)}"
+            name = f"sums.{len(expected)}"
             graph.output(name, source, np.float32, wanted.shape)
             expected[name] = wanted.float()
     with tempfile.TemporaryDirectory(prefix="ptq4sam.") as folder:
@@ -142,10 +144,11 @@ def _products(
         take(graph, quantize(graph, "rows", given, path), path) for path in ("left", "right")
     )
     right = graph.transpose(right, (0, 2, 1), "right.turned")
+    x, y = (Traced(graph, name, inputs[name].shape) for name in ("rows", "places"))
     return [
-        (linear(graph, layer, "rows", "linear"), rows @ layer.weight.double().t()),
+        (linear(graph, layer, x).name, rows @ layer.weight.double().t()),
         (
-            convolution(graph, QuantizedConv2d(convolved, held, given), "places", "convolution"),
+            convolution(graph, QuantizedConv2d(convolved, held, given), y).name,
             nn.functional.conv2d(places, convolved.weight.double(), padding=1),
         ),
         (graph.node("MatMul", [left, right], "product"), rows @ rows.transpose(1, 2)),

@@ -15,7 +15,7 @@ from ptq4sam.deploy.export import export_alone
 from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.deploy.manifest import Manifest
 from ptq4sam.deploy.nncf_encoder import NncfSettings, NncfValidation, Pixels, quantize_encoder
-from ptq4sam.deploy.runtimes import require
+from ptq4sam.deploy.targets.target import require
 from ptq4sam.downloads import Missing
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation import mask_ious
@@ -84,7 +84,7 @@ def quantize_by_nncf(request: NncfRequest) -> Manifest:
         MissingError: files are not there.
         StoreError: somebody else writes into the folder.
     """
-    require("nncf")
+    require("nncf", "openvino")
     _require_inputs(request)
     with alone_in(request.folder):
         return _quantize(request)

@@ -90,9 +90,23 @@ class MaskDecoder(nn.Module):
 
         `image_embeddings` may also be [prompts, ...], one image a prompt (used in training).
         """
-        tokens, source_tokens = self.attend(image_embeddings, image_pe, sparse, dense)
+        tokens, image = self.attend(image_embeddings, image_pe, sparse, dense)
+        return self.heads(tokens, image, (dense.shape[2], dense.shape[3]))
+
+    def heads(self, tokens: Tensor, image: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """All four masks of every prompt, from what the transformer gives.
+
+        Args:
+            tokens: [prompts, n, dim].
+            image: [prompts, rows * columns, dim].
+            grid: rows and columns.
+
+        Returns:
+            Mask logits [prompts, 4, 4 * rows, 4 * columns] and IoUs [prompts, 4].
+        """
         ious = self.iou_prediction_head(tokens[:, 0])
-        upscaled = self.output_upscaling(source_tokens.transpose(1, 2).reshape(dense.shape))
+        features = image.transpose(1, 2).reshape(len(image), image.shape[2], *grid)
+        upscaled = self.output_upscaling(features)
         mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens].unbind(1)
         weights = torch.stack(
             [

@@ -10,13 +10,26 @@ import numpy as np
 import onnx
 import onnxruntime
 import openvino
+import torch
 from numpy.typing import NDArray
 
 from ptq4sam.deploy.onnx.graph import Graph
+from ptq4sam.deploy.onnx.traced import Traced
 from ptq4sam.deploy.products import exact_products
-from ptq4sam.deploy.runtimes import open_session
+from ptq4sam.deploy.targets import TARGETS
+from ptq4sam.deploy.targets.dialect import Dialect
 
-RUNTIMES = ("onnxruntime", "openvino")
+RUNTIMES = tuple(TARGETS)
+
+
+def dialect(runtime: str) -> Dialect:
+    """How exact graphs are written for a runtime."""
+    return TARGETS[runtime].dialect
+
+
+def given(graph: Graph, x: torch.Tensor, name: str = "x") -> Traced:
+    """An input of a graph, of the shape of a tensor."""
+    return Traced(graph, graph.input(name, np.float32, x.shape), x.shape)
 
 
 def run_graph(
@@ -27,7 +40,8 @@ def run_graph(
     graph.write(path, {})
     names = [output.name for output in onnx.load(path).graph.output]
     outputs: list[NDArray[Any]] = []
-    outputs += open_session(runtime, path, names, products=exact_products(runtime)).run(inputs)
+    target = TARGETS[runtime]
+    outputs += target.open(path, names, "f32", exact_products(target)).run(inputs)
     return outputs
 
 

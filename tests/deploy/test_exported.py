@@ -17,9 +17,9 @@ from ptq4sam.deploy.backends import choose_backend, encoding_seconds, open_backe
 from ptq4sam.deploy.container import is_quantized_file
 from ptq4sam.deploy.export import export
 from ptq4sam.deploy.exported import ExportedSam
-from ptq4sam.deploy.openvino import refused_writing
-from ptq4sam.deploy.runtimes import RUNTIMES
 from ptq4sam.deploy.storage import load, save
+from ptq4sam.deploy.targets import FORMATS, TARGETS
+from ptq4sam.deploy.targets.openvino import refused_writing
 from ptq4sam.errors import (
     CheckpointError,
     ConfigError,
@@ -60,7 +60,7 @@ def folder(quantize: Quantize, tmp_path: Path) -> tuple[QuantizedSam, Path]:
     return model, tmp_path / "exported"
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", TARGETS)
 def test_predictions_are_those_of_the_simulation(
     runtime: str, folder: tuple[QuantizedSam, Path], picture: Any
 ) -> None:
@@ -99,7 +99,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return ours.shape == theirs.shape and bool((ours - theirs).norm() < 0.02 * theirs.norm())
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", TARGETS)
 def test_prompts_in_pieces(runtime: str, folder: tuple[QuantizedSam, Path], picture: Any) -> None:
     exported = open_exported(folder[1], runtime)
     whole, pieces = Predictor(exported), Predictor(exported, memory_budget=1)
@@ -136,7 +136,7 @@ def test_a_float_model_is_exported_too(sam: Sam, tmp_path: Path, picture: Any) -
 
 
 @pytest.mark.parametrize("kind", ["float", "quantized"])
-@pytest.mark.parametrize("runtime_format", RUNTIMES.values())
+@pytest.mark.parametrize("runtime_format", FORMATS)
 def test_a_full_disk_names_the_folder(
     kind: str,
     runtime_format: str,
@@ -174,6 +174,19 @@ def test_only_the_decoder_may_be_quantized(quantize: Quantize, tmp_path: Path) -
     assert isinstance(open_exported(tmp_path, "onnxruntime"), ExportedSam)
 
 
+def test_exact_is_not_claimed_behind_a_float_unit(quantize: Quantize, tmp_path: Path) -> None:
+    """Its last bits are the runtime's own, and so are some of the codes behind it."""
+    unit = "image_encoder.blocks.0.attn"
+    manifest = export(quantize(8, units={unit: "float"}), tmp_path, "onnx")
+    assert not manifest.exact
+    # Sums of codes are whole all the same, and must not saturate.
+    assert manifest.products is not None
+    assert open_exported(tmp_path, "onnxruntime").products == manifest.products
+    # A float unit that nothing quantized follows takes nothing away.
+    last = "mask_decoder.transformer.final_attn_token_to_image"
+    assert export(quantize(8, units={last: "float"}), tmp_path, "onnx").exact
+
+
 def test_what_was_learned_is_exported(quantize: Quantize, tmp_path: Path, picture: Any) -> None:
     model = quantize(6, 2)
     export(model, tmp_path, "onnx")
@@ -186,8 +199,8 @@ def test_the_fastest_backend_is_taken(
     folder: tuple[QuantizedSam, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, path = folder
-    for fast in RUNTIMES:
-        seconds = dict.fromkeys(RUNTIMES, 1.0) | {fast: 0.5}
+    for fast in TARGETS:
+        seconds = dict.fromkeys(TARGETS, 1.0) | {fast: 0.5}
         monkeypatch.setattr(
             "ptq4sam.deploy.backends.encoding_seconds",
             lambda opened, limit, seconds=seconds: seconds[opened.runtime],
@@ -199,7 +212,7 @@ def test_the_fastest_backend_is_taken(
     assert open_backend(path / "model.safetensors", "auto").name == "tiny"
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", TARGETS)
 def test_an_encoding_that_takes_too_long_is_ended(
     runtime: str, folder: tuple[QuantizedSam, Path]
 ) -> None:
@@ -362,7 +375,7 @@ def test_what_cannot_be_opened_is_named(
     _, path = folder
     with pytest.raises(ConfigError, match="use onnxruntime or openvino"):
         open_exported(path, "tensorrt")
-    with pytest.raises(ConfigError, match="OpenVINO has f32 and bf16"):
+    with pytest.raises(ConfigError, match="openvino has f32 and bf16"):
         open_exported(path, "onnxruntime", "bf16")
     with pytest.raises(CheckpointError, match="found none"):
         open_exported(tmp_path, "openvino")

@@ -12,9 +12,11 @@ from torch import nn
 
 from ptq4sam.deploy.codes import LogGrid, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.layers import activation, convolution, layer_norm, linear, patches
+from ptq4sam.deploy.onnx.layers import convolution, linear
+from ptq4sam.deploy.onnx.lowering import lowered
 from ptq4sam.deploy.onnx.points import first_outputs, looked_up, point_codes, points_of
 from ptq4sam.deploy.onnx.values import quantize, steps_of
+from ptq4sam.deploy.targets import onnxruntime
 from ptq4sam.errors import DeployError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.operators.base import put_weights_on_grid
@@ -31,6 +33,8 @@ from ptq4sam.quantization.quantizers import (
 )
 from tests.deploy.runtime_graphs import (
     RUNTIMES,
+    dialect,
+    given,
     onnxruntime_operators,
     openvino_precisions,
     run_graph,
@@ -45,25 +49,21 @@ def calibrated(quantizer: Quantizer, x: torch.Tensor, *more: torch.Tensor) -> Qu
     return quantizer.requires_grad_(False)
 
 
-def in_graph(
-    make: Callable[[Graph, str], str], x: torch.Tensor, runtime: str, folder: Path, signed: bool
-) -> Any:
+def in_graph(make: Callable[[Graph, str], str], x: torch.Tensor, runtime: str, folder: Path) -> Any:
     """What a runtime makes of nodes that are made from a tensor."""
-    graph = Graph("quantizer", signed)
+    graph = Graph("quantizer", dialect(runtime))
     y = make(graph, graph.input("x", np.float32, x.shape))
     graph.output("y", y, np.float32, x.shape)
     return run_graph(graph, runtime, folder, {"x": x.numpy()})[0]
 
 
-def exported(
-    quantizer: Quantizer, x: torch.Tensor, runtime: str, folder: Path, signed: bool
-) -> Any:
+def exported(quantizer: Quantizer, x: torch.Tensor, runtime: str, folder: Path) -> Any:
     """Steps of a quantizer in a runtime."""
 
     def make(graph: Graph, name: str) -> str:
         return steps_of(graph, quantize(graph, name, quantizer, "quantizer"), "quantizer")
 
-    return in_graph(make, x, runtime, folder, signed)
+    return in_graph(make, x, runtime, folder)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -78,7 +78,7 @@ def test_activations_are_moved_to_the_points_of_the_simulation(
     middles = (torch.arange(-300, 300) + 0.5) * quantizer.step
     beside = [torch.nextafter(middles, torch.tensor(end)) for end in (-torch.inf, torch.inf)]
     x = torch.cat([2 * x, middles, *beside])
-    found = exported(quantizer, x, runtime, tmp_path, runtime == "openvino")
+    found = exported(quantizer, x, runtime, tmp_path)
     np.testing.assert_array_equal(found, quantizer.steps(x).numpy())
 
 
@@ -86,7 +86,7 @@ def test_a_learned_zero_point_is_used_as_a_code(runtime: str, tmp_path: Path) ->
     x = torch.randn(1000)
     quantizer = calibrated(LSQPlusQuantizer(Grid(4)), x)
     quantizer.zero_point.data.fill_(6.6)
-    found = exported(quantizer, x, runtime, tmp_path, runtime == "openvino")
+    found = exported(quantizer, x, runtime, tmp_path)
     np.testing.assert_array_equal(found, quantizer.steps(x).numpy())
 
 
@@ -111,7 +111,7 @@ def test_softmax_outputs_are_moved_to_the_powers_of_the_simulation(
         table = points_of(quantizer, log_grid)
         return looked_up(graph, codes, table, name, "points", parts=8)
 
-    found = in_graph(make, attention, runtime, tmp_path, runtime == "openvino")
+    found = in_graph(make, attention, runtime, tmp_path)
     np.testing.assert_array_equal(found, quantizer.steps(attention).float().numpy())
     assert found[0, 0, 0] == found[0, 0, 1] == 0
 
@@ -140,9 +140,8 @@ def test_a_linear_layer_is_that_of_the_simulation(
     x = torch.randn(2, 30, 40)
     grid = Grid(bits, symmetric)
     layer = quantized_linear(grid, grid, x, bias)
-    graph = Graph("linear", signed=runtime == "openvino")
-    name = graph.input("x", np.float32, x.shape)
-    graph.output("y", linear(graph, layer, name, "layer"), np.float32, [2, 30, 24])
+    graph = Graph("linear", dialect(runtime))
+    graph.output("y", linear(graph, layer, given(graph, x)).name, np.float32, [2, 30, 24])
     found = run_graph(graph, runtime, tmp_path, {"x": x.numpy()})[0]
     with torch.no_grad():
         np.testing.assert_array_equal(found, layer(x).numpy())
@@ -161,18 +160,18 @@ def test_a_convolution_is_that_of_the_simulation(bits: int, runtime: str, tmp_pa
     calibrated(layer.input_quantizer, x)
     put_weights_on_grid(layer)
     layer.requires_grad_(False)
-    graph = Graph("convolution", signed=runtime == "openvino")
-    name = graph.input("x", np.float32, x.shape)
-    graph.output("y", convolution(graph, layer, name, "layer"), np.float32, [1, 12, 9, 11])
+    graph = Graph("convolution", dialect(runtime))
+    y = convolution(graph, layer, given(graph, x))
+    graph.output("y", y.name, np.float32, [1, 12, 9, 11])
     found = run_graph(graph, runtime, tmp_path, {"x": x.numpy()})[0]
     with torch.no_grad():
         np.testing.assert_array_equal(found, layer(x).numpy())
 
 
 def constants(layer: QuantizedLinear, path: Path) -> dict[str, onnx.TensorProto]:
-    graph = Graph("linear")
-    name = graph.input("x", np.float32, [1, 5, 40])
-    graph.output("y", linear(graph, layer, name, "layer"), np.float32, [1, 5, 24])
+    graph = Graph("layer", onnxruntime.DIALECT)
+    y = linear(graph, layer, given(graph, torch.empty(1, 5, 40)))
+    graph.output("y", y.name, np.float32, [1, 5, 24])
     graph.write(path, {})
     return {constant.name: constant for constant in onnx.load(path).graph.initializer}
 
@@ -215,28 +214,34 @@ def test_a_linear_layer_runs_on_integers(bits: int, runtime: str, tmp_path: Path
 
 def test_what_has_no_exact_form_is_named(runtime: str) -> None:
     x = torch.randn(1, 5, 40)
-    graph = Graph("refused")
-    name = graph.input("x", np.float32, x.shape)
+    graph = Graph("refused", dialect(runtime))
+    traced = given(graph, x)
     wide = calibrated(FixedQuantizer(Grid(9)), x)
     with pytest.raises(DeployError, match=r"blocks.3.attn has 9 bits"):
-        quantize(graph, name, wide, "blocks.3.attn")
-    with pytest.raises(DeployError, match=r"decoder.lin1.weight has 12 bits"):
-        linear(graph, quantized_linear(Grid(12), Grid(8), x), name, "decoder.lin1")
+        quantize(graph, "x", wide, "blocks.3.attn")
     channels = calibrated(FixedQuantizer(Grid(8), channel_axis=2), x)
     with pytest.raises(DeployError, match="one scale"):
-        quantize(graph, name, channels, "q")
+        quantize(graph, "x", channels, "q")
     dropping = calibrated(FixedQuantizer(Grid(8)), x)
     dropping.drop_probability = 0.5
     with pytest.raises(DeployError, match="at random"):
-        quantize(graph, name, dropping, "q")
+        quantize(graph, "x", dropping, "q")
     layer = quantized_linear(Grid(8), Grid(8), x)
     layer.weight[0, 0] += 1e-3
     with pytest.raises(DeployError, match="not on its grid"):
-        linear(graph, layer, name, "layer")
-    with pytest.raises(DeployError, match=r"neck.2 is a SiLU"):
-        activation(graph, nn.SiLU(), name, "neck.2")
-    with pytest.raises(DeployError, match="groups"):
-        convolution(graph, nn.Conv2d(8, 8, 3, groups=2), name, "neck.2")
+        linear(graph, layer, traced).name  # noqa: B018
+    deep = quantized_linear(Grid(12), Grid(8), x)
+    for module, found in (
+        (nn.Sequential(nn.Identity(), deep), r"decoder\.1\.weight has 12 bits"),
+        (nn.Sequential(nn.Softplus()), r"decoder\.0 calls torch's softplus"),
+        (nn.Sequential(nn.Conv1d(5, 5, 3)), r"decoder\.0 calls torch's conv1d"),
+        (nn.Sequential(nn.Conv2d(5, 5, 3, padding="same")), r"decoder\.0 is a convolution"),
+    ):
+        before = dict(vars(module[0]))
+        with pytest.raises(DeployError, match=found) as refused, lowered(graph, module, "decoder"):
+            module(traced).name  # noqa: B018
+        assert "\n" not in str(refused.value)
+        assert vars(module[0]) == before
 
 
 def test_norms_and_patches_are_those_of_the_simulation(runtime: str, tmp_path: Path) -> None:
@@ -245,19 +250,24 @@ def test_norms_and_patches_are_those_of_the_simulation(runtime: str, tmp_path: P
     norm, over_channels = nn.LayerNorm(48), LayerNorm2d(48)
     for parameter in (*norm.parameters(), *over_channels.parameters()):
         nn.init.normal_(parameter)
-    modules = (
-        PortableConv2d(nn.Conv2d(3, 48, 8, 8)),
-        PortableLayerNorm(norm),
-        PortableLayerNorm2d(over_channels),
+    modules = nn.ModuleList(
+        [
+            PortableConv2d(nn.Conv2d(3, 48, 8, 8)),
+            PortableLayerNorm(norm),
+            PortableLayerNorm2d(over_channels),
+        ]
     )
+
+    def through(x: Any) -> Any:
+        x = modules[1](modules[0](x).permute(0, 2, 3, 1))
+        return modules[2](x.permute(0, 3, 1, 2))
+
     image = torch.randn(1, 3, 64, 64)
-    graph = Graph("floats", signed=runtime == "openvino")
-    x = patches(graph, modules[0], graph.input("x", np.float32, image.shape), 64, "patches")
-    x = layer_norm(graph, modules[1], x, "norm")
-    x = graph.transpose(x, (0, 3, 1, 2), "channels_first")
-    x = layer_norm(graph, modules[2], x, "norm2d")
-    graph.output("y", x, np.float32, (1, 48, 8, 8))
+    graph = Graph("floats", dialect(runtime))
+    with lowered(graph, modules, "floats"):
+        y = through(given(graph, image))
+    assert y.exact
+    graph.output("y", y.name, np.float32, (1, 48, 8, 8))
     found = torch.from_numpy(run_graph(graph, runtime, tmp_path, {"x": image.numpy()})[0])
     with torch.no_grad():
-        wanted = modules[2](modules[1](modules[0](image).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-    assert torch.equal(found, wanted)
+        assert torch.equal(found, through(image))

@@ -12,9 +12,8 @@ import torch
 
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.points import cut_points
-from ptq4sam.deploy.onnx.traced import Traced
 from ptq4sam.quantization import portable
-from tests.deploy.runtime_graphs import RUNTIMES, run_graph
+from tests.deploy.runtime_graphs import RUNTIMES, dialect, given, run_graph
 
 Function = Callable[..., Any]
 
@@ -57,13 +56,11 @@ def test_runtimes_compute_the_same_bits(case: str, runtime: str, tmp_path: Path)
     inputs = [spread * torch.randn(3, 700, 96)]
     if case == "norm":
         inputs += [torch.randn(96), torch.randn(96)]
-    graph = Graph("portable", signed=runtime == "openvino")
-    traced = [
-        Traced(graph, graph.input(f"x{n}", np.float32, x.shape), "f") for n, x in enumerate(inputs)
-    ]
+    graph = Graph("portable", dialect(runtime))
+    traced = [given(graph, x, f"x{n}") for n, x in enumerate(inputs)]
     graph.output("y", function(*traced).name, np.float32, inputs[0].shape)
-    given = {f"x{n}": x.numpy() for n, x in enumerate(inputs)}
-    found = run_graph(graph, runtime, tmp_path, given)[0]
+    values = {f"x{n}": x.numpy() for n, x in enumerate(inputs)}
+    found = run_graph(graph, runtime, tmp_path, values)[0]
     np.testing.assert_array_equal(found, function(*inputs).numpy())
 
 

@@ -22,12 +22,12 @@ from ptq4sam.deploy.exported import open_exported
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.layers import linear
 from ptq4sam.deploy.products import advice, exact_products, multiplies_exactly
-from ptq4sam.deploy.runtimes import FORMS, RUNTIMES
+from ptq4sam.deploy.targets import TARGETS
 from ptq4sam.errors import ConfigError, DeployError
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.sam.model import Sam
-from tests.deploy.runtime_graphs import run_graph
+from tests.deploy.runtime_graphs import dialect, given, run_graph
 from tests.deploy.test_onnx_values import quantized_linear
 
 Quantize = Callable[..., QuantizedSam]
@@ -60,18 +60,19 @@ def in_reference(*replaced: type[OpRun]) -> products.Run:
     return run
 
 
-@pytest.mark.parametrize("signed", [False, True])
-def test_an_honest_runtime_passes_and_one_that_saturates_is_noticed(signed: bool) -> None:
+@pytest.mark.parametrize("runtime", TARGETS)
+def test_an_honest_runtime_passes_and_one_that_saturates_is_noticed(runtime: str) -> None:
     state = torch.get_rng_state()
-    assert multiplies_exactly(in_reference(), signed=signed)
+    assert multiplies_exactly(in_reference(), dialect(runtime))
     assert torch.equal(torch.get_rng_state(), state)
-    assert not multiplies_exactly(in_reference(MatMul), signed=signed)
+    assert not multiplies_exactly(in_reference(MatMul), dialect(runtime))
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", TARGETS)
 def test_something_is_exact_on_every_processor(runtime: str) -> None:
-    assert exact_products(runtime) in FORMS[runtime]
-    assert (advice(runtime) is None) == (exact_products(runtime) == "int8")
+    target = TARGETS[runtime]
+    assert exact_products(target) in target.products
+    assert (advice(target) is None) == (exact_products(target) == "int8")
 
 
 def exact_are(monkeypatch: pytest.MonkeyPatch, *exact: str) -> None:
@@ -79,13 +80,13 @@ def exact_are(monkeypatch: pytest.MonkeyPatch, *exact: str) -> None:
     monkeypatch.setattr(products, "_is_exact", lambda runtime, form: form in exact)
 
 
-@pytest.mark.parametrize("form", FORMS["openvino"])
+@pytest.mark.parametrize("form", TARGETS["openvino"].products)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_an_export_is_exact_in_each_form(
     form: str, symmetric: bool, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files of one form, and files of int8 that are opened where these saturate."""
-    if form == "int8" and exact_products("openvino") != "int8":
+    if form == "int8" and exact_products(TARGETS["openvino"]) != "int8":
         pytest.skip("int8 products saturate on this processor")
     slots = {
         slot: {
@@ -118,27 +119,27 @@ def test_the_form_follows_the_processor(
 ) -> None:
     model = quantize(8)
     exact_are(monkeypatch, "int16", "float32")
-    for runtime, form in RUNTIMES.items():
-        manifest = export(model, tmp_path, form)  # type: ignore[arg-type]
-        assert manifest.products == FORMS[runtime][-1]
-        assert json.loads((tmp_path / f"{form}.json").read_text())["products"] == FORMS[runtime][-1]
-        told = advice(runtime)
+    for target in TARGETS.values():
+        manifest, last = export(model, tmp_path, target.form), target.products[-1]  # type: ignore[arg-type]
+        assert manifest.products == last
+        assert json.loads((tmp_path / f"{target.form}.json").read_text())["products"] == last
+        told = advice(target)
         assert told is not None
         assert "\n" not in told
-        assert FORMS[runtime][-1] in told
+        assert last in told
     # Elsewhere it is asked again: files of float32 products have no others.
     exact_are(monkeypatch, "int8", "int16", "float32")
     assert open_exported(tmp_path, "onnxruntime").products == "int8"
     assert open_exported(tmp_path, "openvino").products == "float32"
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", TARGETS)
 def test_a_runtime_that_is_never_exact_is_refused(
     runtime: str, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact_are(monkeypatch)
     # Another machine may be exact.
-    assert export(quantize(8), tmp_path, RUNTIMES[runtime]).products is None  # type: ignore[arg-type]
+    assert export(quantize(8), tmp_path, TARGETS[runtime].form).products is None  # type: ignore[arg-type]
     with pytest.raises(DeployError, match=f"{runtime} multiplies codes inexactly") as refused:
         open_exported(tmp_path, runtime)
     assert "\n" not in str(refused.value)
@@ -182,11 +183,11 @@ def test_products_that_a_format_has_not_are_refused(quantize: Quantize, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("products_of", FORMS["openvino"])
+@pytest.mark.parametrize("products_of", TARGETS["openvino"].products)
 def test_sums_that_float32_would_round_are_cut(
     products_of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if products_of not in (exact_products("openvino"), "float32"):
+    if products_of not in (exact_products(TARGETS["openvino"]), "float32"):
         pytest.skip("int8 products saturate on this processor")
     monkeypatch.setattr("tests.deploy.runtime_graphs.exact_products", lambda runtime: products_of)
     torch.manual_seed(0)
@@ -194,9 +195,8 @@ def test_sums_that_float32_would_round_are_cut(
     layer = quantized_linear(Grid(8), Grid(8), x)
     # Weights and inputs at the ends of their grids: 1500 * 255 * 255 is six times 2^24.
     layer.weight.copy_(layer.weight_quantizer(torch.sign(layer.weight) + layer.weight))
-    graph = Graph("linear", signed=True)
-    name = graph.input("x", np.float32, x.shape)
-    graph.output("y", linear(graph, layer, name, "layer"), np.float32, [1, 30, 24])
+    graph = Graph("linear", dialect("openvino"))
+    graph.output("y", linear(graph, layer, given(graph, x)).name, np.float32, [1, 30, 24])
     found = run_graph(graph, "openvino", tmp_path, {"x": x.numpy()})[0]
     with torch.no_grad():
         np.testing.assert_array_equal(found, layer(x).numpy())

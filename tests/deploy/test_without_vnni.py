@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ptq4sam.deploy.products import exact_products
+from ptq4sam.deploy.targets import TARGETS
 
 SWITCH = "ONEDNN_MAX_CPU_ISA"
 """What oneDNN, which multiplies for OpenVINO and torch, may use; read when it is loaded."""
@@ -24,11 +25,11 @@ TESTS = (
 def test_int8_products_are_not_taken() -> None:
     if os.environ.get(SWITCH) != "AVX2":
         pytest.skip(f"{SWITCH} is not AVX2")
-    assert exact_products("openvino") == "float32"
+    assert exact_products(TARGETS["openvino"]) == "float32"
 
 
 def test_exports_are_exact_without_vnni() -> None:
-    if SWITCH in os.environ or exact_products("openvino") != "int8":
+    if SWITCH in os.environ or exact_products(TARGETS["openvino"]) != "int8":
         pytest.skip("the other tests run without VNNI")
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]

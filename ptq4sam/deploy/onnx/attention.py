@@ -1,18 +1,21 @@
-"""Softmax attention, float or quantized, as ONNX nodes."""
+"""Softmax attention, float or quantized, as ONNX nodes; logits of too many bytes in pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import cast
-
-from torch import nn
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from ptq4sam.deploy.codes import LogGrid, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
+from ptq4sam.deploy.onnx.lowering import operator
+from ptq4sam.deploy.onnx.moves import UNKNOWN, Permute
 from ptq4sam.deploy.onnx.points import cut_points, looked_up, point_codes, points_of
 from ptq4sam.deploy.onnx.traced import Traced
 from ptq4sam.deploy.onnx.values import (
+    Value,
+    codes_of,
     dequantize,
     quantize,
     quantized_steps,
@@ -20,191 +23,268 @@ from ptq4sam.deploy.onnx.values import (
     steps_of,
 )
 from ptq4sam.errors import DeployError
-from ptq4sam.families.sam_vit.image_encoder import Attention as EncoderAttention
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.operators.attention import Whole, logits_worth, values_worth
+from ptq4sam.operators.attention import (
+    QuantizedSoftmaxAttention,
+    SoftmaxAttention,
+    Whole,
+    logits_worth,
+    values_worth,
+)
 from ptq4sam.quantization import portable
-from ptq4sam.quantization.base import Quantizer
 from ptq4sam.quantization.portable import MOST_TERMS, apart, rounded_sum
 from ptq4sam.quantization.whole import EXACT
-from ptq4sam.sam.transformer import Attention as DecoderAttention
-
-_ROLES = ("query", "key", "value")
 
 _DIGIT = 16.0
 """Base of digits of 8-bit steps: sums of 4096 products of 8 bits and a digit are exact."""
 
-Bias = Callable[[str], str]
-"""From logits to logits with relative positions."""
+_ROLES = ("query", "key", "value")
+_FLOAT_BYTES = 4
+_MOST_PARTS = 64
+
+Terms = tuple[Traced, ...]
+Take = Callable[[str, str], str]
+"""From the name of a tensor, and a path, to the name of what a product takes."""
+
+BIASES: dict[type, Callable[[Any, Traced, float | None], Terms]] = {}
+"""What writes a bias of logits, by its type.
+
+Called with the bias, the query [batch, heads, n, d] and what 1 of it is worth, if it is in steps,
+else None. Gives terms [batch or 1, heads or 1, n, *keys], to be added to each other, then to
+logits.
+"""
 
 
 @dataclass(frozen=True)
-class Operands:
-    """Query, key and value by head, as products take them.
+class _Operands:
+    """What is attended to.
 
     Attributes:
         query: [batch, heads, n, d].
-        key: [batch, heads, d, m], times the attention's scale where it is float or ONNX Runtime's.
+        key: [batch, heads, d, m].
         value: [batch, heads, m, d].
-        steps: the query in steps where it is quantized and the graph exact, else float; for
-            relative positions, which pieces of an attention have already.
+        takes: how a product takes each of these three.
+        terms: of the bias.
     """
 
-    query: str
-    key: str
-    value: str
-    steps: str = ""
+    query: Traced
+    key: Traced
+    value: Traced
+    takes: tuple[Take, Take, Take]
+    terms: Terms = ()
+
+    def split(self, parts: int, axis: int, path: str) -> list[_Operands]:
+        """Cut into equal parts along the axis of batch, heads or queries."""
+        if parts == 1:
+            return [self]
+        every = [self.query, self.key, self.value, *self.terms]
+        cut = [
+            [x] * parts
+            if x.shape[axis] == 1 or (axis == 2 and x in (self.key, self.value))
+            else _split(x, parts, axis, f"{path}.{number}")
+            for number, x in enumerate(every)
+        ]
+        pieces = zip(*cut, strict=True)
+        return [_Operands(q, k, v, self.takes, tuple(terms)) for q, k, v, *terms in pieces]
+
+    def taken(self, path: str) -> tuple[Traced, Traced, Traced]:
+        """Query, key and value as products take them."""
+        three = zip(_ROLES, (self.query, self.key, self.value), self.takes, strict=True)
+        names = [(x, take(x.name, f"{path}.{role}")) for role, x, take in three]
+        query, key, value = (x.new(name, x.shape) for x, name in names)
+        return query, key, value
 
 
-def attention_quantizer(attention: nn.Module, role: str) -> Quantizer | None:
-    """The quantizer of "query", "key", "value" or "softmax"; None in a float attention."""
-    quantizer = getattr(attention.core, f"{role}_quantizer", None)
-    return quantizer if isinstance(quantizer, Quantizer) else None
+Core = SoftmaxAttention | QuantizedSoftmaxAttention
 
 
-def _has_whole_points(attention: nn.Module) -> bool:
-    quantizer = attention_quantizer(attention, "softmax")
-    return isinstance(quantizer, AdaptiveGranularityQuantizer)
-
-
-def operands(
-    graph: Graph,
-    attention: EncoderAttention | DecoderAttention,
-    projected: Sequence[str],
-    tokens: int,
-    path: str,
-) -> Operands:
-    """Quantize query, key and value [batch, ..., heads * d] and split them by head.
-
-    The attention's scale goes into the key, whose factor it is where the key is quantized.
+@operator(SoftmaxAttention, QuantizedSoftmaxAttention)
+def softmax_attention(
+    graph: Graph, core: Core, query: Traced, key: Traced, value: Traced, bias: Any = None
+) -> Traced:
+    """softmax(query key scale + bias) value.
 
     Args:
         graph: where nodes go.
-        attention: owner of the quantizers.
-        projected: query, key and value, float.
-        tokens: in each; 0 for sizes to keep.
-        path: of the attention.
-    """
-    heads, found = attention.num_heads, []
+        core: the operator.
+        query: [batch, heads, n, d].
+        key: [batch, heads, m, d].
+        value: [batch, heads, m, d].
+        bias: of logits; its type is a key of BIASES.
 
-    def by_head(x: str, role: str, path: str) -> str:
-        # A -1 could not be told from an attention without prompts.
-        x = graph.reshape(x, (0, tokens, heads, _head_dim(attention)), f"{path}.split")
-        # Keys lie as the product takes them.
-        return graph.transpose(x, (0, 2, 3, 1) if role == "key" else (0, 2, 1, 3), path)
-
-    steps = ""
-    for role, x in zip(_ROLES, projected, strict=True):
-        inner = f"{path}.{role}"
-        value = quantize(graph, x, attention_quantizer(attention, role), f"{inner}_quantizer")
-        whole = value.affine is not None and (
-            graph.multiplies_steps or (role == "value" and _has_whole_points(attention))
-        )
-        if whole:
-            x = steps_of(graph, value, inner)
-        elif role == "key" and value.affine is None:
-            x = graph.node(
-                "Mul", [value.name, graph.number(attention.core.scale)], f"{inner}.scaled"
-            )
-        else:
-            x = dequantize(graph, value, inner, attention.core.scale if role == "key" else 1.0)
-        found.append(by_head(x, role, inner))
-        if role == "query":
-            steps = found[0]
-            if graph.exact and value.affine is not None and not whole and has_positions(attention):
-                inner = f"{inner}.steps"
-                steps = by_head(steps_of(graph, value, inner), role, inner)
-    return Operands(found[0], found[1], found[2], steps)
-
-
-def _head_dim(attention: EncoderAttention | DecoderAttention) -> int:
-    encoder = isinstance(attention, EncoderAttention)
-    projection = cast(nn.Linear, attention.proj if encoder else attention.out_proj)
-    return projection.in_features // attention.num_heads
-
-
-def has_positions(attention: nn.Module) -> bool:
-    """Whether an attention has relative positions."""
-    return bool(getattr(attention, "use_rel_pos", False))
-
-
-def attend(
-    graph: Graph,
-    attention: EncoderAttention | DecoderAttention,
-    given: Operands,
-    path: str,
-    keys: int,
-    bias: Bias | None = None,
-    parts: int | None = None,
-) -> str:
-    """softmax(query key scale + bias) value: [batch, heads, n, d].
-
-    Args:
-        graph: where nodes go.
-        attention: owner of the quantizers.
-        given: the operands.
-        path: of the attention.
-        keys: how many there are at most.
-        bias: adds relative positions.
-        parts: a divisor of batch * heads * n, see `points.looked_up`; by default the number of
-            heads.
+    Returns:
+        [batch, heads, n, d].
 
     Raises:
-        DeployError: there are too many keys for exact sums.
+        DeployError: there are too many keys for exact sums, or the bias is of another type.
     """
-    query, key, value, softmax = (
-        attention_quantizer(attention, role) for role in (*_ROLES, "softmax")
+    given = core if isinstance(core, QuantizedSoftmaxAttention) else None
+    path = graph.path
+    whole = graph.multiplies_steps and given is not None
+    points = given is not None and isinstance(given.softmax_quantizer, AdaptiveGranularityQuantizer)
+    slots = [None if given is None else given.quantizer(role) for role in _ROLES]
+
+    held = [
+        codes_of(x, slot, f"{path}.{role}_quantizer")
+        for x, slot, role in zip((query, key, value), slots, _ROLES, strict=True)
+    ]
+
+    def operand(place: int, take: Callable[[Graph, Value, str], str]) -> tuple[Traced, Take]:
+        codes, behind = held[place]
+        if graph.dialect.dequantizes == "products":
+            return behind, lambda name, inner: take(graph, codes.renamed(name), inner)
+        name = take(graph, codes, f"{path}.{_ROLES[place]}")
+        return behind.of(name), lambda name, _inner: name
+
+    def scaled(graph: Graph, codes: Value, inner: str) -> str:
+        if codes.affine is None:
+            return graph.node("Mul", [codes.name, graph.number(core.scale)], f"{inner}.scaled")
+        return dequantize(graph, codes, inner, core.scale)
+
+    (q, take_q), (k, take_k), (v, take_v) = (
+        operand(0, steps_of if whole else dequantize),
+        operand(1, steps_of if whole else scaled),
+        operand(2, steps_of if whole or points else dequantize),
     )
-    if graph.multiplies_steps and query is not None and key is not None:
-        worth = logits_worth(query, key, attention.core.scale, _head_dim(attention))
-        inner = f"{path}.logits"
-        sums = _sums_of_steps(graph, given.query, given.key, worth.largest, inner)
+    # Keys lie as the product takes them.
+    operands = _Operands(q, k.moved(Permute((0, 1, 3, 2))), v, (take_q, take_k, take_v))
+    if bias is not None:
+        if type(bias) not in BIASES:
+            raise DeployError(
+                f"{path} adds a {type(bias).__name__}, which has no form in a graph: it cannot be "
+                "exported"
+            )
+        step = float(given.query_quantizer.step) if given and graph.portable else None
+        placing, (codes, behind) = q, held[0]
+        if graph.dialect.dequantizes == "products":
+            take = dequantize if step is None else steps_of
+            placing = behind.of(take(graph, codes, f"{path}.query.placing"))
+        operands = replace(operands, terms=BIASES[type(bias)](bias, placing, step))
+    name = _in_pieces(core, operands, path)
+    every = (query, key, value, *operands.terms)
+    exact = given is not None and graph.portable and all(x.exact for x in every)
+    if given is not None:
+        graph.quantized(f"{path}.softmax_quantizer", exact)
+    return Traced(graph, name, (*query.shape[:3], value.shape[3]), exact=exact)
+
+
+def _split(x: Traced, parts: int, axis: int, path: str) -> list[Traced]:
+    side = x.shape[axis] // parts
+    shape = (*x.shape[:axis], side, *x.shape[axis + 1 :])
+    names = x.graph.split(x.name, parts, axis, path)
+    return [Traced(x.graph, name, shape, exact=x.exact) for name in names]
+
+
+def _in_pieces(core: Core, given: _Operands, path: str) -> str:
+    """Attend; to logits of too many bytes by groups of batch, or by heads and some queries."""
+    graph, dialect = given.query.graph, given.query.graph.dialect
+    batch, heads, queries, _ = given.query.shape
+    row_bytes = _FLOAT_BYTES * given.key.shape[3]
+    if max(*given.query.shape, *given.key.shape) >= UNKNOWN:
+        return _attend(core, given, path)
+    if heads * queries * row_bytes <= dialect.whole_bytes:
+        groups = 1
+        if dialect.group_bytes is not None:
+            fitting = dialect.group_bytes // (heads * queries * row_bytes)
+            groups = batch // _divisor(batch, fitting)
+        return _joined(core, given.split(groups, 0, f"{path}.groups"), 0, f"{path}.groups")
+    rows = _divisor(queries, dialect.piece_bytes // row_bytes)
+    attended = []
+    for head, part in enumerate(given.split(heads, 1, f"{path}.heads")):
+        inner = f"{path}.heads.{head}"
+        attended.append(_joined(core, part.split(queries // rows, 2, f"{inner}.parts"), 2, inner))
+    return graph.node("Concat", attended, f"{path}.attended", axis=1)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor that is not above a number; 1 at least."""
+    return next(
+        divisor for divisor in range(min(number, max(1, most)), 0, -1) if number % divisor == 0
+    )
+
+
+def _joined(core: Core, parts: list[_Operands], axis: int, path: str) -> str:
+    if len(parts) == 1:
+        return _attend(core, parts[0], path)
+    attended = [_attend(core, part, f"{path}.{index}") for index, part in enumerate(parts)]
+    return parts[0].query.graph.node("Concat", attended, f"{path}.attended", axis=axis)
+
+
+def _attend(core: Core, given: _Operands, path: str) -> str:
+    graph = given.query.graph
+    slots = core if isinstance(core, QuantizedSoftmaxAttention) else None
+    keys, head_dim = min(given.key.shape[3], MOST_TERMS + 1), given.query.shape[3]
+    if given.key.shape[3] >= UNKNOWN:
+        keys = MOST_TERMS
+    query, key, value = given.taken(path)
+    if graph.multiplies_steps and slots is not None:
+        worth = logits_worth(slots.query_quantizer, slots.key_quantizer, core.scale, head_dim)
+        sums = _sums_of_steps(query, key, worth.largest, f"{path}.logits")
         logits = _worth(sums, worth)
     else:
-        logits = graph.node("MatMul", [given.query, given.key], f"{path}.logits")
-    if bias is not None:
-        logits = bias(logits)
-    shares = _softmax(graph, logits, softmax is not None, keys, path)
-    if softmax is None or value is None:
-        return graph.node("MatMul", [shares, given.value], f"{path}.attended")
-    inner, parts = f"{path}.softmax_quantizer", attention.num_heads if parts is None else parts
-    worth = values_worth(softmax, value)
+        logits = graph.node("MatMul", [query.name, key.name], f"{path}.logits")
+    logits = _placed(graph, logits, given.terms, f"{path}.logits")
+    shape = (*given.query.shape[:3], given.key.shape[3])
+    shares = _softmax(Traced(graph, logits, shape), slots is not None, keys)
+    if slots is None:
+        return graph.node("MatMul", [shares, value.name], f"{path}.attended")
+    softmax, values = slots.softmax_quantizer, slots.value_quantizer
+    worth = values_worth(softmax, values)
+    queries, heads = given.query.shape[2], given.query.shape[1]
+    parts = heads if queries >= UNKNOWN else _divisor(queries, _MOST_PARTS)
+    inner = f"{path}.softmax_quantizer"
     if isinstance(softmax, AdaptiveGranularityQuantizer):
-        require_quantizing(softmax, inner)
-        cut = (worth.largest, keys, value.grid.largest_step)
-        return _worth(_sums_of_points(graph, softmax, shares, given.value, cut, path, parts), worth)
+        cut = (worth.largest, keys, values.grid.largest_step)
+        sums = _sums_of_points(graph, softmax, shares, value.name, cut, path, parts)
+        return _worth(sums, worth)
     weights = quantize(graph, shares, softmax, inner)
     if graph.multiplies_steps:
-        largest = min(worth.largest, keys * softmax.grid.largest_step * value.grid.largest_step)
-        steps = steps_of(graph, weights, f"{path}.softmax")
-        return _worth(_sums_of_steps(graph, steps, given.value, largest, path), worth)
-    factors = [dequantize(graph, weights, f"{path}.softmax"), given.value]
+        most = keys * softmax.grid.largest_step * values.grid.largest_step
+        steps = value.new(steps_of(graph, weights, f"{path}.softmax"), shape)
+        return _worth(_sums_of_steps(steps, value, min(worth.largest, most), path), worth)
+    factors = [dequantize(graph, weights, f"{path}.softmax"), value.name]
     return graph.node("MatMul", factors, f"{path}.attended")
 
 
-def _softmax(graph: Graph, logits: str, quantized: bool, keys: int, path: str) -> str:
-    if not (quantized and graph.exact):
-        return graph.node("Softmax", [logits], f"{path}.softmax", axis=-1)
+def _placed(graph: Graph, logits: str, terms: Terms, path: str) -> str:
+    """Logits [batch, heads, n, m] and a bias, whose keys may lie in a grid."""
+    if not terms:
+        return logits
+    sides = [max(term.shape[axis] for term in terms) for axis in range(3, terms[0].ndim)]
+    if len(sides) > 1:
+        logits = graph.reshape(logits, (0, 0, 0, *sides), f"{path}.grid")
+    bias = terms[0].name
+    for term in terms[1:]:
+        bias = graph.node("Add", [bias, term.name], f"{path}.bias")
+    both = graph.node("Add", [logits, bias], f"{path}.placed")
+    return (
+        graph.reshape(both, (0, 0, 0, math.prod(sides)), f"{path}.all") if len(sides) > 1 else both
+    )
+
+
+def _softmax(logits: Traced, quantized: bool, keys: int) -> str:
+    if not (quantized and logits.graph.portable):
+        return logits.node("Softmax", axis=-1).name
     if keys > MOST_TERMS:
         raise DeployError(
-            f"{path} attends to {keys} places, sums are exact for {MOST_TERMS}: export a model "
-            "of smaller pictures"
+            f"{logits.graph.path} attends to {logits.shape[-1]} places, sums are "
+            f"exact for {MOST_TERMS}: export a model of smaller pictures"
         )
-    return portable.softmax(Traced(graph, logits, f"{path}.softmax")).name
+    return portable.softmax(logits).name
 
 
-def _sums_of_steps(graph: Graph, left: str, right: str, largest: float, path: str) -> Traced:
+def _sums_of_steps(left: Traced, right: Traced, largest: float, path: str) -> Traced:
     """Sums of products of two activations in steps, each at most `largest`.
 
     Where float32 would round them they are those of two digits of the right ones: OpenVINO may
     multiply integers or not.
     """
-    factors = [Traced(graph, right, f"{path}.right")]
+    graph, factors = left.graph, [right]
     if largest > EXACT:
         high = (factors[0] * (1 / _DIGIT)).round()
         factors = [quantized_steps(digit) for digit in (high, factors[0] - high * _DIGIT)]
     sums = [
-        Traced(graph, graph.node("MatMul", [left, factor.name], f"{path}.sums"), path)
+        Traced(graph, graph.node("MatMul", [left.name, factor.name], f"{path}.sums"), ())
         for factor in factors
     ]
     return sums[0] if len(sums) == 1 else rounded_sum([sums[0] * _DIGIT, sums[1]])
@@ -221,14 +301,15 @@ def _sums_of_points(
 ) -> Traced:
     """Sums over keys of whole points times values in steps; `cut` is what `cut_points` needs."""
     inner, grid = f"{path}.softmax_quantizer", cast(LogGrid, softmax_grid(quantizer))
+    require_quantizing(quantizer, inner)
     codes = point_codes(graph, shares, quantizer, grid, inner, parts)
     points = points_of(quantizer, grid)
-    pieces = cut_points(points, *cut) if graph.exact and cut[0] > EXACT else [(points, 1.0)]
+    pieces = cut_points(points, *cut) if graph.portable and cut[0] > EXACT else [(points, 1.0)]
     sums = []
     for number, (table, unit) in enumerate(pieces):
         piece = looked_up(graph, codes, table, shares, f"{inner}.points.{number}", parts)
         product = graph.node("MatMul", [piece, value], f"{path}.sums.{number}")
-        found = Traced(graph, product, path)
+        found = Traced(graph, product, ())
         sums.append(found if unit == 1.0 else found * unit)
     return rounded_sum(sums)
 

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from typing import cast
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import nn
 
-from ptq4sam.deploy.onnx.attention import attend, operands
 from ptq4sam.deploy.onnx.graph import Dimension, Graph
-from ptq4sam.deploy.onnx.layers import (
-    apply_linear,
-    array,
-    layer_norm,
-    linear,
-    mlp_block,
-    perceptron,
-    quantize_input,
-    sequential,
-)
+from ptq4sam.deploy.onnx.lowering import lowered
 from ptq4sam.deploy.onnx.prompts import dense_prompts, sparse_prompts
-from ptq4sam.quantization.portable import MOST_TERMS
-from ptq4sam.sam.mask_decoder import MLP, MaskDecoder
+from ptq4sam.deploy.onnx.traced import Traced
+from ptq4sam.deploy.targets.dialect import Dialect
 from ptq4sam.sam.model import Sam
-from ptq4sam.sam.transformer import Attention, TwoWayAttentionBlock
+from ptq4sam.sam.stages import run_stages
 
 _PATH = "mask_decoder"
-_TRANSFORMER = f"{_PATH}.transformer"
 
 
-def decoder_graph(sam: Sam, signed: bool = False, exact: bool = True) -> Graph:
+def decoder_graph(sam: Sam, dialect: Dialect) -> Graph:
     """The prompt encoder and the mask decoder, float or quantized, for prompts on one picture.
 
     Inputs, float32 unless said otherwise, in pixels of the encoder's (resized) input:
@@ -51,12 +37,10 @@ def decoder_graph(sam: Sam, signed: bool = False, exact: bool = True) -> Graph:
     - `iou` [prompts, M], the model's estimate of each mask's IoU.
     - `masks` [prompts, M, *original_size], logits of the picture; a pixel above 0 is in the mask.
 
-    `signed` and `exact` are as for `Graph`.
-
     Raises:
         DeployError: a part has no exact form.
     """
-    graph = Graph("mask_decoder", signed, exact)
+    graph = Graph("mask_decoder", dialect)
     encoder, decoder = sam.prompt_encoder, sam.mask_decoder
     rows, columns = encoder.image_embedding_size
     height, width = encoder.mask_input_size
@@ -70,12 +54,16 @@ def decoder_graph(sam: Sam, signed: bool = False, exact: bool = True) -> Graph:
     multimask = graph.input("multimask", np.int64, [1])
     original_size = graph.input("original_size", np.int64, [2])
 
+    image = Traced(graph, embedding, (1, encoder.embed_dim, rows, columns))
     sparse = sparse_prompts(graph, encoder, places, labels, boxes)
     dense = dense_prompts(graph, encoder, mask, has_mask)
-    source = graph.node("Add", [embedding, dense], f"{_PATH}.source")
-    positions = array(encoder.dense_positions())
-    tokens, image = _attend(graph, decoder, source, positions, sparse)
-    logits, ious = _heads(graph, decoder, tokens, image, (rows, columns))
+    with lowered(graph, decoder, _PATH):
+        traced: Any = (image, encoder.dense_positions(), sparse, dense)
+        tokens, keys, *positions = decoder.begin(*traced)
+        state: Any = (tokens, _for_each(keys, sparse), *positions)
+        tokens, keys, *_ = run_stages(decoder.transformer.stages(), state)
+        found: Any = decoder.heads(tokens, keys, (rows, columns))
+        logits, ious = (x.name for x in found)
     # Mask 0 alone, or masks 1 to 3.
     last = graph.node("Mul", [multimask, graph.integers(3)], f"{_PATH}.last_of_many")
     last = graph.node("Add", [last, graph.integers(1)], f"{_PATH}.end")
@@ -91,133 +79,17 @@ def decoder_graph(sam: Sam, signed: bool = False, exact: bool = True) -> Graph:
     return graph
 
 
-def _attend(
-    graph: Graph, decoder: MaskDecoder, source: str, positions: NDArray[np.float32], sparse: str
-) -> tuple[str, str]:
-    """The transformer: tokens [prompts, n, dim] and image [prompts, cells, dim]."""
-    transformer = decoder.transformer
-    dim = decoder.iou_token.embedding_dim
-    own = np.concatenate([array(decoder.iou_token.weight), array(decoder.mask_tokens.weight)])
-    output_tokens = graph.constant(f"{_PATH}.output_tokens", own[None])
-    shape = graph.node("Shape", [sparse], f"{_PATH}.sparse.shape")
+def _for_each(x: Any, prompts: Traced) -> Traced:
+    """Copies of the image's cells [1, cells, dim], one a prompt.
+
+    Here, where there is the least to copy; runtimes spread one to many themselves, but not to none.
+    """
+    graph = prompts.graph
+    shape = graph.node("Shape", [prompts.name], f"{_PATH}.sparse.shape")
     count = graph.slice(shape, 0, 1, 0, f"{_PATH}.prompts")
     each = graph.node("Concat", [count, graph.integers(1, 1)], f"{_PATH}.each", axis=0)
-    output_tokens = graph.node("Expand", [output_tokens, each], f"{_PATH}.output_tokens.each")
-    queries = graph.node("Concat", [output_tokens, sparse], f"{_PATH}.tokens", axis=1)
-    cells = np.ascontiguousarray(positions.reshape(1, dim, -1).transpose(0, 2, 1))
-    keys = graph.reshape(source, (0, dim, cells.shape[1]), f"{_PATH}.source.cells")
-    keys = graph.transpose(keys, (0, 2, 1), f"{_PATH}.source.by_cell")
-    keys = graph.node("Expand", [keys, each], f"{_PATH}.source.each")
-    key_pe = graph.constant(f"{_PATH}.image_pe", cells)
-    query_pe = queries
-    for index, layer in enumerate(transformer.layers):
-        queries, keys = _two_way(
-            graph,
-            cast(TwoWayAttentionBlock, layer),
-            (queries, keys, query_pe, key_pe),
-            f"{_TRANSFORMER}.layers.{index}",
-        )
-    path = f"{_TRANSFORMER}.final_attn_token_to_image"
-    attended = _attention(
-        graph,
-        transformer.final_attn_token_to_image,
-        graph.node("Add", [queries, query_pe], f"{path}.placed_tokens"),
-        graph.node("Add", [keys, key_pe], f"{path}.placed_image"),
-        keys,
-        path,
-    )
-    queries = graph.node("Add", [queries, attended], f"{path}.added")
-    norm = transformer.norm_final_attn
-    return layer_norm(graph, norm, queries, f"{_TRANSFORMER}.norm_final_attn"), keys
-
-
-def _two_way(
-    graph: Graph, block: TwoWayAttentionBlock, state: tuple[str, str, str, str], path: str
-) -> tuple[str, str]:
-    """One block of the transformer: from the state of its stages to tokens and image."""
-    queries, keys, query_pe, key_pe = state
-
-    def added(first: str, second: str, name: str) -> str:
-        return graph.node("Add", [first, second], f"{path}.{name}")
-
-    if block.skip_first_layer_pe:
-        inner = f"{path}.self_attn"
-        queries = _attention(graph, block.self_attn, queries, queries, queries, inner)
-    else:
-        placed = added(queries, query_pe, "placed")
-        attended = _attention(graph, block.self_attn, placed, placed, queries, f"{path}.self_attn")
-        queries = added(queries, attended, "self_attended")
-    queries = layer_norm(graph, block.norm1, queries, f"{path}.norm1")
-    placed_tokens = added(queries, query_pe, "placed_tokens")
-    placed_image = added(keys, key_pe, "placed_image")
-    attended = _attention(
-        graph,
-        block.cross_attn_token_to_image,
-        placed_tokens,
-        placed_image,
-        keys,
-        f"{path}.cross_attn_token_to_image",
-    )
-    queries = layer_norm(
-        graph, block.norm2, added(queries, attended, "token_to_image"), f"{path}.norm2"
-    )
-    changed = mlp_block(graph, block.mlp, queries, f"{path}.mlp")
-    queries = layer_norm(graph, block.norm3, added(queries, changed, "changed"), f"{path}.norm3")
-    attended = _attention(
-        graph,
-        block.cross_attn_image_to_token,
-        placed_image,
-        added(queries, query_pe, "placed_again"),
-        queries,
-        f"{path}.cross_attn_image_to_token",
-    )
-    keys = layer_norm(graph, block.norm4, added(keys, attended, "image_to_token"), f"{path}.norm4")
-    return queries, keys
-
-
-def _attention(graph: Graph, attention: Attention, q: str, k: str, v: str, path: str) -> str:
-    projected = [
-        linear(graph, cast(nn.Linear, getattr(attention, f"{role}_proj")), x, f"{path}.{role}_proj")
-        for role, x in (("q", q), ("k", k), ("v", v))
-    ]
-    given = operands(graph, attention, projected, 0, path)
-    attended = attend(graph, attention, given, path, MOST_TERMS)
-    merged = quantize_input(graph, attention.out_proj, attended, f"{path}.out_proj")
-    name = graph.transpose(merged.name, (0, 2, 1, 3), f"{path}.by_token")
-    name = graph.reshape(name, (0, 0, attention.q_proj.out_features), f"{path}.merged")
-    return apply_linear(graph, attention.out_proj, merged.renamed(name), f"{path}.out_proj")
-
-
-def _heads(
-    graph: Graph, decoder: MaskDecoder, tokens: str, image: str, grid: tuple[int, int]
-) -> tuple[str, str]:
-    """Logits [prompts, masks, height, width] and IoUs [prompts, masks] of all masks."""
-    count = decoder.num_mask_tokens
-
-    def token(place: int, name: str) -> str:
-        index = graph.constant(f"{_PATH}.{name}.place", np.array(place, np.int64))
-        return graph.node("Gather", [tokens, index], f"{_PATH}.{name}", axis=1)
-
-    ious = perceptron(
-        graph,
-        decoder.iou_prediction_head,
-        token(0, "iou_token"),
-        f"{_PATH}.iou_prediction_head",
-    )
-    dim = decoder.iou_token.embedding_dim
-    upscaled = graph.transpose(image, (0, 2, 1), f"{_PATH}.image")
-    upscaled = graph.reshape(upscaled, (0, dim, *grid), f"{_PATH}.image.grid")
-    upscaled = sequential(graph, decoder.output_upscaling, upscaled, f"{_PATH}.output_upscaling")
-    upscaled = graph.reshape(upscaled, (0, dim // 8, 16 * math.prod(grid)), f"{_PATH}.upscaled")
-    weights = []
-    for index, mlp in enumerate(decoder.output_hypernetworks_mlps):
-        path = f"{_PATH}.output_hypernetworks_mlps.{index}"
-        weight = perceptron(graph, cast(MLP, mlp), token(1 + index, f"mask_token.{index}"), path)
-        weights.append(graph.node("Unsqueeze", [weight, graph.integers(1)], f"{path}.weight"))
-    together = graph.node("Concat", weights, f"{_PATH}.mask_weights", axis=1)
-    logits = graph.node("MatMul", [together, upscaled], f"{_PATH}.logits")
-    shape = (0, count, 4 * grid[0], 4 * grid[1])
-    return graph.reshape(logits, shape, f"{_PATH}.all_masks"), ious
+    name = graph.node("Expand", [x.name, each], f"{_PATH}.image.each")
+    return Traced(graph, name, (prompts.shape[0], *x.shape[1:]), exact=x.exact)
 
 
 def _resize(graph: Graph, low_res: str, original_size: str, side: int) -> str:

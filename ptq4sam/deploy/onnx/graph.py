@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ptq4sam.deploy.targets.dialect import Dialect
 from ptq4sam.errors import DependencyError, DeployError
 
 if TYPE_CHECKING:
@@ -58,16 +60,22 @@ class Graph:
 
     Args:
         name: of the graph.
-        signed: activations have codes of int8 around 0 where their grid fits (symmetric ones, and
-            up to 7 bits), which OpenVINO multiplies with each other; else all are of uint8, which
-            ONNX Runtime takes (1.31 fails to load some graphs with signed ones).
-        exact: what lies between products of codes is computed as in the simulation, bit for bit;
-            else by the runtime's own operators, which are faster in OpenVINO.
+        dialect: how it is written.
+
+    Attributes:
+        path: of the module that is being written.
+        names_of_tensors: paths of parameters and buffers, by their identity.
+        inexact: paths of quantizers whose codes may be others than in the simulation.
+        quantizers: how many there are.
     """
 
-    def __init__(self, name: str, signed: bool = False, exact: bool = True) -> None:
+    def __init__(self, name: str, dialect: Dialect) -> None:
         self._onnx = require_onnx()
-        self.signed, self.exact = signed, exact
+        self.dialect, self.path = dialect, name
+        self.names_of_tensors: dict[int, str] = {}
+        self.inexact: list[str] = []
+        self.quantizers = 0
+        self._tensors: dict[int, tuple[Tensor, str]] = {}
         self._name = name
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
@@ -86,13 +94,19 @@ class Graph:
         self._outputs.append(self._info(name, dtype, shape))
 
     @property
-    def multiplies_steps(self) -> bool:
-        """Whether products are of whole steps; else of what these are worth.
+    def portable(self) -> bool:
+        """Whether what lies between products of codes is computed as in the simulation."""
+        return self.dialect.between == "portable"
 
-        ONNX Runtime's integer products multiply sums with scales as the simulation does; OpenVINO
-        has its own order.
-        """
-        return self.signed and self.exact
+    @property
+    def multiplies_steps(self) -> bool:
+        """Whether products are of whole steps; else of what these are worth."""
+        return self.dialect.products == "steps"
+
+    @property
+    def exact(self) -> bool:
+        """Whether there are codes, and all are the simulation's in every runtime."""
+        return self.quantizers > 0 and not self.inexact
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """Add a constant tensor; returns its name."""
@@ -111,6 +125,22 @@ class Graph:
         if not np.array_equal(half.astype(np.float32), value):
             return self.constant(name, value)
         return self.cast(self.constant(name, half), np.float32, f"{name}.float32")
+
+    def quantized(self, path: str, exact: bool) -> None:
+        """Note a quantizer, and whether its codes are the simulation's."""
+        self.quantizers += 1
+        if not exact:
+            self.inexact.append(path)
+
+    def tensor(self, value: Tensor, name: str) -> str:
+        """A tensor that a forward brings with it, added once, under its own path if it has one."""
+        _, known = self._tensors.get(id(value), (value, ""))
+        if not known:
+            array = value.detach().cpu().float().numpy()
+            known = self.parameter(self.names_of_tensors.get(id(value), name), array)
+            # Kept, so that its identity is no other's.
+            self._tensors[id(value)] = value, known
+        return known
 
     def nibbles(self, name: str, codes: NDArray[np.integer[Any]]) -> str:
         """Add a constant of codes 0 to 15, two in a byte; returns the name of its int32 form."""
@@ -191,9 +221,13 @@ class Graph:
         path.write_bytes(model.SerializeToString())
 
     def _unique(self, name: str) -> str:
-        seen = self._names.get(name, 0)
-        self._names[name] = seen + 1
-        return f"{name}.{seen}" if seen else name
+        count, found = self._names.get(name, 0), name
+        # A number behind a name may be the name of something else.
+        while count and (found := f"{name}.{count}") in self._names:
+            count += 1
+        self._names[name] = count + 1
+        self._names.setdefault(found, 1)
+        return found
 
     def _info(self, name: str, dtype: type[np.generic], shape: Shape) -> onnx.ValueInfoProto:
         helper = self._onnx.helper

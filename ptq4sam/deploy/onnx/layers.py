@@ -1,4 +1,4 @@
-"""The layers that SAM is made of, as ONNX nodes."""
+"""Linear layers, convolutions, normalisations and activations, as ONNX nodes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.traced import Traced
+from ptq4sam.deploy.onnx.lowering import operator
+from ptq4sam.deploy.onnx.traced import Product, Traced
 from ptq4sam.deploy.onnx.values import (
     Value,
+    codes_of,
     dequantize,
     dequantized_weight,
     held_weight,
     pieces_of_input,
-    quantize,
     quantized_steps,
     steps_of,
 )
@@ -36,10 +38,9 @@ from ptq4sam.operators.norm import LayerNorm2d, PortableLayerNorm, PortableLayer
 from ptq4sam.quantization.base import Quantizer
 from ptq4sam.quantization.portable import apart, gelu, of_digits, rounded_sum
 from ptq4sam.quantization.portable import layer_norm as layer_norm_of
-from ptq4sam.sam.common import MLPBlock
-from ptq4sam.sam.mask_decoder import MLP
 
-_ACTIVATIONS = {nn.GELU: "Gelu", PortableGELU: "Gelu", nn.ReLU: "Relu"}
+Convolution = nn.Conv2d | nn.ConvTranspose2d | QuantizedConv2d | PortableConv2d
+Linear = nn.Linear | QuantizedLinear
 
 
 def array(tensor: Tensor) -> NDArray[np.float32]:
@@ -48,29 +49,31 @@ def array(tensor: Tensor) -> NDArray[np.float32]:
     return result
 
 
-def input_quantizer(layer: nn.Module) -> Quantizer | None:
-    """The quantizer of a layer's input; None for a float layer."""
-    return layer.input_quantizer if isinstance(layer, QuantizedLinear | QuantizedConv2d) else None
-
-
-def linear(graph: Graph, layer: nn.Linear | QuantizedLinear, x: str, path: str) -> str:
-    """A linear layer, float or quantized, of a float tensor."""
-    return apply_linear(graph, layer, quantize_input(graph, layer, x, path), path)
-
-
-def quantize_input(graph: Graph, layer: nn.Module, x: str, path: str) -> Value:
+def _quantized_input(layer: nn.Module, x: Traced, path: str) -> Value:
     """The input of a layer as it takes it."""
-    return quantize(graph, x, input_quantizer(layer), f"{path}.input")
+    quantizer: Quantizer | None = getattr(layer, "input_quantizer", None)
+    value, codes = codes_of(x, quantizer, f"{path}.input")
+    return value.renamed(codes.name)
 
 
-def apply_linear(
-    graph: Graph,
-    layer: nn.Linear | QuantizedLinear,
-    x: Value,
-    path: str,
-    outputs: slice = slice(None),
-) -> str:
-    """A linear layer, or some of its outputs, of an input that is quantized where the layer is."""
+@operator(nn.Linear, QuantizedLinear)
+def linear(graph: Graph, layer: Linear, x: Traced) -> Traced:
+    """A linear layer, of which only those outputs are computed that somebody takes."""
+    path, taken = graph.path, 0
+    value = _quantized_input(layer, x, path)
+
+    def make(outputs: Tensor | None) -> str:
+        nonlocal taken
+        name = path if outputs is None else f"{path}.{taken}"
+        taken += 1
+        return _product(graph, layer, value, name, outputs)
+
+    shape = (*x.shape[:-1], layer.weight.shape[0])
+    exact = x.exact and graph.portable and value.affine is not None
+    return Traced(graph, Product(make), shape, exact=exact)
+
+
+def _product(graph: Graph, layer: Linear, x: Value, path: str, outputs: Tensor | None) -> str:
     if graph.multiplies_steps and x.affine is not None:
         product = _product_of_steps(graph, cast(QuantizedLinear, layer), x, path, outputs)
     else:
@@ -79,7 +82,7 @@ def apply_linear(
         product = graph.node("MatMul", factors, name)
     if layer.bias is None:
         return product
-    bias = array(layer.bias)[outputs]
+    bias = array(layer.bias if outputs is None else layer.bias.cpu()[outputs])
     if x.affine is not None:
         # With a bias of one dimension ONNX Runtime would make a float Gemm of the integer product.
         bias = bias[None, None]
@@ -87,11 +90,7 @@ def apply_linear(
 
 
 def _product_of_steps(
-    graph: Graph,
-    layer: QuantizedLayer,
-    x: Value,
-    path: str,
-    outputs: slice = slice(None),
+    graph: Graph, layer: QuantizedLayer, x: Value, path: str, outputs: Tensor | None = None
 ) -> str:
     """What sums of steps are worth, rounded before a bias is added.
 
@@ -100,9 +99,15 @@ def _product_of_steps(
     """
     pieces, axis, kind, geometry = pieces_of_input(layer), -1, "MatMul", {}
     step = array(step_of_sums(layer))
-    step = step[outputs] if step.ndim else step
+    step = step[outputs] if step.ndim and outputs is not None else step
     if isinstance(layer, QuantizedConv2d):
         axis, kind, geometry, step = 1, "Conv", _geometry(layer), step.reshape(-1, 1, 1)
+        groups = _windows(layer).groups
+        if groups > 1 and len(pieces) > 1:
+            raise DeployError(
+                f"{path} has {groups} groups of {layer.weight.shape[1]} channels, whose sums "
+                "float32 may round: it cannot be exported for OpenVINO"
+            )
     names = [x.name]
     if len(pieces) > 1:
         names = graph.split(x.name, len(pieces), axis, f"{path}.input.pieces")
@@ -113,70 +118,88 @@ def _product_of_steps(
             dequantized_weight(graph, layer, path, outputs, inputs),
         ]
         product = graph.node(kind, factors, f"{path}.product", **geometry)
-        sums.append(Traced(graph, product, f"{path}.sums"))
+        sums.append(Traced(graph, product, ()))
     worth = graph.constant(f"{path}.worth", step)
     # Apart, or OpenVINO multiplies float32 weights with what the sums are worth.
     return apart(apart(rounded_sum(sums)).node("Mul", worth)).name
 
 
-def _matrix(graph: Graph, layer: nn.Linear | QuantizedLinear, path: str, outputs: slice) -> str:
+def _matrix(graph: Graph, layer: Linear, path: str, outputs: Tensor | None) -> str:
     """The weight as [in, out]."""
-    if type(layer) is nn.Linear:
-        return graph.parameter(f"{path}.weight", array(layer.weight[outputs].t()))
-    if not isinstance(layer, QuantizedLinear):
-        raise _unknown(layer, path)
-    return dequantized_weight(graph, layer, path, outputs)
+    if isinstance(layer, QuantizedLinear):
+        return dequantized_weight(graph, layer, path, outputs)
+    weight = layer.weight if outputs is None else layer.weight.cpu()[outputs]
+    return graph.parameter(f"{path}.weight", array(weight.t()))
 
 
-def convolution(graph: Graph, layer: nn.Module, x: str, path: str) -> str:
-    """A convolution or transposed convolution, float or quantized, of [batch, channels, h, w]."""
-    if not isinstance(layer, QuantizedConv2d) and type(layer) not in (
-        nn.Conv2d,
-        nn.ConvTranspose2d,
-        PortableConv2d,
-    ):
-        raise _unknown(layer, path)
-    assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | QuantizedConv2d | PortableConv2d)
-    if isinstance(layer, QuantizedConv2d | PortableConv2d):
-        plain = layer.windows.groups == 1
+@operator(nn.Conv2d, nn.ConvTranspose2d, QuantizedConv2d)
+def convolution(graph: Graph, layer: Convolution, x: Traced) -> Traced:
+    """A convolution or transposed convolution of [batch, channels, h, w], with groups or not."""
+    path = graph.path
+    shape = _shape_behind(layer, x, path)
+    value = _quantized_input(layer, x, path)
+    exact = x.exact and graph.portable and value.affine is not None
+    if isinstance(layer, QuantizedConv2d) and graph.dialect.convolutions == "integer":
+        name = _integer_convolution(graph, layer, value, path)
+    elif isinstance(layer, QuantizedConv2d) and graph.multiplies_steps:
+        name = _with_bias(graph, layer, _product_of_steps(graph, layer, value, path), path)
     else:
-        plain = (
-            layer.groups == 1
-            and layer.padding_mode == "zeros"
-            and isinstance(layer.padding, tuple)
-            and (not isinstance(layer, nn.ConvTranspose2d) or not any(layer.output_padding))
+        kind = "ConvTranspose" if isinstance(layer, nn.ConvTranspose2d) else "Conv"
+        if isinstance(layer, QuantizedConv2d):
+            weight = dequantized_weight(graph, layer, path)
+        else:
+            weight = graph.parameter(f"{path}.weight", array(layer.weight))
+        inputs = [dequantize(graph, value, f"{path}.input"), weight]
+        if layer.bias is not None:
+            inputs.append(graph.constant(f"{path}.bias", array(layer.bias)))
+        name = graph.node(kind, inputs, path, **_geometry(layer))
+    return Traced(graph, name, shape, exact=exact)
+
+
+def _windows(layer: nn.Module) -> Any:
+    """Owner of stride, padding, dilation and groups: a float convolution itself."""
+    return getattr(layer, "windows", layer)
+
+
+def _shape_behind(layer: Convolution, x: Traced, path: str) -> torch.Size:
+    """The result's shape.
+
+    Raises:
+        DeployError: the convolution pads otherwise than by zeros on both sides.
+    """
+    windows = _windows(layer)
+    plain = getattr(layer, "padding_mode", "zeros") == "zeros" and not isinstance(
+        windows.padding, str
+    )
+    if not plain or any(getattr(layer, "output_padding", ())):
+        raise DeployError(
+            f"{path} is a convolution whose padding is not one of zeros, alike on both sides: it "
+            "cannot be exported"
         )
-    if not plain:
-        raise DeployError(f"{path} is a convolution with groups or padding that SAM has not")
-    value = quantize_input(graph, layer, x, path)
-    if isinstance(layer, QuantizedConv2d) and not graph.signed:
-        return _integer_convolution(graph, layer, value, path)
-    if isinstance(layer, QuantizedConv2d) and graph.multiplies_steps:
-        x = _product_of_steps(graph, layer, value, path)
-        if layer.bias is None:
-            return x
-        bias = graph.constant(f"{path}.bias", array(layer.bias).reshape(-1, 1, 1))
-        return graph.node("Add", [x, bias], path)
-    kind = "ConvTranspose" if isinstance(layer, nn.ConvTranspose2d) else "Conv"
-    if isinstance(layer, QuantizedConv2d):
-        weight = dequantized_weight(graph, layer, path)
-    else:
-        weight = graph.parameter(f"{path}.weight", array(layer.weight))
-    inputs = [dequantize(graph, value, f"{path}.input"), weight]
-    if layer.bias is not None:
-        inputs.append(graph.constant(f"{path}.bias", array(layer.bias)))
-    return graph.node(kind, inputs, path, **_geometry(layer))
+    given, weight = (torch.empty(t.shape, device="meta") for t in (x, layer.weight))
+    convolve: Any = F.conv_transpose2d if isinstance(layer, nn.ConvTranspose2d) else F.conv2d
+    geometry = {key: getattr(windows, key) for key in ("stride", "padding", "dilation", "groups")}
+    found: torch.Size = convolve(given, weight, **geometry).shape
+    return found
 
 
-def _geometry(layer: Any) -> dict[str, list[int]]:
-    windows = getattr(layer, "windows", layer)
+def _geometry(layer: nn.Module) -> dict[str, object]:
+    windows = _windows(layer)
     padding = [int(size) for size in windows.padding]
     return {
-        "kernel_shape": list(layer.kernel_size),
+        "kernel_shape": list(cast(Any, layer).weight.shape[2:]),
         "strides": list(windows.stride),
         "dilations": list(windows.dilation),
         "pads": [*padding, *padding],
+        "group": windows.groups,
     }
+
+
+def _with_bias(graph: Graph, layer: Convolution, x: str, path: str) -> str:
+    if layer.bias is None:
+        return x
+    bias = graph.constant(f"{path}.bias", array(layer.bias).reshape(-1, 1, 1))
+    return graph.node("Add", [x, bias], path)
 
 
 def _integer_convolution(graph: Graph, layer: QuantizedConv2d, x: Value, path: str) -> str:
@@ -191,10 +214,12 @@ def _integer_convolution(graph: Graph, layer: QuantizedConv2d, x: Value, path: s
     geometry = _geometry(layer)
     sums = graph.node("ConvInteger", [x.name, held.name, zero], f"{path}.sums.held", **geometry)
     if held.zero_point.any():
-        ones = graph.constant(
-            f"{path}.ones", np.ones((1, layer.in_channels, *layer.kernel_size), np.int8)
-        )
+        groups, outputs = _windows(layer).groups, layer.weight.shape[0]
+        ones = graph.constant(f"{path}.ones", np.ones((groups, *layer.weight.shape[1:]), np.int8))
         inputs = graph.node("ConvInteger", [x.name, ones, zero], f"{path}.inputs", **geometry)
+        if 1 < groups < outputs:
+            places = graph.constant(f"{path}.groups", np.arange(groups).repeat(outputs // groups))
+            inputs = graph.node("Gather", [inputs, places], f"{path}.inputs.by_output", axis=1)
         zeros = held.zero_point.to(torch.int32).reshape(-1, 1, 1).cpu().numpy()
         shares = graph.node(
             "Mul", [inputs, graph.constant(f"{path}.weight.zeros", zeros)], f"{path}.shares"
@@ -202,43 +227,43 @@ def _integer_convolution(graph: Graph, layer: QuantizedConv2d, x: Value, path: s
         sums = graph.node("Sub", [sums, shares], f"{path}.sums")
     worth = graph.constant(f"{path}.worth", array(step_of_sums(layer)).reshape(-1, 1, 1))
     sums = graph.cast(sums, np.float32, f"{path}.sums.float32")
-    if layer.bias is None:
-        return graph.node("Mul", [sums, worth], path)
-    bias = graph.constant(f"{path}.bias", array(layer.bias).reshape(-1, 1, 1))
-    return graph.node("Add", [graph.node("Mul", [sums, worth], f"{path}.scaled"), bias], path)
+    return _with_bias(graph, layer, graph.node("Mul", [sums, worth], f"{path}.scaled"), path)
 
 
-def layer_norm(graph: Graph, layer: Any, x: str, path: str) -> str:
-    """Layer normalisation over the last axis, or over the channels of [batch, channels, h, w]."""
-    if not isinstance(layer, LayerNorm2d | PortableLayerNorm2d):
-        return _normalized(graph, layer, x, path)
-    x = graph.transpose(x, (0, 2, 3, 1), f"{path}.channels_last")
-    return graph.transpose(_normalized(graph, layer, x, f"{path}.rows"), (0, 3, 1, 2), path)
+@operator(nn.LayerNorm, PortableLayerNorm)
+def layer_norm(graph: Graph, layer: nn.LayerNorm, x: Traced) -> Traced:
+    """Layer normalisation over the last axis."""
+    return _normalized(graph, layer, x)
 
 
-def _normalized(graph: Graph, layer: Any, x: str, path: str) -> str:
+@operator(LayerNorm2d, PortableLayerNorm2d)
+def layer_norm_2d(graph: Graph, layer: LayerNorm2d, x: Traced) -> Traced:
+    """Layer normalisation over the channels of [batch, channels, h, w]."""
+    normalized = _normalized(graph, layer, x.permute(0, 2, 3, 1))
+    return cast(Traced, normalized.permute(0, 3, 1, 2))
+
+
+def _normalized(graph: Graph, layer: nn.LayerNorm | LayerNorm2d, x: Traced) -> Traced:
     parameters = [
-        graph.constant(f"{path}.{name}", array(value))
+        graph.constant(f"{graph.path}.{name}", array(value))
         for name, value in (("weight", layer.weight), ("bias", layer.bias))
     ]
-    if not (graph.exact and isinstance(layer, PortableLayerNorm)):
-        inputs = [x, *parameters]
-        return graph.node("LayerNormalization", inputs, path, axis=-1, epsilon=layer.eps)
-    traced, weight, bias = (Traced(graph, name, path) for name in (x, *parameters))
-    return layer_norm_of(traced, len(layer.weight), weight, bias, layer.eps).name
+    if not (graph.portable and isinstance(layer, PortableLayerNorm | PortableLayerNorm2d)):
+        how: Any = {"axis": -1, "epsilon": layer.eps}
+        return x.node("LayerNormalization", *parameters, exact=False, **how)
+    weight, bias = (x.new(name, layer.weight.shape) for name in parameters)
+    return layer_norm_of(x, len(layer.weight), weight, bias, layer.eps).portable(x)
 
 
-def patches(graph: Graph, layer: nn.Conv2d, x: str, side: int, path: str) -> str:
-    """The patch embedding of [1, channels, side, side] as [1, rows, columns, out_channels]."""
-    if graph.exact and isinstance(layer, PortableConv2d):
-        embedded = _patches_of_digits(graph, layer, x, path)
-    else:
-        embedded = convolution(graph, layer, x, path)
-    return graph.transpose(embedded, (0, 2, 3, 1), f"{path}.last")
-
-
-def _patches_of_digits(graph: Graph, layer: PortableConv2d, x: str, path: str) -> str:
-    pixels = pixel_digits(Traced(graph, x, f"{path}.pixels"))
+@operator(PortableConv2d)
+def patches(graph: Graph, layer: PortableConv2d, x: Traced) -> Traced:
+    """A convolution of pixels: [batch, channels, rows, columns]."""
+    if not graph.portable:
+        return convolution(graph, layer, x)
+    path, shape = graph.path, _shape_behind(layer, x, graph.path)
+    if layer.windows.groups > 1:
+        raise DeployError(f"{path} has groups, of pixels: it cannot be exported")
+    pixels = pixel_digits(x)
     weights, worth = weight_digits(layer.weight)
     sums = []
     one = graph.constant(f"{path}.one", np.array(1, np.float32))
@@ -246,62 +271,21 @@ def _patches_of_digits(graph: Graph, layer: PortableConv2d, x: str, path: str) -
         inner = f"{path}.{count}"
         names = [digit.name for digit in pixels[:count]]
         given = graph.node("Concat", names, f"{inner}.pixels", axis=1)
-        if graph.signed:
-            given = quantized_steps(Traced(graph, given, inner)).name
+        if graph.multiplies_steps:
+            given = quantized_steps(Traced(graph, given, ())).name
         held = [graph.constant(f"{inner}.weight", array(weight).astype(np.int8)), one]
         factor = graph.node("DequantizeLinear", held, f"{inner}.weight.steps")
         product = graph.node("Conv", [given, factor], f"{inner}.sums", **_geometry(layer))
-        sums.append(Traced(graph, product, path))
-    patches = of_digits(*sums) * worth
+        sums.append(Traced(graph, product, shape))
+    found = of_digits(*sums) * worth
     if layer.bias is not None:
-        bias = graph.constant(f"{path}.bias", array(layer.bias).reshape(-1, 1, 1))
-        patches = patches.node("Add", bias)
-    return patches.name
+        found = found + layer.bias[:, None, None]
+    return found.portable(x)
 
 
-def activation(graph: Graph, module: nn.Module, x: str, path: str) -> str:
-    """GELU (exact) or ReLU."""
-    if graph.exact and isinstance(module, PortableGELU):
-        return gelu(Traced(graph, x, path)).name
-    kind = _ACTIVATIONS.get(type(module))
-    if kind is None or getattr(module, "approximate", "none") != "none":
-        raise _unknown(module, path)
-    return graph.node(kind, [x], path)
-
-
-def mlp_block(graph: Graph, block: MLPBlock, x: str, path: str) -> str:
-    """Two linear layers with an activation between them."""
-    hidden = linear(graph, block.lin1, x, f"{path}.lin1")
-    hidden = activation(graph, block.act, hidden, f"{path}.act")
-    return linear(graph, block.lin2, hidden, f"{path}.lin2")
-
-
-def perceptron(graph: Graph, module: MLP, x: str, path: str) -> str:
-    """The decoder's linear layers with ReLU between them."""
-    last = len(module.layers) - 1
-    for index, layer in enumerate(module.layers):
-        assert isinstance(layer, nn.Linear)
-        x = linear(graph, layer, x, f"{path}.layers.{index}")
-        if index < last:
-            x = graph.node("Relu", [x], f"{path}.relu.{index}")
-    return x
-
-
-def sequential(graph: Graph, modules: nn.Sequential, x: str, path: str) -> str:
-    """Convolutions, normalisations and activations one after the other."""
-    for index, module in enumerate(modules):
-        inner = f"{path}.{index}"
-        if isinstance(module, LayerNorm2d | PortableLayerNorm2d):
-            x = layer_norm(graph, module, x, inner)
-        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d | QuantizedConv2d):
-            x = convolution(graph, module, x, inner)
-        else:
-            x = activation(graph, module, x, inner)
-    return x
-
-
-def _unknown(module: nn.Module, path: str) -> DeployError:
-    return DeployError(
-        f"{path} is a {type(module).__name__}, for which no exact form is known: it cannot be "
-        "exported"
-    )
+@operator(PortableGELU)
+def portable_gelu(graph: Graph, module: PortableGELU, x: Traced) -> Traced:
+    """GELU by operations that all runtimes round alike."""
+    if graph.portable:
+        return gelu(x).portable(x)
+    return cast(Traced, F.gelu(cast(Tensor, x)))

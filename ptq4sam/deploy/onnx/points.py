@@ -52,7 +52,7 @@ def point_codes(
     ends = [graph.number(0.0), graph.number(float(grid.grid.levels))]
     within = graph.node("Clip", [rounded, *ends], f"{path}.within")
     guess = graph.cast(within, np.int32, f"{path}.guess")
-    if not graph.exact:
+    if not graph.portable:
         return guess
     first = first_outputs(quantizer)
     # The last code has no first output, code 0 no last one.
@@ -105,7 +105,7 @@ def looked_up(graph: Graph, codes: str, table: Tensor, x: str, path: str, parts:
             at the same time.
     """
     held = graph.constant(f"{path}.table", table.float().cpu().numpy())
-    if graph.signed:
+    if graph.dialect.lookup == "Gather":
         return graph.node("Gather", [held, codes], path, axis=0)
     rows = graph.reshape(codes, (parts, -1), f"{path}.rows")
     tables = graph.node("Expand", [held, graph.integers(parts, 1)], f"{path}.tables")

@@ -8,16 +8,20 @@ import numpy as np
 import torch
 
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.layers import array, sequential
+from ptq4sam.deploy.onnx.layers import array
+from ptq4sam.deploy.onnx.lowering import lowered
+from ptq4sam.deploy.onnx.moves import UNKNOWN
 from ptq4sam.deploy.onnx.traced import Traced
 from ptq4sam.sam.prompt_encoder import PortablePositions, PromptEncoder, waves
 
 _PATH = "prompt_encoder"
+_PROMPTS, _POINTS = UNKNOWN, 2 * UNKNOWN
+"""Sizes that are known when the graph runs."""
 
 
 def sparse_prompts(
     graph: Graph, encoder: PromptEncoder, points: str, labels: str, boxes: str
-) -> str:
+) -> Traced:
     """Embeddings [prompts, tokens, dim] of points, then of the corners of boxes.
 
     Args:
@@ -49,16 +53,25 @@ def sparse_prompts(
         weight = encoder.get_parameter(f"point_embeddings.{2 + first // 2}.weight")
         kind = graph.constant(f"{path}.kind", array(weight))
         tokens.append(graph.node("Add", [encoded, kind], path))
-    return graph.node("Concat", tokens, f"{_PATH}.sparse", axis=1)
+    name = graph.node("Concat", tokens, f"{_PATH}.sparse", axis=1)
+    exact = graph.portable and isinstance(encoder.pe_layer, PortablePositions)
+    return Traced(graph, name, (_PROMPTS, _POINTS, encoder.embed_dim), exact=exact)
 
 
-def dense_prompts(graph: Graph, encoder: PromptEncoder, mask: str, has_mask: str) -> str:
-    """Embedding of a mask [m, 1, height, width] where `has_mask` [1] is not 0, else of none."""
-    downscaled = sequential(graph, encoder.mask_downscaling, mask, f"{_PATH}.mask_downscaling")
+def dense_prompts(graph: Graph, encoder: PromptEncoder, mask: str, has_mask: str) -> Traced:
+    """Embedding of a mask [m, 1, height, width] where `has_mask` [1] is not 0, else of none.
+
+    What a mask passes is float: prompts without one are exact.
+    """
+    path = f"{_PATH}.mask_downscaling"
+    given = Traced(graph, mask, (_PROMPTS, 1, *encoder.mask_input_size))
+    with lowered(graph, encoder.mask_downscaling, path):
+        downscaled = encoder.mask_downscaling(given).name
     none = array(encoder.no_mask_embed.weight).reshape(1, -1, 1, 1)
-    given = graph.node("Greater", [has_mask, graph.number(0.0)], f"{_PATH}.has_mask")
+    chosen = graph.node("Greater", [has_mask, graph.number(0.0)], f"{_PATH}.has_mask")
     without = graph.constant(f"{_PATH}.no_mask_embed", none)
-    return graph.node("Where", [given, downscaled, without], f"{_PATH}.dense")
+    name = graph.node("Where", [chosen, downscaled, without], f"{_PATH}.dense")
+    return Traced(graph, name, (_PROMPTS, encoder.embed_dim, *encoder.image_embedding_size))
 
 
 def _positions(graph: Graph, encoder: PromptEncoder, points: str, path: str) -> str:
@@ -70,10 +83,10 @@ def _positions(graph: Graph, encoder: PromptEncoder, points: str, path: str) -> 
     doubled = graph.node("Mul", [unit, graph.number(2.0)], f"{path}.doubled")
     signed = graph.node("Sub", [doubled, graph.number(1.0)], f"{path}.signed")
     matrix = array(encoder.pe_layer.positional_encoding_gaussian_matrix)
-    if graph.exact and isinstance(encoder.pe_layer, PortablePositions):
-        place = Traced(graph, signed, path)
+    if graph.portable and isinstance(encoder.pe_layer, PortablePositions):
+        place = Traced(graph, signed, (_PROMPTS, _POINTS, 2))
         turns = (
-            Traced(graph, graph.constant(f"{path}.turns.{axis}", row), path)
+            Traced(graph, graph.constant(f"{path}.turns.{axis}", row), row.shape)
             for axis, row in zip("xy", matrix, strict=True)
         )
         names = [

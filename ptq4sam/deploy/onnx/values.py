@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptq4sam.deploy.codes import LogGrid, UniformGrid, layer_codes, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.traced import Traced
+from ptq4sam.deploy.onnx.traced import ZERO, Traced
 from ptq4sam.errors import DeployError
 from ptq4sam.operators.base import QuantizedLayer
 from ptq4sam.quantization.base import Mode, Quantizer
@@ -72,11 +72,11 @@ def steps_of(graph: Graph, value: Value, path: str) -> str:
 
 def quantized_steps(steps: Traced) -> Traced:
     """Whole numbers of int8, behind a quantization that OpenVINO makes integer products of."""
-    graph, path = steps.graph, f"{steps.path}.steps"
+    graph, path = steps.graph, f"{steps.graph.path}.steps"
     one = graph.number(1.0)
     zero = graph.constant(f"{path}.zero", np.array(0, np.int8))
     codes = graph.node("QuantizeLinear", [steps.name, one, zero], f"{path}.codes")
-    return replace(steps, name=graph.node("DequantizeLinear", [codes, one], path))
+    return steps.new(graph.node("DequantizeLinear", [codes, one], path), steps.shape)
 
 
 def _dequantized(
@@ -86,6 +86,22 @@ def _dequantized(
     if affine.zero_point.any():
         inputs.append(graph.constant(f"{path}.zero_point", affine.zero_point))
     return graph.node("DequantizeLinear", inputs, f"{path}.dequantized")
+
+
+def codes_of(x: Traced, quantizer: Quantizer | None, path: str) -> tuple[Value, Traced]:
+    """Codes of a float tensor on the quantizer's grid; None leaves it as it is.
+
+    What is quantized is the tensor before its moves, which the codes make.
+
+    Returns:
+        The codes before the moves, and behind them; zeros around these are the codes of 0.
+    """
+    name, shape, moves = x.unmoved
+    value = quantize(x.graph, name, quantizer, path)
+    if quantizer is not None:
+        x.graph.quantized(path, x.exact and x.graph.portable)
+    zero = ZERO if value.affine is None else value.affine.zero_point
+    return value, Traced(x.graph, value.name, shape, moves, x.exact, zero)
 
 
 def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Value:
@@ -102,7 +118,7 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Va
     grid = softmax_grid(quantizer)
     if isinstance(grid, LogGrid):
         raise DeployError(f"{path} has an adaptive granularity, which is for softmax outputs alone")
-    affine = activation_format(grid, graph.signed, path)
+    affine = activation_format(grid, graph.dialect.codes == "signed", path)
     if graph.multiplies_steps:
         return _rounded_codes(graph, x, grid, affine, path)
     if grid.grid.bits < _CONTAINER_BITS:
@@ -128,7 +144,7 @@ def _rounded_codes(graph: Graph, x: str, grid: UniformGrid, affine: Affine, path
 
     It takes them into its integer kernels like those of any scale.
     """
-    steps = quotient(Traced(graph, x, path), grid.scale).round()
+    steps = quotient(Traced(graph, x, ()), grid.scale).round()
     low, high = (float(code - grid.zero_point) for code in (grid.grid.qmin, grid.grid.qmax))
     whole = replace(affine, scale=np.array(1, np.float32))
     return Value(_quantize_linear(graph, steps.clamp(low, high).name, whole, path), affine)
@@ -155,7 +171,11 @@ _ALL = slice(None)
 
 
 def held_weight(
-    graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = _ALL, inputs: slice = _ALL
+    graph: Graph,
+    layer: QuantizedLayer,
+    path: str,
+    outputs: Tensor | None = None,
+    inputs: slice = _ALL,
 ) -> HeldWeight:
     """The weight of a layer as integers, for some of its output and input channels.
 
@@ -170,9 +190,12 @@ def held_weight(
     require_quantizing(layer.weight_quantizer, name)
     weight = layer_codes(layer)
     _check_bits(weight.grid, name)
-    codes, scale, zero_point = weight.codes[outputs, inputs], weight.scale, weight.zero_point
-    if scale.dim():
-        scale, zero_point = scale[outputs], zero_point[outputs]
+    codes, scale, zero_point = weight.codes[:, inputs].cpu(), weight.scale.cpu(), weight.zero_point
+    zero_point = zero_point.cpu()
+    if outputs is not None:
+        codes = codes[outputs]
+        if scale.dim():
+            scale, zero_point = scale[outputs], zero_point[outputs]
     zeros = along_channels(zero_point, codes.dim(), 0)
     axis = 0
     if codes.dim() == 2:
@@ -191,7 +214,11 @@ def held_weight(
 
 
 def dequantized_weight(
-    graph: Graph, layer: QuantizedLayer, path: str, outputs: slice = _ALL, inputs: slice = _ALL
+    graph: Graph,
+    layer: QuantizedLayer,
+    path: str,
+    outputs: Tensor | None = None,
+    inputs: slice = _ALL,
 ) -> str:
     """The float weight of a layer, from integers; see `held_weight`; or its steps."""
     held, name = held_weight(graph, layer, path, outputs, inputs), f"{path}.weight"
