@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ptq4sam.deploy.onnx.graph import Graph
 
 
@@ -52,6 +54,11 @@ class Traced:
         """1 / x; runtimes have faster nodes for it, which are not always rounded right."""
         one = replace(self, name=self.graph.number(1.0))
         return one.node("Div", self.name)
+
+    def at_least(self, bound: float) -> Traced:
+        """1 where a number reaches a bound, else 0."""
+        found = self.node("GreaterOrEqual", self.graph.number(bound))
+        return replace(found, name=self.graph.cast(found.name, np.float32, f"{self.path}.reached"))
 
     def clamp(self, min: float | None = None, max: float | None = None) -> Traced:
         """Numbers cut to bounds.
