@@ -46,8 +46,8 @@ class Record:
     """Base of the records.
 
     A field may be a bool, int, float, str, Path, Literal, tuple (of fixed length, or of any of one
-    kind), a dict with names as keys or another record, or one of several of these or None.
-    `_validate` says what else must hold.
+    kind), a dict with names as keys or another record, or one of several of these or None; an
+    object is taken as it is. `_validate` says what else must hold.
 
     Raises:
         FieldError: a field has the wrong type or an impossible value.
@@ -65,6 +65,11 @@ class Record:
 
     def _validate(self) -> None:
         """Check limits, and complete what follows from other fields."""
+
+    @classmethod
+    def _renamed(cls, mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A mapping that is read, with other ways to write its keys replaced by the fields'."""
+        return mapping
 
     def _require(self, holds: bool, key: str, allowed: str) -> None:
         if not holds:
@@ -87,6 +92,15 @@ class Record:
             if source is None:
                 raise
             raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_section(cls: type[R], mapping: object) -> R:
+        """As `from_dict`, for records within records.
+
+        Raises:
+            FieldError: a key is unknown or missing, or a value is not usable.
+        """
+        return _read(cls, mapping)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping of numbers, strings and lists; `from_dict` reads it back."""
@@ -111,6 +125,11 @@ class Record:
             except FieldError as error:
                 raise ConfigError(f"override {assignment!r}: {error}") from None
         return self.from_dict(mapping, f"override {' '.join(assignments)}")
+
+
+@dataclass(frozen=True)
+class NoSettings(Record):
+    """Of what has none."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -212,6 +231,7 @@ def _item(target: object, part: str, path: str) -> Any:
 def _read(kind: type[R], mapping: object) -> R:
     if not isinstance(mapping, Mapping):
         raise FieldError("", f"{_shown(mapping)} given, keys and values are needed")
+    mapping = kind._renamed(mapping)
     known = {field.name: field for field in fields(kind)}
     for key in mapping:
         if key not in known:
@@ -239,6 +259,9 @@ def _convert(value: object, kind: Any) -> object:
         return _convert_tuple(value, kind)
     if origin is dict:
         return _convert_mapping(value, arguments[1])
+    if kind is object:
+        # Whoever knows what it is converts it, in `_validate`.
+        return value
     if isinstance(kind, type) and issubclass(kind, Record):
         return value if isinstance(value, kind) else _read(kind, value)
     return _convert_plain(value, kind)

@@ -4,7 +4,7 @@ A file (see `container` for its checksums) holds, under the names of the model's
 
 - `LAYER.weight.codes`: the weight's integer codes minus the grid's smallest one, bit-packed (see
   `packing`), and `LAYER.weight_quantizer.scale` and `.zero_point`, one a channel or one in all;
-- scale and zero point of every activation, scale and tau of every adaptive granularity;
+- what its grid needs of every activation: scale and zero point, scale and tau, ...;
 - what stays float, in float32, or in float16 where every value of a tensor is one;
 - in its description model, size and normalisation of pictures, scheme, bits and shape of every
   weight, and the versions that wrote it.
@@ -27,11 +27,9 @@ from ptq4sam.deploy.container import UNPACKED_VERSION, WITH_CORES, read_containe
 from ptq4sam.deploy.packing import pack, unpack
 from ptq4sam.errors import CheckpointError, ConfigError
 from ptq4sam.families import build_sam
-from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.operators.base import QuantizedLayer, quantized_layers
 from ptq4sam.quantization.modes import quantizers
-from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.description import SAM_NORMALIZATION, Normalization
 from ptq4sam.version import __version__
@@ -150,11 +148,7 @@ def _derived(sam: QuantizedSam) -> dict[str, Tensor]:
     """The part of a frozen model's state that is the same whatever was calibrated."""
     derived: dict[str, Tensor] = {}
     for name, quantizer in quantizers(sam):
-        derived[f"{name}.calibrated"] = torch.tensor(True, device="cpu")
-        if isinstance(quantizer, AdaRoundQuantizer):
-            derived[f"{name}.alpha"] = torch.empty(0, device="cpu")
-        if isinstance(quantizer, AdaptiveGranularityQuantizer):
-            derived[f"{name}.zero_point"] = torch.zeros((), device="cpu")
+        derived.update({f"{name}.{part}": value for part, value in quantizer.derived().items()})
     return derived
 
 

@@ -15,6 +15,7 @@ from ptq4sam.sam.description import (
     Geometry,
     Normalization,
     Place,
+    Projected,
 )
 from ptq4sam.sam.model import Sam
 
@@ -27,6 +28,7 @@ __all__ = [
     "Geometry",
     "Normalization",
     "Place",
+    "Projected",
     "Variant",
     "Weights",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,21 @@ from ptq4sam.methods.granularity_points import (
     quantize_points,
     whole_points,
 )
-from ptq4sam.methods.granularity_search import ScaleSearch, some_queries
-from ptq4sam.methods.granularity_table import MOST_BITS, code_middles, fraction_bits
+from ptq4sam.methods.granularity_search import ScaleSearch, least_error, some_queries
+from ptq4sam.methods.granularity_table import (
+    MOST_BITS,
+    LogarithmicGrid,
+    code_middles,
+    fraction_bits,
+)
 from ptq4sam.quantization.base import Statistics
 from ptq4sam.quantization.dropping import Choice
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.memo import Memo
+from ptq4sam.quantization.published import TAUS, AdaptiveGranularity
 from ptq4sam.quantization.quantizers import EPS, Quantizer
-from ptq4sam.quantization.scheme import TAUS
+from ptq4sam.quantization.registry import GRIDS
+from ptq4sam.records import Record
 
 _TOLERANCE = 1e-3
 """Where a search that is not exact stops, as a share of the largest attention."""
@@ -48,6 +56,7 @@ class _Whole:
     step: Tensor
 
 
+@GRIDS.register("logarithmic")
 class AdaptiveGranularityQuantizer(Quantizer):
     """Points s * 2^(-code / tau) for code 0 .. 2^bits - 1, and zero.
 
@@ -61,17 +70,26 @@ class AdaptiveGranularityQuantizer(Quantizer):
             is searched on all of them to a thousandth of the largest attention: a third of the
             work, for the same granularity and a scale within 2 %.
         taus: granularities to choose from.
+        search: see AdaptiveGranularity.
 
     Attributes:
         tau: [] one of TAUS.
         scale: [] largest point, learned.
     """
 
+    settings_type = AdaptiveGranularity
     scale: nn.Parameter
     tau: Tensor
 
-    def __init__(self, grid: Grid, exact: bool = True, taus: Sequence[int] = TAUS) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        exact: bool = True,
+        taus: Sequence[int] = TAUS,
+        search: Literal["bounded", "grid"] = "bounded",
+    ) -> None:
         super().__init__(grid)
+        self._search = search
         self._exact = exact
         self._taus = tuple(taus)
         self.scale = nn.Parameter(torch.ones(()))
@@ -81,9 +99,36 @@ class AdaptiveGranularityQuantizer(Quantizer):
         self._scale_sums = [0.0] * len(self._taus)
         self._error_sums = [0.0] * len(self._taus)
 
+    @classmethod
+    def of_settings(cls, grid: Grid, settings: Record) -> AdaptiveGranularityQuantizer:
+        """See Quantizer."""
+        chosen = cast(AdaptiveGranularity, settings)
+        return cls(grid, chosen.exact, chosen.taus, chosen.search)
+
     def learned(self) -> list[nn.Parameter]:
         """The scale."""
         return [self.scale]
+
+    def grid_in_use(self) -> LogarithmicGrid:
+        """Its points; see Quantizer."""
+        return LogarithmicGrid(self.grid, self.scale_in_use(), int(self.tau), self._of_steps().bits)
+
+    def grid_problems(self) -> Iterator[str]:
+        """A granularity that there is not."""
+        if float(self.tau) not in TAUS:
+            allowed = ", ".join(map(str, TAUS))
+            yield f"has the granularity {float(self.tau):g}, expected one of {allowed}"
+
+    def unlike(self, other: Quantizer) -> Iterator[tuple[str, str]]:
+        """A granularity that the other may not choose, too."""
+        yield from super().unlike(other)
+        if isinstance(other, AdaptiveGranularityQuantizer) and float(self.tau) not in other._taus:
+            allowed = ", ".join(map(str, other._taus))
+            yield f"has the granularity {float(self.tau):g}", f"one of {allowed}"
+
+    def derived(self) -> dict[str, Tensor]:
+        """No zero point."""
+        return {**super().derived(), "zero_point": torch.zeros((), device="cpu")}
 
     @property
     def tau_scales(self) -> list[float]:
@@ -120,6 +165,8 @@ class AdaptiveGranularityQuantizer(Quantizer):
                 f"{float(high):.3g}: use another quantizer here"
             )
         levels, largest = self.grid.levels, float(high)
+        if self._search == "grid":
+            return tuple(map(_doubles, least_error(x, value, levels, self._taus)))
         tolerance = _EXACT_TOLERANCE if self._exact else _TOLERANCE * largest
         # Where there is nothing to choose there is nothing to compare either.
         compared = x if self._exact or len(self._taus) == 1 else some_queries(x)

@@ -7,7 +7,9 @@ float output as it is and brings the peaks together.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,8 +18,9 @@ from scipy.signal import find_peaks
 from scipy.stats import gaussian_kde
 from torch import Tensor, nn
 
+from ptq4sam.methods.method import METHODS, Calibration, Method
 from ptq4sam.quantization.observers import require_finite
-from ptq4sam.quantization.scheme import Methods
+from ptq4sam.quantization.published import BIMODAL, BimodalIntegration
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class KeyDensity:
     peaks: NDArray[np.intp]
 
 
-def key_density(x: Tensor, settings: Methods) -> KeyDensity:
+def key_density(x: Tensor, settings: BimodalIntegration) -> KeyDensity:
     """Density of a key activation, and its peaks.
 
     A Gaussian kernel estimate with Scott's bandwidth of all values of the first batch element at
@@ -62,7 +65,7 @@ def key_density(x: Tensor, settings: Methods) -> KeyDensity:
     return KeyDensity(points, density, peaks)
 
 
-def is_bimodal(x: Tensor, settings: Methods) -> bool:
+def is_bimodal(x: Tensor, settings: BimodalIntegration) -> bool:
     """Whether a key activation has exactly two peaks; arguments and errors as `key_density`."""
     return len(key_density(x, settings).peaks) == 2
 
@@ -88,3 +91,55 @@ def fold_signs(query: nn.Linear, key: nn.Linear, signs: Tensor) -> None:
         layer.weight.mul_(signs[:, None])
         if layer.bias is not None:
             layer.bias.mul_(signs)
+
+
+@torch.no_grad()
+def integrate_bimodal(
+    attentions: Mapping[str, tuple[nn.Linear, nn.Linear]],
+    settings: BimodalIntegration,
+    run_first_picture: Callable[[], object],
+) -> list[str]:
+    """Fold signs into query and key projections behind bimodal post-key activations.
+
+    Args:
+        attentions: query and key projection by name.
+        settings: of the detection.
+        run_first_picture: runs the first calibration picture, with quantizers off.
+
+    Returns:
+        Names of the attentions that were folded.
+    """
+    keys: dict[str, Tensor] = {}
+    handles = [
+        key.register_forward_hook(
+            lambda _module, _inputs, output, name=name: keys.__setitem__(name, output.detach())
+        )
+        for name, (_, key) in attentions.items()
+    ]
+    try:
+        run_first_picture()
+    finally:
+        for handle in handles:
+            handle.remove()
+    folded = [name for name, key in keys.items() if is_bimodal(key, settings)]
+    for name in folded:
+        fold_signs(*attentions[name], channel_signs(keys[name]))
+    return folded
+
+
+@METHODS.register(BIMODAL)
+class BimodalMethod(Method[BimodalIntegration]):
+    """Decided on the first picture, for attentions that the model's description lists."""
+
+    settings_type = BimodalIntegration
+    slots: ClassVar = {"key@decoder": {"observer": "AvgMSEFastObserver"}}
+    """PTQ4SAM's published setting."""
+
+    def before_ranges(self, calibration: Calibration) -> Sequence[str]:
+        """Fold signs; the float output stays as it is."""
+        sam = calibration.sam
+        sam.folded = integrate_bimodal(
+            sam.foldable(), self.settings, lambda: calibration.run(calibration.items[0])
+        )
+        folded: list[str] = sam.folded
+        return folded

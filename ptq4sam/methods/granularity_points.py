@@ -19,7 +19,7 @@ from ptq4sam.quantization.dropping import Choice, chosen, stays_float
 from ptq4sam.quantization.fused import fused, fused_exactly
 from ptq4sam.quantization.grid import in_products, precise, summed
 from ptq4sam.quantization.hard_numbers import near_points
-from ptq4sam.quantization.scheme import TAUS
+from ptq4sam.quantization.published import TAUS
 
 FLOOR = 1e-20
 """Smallest attention that has a point of its own; others vanish."""
@@ -132,6 +132,23 @@ def to_points(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Te
 def _to_points(x: Tensor, scale: Tensor, middles: Tensor, powers: Tensor, end: Tensor) -> Tensor:
     points, _ = _on_points(precise(x), scale, middles, powers, end)
     return points.to(x.dtype)
+
+
+def batched_points(x: Tensor, scales: Tensor, tau: Tensor, levels: int) -> Tensor:
+    """`x` at its points for each of several scales: [scales, ...]; no gradients.
+
+    Args:
+        x: any shape.
+        scales: [scales].
+        tau: [].
+        levels: number of points.
+    """
+    if len(scales) == 1:
+        return to_points(x, *point_parameters(scales[0], tau, levels))[None]
+    by_scale = scales.reshape(-1, *[1] * x.dim())
+    _, middles, powers, end = point_parameters(scales[0], tau, levels)
+    points, _ = _on_points(x[None], by_scale, middles, powers, end)
+    return points
 
 
 @fused_exactly(near_points(scale_at=5))

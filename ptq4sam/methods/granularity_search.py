@@ -1,14 +1,25 @@
-"""Search for the scale of an adaptive granularity: the least error of attention times values."""
+"""Search for the scale of an adaptive granularity: the least error of attention times values.
+
+The error is a jagged function of the scale, of which bounded minimisation, as published, finds one
+of many minima. `least_error` looks everywhere first: on a geometric grid of scales, all of them in
+one pass over the attention, then closer and closer around the best.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from ptq4sam.methods.granularity_points import point_parameters, to_points
+from ptq4sam.methods.granularity_points import (
+    batched_points,
+    point_parameters,
+    to_points,
+)
 from ptq4sam.quantization.mse import POWER, nearly_powered
 
 _SHARE = 8
@@ -20,15 +31,108 @@ _FEW_ROWS = 4096
 _PIECE = {"cpu": 2**21, "cuda": 2**25}
 
 
-def some_queries(attention: Tensor) -> Tensor:
-    """One query in _SHARE of [..., n, m], the same ones each time; all where rows are few."""
+_GRID_SHARE, _GRID_ROWS = 64, 128
+"""A search on a grid of scales looks at one query in so many, but at so many rows at least."""
+_FEW_ELEMENTS = 2**16
+"""Elements of an attention up to which all of it is looked at, everywhere."""
+_AT_ONCE = 2**19
+"""Attention elements that several scales are looked at for together."""
+
+
+@dataclass(frozen=True)
+class _Effort:
+    """Where a search looks.
+
+    Attributes:
+        per_octave: scales of the grid between one and twice that.
+        around: how many of the best scales get neighbours, and how far away these are, in shares of
+            an octave; one after the other.
+    """
+
+    per_octave: int
+    around: tuple[tuple[int, int], ...] = ()
+
+
+# Of few elements each scale is cheap. With half of it, end points were above those of bounded
+# minimisation in some cases.
+_THOROUGH = _Effort(128, ((12, 256), (8, 512), (8, 1024), (6, 2048), (4, 4096), (2, 8192)))
+_COARSE = _Effort(8, ((4, 16), (3, 32)))
+_FINE = _Effort(16, ((6, 32), (4, 64), (3, 128)))
+_SETTLING = _Effort(0, ((2, 128), (1, 256), (1, 512)))
+_SURE = 6
+"""Best scales on some queries that are looked at on all."""
+
+
+def some_queries(attention: Tensor, share: int = _SHARE, few: int = _FEW_ROWS) -> Tensor:
+    """One query in `share` of [..., n, m], the same ones each time; all where rows are few."""
     queries = attention.shape[-2]
-    if attention[..., 0].numel() < _FEW_ROWS:
+    if attention[..., 0].numel() < few:
         return attention
     generator = torch.Generator("cpu").manual_seed(0)
     order = torch.randperm(queries, generator=generator, device="cpu")
-    chosen = order[: -(-queries // _SHARE)].sort().values
+    chosen = order[: -(-queries // share)].sort().values
     return attention.index_select(-2, chosen.to(attention.device))
+
+
+def least_error(
+    attention: Tensor, value: Tensor, levels: int, taus: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """Scales of least error for each granularity, and the errors.
+
+    Of many queries, granularities are compared on some; the best scales of the best one are then
+    looked at on all. Errors are those that were compared.
+
+    Args:
+        attention: [..., n, m].
+        value: [..., m, channels].
+        levels: number of points.
+        taus: granularities.
+    """
+    largest, rows = float(attention.max()), attention[..., 0].numel()
+    ends = min(0.1, 0.01 * largest), largest
+    thorough = attention.numel() <= _FEW_ELEMENTS
+    share = 1 if thorough else max(1, min(_GRID_SHARE, rows // _GRID_ROWS))
+    compared = some_queries(attention, share, few=0) if share > 1 else attention
+    search = ScaleSearch(compared, value, levels, 0.0, exact=False)
+    effort = _THOROUGH if thorough else _COARSE
+    found = [_looked_at(search, tau, effort, ends) for tau in taus]
+    best = [_best(errors) for errors in found]
+    least = [errors[scale] for errors, scale in zip(found, best, strict=True)]
+    if not thorough:
+        chosen = least.index(min(least))
+        near = _looked_at(search, taus[chosen], _FINE, ends)
+        sure = sorted(near, key=lambda scale: near[scale])[:_SURE]
+        whole = ScaleSearch(attention, value, levels, 0.0, exact=False)
+        best[chosen] = _best(_looked_at(whole, taus[chosen], _SETTLING, ends, sure))
+    return best, least
+
+
+def _best(errors: Mapping[float, float]) -> float:
+    return min(errors, key=lambda scale: errors[scale])
+
+
+def _looked_at(
+    search: ScaleSearch,
+    tau: int,
+    effort: _Effort,
+    ends: tuple[float, float],
+    scales: Sequence[float] = (),
+) -> dict[float, float]:
+    """Errors of given scales or of a grid, and of neighbours of the best, closer and closer."""
+    lowest, largest = ends
+    if not scales:
+        octaves = math.log2(largest / lowest)
+        last = max(1, round(octaves * effort.per_octave))
+        scales = [largest * 2 ** (-octaves * place / last) for place in range(last + 1)]
+    errors = dict(zip(scales, search.errors(tau, scales), strict=True))
+    for kept, share in effort.around:
+        best = sorted(errors, key=lambda scale: errors[scale])[:kept]
+        step = 2 ** (1 / share)
+        beside = {min(largest, scale * step) for scale in best}
+        beside |= {max(lowest, scale / step) for scale in best}
+        new = sorted(beside - errors.keys())
+        errors.update(zip(new, search.errors(tau, new), strict=True))
+    return errors
 
 
 class ScaleSearch:
@@ -75,12 +179,27 @@ class ScaleSearch:
         for part, piece, values in self._pieces():
             quantized = to_points(piece, *points)
             difference = (quantized @ values).sub_(self._exact[part])
-            if self._exact_powers:
-                powers = difference.abs_().pow_(POWER)
-            else:
-                powers = nearly_powered(difference)
-            total += powers.sum(dtype=torch.float64)
+            total += self._powered(difference).sum(dtype=torch.float64)
         return float(total) / self._exact.numel()
+
+    def errors(self, tau: int, scales: Sequence[float]) -> list[float]:
+        """`error` of several scales in one pass over the attention."""
+        if not scales:
+            return []
+        numbers = self._attention.new_tensor([tau, *scales])
+        totals = torch.zeros(len(scales), dtype=torch.float64, device=numbers.device)
+        for part, piece, values in self._pieces():
+            together = max(1, _AT_ONCE // piece.numel())
+            for first in range(0, len(scales), together):
+                some = numbers[1 + first : 1 + first + together]
+                points = batched_points(piece, some, numbers[0], self._levels)
+                difference = (points @ values).sub_(self._exact[part])
+                powers = self._powered(difference)
+                totals[first : first + together] += powers.sum((1, 2, 3), dtype=torch.float64)
+        return (totals / self._exact.numel()).tolist()
+
+    def _powered(self, difference: Tensor) -> Tensor:
+        return difference.abs_().pow_(POWER) if self._exact_powers else nearly_powered(difference)
 
     def _pieces(self) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
         """Where a piece of the attention is, the piece, and the values it is multiplied with."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ptq4sam.quantization.scheme import TAUS
+from ptq4sam.quantization.grid import Grid
+from ptq4sam.quantization.grids import PointGrid
+from ptq4sam.quantization.published import TAUS
 from ptq4sam.quantization.whole import EXACT, LARGEST_ROW
 
 ENTRY_BITS = 24
@@ -19,6 +22,50 @@ _ENOUGH_BITS = 15
 """Fraction bits with which float32 is used whatever the grid."""
 _SPARE_BITS = 5
 """Bits that the smallest point must have at least, where there are fewer."""
+_ROUNDING = 1e-5
+"""How far a value may lie from its point, as a share of it."""
+
+
+@dataclass(frozen=True)
+class LogarithmicGrid(PointGrid):
+    """Points scale * 2^(-code / tau), and zero.
+
+    Attributes:
+        codes: codes 0 to qmax are points; one above stands for zero.
+        scale: float32 [], the largest point.
+        tau: one of TAUS.
+        fraction_bits: of whole points, in units of the scale.
+    """
+
+    codes: Grid
+    scale: Tensor
+    tau: int
+    fraction_bits: int
+    kind = "logarithmic"
+
+    @property
+    def step(self) -> Tensor:
+        """What the last fraction bit is worth."""
+        return self.scale * 2.0**-self.fraction_bits
+
+    def whole_points(self) -> Tensor:
+        """By shift and table."""
+        return point_table(self.codes.levels, self.tau, self.fraction_bits).flip(0)
+
+    def points(self) -> Tensor:
+        """Not rounded to fraction bits, as they are while something is learned."""
+        codes = torch.arange(self.codes.levels, dtype=torch.float64, device="cpu").flip(0)
+        powers = torch.exp2(-codes / self.tau) * float(self.scale)
+        return torch.cat([powers.new_zeros(1), powers])
+
+    def holds(self, x: Tensor, channel_axis: int | None = None) -> Tensor:
+        """Within 1e-5 of themselves."""
+        del channel_axis
+        points = self.points().to(x)
+        above = torch.searchsorted(points, x.contiguous()).clamp(max=len(points) - 1)
+        near = (points[above], points[(above - 1).clamp(min=0)])
+        close = [torch.isclose(point, x, rtol=_ROUNDING, atol=0) for point in near]
+        return close[0] | close[1]
 
 
 def fraction_bits(levels: int, tau: int, scale: float) -> int:

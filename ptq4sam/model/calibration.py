@@ -1,16 +1,18 @@
 """Calibration: pictures through the float network while observers collect ranges.
 
-Order of PTQ4SAM: bimodal integration is decided and folded on the first picture (then come methods
-from outside that the scheme names), then activation observers see every picture without
-quantization, then weight observers see the weights.
+Order of PTQ4SAM: methods change weights before ranges (bimodal integration is decided and folded on
+the first picture, then come those that the scheme names), then activation observers see every
+picture without quantization, then weight observers see the weights; then come methods that change
+what has ranges.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +20,17 @@ from torch import Tensor, nn
 from ptq4sam import parallel
 from ptq4sam.allocator import release_freed_memory
 from ptq4sam.errors import CalibrationError
-from ptq4sam.methods.bimodal import channel_signs, fold_signs, is_bimodal
+from ptq4sam.methods.method import METHODS, Calibration, Method
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.operators.base import observe_weights, weight_quantizers
 from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.modes import merge_recorded, quantizer_mode, recording
 from ptq4sam.quantization.quantizers import Mode
-from ptq4sam.quantization.registry import METHODS
-from ptq4sam.quantization.scheme import Methods
-from ptq4sam.sam.description import TRANSFORMER, Description
 from ptq4sam.sam.model import Sam
 
 _log = logging.getLogger(__name__)
+
+Hook = Literal["before_ranges", "after_ranges", "after_reconstruction"]
 
 BOXES_AT_ONCE = 100
 """Most boxes that the decoder takes at once while it is calibrated and reconstructed.
@@ -116,22 +117,53 @@ def calibrate(
         CalibrationError: no pictures, or a range that is not finite.
     """
     check_calibration(items)
-    methods = sam.scheme.ptq4sam
-    if methods.BIG:
-        with quantizer_mode(sam, Mode.FLOAT):
-            sam.folded = integrate_bimodal(
-                sam.mask_decoder.transformer,
-                TRANSFORMER,
-                sam.description,
-                methods,
-                lambda: run_item(sam, items[0]),
-            )
-        _log.info("bimodal integration folded %s", ", ".join(sam.folded) or "no attention")
-    for name in sam.scheme.methods:
-        with quantizer_mode(sam, Mode.FLOAT):
-            METHODS[name](sam, items)
+    apply_methods(sam, items, "before_ranges")
     observe_pictures(sam, items, progress)
     observe_weights(sam, progress)
+    apply_methods(sam, items, "after_ranges")
+
+
+def uses_hook(sam: QuantizedSam, hook: Hook) -> bool:
+    """Whether one of the scheme's methods has this hook."""
+    kinds = (METHODS[name] for name in sam.scheme.method_settings)
+    return any(getattr(kind, hook) is not getattr(Method, hook) for kind in kinds)
+
+
+def apply_methods(
+    sam: QuantizedSam,
+    items: Sequence[CalibrationItem],
+    hook: Hook,
+    exact: QuantizedSam | None = None,
+) -> None:
+    """Call a hook of the scheme's methods; before ranges with all quantizers off.
+
+    A method that finds nothing to change says so.
+
+    Args:
+        sam: the model.
+        items: calibration pictures.
+        hook: which.
+        exact: the calibrated model with its quantizers off, after reconstruction.
+    """
+    reference = sam if exact is None else exact
+    calibration = Calibration(
+        sam,
+        items,
+        lambda item: run_item(sam, item),
+        reference,
+        lambda item: run_item(reference, item),
+    )
+    for name, settings in sam.scheme.method_settings.items():
+        kind = METHODS[name]
+        if getattr(kind, hook) is getattr(Method, hook):
+            continue
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            if hook == "before_ranges":
+                stack.enter_context(quantizer_mode(sam, Mode.FLOAT))
+            changed = list(getattr(kind(settings), hook)(calibration))
+        sam.applied[name] = sam.applied.get(name, []) + changed
+        told = f"changed {', '.join(changed)}" if changed else "found nothing to change"
+        _log.info("%s %s", name, told)
 
 
 def observe_pictures(
@@ -161,49 +193,3 @@ def observing_activations(module: nn.Module) -> Iterator[None]:
         quantizer_mode(module, Mode.OBSERVE, lambda q: id(q) not in weights),
     ):
         yield
-
-
-@torch.no_grad()
-def integrate_bimodal(
-    network: nn.Module,
-    path: str,
-    description: Description,
-    methods: Methods,
-    run_first_picture: Callable[[], None],
-) -> list[str]:
-    """Fold signs into query and key projections behind bimodal post-key activations.
-
-    Only attentions that the description says are looked at: those from tokens to the image
-    (PTQ4SAM, section 3.2).
-
-    Args:
-        network: with quantizers in float mode.
-        path: of it in the model.
-        description: of the model.
-        methods: settings of the detection.
-        run_first_picture: runs the first calibration picture through the network.
-
-    Returns:
-        Names of the attentions that were folded, below the network.
-    """
-    candidates = {
-        name: (module.get_submodule(foldable.query), module.get_submodule(foldable.key))
-        for name, module in network.named_modules()
-        if (foldable := description.foldable_at(f"{path}.{name}")) is not None
-    }
-    keys: dict[str, Tensor] = {}
-    handles = [
-        key.register_forward_hook(
-            lambda _module, _inputs, output, name=name: keys.__setitem__(name, output.detach())
-        )
-        for name, (_, key) in candidates.items()
-    ]
-    try:
-        run_first_picture()
-    finally:
-        for handle in handles:
-            handle.remove()
-    folded = [name for name, key in keys.items() if is_bimodal(key, methods)]
-    for name in folded:
-        fold_signs(*candidates[name], channel_signs(keys[name]))
-    return folded

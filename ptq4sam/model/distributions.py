@@ -11,19 +11,20 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.methods.bimodal import key_density
+from ptq4sam.methods.granularity_table import LogarithmicGrid
 from ptq4sam.model.calibration import CalibrationItem, run_item
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.operators.base import KEY, SOFTMAX, quantized_layers, quantized_operators
+from ptq4sam.quantization.grids import AffineGrid
 from ptq4sam.quantization.modes import dropping
-from ptq4sam.quantization.quantizers import AffineQuantizer, Quantizer
-from ptq4sam.quantization.scheme import Methods
+from ptq4sam.quantization.published import BIMODAL, BimodalIntegration
+from ptq4sam.quantization.quantizers import Quantizer
 from ptq4sam.records import Record
 from ptq4sam.sam.description import TRANSFORMER, network_of
 from ptq4sam.sam.model import Sam
@@ -114,6 +115,7 @@ class Softmax(Record):
         scale: its largest point where `tau` is one, else the step.
         tau: chosen granularity; None for evenly spaced points.
         zero_point: code of 0 of evenly spaced points.
+        points: those above 0 of a grid of another kind, the smallest first.
     """
 
     histogram: Histogram
@@ -121,9 +123,12 @@ class Softmax(Record):
     scale: float
     tau: int | None = None
     zero_point: int = 0
+    points: tuple[float, ...] | None = None
 
     def levels(self) -> list[float]:
         """The base-2 logarithms of all points but 0, the largest first."""
+        if self.points is not None:
+            return [math.log2(point) for point in reversed(self.points)]
         codes = range(2**self.bits)
         if self.tau is not None:
             return [math.log2(self.scale) - code / self.tau for code in codes]
@@ -183,7 +188,8 @@ def observe_distributions(
     Raises:
         CalibrationError: a key is not finite.
     """
-    methods = quantized.scheme.ptq4sam
+    scheme = quantized.scheme
+    methods = cast(BimodalIntegration, scheme.method_settings.get(BIMODAL, scheme.ptq4sam.bimodal))
     attentions = {n: o for n, o in quantized_operators(quantized) if SOFTMAX in o.slot_names}
     before: dict[str, Keys] = {}
     with contextlib.ExitStack() as hooks:
@@ -245,7 +251,9 @@ class _Seen:
     of_softmax: dict[str, Tensor] = field(default_factory=dict)
     of_layers: dict[str, ChannelRanges] = field(default_factory=dict)
 
-    def keys(self, name: str, methods: Methods, decoder: bool, foldable: bool, x: Tensor) -> None:
+    def keys(
+        self, name: str, methods: BimodalIntegration, decoder: bool, foldable: bool, x: Tensor
+    ) -> None:
         """Keys [batch, heads, tokens, head_dim]."""
         if name not in self.of_keys:
             self.of_keys[name] = _keys(x, methods, decoder, foldable)
@@ -274,7 +282,7 @@ def _watch(hooks: contextlib.ExitStack, module: nn.Module, see: Callable[[Tensor
 def _keep_float_keys(
     found: dict[str, Keys],
     name: str,
-    methods: Methods,
+    methods: BimodalIntegration,
     foldable: bool,
     _module: nn.Module,
     inputs: tuple[Any, ...],
@@ -283,7 +291,7 @@ def _keep_float_keys(
         found[name] = _keys(inputs[1], methods, True, foldable)
 
 
-def _keys(by_head: Tensor, methods: Methods, decoder: bool, foldable: bool) -> Keys:
+def _keys(by_head: Tensor, methods: BimodalIntegration, decoder: bool, foldable: bool) -> Keys:
     """Of keys [batch, heads, tokens, head_dim]; a channel is one of a head."""
     x = by_head.transpose(1, 2).flatten(2)
     density = None
@@ -327,23 +335,16 @@ def _short(values: Any) -> Iterator[float]:
 
 
 def _range(quantizer: Quantizer) -> Range:
-    assert isinstance(quantizer, AffineQuantizer)
-    scale, zero_point = quantizer.parameters_in_use()
-    low = ((quantizer.grid.qmin - zero_point) * scale).min()
-    high = ((quantizer.grid.qmax - zero_point) * scale).max()
-    return Range(quantizer.grid.bits, float(low), float(high))
+    return Range(quantizer.grid.bits, *quantizer.grid_in_use().ends())
 
 
 def _softmax(quantizer: Quantizer, counts: Tensor) -> Softmax:
     seen = Histogram(SOFTMAX_LOW, 0.0, tuple(int(count) for count in counts.tolist()))
-    if isinstance(quantizer, AdaptiveGranularityQuantizer):
-        scale, tau = float(quantizer.scale_in_use()), int(quantizer.tau)
-        return Softmax(seen, quantizer.grid.bits, scale, tau)
-    assert isinstance(quantizer, AffineQuantizer)
-    step, zero_point = quantizer.parameters_in_use()
-    return Softmax(
-        seen,
-        quantizer.grid.bits,
-        float(step.max()),
-        zero_point=int(zero_point.flatten()[0]) - quantizer.grid.qmin,
-    )
+    grid, bits = quantizer.grid_in_use(), quantizer.grid.bits
+    if isinstance(grid, LogarithmicGrid):
+        return Softmax(seen, bits, float(grid.scale), grid.tau)
+    if isinstance(grid, AffineGrid):
+        zero_point = int(grid.zero_point.flatten()[0]) - grid.codes.qmin
+        return Softmax(seen, bits, float(grid.scale.max()), zero_point=zero_point)
+    points = tuple(point for point in grid.points().flatten().tolist() if point > 0)
+    return Softmax(seen, bits, float(grid.step.max()), points=points)

@@ -9,26 +9,30 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.methods.assignment import make_quantizer
+from ptq4sam.methods.pcc import AttentionParts
 from ptq4sam.model.float_weights import round_float_weights
-from ptq4sam.operators.base import KEY, PORTABLE, QUANTIZED, SOFTMAX, WEIGHT
-from ptq4sam.quantization.grid import Grid
+from ptq4sam.operators.base import (
+    PORTABLE,
+    QUANTIZED,
+    SOFTMAX,
+    quantized_operators,
+)
 from ptq4sam.quantization.modes import quantizers
-from ptq4sam.quantization.quantizers import QUANTIZERS, Quantizer
-from ptq4sam.quantization.scheme import Scheme, TensorFormat
+from ptq4sam.quantization.quantizers import Quantizer
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.quantization.slots import require_roles
 from ptq4sam.records import unknown_key
-from ptq4sam.sam.description import ENCODER, TRANSFORMER, Description, network_of
+from ptq4sam.sam.description import ENCODER, TRANSFORMER, Description, Projected, network_of
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.stages import Stage
 
 __all__ = ["ENCODER", "TRANSFORMER"]
-
-BIMODAL_KEY_OBSERVER = "AvgMSEFastObserver"
-"""Observer of decoder keys under bimodal integration (PTQ4SAM's published setting)."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +53,7 @@ class QuantizerFactory:
             slot: of an operator, see `operators.base`.
             roles: that the slot has, see `Description.roles`.
         """
-        if slot == WEIGHT:
-            return _build(self.scheme.w_qconfig)
-        methods, in_decoder = self.scheme.ptq4sam, "decoder" in roles
-        if slot == SOFTMAX and (methods.AGQ is True or (in_decoder and methods.AGQ == "decoder")):
-            grid = Grid(self.scheme.a_qconfig.bit)
-            return AdaptiveGranularityQuantizer(grid, methods.exact, methods.taus)
-        bimodal = slot == KEY and in_decoder and methods.BIG
-        return _build(self.scheme.a_qconfig, BIMODAL_KEY_OBSERVER if bimodal else None)
-
-
-def _build(tensor_format: TensorFormat, observer: str | None = None) -> Quantizer:
-    grid = Grid(tensor_format.bit, tensor_format.symmetric)
-    channel_axis = None if tensor_format.ch_axis < 0 else tensor_format.ch_axis
-    kind = QUANTIZERS[tensor_format.quantizer]
-    return kind(grid, observer or tensor_format.observer, channel_axis)
+        return make_quantizer(self.scheme, slot, roles)
 
 
 class QuantizedSam(Sam):
@@ -73,6 +63,7 @@ class QuantizedSam(Sam):
         scheme: how it is quantized.
         encoder_quantized: whether the image encoder is quantized too (--quant-encoder).
         folded: names of the attentions whose signs bimodal integration folded.
+        applied: by method, paths of what it changed; not in files.
     """
 
     def __init__(self, sam: Sam, scheme: Scheme, encoder_quantized: bool) -> None:
@@ -82,6 +73,61 @@ class QuantizedSam(Sam):
         self.scheme = scheme
         self.encoder_quantized = encoder_quantized
         self.folded: list[str] = []
+        self.applied: dict[str, list[str]] = {}
+
+    def foldable(self) -> dict[str, tuple[nn.Linear, nn.Linear]]:
+        """Query and key projections whose signs may be flipped, by name in the transformer."""
+        return foldable(self.mask_decoder.transformer, TRANSFORMER, self.description)
+
+    def attention_parts(self) -> dict[str, AttentionParts]:
+        """Quantized attentions of the mask decoder in their order, by path of their owners."""
+        found = {}
+        for path, owner, projected in _projections(self):
+            operators = dict(quantized_operators(owner))
+            core = next((o for o in operators.values() if SOFTMAX in o.slot_names), None)
+            if core is not None and network_of(path) == "decoder":
+                query, key = operators[projected.query], operators[projected.key]
+                found[path] = AttentionParts(owner, query, key, core)
+        return found
+
+    def key_outputs(self) -> dict[str, tuple[nn.Linear, slice]]:
+        """Linear layers that give keys of attentions, and which of their channels do."""
+        found = {}
+        for path, owner, projected in _projections(self):
+            layer = cast(nn.Linear, owner.get_submodule(projected.key))
+            place, parts = projected.part
+            width = len(layer.weight) // parts
+            channels = slice(place * width, (place + 1) * width)
+            found[f"{path}.{projected.key}"] = (layer, channels)
+        return found
+
+
+def _projections(sam: QuantizedSam) -> Iterator[tuple[str, nn.Module, Projected]]:
+    """Owners of attentions with their paths, where the network is quantized."""
+    for path, owner in sam.named_modules():
+        projected = sam.description.projected_at(path)
+        if projected is not None and (sam.encoder_quantized or network_of(path) == "decoder"):
+            yield path, owner, projected
+
+
+def foldable(
+    network: nn.Module, path: str, description: Description
+) -> dict[str, tuple[nn.Linear, nn.Linear]]:
+    """Query and key projections whose signs may be flipped together, by their owner's name.
+
+    Args:
+        network: that has them.
+        path: of it in the model.
+        description: of the model.
+    """
+    return {
+        name: (
+            cast(nn.Linear, owner.get_submodule(found.query)),
+            cast(nn.Linear, owner.get_submodule(found.key)),
+        )
+        for name, owner in network.named_modules()
+        if (found := description.foldable_at(f"{path}.{name}")) is not None
+    }
 
 
 def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -> QuantizedSam:
@@ -94,6 +140,7 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
     quantized = QuantizedSam(copy.deepcopy(sam), scheme, quantize_encoder)
     _check_units(quantized)
     _check_operators(quantized)
+    require_roles(scheme.slots, sam.description.known_roles())
     for name in [name for name, _ in model_units(quantized)]:
         factory = QuantizerFactory(scheme).of_unit(name)
         if factory is not None:

@@ -77,11 +77,12 @@ class Journal:
         if not self.restore(_CALIBRATED, sam):
             return False
         sam.folded = list(self._parts[_CALIBRATED]["folded"])
+        sam.applied = dict(self._parts[_CALIBRATED]["applied"])
         return True
 
     def record_calibration(self, sam: QuantizedSam) -> None:
         """Write the calibrated model."""
-        self._record(_CALIBRATED, sam, folded=sam.folded)
+        self._record(_CALIBRATED, sam, folded=sam.folded, applied=sam.applied)
 
     def restore(self, name: str, module: nn.Module) -> bool:
         """Read the state of a finished module into it.

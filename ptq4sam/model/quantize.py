@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from ptq4sam import parallel
 from ptq4sam.model.cache import ActivationCache
 from ptq4sam.model.calibrated import CalibratedState
-from ptq4sam.model.calibration import CalibrationItem, calibrate
+from ptq4sam.model.calibration import CalibrationItem, apply_methods, calibrate, uses_hook
 from ptq4sam.model.engine import reconstruct
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.model.journal import Journal
@@ -15,7 +16,8 @@ from ptq4sam.model.plan import Plan
 from ptq4sam.model.published import keep_published_defects
 from ptq4sam.operators.base import put_weights_on_grid, weight_quantizers
 from ptq4sam.progress import Progress, silent
-from ptq4sam.quantization.rounding import AdaRoundQuantizer
+from ptq4sam.quantization.modes import quantizers
+from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 
@@ -62,6 +64,7 @@ def quantize_sam(
         calibrate(quantized, items, progress)
         if journal is not None:
             journal.record_calibration(quantized)
+    exact = exact_copy(quantized) if uses_hook(quantized, "after_reconstruction") else None
     if scheme.recon is not None and parallel.is_first():
         reconstruct(
             quantized,
@@ -79,12 +82,22 @@ def quantize_sam(
         keep_published_defects(quantized, seed)
     else:
         freeze(quantized)
+        if exact is not None and parallel.is_first():
+            apply_methods(quantized, items, "after_reconstruction", exact)
+        parallel.copy_state_of_first(quantized)
     return quantized
+
+
+def exact_copy(sam: QuantizedSam) -> QuantizedSam:
+    """A copy of a calibrated model with its quantizers off."""
+    copied = copy.deepcopy(sam)
+    for _, quantizer in quantizers(copied):
+        quantizer.mode = Mode.FLOAT
+    return copied
 
 
 def freeze(sam: QuantizedSam) -> None:
     """Put every weight on its grid for good; rounding to nearest then changes nothing."""
     put_weights_on_grid(sam)
     for quantizer in weight_quantizers(sam):
-        if isinstance(quantizer, AdaRoundQuantizer):
-            quantizer.forget_learning()
+        quantizer.freeze()

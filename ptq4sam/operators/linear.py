@@ -40,7 +40,8 @@ class QuantizedLinear(QuantizedLayer):
             return self._forward_whole(x)
         self._whole.clear()
         weight = self.weight_quantizer(self.weight)
-        return F.linear(self.input_quantizer(x), weight, self.bias)
+        # Observers may weigh errors by what the input is multiplied with.
+        return F.linear(self.input_quantizer(x, self.weight.t()), weight, self.bias)
 
     @whole_numbers
     def _forward_whole(self, x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from ptq4sam.errors import CalibrationError
 from ptq4sam.quantization.dropping import Choice, choose
 from ptq4sam.quantization.grid import Grid, affine_codes, fake_quantize, steps_from_zero
+from ptq4sam.quantization.grids import AffineGrid, PointGrid
 from ptq4sam.quantization.observers import OBSERVERS, require_finite
+from ptq4sam.records import NoSettings, Record
 
 Statistics = tuple[Tensor, ...]
 """What a quantizer keeps of one batch: a few numbers."""
@@ -34,7 +37,8 @@ class Quantizer(nn.Module):
     """Base of all quantizers.
 
     Subclasses register `scale` (a buffer, or a parameter where it is learned) and implement
-    `batch_statistics`, `merge`, `quantize` and `codes`.
+    `batch_statistics`, `merge`, `quantize` and `codes`. Those of a grid that schemes assign by slot
+    (GRIDS) are made by `of_settings`, have whole `steps`, and say in `grid_in_use` what these are.
 
     Args:
         grid: the codes allowed.
@@ -50,6 +54,8 @@ class Quantizer(nn.Module):
         zero_point: the code of zero, as floating point, of that shape.
     """
 
+    settings_type: ClassVar[type[Record]] = NoSettings
+    """What a scheme may say of it, beside its bits."""
     scale: Tensor
     zero_point: Tensor
     calibrated: Tensor
@@ -66,6 +72,17 @@ class Quantizer(nn.Module):
         self._is_calibrated = False
         self.register_buffer("calibrated", torch.tensor(False))
         self.register_buffer("zero_point", torch.zeros(()))
+
+    @classmethod
+    def of_settings(cls, grid: Grid, settings: Record) -> Quantizer:
+        """Make one for a slot.
+
+        Args:
+            grid: the codes allowed.
+            settings: a record of `settings_type`.
+        """
+        del settings
+        return cls(grid)
 
     @property
     def is_calibrated(self) -> bool:
@@ -155,6 +172,45 @@ class Quantizer(nn.Module):
         """What one of `steps` is worth: [] or [channels], float32."""
         raise NotImplementedError
 
+    def grid_in_use(self) -> PointGrid:
+        """Its points.
+
+        Raises:
+            CalibrationError: the quantizer was not calibrated.
+        """
+        raise NotImplementedError
+
+    def problems(self) -> Iterator[str]:
+        """What of its numbers no grid has."""
+        if not self.is_calibrated:
+            yield "has no scale, expected one from calibration or a file"
+            return
+        scale = self.scale.detach()
+        bad = scale[~(torch.isfinite(scale) & (scale > 0))]
+        if bad.numel():
+            yield f"has a scale of {float(bad[0]):.4g}, expected one above 0"
+            return
+        yield from self.grid_problems()
+
+    def grid_problems(self) -> Iterator[str]:
+        """What beside a usable scale is missing; nothing by default."""
+        yield from ()
+
+    def unlike(self, other: Quantizer) -> Iterator[tuple[str, str]]:
+        """What it is, and what another that was to be like it is, where they differ."""
+        own, wanted = self.grid, other.grid
+        if own.bits != wanted.bits:
+            yield f"has {own.bits} bits", f"{wanted.bits} bits"
+        if type(self) is not type(other):
+            yield f"is of {type(self).__name__}", type(other).__name__
+        elif own.symmetric != wanted.symmetric:
+            kinds = ("asymmetric", "symmetric")
+            yield f"is {kinds[own.symmetric]}", kinds[wanted.symmetric]
+
+    def derived(self) -> dict[str, Tensor]:
+        """The part of its state that is the same whatever was calibrated: files do without."""
+        return {"calibrated": torch.tensor(True, device="cpu")}
+
     def learned(self) -> list[nn.Parameter]:
         """What reconstruction learns of it, besides the rounding of weights; nothing by default."""
         return []
@@ -167,6 +223,9 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def finish_learning(self) -> None:
         """Leave nothing of what was learned that a device could not hold."""
+
+    def freeze(self) -> None:
+        """Drop what is not needed any more once weights themselves lie on the grid."""
 
     def extra_repr(self) -> str:
         """Bits and mode."""
@@ -239,6 +298,10 @@ class AffineQuantizer(Quantizer):
         self.observer.merge(low, high)
         self._set_parameters(*self.observer.quantization_parameters())
 
+    def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Choose scale and zero point otherwise than by what was observed."""
+        self._set_parameters(scale, zero_point)
+
     def quantize(self, x: Tensor) -> Tensor:
         """Move `x` to the nearest point of the grid."""
         return fake_quantize(x, self.scale, self.zero_point, self.grid, self.channel_axis)
@@ -251,6 +314,20 @@ class AffineQuantizer(Quantizer):
         """
         self._require_calibration()
         return self.scale.detach(), self.zero_point.detach()
+
+    def grid_in_use(self) -> AffineGrid:
+        """Its points; see Quantizer."""
+        return AffineGrid(self.grid, *self.parameters_in_use())
+
+    def grid_problems(self) -> Iterator[str]:
+        """Zero points that are no codes."""
+        low, high = (0, 0) if self.grid.symmetric else (self.grid.qmin, self.grid.qmax)
+        zero_point = self.parameters_in_use()[1]
+        usable = (zero_point == zero_point.round()) & (zero_point >= low) & (zero_point <= high)
+        bad = zero_point[~usable]
+        if bad.numel():
+            said = "0" if self.grid.symmetric else f"a whole number from {low} to {high}"
+            yield f"has the zero point {float(bad[0]):.6g}, expected {said}"
 
     @torch.no_grad()
     def steps(self, x: Tensor) -> Tensor:
@@ -278,10 +355,40 @@ class AffineQuantizer(Quantizer):
 
 
 class FixedQuantizer(AffineQuantizer):
-    """Scale and zero point stay what calibration made them."""
+    """Scale and zero point stay what calibration made them.
+
+    Attributes:
+        correction: of a weight, what is added to it before it is quantized, but not while the
+            quantizer is off: the float model stays what it was. Empty for nothing.
+    """
+
+    correction: Tensor
 
     def __init__(
         self, grid: Grid, observer: str = "MinMaxObserver", channel_axis: int | None = None
     ) -> None:
         super().__init__(grid, observer, channel_axis)
         self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("correction", torch.empty(0))
+
+    def forward(self, x: Tensor, value: Tensor | None = None, *, steps: bool = False) -> Tensor:
+        """See Quantizer."""
+        given = x if self.mode is Mode.FLOAT else self.corrected(x)
+        return super().forward(given, value, steps=steps)
+
+    def corrected(self, x: Tensor) -> Tensor:
+        """`x` with what is to be added to it."""
+        return x + self.correction if self.correction.numel() else x
+
+    def derived(self) -> dict[str, Tensor]:
+        """No correction: a frozen weight is on its grid."""
+        return {**super().derived(), "correction": torch.empty(0, device="cpu")}
+
+    def freeze(self) -> None:
+        """Drop the correction."""
+        self.correction = self.correction.new_empty(0)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Unpacked files of the first version have none.
+        state_dict.setdefault(f"{prefix}correction", self.correction.new_empty(0))
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -57,6 +57,10 @@ class Observer(nn.Module):
         self.register_buffer("minimum", torch.tensor(math.inf), persistent=False)
         self.register_buffer("maximum", torch.tensor(-math.inf), persistent=False)
 
+    def reset(self) -> None:
+        """Forget what was observed."""
+        self.batches = 0
+
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Take one batch into account.

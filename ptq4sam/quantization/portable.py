@@ -69,6 +69,14 @@ def apart(x: X) -> X:
     return x.clamp(min=-LARGEST)
 
 
+def at_least(x: X, bound: Any) -> X:
+    """1 where x reaches a bound, else 0."""
+    given: Any = x
+    return cast(
+        X, (given >= bound).to(given.dtype) if isinstance(x, Tensor) else given.at_least(bound)
+    )
+
+
 def exp_minus(x: X) -> X:
     """e^-x of x >= 0, to some 1e-6 of itself; from x = 32 on that of 32, 1e-14.
 

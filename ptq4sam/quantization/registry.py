@@ -17,13 +17,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.records import FieldError
+from ptq4sam.records import FieldError, Record
 
 if TYPE_CHECKING:
-    from ptq4sam.quantization.base import AffineQuantizer
+    from ptq4sam.quantization.base import AffineQuantizer, Quantizer
     from ptq4sam.quantization.observers import Observer
 
 EXTENSIONS = "PTQ4SAM_EXTENSIONS"
@@ -38,15 +38,19 @@ class Registry(Mapping[str, T]):
 
     Args:
         kind: what they are, for messages.
-        published: names of ours, known before the modules that define them are imported.
+        published: names of ours, known before the modules that define them are imported; as a
+            mapping with the module that is imported when one is asked for.
     """
 
-    def __init__(self, kind: str, published: Iterable[str] = ()) -> None:
+    def __init__(self, kind: str, published: Iterable[str] | Mapping[str, str] = ()) -> None:
         self.kind = kind
         self._published = tuple(published)
+        self._modules = dict(published) if isinstance(published, Mapping) else {}
         self._items: dict[str, T] = {}
 
     def __getitem__(self, name: str) -> T:
+        if name not in self._items and name in self._modules:
+            importlib.import_module(self._modules[name])
         return self._items[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -124,8 +128,42 @@ QUANTIZERS: Registry[type[AffineQuantizer]] = Registry(
 )
 """Quantizers by their published names, and those from outside."""
 
-METHODS: Registry[Callable[..., None]] = Registry("method")
-"""Functions of a QuantizedSam and its calibration items, called before ranges are observed."""
+GRIDS: Registry[type[Quantizer]] = Registry(
+    "grid",
+    {
+        "affine": "ptq4sam.quantization.quantizers",
+        "logarithmic": "ptq4sam.methods.adaptive_granularity",
+        "hybrid": "ptq4sam.methods.hybrid",
+        "lnq": "ptq4sam.methods.lnq",
+    },
+)
+"""Quantizers that a scheme assigns by slot, by the name of their grid, and those from outside.
+
+"affine" stands for whichever of QUANTIZERS the scheme has.
+"""
+
+
+class MethodKind(Protocol):
+    """What schemes need of the class of a method; see `methods.method.Method`."""
+
+    settings_type: ClassVar[type[Record]]
+    slots: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    def __call__(self, settings: Any) -> Any:
+        """Make one with settings."""
+
+
+METHODS: Registry[MethodKind] = Registry(
+    "method",
+    {
+        "bimodal-integration": "ptq4sam.methods.bimodal",
+        "aqer": "ptq4sam.methods.aqer",
+        "key-centring": "ptq4sam.methods.key_centring",
+        "pcc": "ptq4sam.methods.pcc",
+        "qwt-v2": "ptq4sam.methods.qwt",
+    },
+)
+"""Methods that change a model around its calibration, and those from outside."""
 
 
 def load_extensions() -> None:

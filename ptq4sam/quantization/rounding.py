@@ -126,6 +126,7 @@ class AdaRoundQuantizer(FixedQuantizer):
             CalibrationError: the quantizer was not calibrated.
         """
         self._require_calibration()
+        weight = self.corrected(weight)
         ratio = precise(weight) / along_channels(self.scale, weight.dim(), self.channel_axis)
         fraction = ratio - ratio.floor()
         self.alpha = nn.Parameter(-torch.log(_STRETCH / (fraction - _OFFSET) - 1))
@@ -140,8 +141,13 @@ class AdaRoundQuantizer(FixedQuantizer):
         self._require_alpha()
         self.rounding = "hard"
 
-    def forget_learning(self) -> None:
-        """Drop the rounding variables; right once the weights themselves lie on the grid."""
+    def derived(self) -> dict[str, Tensor]:
+        """No rounding variables: a frozen weight is on its grid."""
+        return {**super().derived(), "alpha": torch.empty(0, device="cpu")}
+
+    def freeze(self) -> None:
+        """Drop the rounding variables too."""
+        super().freeze()
         self.alpha = nn.Parameter(self.alpha.new_empty(0), requires_grad=False)
         self.rounding = "nearest"
 

@@ -10,11 +10,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import yaml
 
+from ptq4sam.quantization.published import BIMODAL, Methods
 from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
+from ptq4sam.quantization.slots import (
+    AFFINE,
+    SlotFormat,
+    selected,
+    slot_formats,
+    with_ch_axis,
+)
 from ptq4sam.records import FieldError, Record, read_yaml
 
 PER_TENSOR_OBSERVER_NAMES = (
@@ -25,8 +33,6 @@ PER_TENSOR_OBSERVER_NAMES = (
 )
 LEARNED_SCALE_QUANTIZER_NAMES = ("LSQFakeQuantize", "LSQPlusFakeQuantize")
 ADAROUND = "AdaRoundFakeQuantize"
-TAUS = (1, 2, 4)
-"""Granularities of softmax outputs: points spaced by factors of 2, 2^(1/2) and 2^(1/4)."""
 
 FLOAT: Literal["float"] = "float"
 """Instead of bits: a unit that stays as it is."""
@@ -46,7 +52,8 @@ class TensorFormat(Record):
         observer: a name in OBSERVERS.
         bit: bits, 2 to 16.
         symmetric: zero point 0 on a signed grid, else an unsigned grid with a zero point.
-        ch_axis: 0 for a scale per output channel, -1 for one per tensor.
+        ch_axis: 0 for a scale per output channel, -1 for one per tensor. Files may say
+            `granularity: per channel` or `per tensor` instead, which goes before.
     """
 
     quantizer: str
@@ -54,6 +61,10 @@ class TensorFormat(Record):
     bit: int
     symmetric: bool = False
     ch_axis: int = -1
+
+    @classmethod
+    def _renamed(cls, mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+        return with_ch_axis(mapping)
 
     def _validate(self) -> None:
         QUANTIZERS.require(self.quantizer, "quantizer")
@@ -136,43 +147,6 @@ class Reconstruction(Record):
             raise FieldError("learn_rounding", "nothing to learn: no rounding and no scale")
 
 
-@dataclass(frozen=True)
-class Methods(Record):
-    """The two methods of PTQ4SAM (Lv et al., CVPR 2024).
-
-    Attributes:
-        BIG: bimodal integration of the post-key activations in the decoder (section 3.2).
-        AGQ: adaptive granularity quantization of softmax outputs (section 3.3); ours: "decoder" for
-            those of the mask decoder alone, which leaves the image encoder, where runtimes have
-            integer products for evenly spaced codes only, its speed.
-        global_num: points at which the density of the activations is estimated.
-        peak_distance: smallest distance between two peaks, in points.
-        peak_height: smallest height of a peak, as a share of the sum of the density.
-        exact: ours; search granularities as published, on all queries: several times the
-            work, for the same granularity and a scale that differs by less than 2 %.
-        taus: ours; the granularities that the search chooses from, of TAUS; one alone is fixed.
-    """
-
-    BIG: bool = False
-    AGQ: bool | Literal["decoder"] = False
-    global_num: int = 128
-    peak_distance: int = 32
-    peak_height: float = 0.01
-    exact: bool = False
-    taus: tuple[int, ...] = TAUS
-
-    def _validate(self) -> None:
-        some = 0 < len(self.taus) == len({*self.taus} & {*TAUS})
-        self._require(some, "taus", f"some of {', '.join(map(str, TAUS))}, each once")
-        self._require(self.global_num >= 3, "global_num", "3 or more")
-        self._require(
-            1 <= self.peak_distance <= self.global_num,
-            "peak_distance",
-            f"1 to global_num ({self.global_num})",
-        )
-        self._require(0 < self.peak_height < 1, "peak_height", "between 0 and 1")
-
-
 _LEVELS = "2 to 16, both apart as w4a8, or float"
 
 
@@ -202,6 +176,22 @@ def described_level(level: int | str) -> str:
     return level if level == FLOAT else f"at {level.upper()}"
 
 
+def _with_settings(methods: Mapping[str, object] | tuple[str, ...]) -> dict[str, Record]:
+    """Methods by name with records of their settings, from what a scheme says."""
+    given = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
+    found: dict[str, Record] = {}
+    for name, settings in given.items():
+        METHODS.require(name, "methods")
+        kind = METHODS[name].settings_type
+        try:
+            found[name] = (
+                settings if isinstance(settings, kind) else kind.from_section(settings or {})
+            )
+        except FieldError as error:
+            raise error.within(f"methods.{name}") from None
+    return found
+
+
 PRESETS = {"quick": 500, "standard": 5_000, "paper": 20_000}
 """Numbers of reconstruction steps a unit, by name."""
 
@@ -223,7 +213,11 @@ class Scheme(Record):
         units: ours; units that are not quantized as the rest, by their path in the model: bits of
             their weights and activations (4), both apart ("w4a8"), or "float". Accuracy control
             and `ptq4sam mixed` write them.
-        methods: ours; names in METHODS, called in this order before ranges are observed.
+        slots: ours; what single kinds of slots have instead, by slot and role, as
+            `input@after-gelu: {grid: hybrid}`: a grid of GRIDS with its settings and perhaps `bit`,
+            or for an affine one other fields of its format. See `quantization.slots`.
+        methods: ours; names in METHODS with their settings, or a list of names; each may change the
+            model before ranges, after ranges and after reconstruction, in this order.
         compat: ours; "published" leaves activations dropped and roundings soft after
             reconstruction, as the published implementation does, to reproduce its numbers; they
             are not those of a quantized model.
@@ -233,16 +227,17 @@ class Scheme(Record):
     w_qconfig: TensorFormat
     calibrate: int = 32
     recon: Reconstruction | None = None
-    ptq4sam: Methods = Methods()
+    ptq4sam: Methods = field(default_factory=Methods)
     float_weights: Literal["float16", "float32"] = "float16"
     units: dict[str, int | str] = field(default_factory=dict)
-    methods: tuple[str, ...] = ()
+    slots: dict[str, object] = field(default_factory=dict)
+    methods: dict[str, object] | tuple[str, ...] = field(default_factory=dict)
     compat: Literal["faithful", "published"] = "faithful"
 
     def _validate(self) -> None:
         self._require(self.calibrate >= 1, "calibrate", "1 or more")
-        for name in self.methods:
-            METHODS.require(name, "methods")
+        object.__setattr__(self, "slots", slot_formats(self.slots))
+        object.__setattr__(self, "methods", _with_settings(self.methods))
         for name, level in self.units.items():
             try:
                 bits = bits_of_level(level) or ()
@@ -274,11 +269,50 @@ class Scheme(Record):
             )
 
     def of_unit(self, name: str) -> Scheme | None:
-        """The scheme of one unit, without exceptions; None for a unit that stays float."""
+        """The scheme of one unit, without exceptions; None for a unit that stays float.
+
+        Bits of a unit are those of all its slots.
+        """
         if name not in self.units:
             return replace(self, units={}) if self.units else self
         bits = bits_of_level(self.units[name])
-        return None if bits is None else replace(self, units={}).with_bits(*bits)
+        if bits is None:
+            return None
+        slots: dict[str, object] = {
+            selector: replace(said, bit=None) for selector, said in self.slot_formats.items()
+        }
+        return replace(self, units={}, slots=slots).with_bits(*bits)
+
+    @property
+    def slot_formats(self) -> dict[str, SlotFormat]:
+        """`slots`, read."""
+        return cast(dict[str, SlotFormat], self.slots)
+
+    @property
+    def method_settings(self) -> dict[str, Record]:
+        """Settings of all methods by name, in their order; bimodal integration is the first."""
+        own = cast(dict[str, Record], self.methods)
+        return {BIMODAL: self.ptq4sam.bimodal, **own} if self.ptq4sam.BIG else own
+
+    def format_of(self, slot: str, roles: frozenset[str]) -> SlotFormat | TensorFormat:
+        """The format of a slot with these roles.
+
+        Of all that say something of it the one that names most roles counts; of several the last,
+        in the order of the published keys, of methods, and of `slots`.
+        """
+        formats = self.ptq4sam.slot_formats()
+        for name in self.method_settings:
+            formats.update(slot_formats(dict(METHODS[name].slots)))
+        formats.update(self.slot_formats)
+        found = selected(formats, slot, roles)
+        base = self.w_qconfig if slot == "weight" else self.a_qconfig
+        if found is None:
+            return base
+        if found.grid != AFFINE:
+            return replace(found, bit=found.bit or base.bit)
+        given = {key: value for key, value in found.to_dict().items() if value is not None}
+        given.pop("grid")
+        return TensorFormat.from_dict({**base.to_dict(), **given})
 
     def with_bits(self, weights: int, activations: int) -> Scheme:
         """The same scheme at other bits; exceptions stay."""

@@ -44,6 +44,8 @@ def run_metrics(
     }
     if method is not None:
         metrics["method"] = method
+    if isinstance(sam, QuantizedSam) and sam.applied:
+        metrics["changed_by"] = sam.applied
     encoder = _encoder(sam, report)
     if encoder is not None:
         metrics["encoder"] = encoder

@@ -91,6 +91,23 @@ class Foldable:
 
 
 @dataclass(frozen=True)
+class Projected:
+    """Attentions whose query and key come from linear layers.
+
+    Attributes:
+        pattern: of the module that owns the attention.
+        query: layer below it.
+        key: layer below it.
+        part: which of how many equal parts of the key layer's outputs are keys.
+    """
+
+    pattern: str
+    query: str
+    key: str
+    part: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True)
 class Description:
     """A network, or several.
 
@@ -105,6 +122,7 @@ class Description:
         sizes: of a file, in the same way.
         blocks: what repeats, as beginnings of paths.
         foldable: see there.
+        projected: see there.
         origin: names of tensors that no quantization changes, by which models of one float model
             are told.
     """
@@ -117,6 +135,7 @@ class Description:
     sizes: tuple[tuple[str, str], ...] = ()
     blocks: tuple[str, ...] = ()
     foldable: tuple[Foldable, ...] = ()
+    projected: tuple[Projected, ...] = ()
     origin: tuple[str, ...] = ()
 
     def __add__(self, other: Description) -> Description:
@@ -144,6 +163,10 @@ class Description:
     def foldable_at(self, path: str) -> Foldable | None:
         """How signs of an attention's owner are folded; None where they are not."""
         return next((f for f in self.foldable if re.fullmatch(f.pattern, path)), None)
+
+    def projected_at(self, path: str) -> Projected | None:
+        """Where query and key of an attention's owner come from; None where it is not known."""
+        return next((p for p in self.projected if re.fullmatch(p.pattern, path)), None)
 
     def roles(self, path: str, slot: str) -> frozenset[str]:
         """Roles of a slot of a quantized operator, with that of its network."""
@@ -239,6 +262,7 @@ DECODER = Description(
     ),
     blocks=(r"mask_decoder\.transformer\.layers\.\d+",),
     foldable=(Foldable(_TO_IMAGE, "q_proj", "k_proj"),),
+    projected=(Projected(_ATTENTION, "q_proj", "k_proj"),),
     origin=("mask_decoder.mask_tokens.weight",),
 )
 """The prompt encoder and the mask decoder of all families."""

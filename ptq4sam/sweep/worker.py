@@ -106,7 +106,9 @@ class Worker:
             reference = self._float_results(task.settings)
             calibrated = self._calibrated(task.settings)
         scheme = task.settings.scheme
-        items = () if scheme.recon is None else parts.inputs.calibration(sam)
+        # Methods may look at the pictures after calibration too.
+        looked_at = scheme.recon is not None or scheme.method_settings
+        items = parts.inputs.calibration(sam) if looked_at else ()
         with phases.phase("quantize"):
             quantized = Quantizing(
                 parts.context, sam, items, scheme, calibrated, restart=True

@@ -46,6 +46,8 @@ SCHEMES: dict[str, tuple[int, dict[str, Any]]] = {
     "W8A8": (8, {**formats(8, False), "ptq4sam": {}}),
     "W6A6 PTQ4SAM": (6, {}),
     "W4A4 PTQ4SAM": (4, {}),
+    "W4A4 hybrid": (4, {"slots": {"input@after-gelu": {"grid": "hybrid"}}}),
+    "W4A4 LNQ": (4, {"slots": {"softmax": {"grid": "lnq"}}}),
 }
 
 

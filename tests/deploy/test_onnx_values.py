@@ -19,6 +19,8 @@ from ptq4sam.deploy.onnx.values import quantize, steps_of
 from ptq4sam.deploy.targets import onnxruntime
 from ptq4sam.errors import DeployError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.methods.hybrid import HybridQuantizer
+from ptq4sam.methods.lnq import LnqQuantizer
 from ptq4sam.operators.base import put_weights_on_grid
 from ptq4sam.operators.convolution import PortableConv2d, QuantizedConv2d
 from ptq4sam.operators.linear import QuantizedLinear
@@ -88,6 +90,49 @@ def test_a_learned_zero_point_is_used_as_a_code(runtime: str, tmp_path: Path) ->
     quantizer.zero_point.data.fill_(6.6)
     found = exported(quantizer, x, runtime, tmp_path)
     np.testing.assert_array_equal(found, quantizer.steps(x).numpy())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_a_hybrid_grid_has_the_points_of_the_simulation(
+    bits: int, runtime: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(bits)
+    x = nn.functional.gelu(2 * torch.randn(50_000))
+    quantizer = HybridQuantizer(Grid(bits))
+    calibrated(quantizer, x[:500].clone())
+    # Around the ends of all codes, and beyond the range of calibration.
+    points = quantizer.grid_in_use().points().float()
+    between = (points[1:] + points[:-1]) / 2
+    ends = (
+        quantizer.grid_in_use().numbers.ends[:8] - quantizer.grid_in_use().zero
+    ) * quantizer.step
+    hard = torch.cat([points, between, ends[ends < 1e6]])
+    beside = [torch.nextafter(hard, torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    x = torch.cat([2 * x, hard, *beside])
+    found = exported(quantizer, x, runtime, tmp_path, runtime == "openvino")
+    np.testing.assert_array_equal(found, quantizer.steps(x).numpy())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_a_table_has_the_points_of_the_simulation(bits: int, runtime: str, tmp_path: Path) -> None:
+    torch.manual_seed(bits)
+    x = (3 * torch.randn(8, 100, 60)).softmax(-1)
+    quantizer = LnqQuantizer(Grid(bits))
+    calibrated(quantizer, x, torch.randn(8, 60, 16))
+    ends = quantizer.ends
+    beside = torch.stack([ends, torch.nextafter(ends, torch.tensor(0.0))]).flatten()
+    x[7].view(-1)[: len(beside)] = beside
+    found = exported(quantizer, x, runtime, tmp_path, runtime == "openvino")
+    np.testing.assert_array_equal(found, quantizer.steps(x).numpy())
+
+
+def test_a_hybrid_grid_of_more_than_bytes_is_refused(runtime: str, tmp_path: Path) -> None:
+    x = torch.randn(1000)
+    quantizer = calibrated(HybridQuantizer(Grid(8)), x)
+    with pytest.raises(
+        DeployError, match=r"quantizer has a hybrid grid of 8 bits, .* up to 6 bits"
+    ):
+        exported(quantizer, x, runtime, tmp_path, runtime == "openvino")
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])

@@ -43,6 +43,16 @@ SCHEMES: dict[str, tuple[int, dict[str, object]]] = {
         4,
         {"units": {"image_encoder.blocks.1.attn": "float", "image_encoder.blocks.1.mlp": 8}},
     ),
+    "hybrid inputs, LNQ": (
+        4,
+        {
+            "slots": {
+                "input@after-gelu": {"grid": "hybrid"},
+                "input@after-relu": {"grid": "hybrid"},
+                "softmax": {"grid": "lnq"},
+            }
+        },
+    ),
     "learned zero points": (
         6,
         {"a_qconfig": {**weights(6, quantizer="LSQPlusFakeQuantize"), "ch_axis": -1}},

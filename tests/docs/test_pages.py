@@ -20,6 +20,7 @@ PAGES = (
     "reproduce-the-table",
     "your-own-sam",
     "extending",
+    "methods",
     "what-is-quantized",
     "memory-and-time",
     "differences",
@@ -35,6 +36,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(fused.SWITCH, "0")
     monkeypatch.setattr(fused._compiler, "_usable", {})
     for registry in (OBSERVERS, QUANTIZERS, METHODS):
+        # Those of ours that were not imported yet would be forgotten with the examples.
+        assert all(registry[name] for name in registry.names)
         monkeypatch.setattr(registry, "_items", dict(registry._items))
     yield tmp_path
     for name in [name for name in sys.modules if name.startswith("ptq4sam_extension_")]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,6 +89,54 @@ def test_errors_are_those_of_the_product() -> None:
         everywhere = [error(s, tau) for s in torch.linspace(0.01, float(x.max()), 100).tolist()]
         assert found < sorted(everywhere)[25]
     assert TAUS[quantizer.tau_errors.index(min(quantizer.tau_errors))] == int(quantizer.tau)
+
+
+@pytest.mark.parametrize(("bits", "spread"), [(3, 1.0), (4, 2.0), (4, 6.0), (6, 3.0)])
+def test_a_search_on_a_grid_finds_the_least_error(bits: int, spread: float) -> None:
+    """Compared with a scan of 3000 scales, and with the bounded search."""
+    x, value = attention(spread)
+    exact = x @ value
+    largest = float(x.max())
+    scan = torch.logspace(math.log2(min(0.1, 0.01 * largest)), math.log2(largest), 3000, base=2)
+    ends = []
+    for search in ("grid", "bounded"):
+        quantizer = AdaptiveGranularityQuantizer(Grid(bits), search=search)
+        quantizer.mode = Mode.OBSERVE
+        quantizer(x, value)
+        ends.append(quantizer)
+    for index, tau in enumerate(TAUS):
+        errors = [
+            float((naive(x, scale, tau, bits) @ value - exact).abs().pow(2.4).mean())
+            for scale in scan.tolist()
+        ]
+        found = ends[0].tau_errors[index]
+        moved = naive(x, ends[0].tau_scales[index], tau, bits)
+        assert found == pytest.approx(
+            float((moved @ value - exact).abs().pow(2.4).mean()), rel=1e-3
+        )
+        assert found <= 1.02 * min(errors)
+        assert found <= ends[1].tau_errors[index] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("queries", [400, 2000])
+def test_many_queries_are_searched_on_some_and_settled_on_all(queries: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = (3 * torch.randn(2, 8, queries, 12, generator=generator)).softmax(-1)
+    value = torch.randn(2, 8, 12, 6, generator=generator)
+    scales, errors = granularity_search.least_error(x, value, 16, TAUS)
+    best = errors.index(min(errors))
+    search = granularity_search.ScaleSearch(x, value, 16, 1e-3 * float(x.max()))
+    bounded, least = search.best_scale(TAUS[best], float(x.max()))
+    assert search.error(TAUS[best], scales[best]) <= least * 1.01, bounded
+
+
+def test_errors_of_many_scales_are_those_of_each() -> None:
+    x, value = attention()
+    search = granularity_search.ScaleSearch(x, value, 16, 1e-3)
+    scales = [0.05, 0.3, 0.31, 0.9]
+    for tau in TAUS:
+        alone = [search.error(tau, scale) for scale in scales]
+        assert search.errors(tau, scales) == pytest.approx(alone, rel=1e-5)
 
 
 def test_batches_average_scales_and_add_errors() -> None:

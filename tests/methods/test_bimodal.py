@@ -6,7 +6,7 @@ from torch import nn
 
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.bimodal import channel_signs, fold_signs, is_bimodal
-from ptq4sam.quantization.scheme import Methods
+from ptq4sam.quantization.published import Methods
 
 
 def keys(centre: float, seed: int = 0) -> torch.Tensor:

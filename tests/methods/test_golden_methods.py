@@ -8,8 +8,8 @@ import torch
 from ptq4sam.methods.adaptive_granularity import TAUS, AdaptiveGranularityQuantizer
 from ptq4sam.methods.bimodal import channel_signs, is_bimodal
 from ptq4sam.quantization.grid import Grid
+from ptq4sam.quantization.published import Methods
 from ptq4sam.quantization.quantizers import Mode
-from ptq4sam.quantization.scheme import Methods
 from tests.golden_cases import NOT_WORSE, SEARCHED, GoldenCase
 
 
@@ -42,6 +42,17 @@ def test_golden_adaptive_granularity(golden_case: GoldenCase) -> None:
     assert quantizer.scale.grad.item() == pytest.approx(
         float(case["dscale"]), rel=1e-5, abs=1e-6 * terms
     )
+
+
+@pytest.mark.golden("agq")
+def test_a_search_on_a_grid_is_never_above_the_recorded_error(golden_case: GoldenCase) -> None:
+    case = golden_case
+    quantizer = AdaptiveGranularityQuantizer(Grid(case.parameters["bit"]), search="grid")
+    quantizer.mode = Mode.OBSERVE
+    for attention, value in zip(case["attn"], case["value"], strict=True):
+        quantizer(attention, value)
+    for found, recorded in zip(quantizer.tau_errors, case["tau_errors"].tolist(), strict=True):
+        assert found <= recorded * (1 + 1e-5)
 
 
 @pytest.mark.golden("bimodal")

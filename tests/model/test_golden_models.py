@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ptq4sam.families.sam_vit.description import ENCODER
 from ptq4sam.families.sam_vit.image_encoder import ImageEncoderViT
-from ptq4sam.model.calibration import integrate_bimodal, observing_activations
+from ptq4sam.methods.bimodal import integrate_bimodal
+from ptq4sam.model.calibration import observing_activations
 from ptq4sam.model.insertion import (
     QuantizerFactory,
+    foldable,
     insert_into,
     make_portable,
     name_quantizers,
@@ -231,7 +233,9 @@ def test_golden_decoder(golden_case: GoldenCase) -> None:
     if scheme.ptq4sam.BIG:
         with quantizer_mode(two_way, Mode.FLOAT):
             folded = integrate_bimodal(
-                two_way, TRANSFORMER, DECODER, scheme.ptq4sam, lambda: two_way(*inputs[0])
+                foldable(two_way, TRANSFORMER, DECODER),
+                scheme.ptq4sam.bimodal,
+                lambda: two_way(*inputs[0]),
             )
         assert folded == [name for name, bimodal in case.parameters["bimodal"].items() if bimodal]
         with quantizer_mode(two_way, Mode.FLOAT):

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ptq4sam.errors import CalibrationError
+from ptq4sam.methods.bimodal import integrate_bimodal
 from ptq4sam.model import calibration
-from ptq4sam.model.calibration import CalibrationItem, calibrate, integrate_bimodal, run_item
+from ptq4sam.model.calibration import CalibrationItem, calibrate, run_item
 from ptq4sam.model.insertion import TRANSFORMER, insert_quantizers, model_units
 from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.operators.base import quantized_layers
@@ -124,10 +125,8 @@ def test_bimodal_folding_leaves_the_float_output(
     quantized = insert_quantizers(sam, make_scheme())
     with quantizer_mode(quantized, Mode.FLOAT):
         folded = integrate_bimodal(
-            quantized.mask_decoder.transformer,
-            TRANSFORMER,
-            quantized.description,
-            quantized.scheme.ptq4sam,
+            quantized.foldable(),
+            quantized.scheme.ptq4sam.bimodal,
             lambda: run_item(quantized, items[0]),
         )
         found = forward(quantized)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq4sam.model import calibration
+from ptq4sam.methods import bimodal
 from ptq4sam.model.calibration import CalibrationItem, calibrate
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.model.quantize import quantize_sam
@@ -31,7 +31,7 @@ SOME = {
 @pytest.fixture
 def scheme(make_scheme: Callable[..., Scheme], monkeypatch: pytest.MonkeyPatch) -> Scheme:
     """With signs folded wherever bimodal integration looks."""
-    monkeypatch.setattr(calibration, "is_bimodal", lambda *_: True)
+    monkeypatch.setattr(bimodal, "is_bimodal", lambda *_: True)
     return make_scheme().with_overrides("w_qconfig.observer=MinMaxObserver")
 
 

@@ -106,7 +106,7 @@ def test_forgotten_once_the_weights_are_on_the_grid(
         quantizer.alpha.add_(torch.randn(weight.shape))
     quantizer.finish_learning()
     learned = quantizer(weight)
-    quantizer.forget_learning()
+    quantizer.freeze()
     assert not quantizer.has_learned
     assert torch.equal(quantizer(learned), learned)
 

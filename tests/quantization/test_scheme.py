@@ -14,8 +14,8 @@ import yaml
 
 from ptq4sam.errors import ConfigError
 from ptq4sam.quantization import scheme as scheme_module
+from ptq4sam.quantization.published import Methods
 from ptq4sam.quantization.scheme import (
-    Methods,
     Reconstruction,
     Scheme,
     TensorFormat,

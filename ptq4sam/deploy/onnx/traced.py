@@ -166,6 +166,11 @@ class Traced:
         def amax(self, dim: Any, keepdim: bool = False) -> Traced: ...
         def sum(self, dim: Any, keepdim: bool = False) -> Traced: ...
 
+    def at_least(self, bound: float) -> Traced:
+        """1 where a number reaches a bound, else 0."""
+        found = self.node("GreaterOrEqual", self.graph.number(bound))
+        return found.new(self.graph.cast(found.name, np.float32, f"{found.name}.number"), self.shape)
+
     def portable(self, *inputs: Traced) -> Traced:
         """The same tensor, made of others by functions of `quantization/portable.py`: exactly."""
         self.exact = all(x.exact for x in inputs)

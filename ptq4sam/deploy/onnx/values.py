@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +15,12 @@ from ptq4sam.deploy.codes import LogGrid, UniformGrid, layer_codes, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.traced import ZERO, Traced
 from ptq4sam.errors import DeployError
+from ptq4sam.methods.hybrid_grid import BYTE, HybridGrid, hybrid_steps
+from ptq4sam.methods.lnq import TableGrid
 from ptq4sam.operators.base import QuantizedLayer
 from ptq4sam.quantization.base import Mode, Quantizer
 from ptq4sam.quantization.grid import Grid, along_channels
+from ptq4sam.quantization.grids import PointGrid
 from ptq4sam.quantization.portable import quotient
 from ptq4sam.quantization.whole import exact_pieces
 
@@ -54,6 +58,12 @@ class Value:
     def renamed(self, name: str) -> Value:
         """The same numbers at other places (reshaped, transposed, sliced)."""
         return replace(self, name=name)
+
+
+Lowering = Callable[[Graph, str, Any, str], Value]
+"""From graph, float tensor, grid and path to codes."""
+LOWERINGS: dict[type[PointGrid], Lowering] = {}
+"""How tensors are moved to grids that are not even, by the grid's type."""
 
 
 def dequantize(graph: Graph, value: Value, path: str, factor: float = 1.0) -> str:
@@ -115,6 +125,9 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Va
     if quantizer is None:
         return Value(x)
     require_quantizing(quantizer, path)
+    points = quantizer.grid_in_use()
+    if type(points) in LOWERINGS:
+        return LOWERINGS[type(points)](graph, x, points, path)
     grid = softmax_grid(quantizer)
     if isinstance(grid, LogGrid):
         raise DeployError(f"{path} has an adaptive granularity, which is for softmax outputs alone")
@@ -128,6 +141,40 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Va
         ]
         x = graph.node("Clip", [x, *bounds], f"{path}.clipped")
     return Value(_quantize_linear(graph, x, affine, path), affine)
+
+
+def hybrid_codes(graph: Graph, x: str, grid: HybridGrid, path: str) -> Value:
+    """Points of a hybrid grid as bytes, of which the lowest is 0.
+
+    Raises:
+        DeployError: they do not fit into bytes.
+    """
+    if int(grid.from_lowest()[-1]) > BYTE:
+        raise DeployError(
+            f"{path} has a hybrid grid of {grid.codes.bits} bits, whose points are no bytes: "
+            "quantize it to up to 6 bits"
+        )
+    numbers = grid.numbers.as_numbers()
+    steps = hybrid_steps(Traced(graph, x, f"{path}.steps"), numbers, grid.even, grid.logarithmic)
+    one, zero = np.array(1, np.float32), np.array(0, np.uint8)
+    codes = _quantize_linear(graph, steps.name, Affine(one, zero), path)
+    return Value(codes, Affine(np.array(numbers.step, np.float32), np.array(grid.zero, np.uint8)))
+
+
+def table_codes(graph: Graph, x: str, grid: TableGrid, path: str) -> Value:
+    """Points of a table as bytes: how much higher each is than the one before, where reached."""
+    ends, whole = grid.ends_of_codes.tolist(), grid.whole
+    traced = Traced(graph, x, f"{path}.steps")
+    jumps = (whole[1:] - whole[:-1]).tolist()
+    steps = traced.at_least(ends[0]) * jumps[0]
+    for end, jump in zip(ends[1:], jumps[1:], strict=True):
+        steps = steps + traced.at_least(end) * jump
+    one, zero = np.array(1, np.float32), np.array(0, np.uint8)
+    codes = _quantize_linear(graph, steps.name, Affine(one, zero), path)
+    return Value(codes, Affine(np.array(float(grid.unit), np.float32), zero))
+
+
+LOWERINGS.update({HybridGrid: hybrid_codes, TableGrid: table_codes})
 
 
 def _quantize_linear(graph: Graph, x: str, affine: Affine, path: str) -> str:

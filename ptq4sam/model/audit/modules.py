@@ -64,12 +64,24 @@ def may_multiply_floats(name: str, sam: QuantizedSam) -> bool:
     return sam.description.place_of(name) is not None and not must_be_quantized(name, sam)
 
 
+def unit_of(name: str, scheme: Scheme) -> str:
+    """The unit that something belongs to, where the scheme makes an exception of it; else ""."""
+    for unit in scheme.units:
+        if name == unit or name.startswith(f"{unit}."):
+            return unit
+    return ""
+
+
 def exception(name: str, scheme: Scheme) -> int | str | None:
     """What the scheme says of the unit that something belongs to, where it is an exception."""
-    for unit, level in scheme.units.items():
-        if name == unit or name.startswith(f"{unit}."):
-            return level
-    return None
+    return scheme.units.get(unit_of(name, scheme))
+
+
+def slot_of(quantizer: str, sam: QuantizedSam) -> tuple[str, frozenset[str]]:
+    """Slot and roles of a quantizer by its path."""
+    owner, _, name = quantizer.rpartition(".")
+    slot = name.removesuffix("_quantizer")
+    return slot, sam.description.roles(owner, slot)
 
 
 def expected_activations(sam: QuantizedSam) -> int:

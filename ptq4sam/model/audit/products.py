@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ptq4sam.model.audit.modules import DECODER, may_multiply_floats
@@ -23,6 +24,7 @@ from ptq4sam.operators.base import (
     quantized_operators,
 )
 from ptq4sam.operators.watching import ProductWatch
+from ptq4sam.quantization.int8_products import int8_shift
 from ptq4sam.quantization.quantizers import Quantizer
 
 _SAMPLE, _FEWEST = 2**16, 2**10
@@ -52,6 +54,9 @@ class Operand:
         """Compare a sample of so many numbers with the grid."""
         axis = channel_axis if self.of_channels else None
         compared = sample(x, most, axis)
+        if x.dtype == torch.int8 and self.role != WEIGHT:
+            # Whole numbers that int8 does not hold are shifted until it does.
+            compared = compared.int() + (int8_shift(*self.quantizer.step_bounds) or 0)
         scales = self.quantizer.scale.numel()
         if axis is not None and scales not in (1, x.shape[axis]):
             # Some of the channels, as a convolution by groups multiplies them: whole steps.

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.quantization.quantizers import AffineQuantizer, Quantizer
+from ptq4sam.quantization.quantizers import Quantizer
 
 _LEAST_SHARE = 1 / 150
 """What a grid and the values must have in common, of the wider of both.
@@ -41,21 +40,8 @@ class Reach:
             yield "no activation passed it"
             return
         low, high = float(self._low), float(self._high)
-        first, last = self._covered()
+        first, last = self.quantizer.grid_in_use().ends()
         common = min(high, last) - max(low, first)
         if high > low and common < _LEAST_SHARE * max(high - low, last - first):
             values = f"values from {low:.4g} to {high:.4g}"
             yield f"covers {first:.4g} to {last:.4g}, expected the range of its {values}"
-
-    def _covered(self) -> tuple[float, float]:
-        """Ends of the grid; of one that is not known those of the values."""
-        quantizer = self.quantizer
-        if isinstance(quantizer, AdaptiveGranularityQuantizer):
-            return 0.0, float(quantizer.scale_in_use())
-        if not isinstance(quantizer, AffineQuantizer):
-            return float(self._low), float(self._high)
-        scale, zero_point = quantizer.parameters_in_use()
-        first, last = (
-            (end - zero_point) * scale for end in (quantizer.grid.qmin, quantizer.grid.qmax)
-        )
-        return float(first.min()), float(last.max())

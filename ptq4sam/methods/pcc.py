@@ -1,0 +1,251 @@
+"""Ranges of queries and keys by what an attention looks at (PCC of SAQ-SAM, AAAI 2026).
+
+Whether a range is good is not told by how near its numbers are, but by whether the places that a
+query attends to stay the same. A map's mask are the places above a share of the query's largest;
+the loss of a range is 1 less the intersection over union of the masks with and without it, averaged
+over prompts and heads. For the decoder's attentions in their order, and of each for the inputs of
+both projections, the query and the key, some thirty symmetric percentiles are tried, twice, with
+what was chosen before switched on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.methods.method import METHODS, Calibration, Method
+from ptq4sam.operators.base import INPUT, KEY, QUERY, SOFTMAX, QuantizedOperator
+from ptq4sam.quantization.base import AffineQuantizer
+from ptq4sam.quantization.modes import quantizer_mode
+from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.records import Record
+
+_PERCENTILES = (
+    *(0.85, 0.87, 0.88, 0.89, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.965, 0.97, 0.975, 0.98),
+    *(0.983, 0.985, 0.987, 0.989, 0.99, 0.993, 0.995, 0.997, 0.999, 0.9993, 0.9995, 0.9997),
+    *(0.9999, 0.99999),
+)
+_MOST = 2**21
+"""Numbers of a tensor that percentiles are taken of."""
+
+
+@dataclass(frozen=True)
+class Pcc(Record):
+    """Settings.
+
+    Attributes:
+        share: of a query's largest attention, above which a place counts.
+        passes: over all attentions.
+        percentiles: that are tried.
+    """
+
+    share: float = 0.5
+    passes: int = 2
+    percentiles: tuple[float, ...] = _PERCENTILES
+
+    def _validate(self) -> None:
+        self._require(0 < self.share < 1, "share", "between 0 and 1")
+        self._require(self.passes >= 1, "passes", "1 or more")
+        good = all(0.5 < p <= 1 for p in self.percentiles)
+        self._require(good and len(self.percentiles) > 0, "percentiles", "some above 0.5, up to 1")
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """A quantized attention of the decoder.
+
+    Attributes:
+        owner: takes query, key and value before their projections.
+        query: projection of the query.
+        key: projection of the key.
+        core: the attention itself.
+    """
+
+    owner: nn.Module
+    query: QuantizedOperator
+    key: QuantizedOperator
+    core: QuantizedOperator
+
+    @property
+    def weighs(self) -> nn.Module:
+        """What multiplies softmax outputs and values."""
+        return next(p.module for p in self.core.products() if p.first == SOFTMAX)
+
+    def slots(self) -> dict[str, AffineQuantizer]:
+        """Quantizers whose ranges are chosen, in their order, by slot; affine ones only."""
+        found = {
+            "query projection's input": self.query.quantizer(INPUT),
+            "key projection's input": self.key.quantizer(INPUT),
+            "query": self.core.quantizer(QUERY),
+            "key": self.core.quantizer(KEY),
+        }
+        return {
+            slot: quantizer
+            for slot, quantizer in found.items()
+            if isinstance(quantizer, AffineQuantizer) and quantizer.channel_axis is None
+        }
+
+
+def mask_of(attention: Tensor, share: float) -> Tensor:
+    """Places above a share of each query's largest, booleans in the shape of [..., n, m]."""
+    return attention > share * attention.amax(-1, keepdim=True)
+
+
+def mask_loss(found: Tensor, wanted: Tensor) -> float:
+    """1 less intersection over union of masks [batch, heads, n, m], averaged over the first two."""
+    both = (found & wanted).sum((-2, -1), dtype=torch.float64)
+    either = (found | wanted).sum((-2, -1), dtype=torch.float64)
+    return float((1 - both / either.clamp(min=1)).mean())
+
+
+def percentile_ranges(x: Tensor, percentiles: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+    """Ranges from the 1 - p to the p quantile, of many numbers some."""
+    values = x.detach().float().flatten()
+    values = values[:: max(1, values.numel() // _MOST)].sort().values
+    last = len(values) - 1
+    ranges = []
+    for percentile in percentiles:
+        place = percentile * last
+        low, high = int(last - place), min(last, int(place) + 1)
+        ends = (
+            torch.lerp(values[low], values[min(last, low + 1)], (last - place) - low),
+            torch.lerp(values[high - 1], values[high], place - (high - 1)),
+        )
+        ranges.append(ends)
+    return ranges
+
+
+@METHODS.register("pcc")
+class PccMethod(Method[Pcc]):
+    """Of the mask decoder's attentions, on the first calibration picture and its first boxes."""
+
+    settings_type = Pcc
+
+    def after_ranges(self, calibration: Calibration) -> Sequence[str]:
+        """Choose ranges; one that is not better than the observed one stays."""
+        parts: dict[str, AttentionParts] = calibration.sam.attention_parts()
+        transformer = calibration.sam.mask_decoder.transformer
+        changed: dict[str, None] = {}
+        with quantizer_mode(calibration.sam, Mode.FLOAT):
+            given = _first_inputs(transformer, calibration)
+            seen = _run(transformer, given, parts)
+            masks = {name: mask_of(seen[name].attention(), self.settings.share) for name in seen}
+            for _ in range(self.settings.passes):
+                for name, attention in parts.items():
+                    seen = _run(transformer, given, {name: attention})
+                    for slot in self._choose(attention, seen[name], masks[name]):
+                        changed[f"{name}: {slot}"] = None
+        return list(changed)
+
+    def _choose(self, parts: AttentionParts, seen: _Seen, mask: Tensor) -> Iterator[str]:
+        """Choose the ranges of one attention and leave them on; yields slots that changed."""
+        for slot, quantizer in parts.slots().items():
+            quantizer.mode = Mode.FLOAT
+            values = _input_of(parts.owner, seen.inputs, quantizer)
+            quantizer.mode = Mode.QUANTIZE
+            kept = best = (quantizer.scale.detach().clone(), quantizer.zero_point.detach().clone())
+            least = self._loss(parts, seen.inputs, mask)
+            for low, high in percentile_ranges(values, self.settings.percentiles):
+                tried = quantizer.grid.affine_parameters(low, high)
+                quantizer.set_parameters(*tried)
+                loss = self._loss(parts, seen.inputs, mask)
+                if loss < least:
+                    least, best = loss, tried
+            quantizer.set_parameters(*best)
+            if best is not kept:
+                yield slot
+
+    def _loss(self, parts: AttentionParts, inputs: tuple[Tensor, ...], mask: Tensor) -> float:
+        seen = _Seen()
+        with _watching(parts, seen):
+            parts.owner(*inputs)
+        return mask_loss(mask_of(seen.attention(), self.settings.share), mask)
+
+
+@dataclass
+class _Seen:
+    """What an attention saw when it was first called.
+
+    Attributes:
+        inputs: of its owner.
+        pieces: softmax outputs [batch, heads, n, m] in pieces: rows within heads.
+        queries: how many there are in all.
+    """
+
+    inputs: tuple[Tensor, ...] = ()
+    pieces: list[Tensor] = field(default_factory=list)
+    queries: int = 0
+
+    def attention(self) -> Tensor:
+        """All pieces together."""
+        heads, rows = [], []
+        for piece in self.pieces:
+            rows.append(piece)
+            if sum(part.shape[-2] for part in rows) == self.queries:
+                heads.append(torch.cat(rows, dim=-2))
+                rows = []
+        return torch.cat(heads, dim=1)
+
+
+@contextmanager
+def _watching(parts: AttentionParts, seen: _Seen) -> Iterator[None]:
+    """Keep what the first call of an attention sees."""
+    calls = 0
+
+    def begin(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            seen.inputs, seen.queries = inputs, inputs[0].shape[-2]
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if calls == 1:
+            seen.pieces.append(inputs[0].detach())
+
+    handles = [
+        parts.owner.register_forward_pre_hook(begin),
+        parts.weighs.register_forward_pre_hook(keep),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_inputs(transformer: nn.Module, calibration: Calibration) -> tuple[Tensor, ...]:
+    """What the decoder's transformer is given first for the first picture."""
+    found: list[tuple[Tensor, ...]] = []
+    handle = transformer.register_forward_pre_hook(lambda _module, inputs: found.append(inputs))
+    try:
+        calibration.run(calibration.items[0])
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _run(
+    transformer: nn.Module, given: tuple[Tensor, ...], parts: dict[str, AttentionParts]
+) -> dict[str, _Seen]:
+    """Pass through the transformer as it is; returns what attentions saw."""
+    seen = {name: _Seen() for name in parts}
+    with ExitStack() as watches:
+        for name, attention in parts.items():
+            watches.enter_context(_watching(attention, seen[name]))
+        transformer(*given)
+    return seen
+
+
+def _input_of(owner: nn.Module, inputs: tuple[Tensor, ...], quantizer: nn.Module) -> Tensor:
+    """What comes to a quantizer when its owner is run."""
+    found: list[Tensor] = []
+    handle = quantizer.register_forward_pre_hook(lambda _module, given: found.append(given[0]))
+    try:
+        owner(*inputs)
+    finally:
+        handle.remove()
+    return found[0]

@@ -1,0 +1,135 @@
+"""Formats by slot and role: the part of a scheme that says what single kinds of tensors have.
+
+A selector is a slot, as `softmax`, or a slot with roles, as `input@decoder@after-relu`. What roles
+a slot has is said by the description of the model. Nothing here needs torch, unless a scheme names
+a grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptq4sam.quantization.registry import GRIDS, OBSERVERS, QUANTIZERS
+from ptq4sam.records import FieldError, Record, unknown_key
+
+SLOTS = ("weight", "input", "query", "key", "value", "softmax")
+"""Places of operators where quantizers sit."""
+AFFINE = "affine"
+
+
+GRANULARITIES = {"per tensor": -1, "per channel": 0}
+"""What has a scale of its own, and the published way to write it, `ch_axis`."""
+
+
+def with_ch_axis(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A mapping with `ch_axis` in the place of `granularity`.
+
+    Raises:
+        FieldError: there is no such granularity.
+    """
+    if "granularity" not in mapping:
+        return mapping
+    given = mapping["granularity"]
+    if given not in GRANULARITIES:
+        raise FieldError("granularity", f"{given!r} given, allowed: {', '.join(GRANULARITIES)}")
+    others = {key: value for key, value in mapping.items() if key != "granularity"}
+    return {**others, "ch_axis": GRANULARITIES[given]}
+
+
+@dataclass(frozen=True)
+class AffineFormat(Record):
+    """What an affine slot has other than the scheme's own format; None is as there."""
+
+    quantizer: str | None = None
+    observer: str | None = None
+    symmetric: bool | None = None
+    ch_axis: int | None = None
+
+    @classmethod
+    def _renamed(cls, mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+        return with_ch_axis(mapping)
+
+    def _validate(self) -> None:
+        if self.quantizer is not None:
+            QUANTIZERS.require(self.quantizer, "quantizer")
+        if self.observer is not None:
+            OBSERVERS.require(self.observer, "observer")
+
+
+@dataclass(frozen=True)
+class SlotFormat(Record):
+    """The format of a kind of slots.
+
+    Attributes:
+        grid: a name in GRIDS.
+        bit: bits of a code; None for the scheme's.
+        settings: a record of the grid's.
+    """
+
+    grid: str
+    bit: int | None
+    settings: object
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, as schemes have it."""
+        assert isinstance(self.settings, Record)
+        return {"grid": self.grid, "bit": self.bit, **self.settings.to_dict()}
+
+
+def slot_formats(given: Mapping[str, object]) -> dict[str, SlotFormat]:
+    """Read formats by selector.
+
+    Raises:
+        FieldError: a slot, grid or setting does not exist, or a value is not usable.
+    """
+    found = {}
+    for selector, value in given.items():
+        slot, *_ = selector.split("@")
+        if slot not in SLOTS:
+            raise unknown_key(slot, SLOTS).within("slots")
+        try:
+            found[selector] = value if isinstance(value, SlotFormat) else _read(value)
+            settings = found[selector].settings
+            if slot != "weight" and isinstance(settings, AffineFormat) and settings.ch_axis == 0:
+                raise FieldError("ch_axis", "activations are quantized per tensor: -1")
+        except FieldError as error:
+            raise error.within(f"slots.{selector}") from None
+    return found
+
+
+def _read(value: object) -> SlotFormat:
+    if not isinstance(value, Mapping):
+        raise FieldError("", f"{value!r} given, keys and values are needed, as grid: hybrid")
+    own = dict(value)
+    grid, bit = own.pop("grid", AFFINE), own.pop("bit", None)
+    GRIDS.require(str(grid), "grid")
+    if bit is not None and not (isinstance(bit, int) and 2 <= bit <= 16):
+        raise FieldError("bit", f"{bit!r} given, allowed: 2 to 16")
+    kind = AffineFormat if grid == AFFINE else GRIDS[grid].settings_type
+    return SlotFormat(grid, bit, kind.from_section(own))
+
+
+def selected(
+    formats: Mapping[str, SlotFormat], slot: str, roles: frozenset[str]
+) -> SlotFormat | None:
+    """The format for a slot with these roles: of most roles, of several the last; None without."""
+    found, most = None, -1
+    for selector, format_ in formats.items():
+        name, *wanted = selector.split("@")
+        if name == slot and roles.issuperset(wanted) and len(wanted) >= most:
+            found, most = format_, len(wanted)
+    return found
+
+
+def require_roles(formats: Collection[str], known: Collection[str]) -> None:
+    """Refuse selectors with roles that a model has not.
+
+    Raises:
+        FieldError: the nearest known one is named.
+    """
+    for selector in formats:
+        for role in selector.split("@")[1:]:
+            if role not in known:
+                raise unknown_key(role, sorted(known)).within(f"slots.{selector}")

@@ -1,0 +1,155 @@
+"""Corrections of weights against ridge regression written as one least squares problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.methods.aqer import Aqer, AqerMethod, InputProducts, correction, error
+from ptq4sam.methods.method import Calibration
+from ptq4sam.model.audit import audit
+from ptq4sam.model.calibration import CalibrationItem
+from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.operators.base import observe_weights
+from ptq4sam.operators.linear import QuantizedLinear
+from ptq4sam.quantization.base import FixedQuantizer
+from ptq4sam.quantization.grid import Grid
+from ptq4sam.quantization.modes import quantizer_mode
+from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.quantization.rounding import AdaRoundQuantizer
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam.model import Sam
+from tests.model.conftest import (  # noqa: F401
+    forward,
+    items,
+    make_scheme,
+    sam,
+    tiny_variant,
+)
+
+Forward = Callable[[Sam], tuple[Tensor, ...]]
+
+
+def layer(bits: int = 4, weight_bits: int = 6) -> tuple[QuantizedLinear, Tensor]:
+    """A calibrated layer and inputs whose channels hang together."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 12, generator=generator)
+    x = torch.randn(3, 400, 12, generator=generator) @ mixing + 0.5
+    made = QuantizedLinear(
+        nn.Linear(12, 5),
+        AdaRoundQuantizer(Grid(weight_bits), channel_axis=0),
+        FixedQuantizer(Grid(bits)),
+    )
+    with torch.no_grad():
+        made.weight.copy_(torch.randn(5, 12, generator=generator))
+    observe_weights(made)
+    with quantizer_mode(made.input_quantizer, Mode.OBSERVE):
+        made.input_quantizer(x)
+    return made.requires_grad_(False), x
+
+
+def products_of(made: QuantizedLinear, x: Tensor) -> InputProducts:
+    products = InputProducts.of(made)
+    for batch in x:
+        products.add(made, (batch,))
+    return products
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 0.01, 1.0])
+def test_a_correction_is_the_ridge_regression_of_the_error(ridge: float) -> None:
+    made, x = layer()
+    found = correction(made.weight, products_of(made, x), ridge)
+    rows = x.reshape(-1, 12).double().numpy()
+    moved = made.input_quantizer(x).reshape(-1, 12).double().numpy()
+    weight = made.weight.double().numpy()
+    # Least squares with rows for the ridge beneath, by numpy's decomposition of the whole problem.
+    size = ridge * np.mean(np.sum(moved**2, axis=0))
+    stacked = np.vstack([moved, np.sqrt(size) * np.eye(12)])
+    wanted = np.vstack([(rows - moved) @ weight.T, np.zeros((12, 5))])
+    expected = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_errors_are_those_of_the_sums() -> None:
+    made, x = layer()
+    products, weight = products_of(made, x), made.weight
+    other = weight + 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    rows, moved = x.reshape(-1, 12).double(), made.input_quantizer(x).reshape(-1, 12).double()
+
+    def plain(used: Tensor) -> float:
+        wanted = rows @ weight.double().t()
+        return float((moved @ used.double().t() - wanted).square().sum(1).mean())
+
+    difference = error(other, weight, products) - error(weight, weight, products)
+    assert difference == pytest.approx(plain(other) - plain(weight), rel=1e-4)
+
+
+def correct(made: QuantizedLinear, x: Tensor) -> list[str]:
+    model = nn.Sequential(made)
+    calibration = Calibration(model, list(x), lambda batch: model(batch))
+    return list(AqerMethod(Aqer()).after_ranges(calibration))
+
+
+def test_a_layer_gives_less_error_and_stays_itself_while_it_is_off() -> None:
+    made, x = layer()
+    exact = nn.functional.linear(x, made.weight, made.bias)
+    before = (made(x) - exact).square().mean()
+    weight = made.weight.clone()
+    assert correct(made, x) == ["0"]
+    assert (made(x) - exact).square().mean() < 0.95 * before
+    assert torch.equal(made.weight, weight)
+    with quantizer_mode(made, Mode.FLOAT):
+        torch.testing.assert_close(made(x), exact)
+    # Rounding is learned from the corrected weight.
+    quantizer = made.weight_quantizer
+    assert isinstance(quantizer, AdaRoundQuantizer)
+    moved = quantizer(weight)
+    quantizer.begin_learning(weight)
+    wanted = quantizer.corrected(weight)
+    within = (wanted >= moved.amin(1, True)) & (wanted <= moved.amax(1, True))
+    torch.testing.assert_close(quantizer(weight)[within], wanted[within], rtol=0, atol=1e-4)
+
+
+def test_a_correction_that_rounding_undoes_is_left_out() -> None:
+    """With 2 bits of weights and 8 of inputs there is little to correct and much to lose."""
+    made, x = layer(bits=8, weight_bits=2)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    changed = correct(made, x)
+    exact = nn.functional.linear(x, made.weight, made.bias)
+    after = float((made(x) - exact).square().mean())
+    made.load_state_dict(before)
+    assert after <= float((made(x) - exact).square().mean())
+    assert changed == [] or after < float((made(x) - exact).square().mean())
+
+
+def test_layers_with_other_quantizers_are_left_alone() -> None:
+    plain = nn.Sequential(nn.Linear(3, 3))
+    calibration = Calibration(plain, [], lambda item: None)
+    assert list(AqerMethod(Aqer()).after_ranges(calibration)) == []
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_model_is_corrected_and_frozen(
+    steps: int,
+    sam: Sam,  # noqa: F811
+    items: list[CalibrationItem],  # noqa: F811
+    make_scheme: Callable[..., Scheme],  # noqa: F811
+    forward: Forward,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scheme: Any = make_scheme(4, steps, methods=["aqer"])
+    scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
+    with caplog.at_level("INFO", logger="ptq4sam.model.calibration"):
+        quantized = quantize_sam(sam, items[:2], scheme)
+    assert "image_encoder.blocks.0.mlp.lin2" in quantized.applied["aqer"]
+    assert any(r.message.startswith("aqer changed ") for r in caplog.records)
+    assert audit(quantized, lambda: forward(quantized)).findings == ()
+    held = [n for n, v in quantized.state_dict().items() if n.endswith(".correction") and v.numel()]
+    assert held == []
+    without = quantize_sam(sam, items[:2], scheme.with_overrides("methods=[]"))
+    assert not torch.equal(forward(quantized)[0], forward(without)[0])

@@ -1,0 +1,124 @@
+"""Clipping by what attentions look at, against maps computed from the float weights by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ptq4sam.errors import ConfigError
+from ptq4sam.methods.pcc import Pcc, mask_loss, mask_of, percentile_ranges
+from ptq4sam.model.audit import audit
+from ptq4sam.model.calibration import CalibrationItem, run_item
+from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam.model import Sam
+from tests.model.conftest import (  # noqa: F401
+    forward,
+    items,
+    make_scheme,
+    sam,
+    tiny_variant,
+)
+
+Forward = Callable[[Sam], tuple[Tensor, ...]]
+FIRST = "mask_decoder.transformer.layers.0.cross_attn_token_to_image"
+
+
+def test_masks_and_losses() -> None:
+    attention = torch.tensor([[[[0.5, 0.3, 0.2], [0.4, 0.35, 0.25]]]])
+    found = mask_of(attention, 0.5)
+    assert found.tolist() == [[[[True, True, False], [True, True, True]]]]
+    other = torch.tensor([[[[True, False, False], [True, True, True]]]])
+    assert mask_loss(found, other) == pytest.approx(1 - 4 / 5)
+    both = torch.cat([found, other], dim=1)
+    assert mask_loss(both, torch.cat([found, found], dim=1)) == pytest.approx((0 + 1 / 5) / 2)
+    nothing = torch.zeros_like(found)
+    assert mask_loss(nothing, found) == 1
+
+
+@pytest.mark.parametrize("count", [2, 7, 1000])
+def test_percentiles_are_numpys(count: int) -> None:
+    x = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    chosen = (0.85, 0.9, 0.999, 1.0)
+    for percentile, (low, high) in zip(chosen, percentile_ranges(x, chosen), strict=True):
+        expected = np.quantile(x.double().numpy(), [1 - percentile, percentile])
+        assert [float(low), float(high)] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def maps(exact: Sam, quantized: QuantizedSam, item: CalibrationItem) -> tuple[Tensor, Tensor]:
+    """Attention maps of the first cross attention: by the float model, and with its query and key
+    (and the inputs of their projections) quantized, on the inputs that the float model gives."""
+    seen: list[tuple[Tensor, ...]] = []
+    owner: Any = exact.get_submodule(FIRST)
+    handle = owner.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
+    run_item(exact, item)
+    handle.remove()
+    given: Any = quantized.get_submodule(FIRST)
+
+    def attend(query: Tensor, key: Tensor) -> Tensor:
+        split = (x.unflatten(-1, (owner.num_heads, -1)).transpose(1, 2) for x in (query, key))
+        query, key = split
+        return (query @ key.transpose(-1, -2) * owner.core.scale).softmax(-1)
+
+    query, key, _ = seen[0]
+    float_map = attend(owner.q_proj(query), owner.k_proj(key))
+    linear = torch.nn.functional.linear
+    query = linear(given.q_proj.input_quantizer(query), owner.q_proj.weight, owner.q_proj.bias)
+    key = linear(given.k_proj.input_quantizer(key), owner.k_proj.weight, owner.k_proj.bias)
+    return float_map, attend(given.core.query_quantizer(query), given.core.key_quantizer(key))
+
+
+@torch.no_grad()
+def test_attentions_look_where_they_did(
+    sam: Sam,  # noqa: F811
+    items: list[CalibrationItem],  # noqa: F811
+    make_scheme: Callable[..., Scheme],  # noqa: F811
+    forward: Forward,  # noqa: F811
+) -> None:
+    # A few inputs far from the others, which observers cover.
+    decoder: Any = sam.mask_decoder.transformer
+    with torch.no_grad():
+        decoder.layers[0].norm1.weight[0] *= 40
+    scheme = make_scheme(4, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver")
+    losses = []
+    for methods in ([], ["pcc"]):
+        quantized = quantize_sam(sam, items[:1], scheme.with_overrides(f"methods={methods}"))
+        exact, found = maps(sam, quantized, items[0])
+        losses.append(mask_loss(mask_of(found, 0.5), mask_of(exact, 0.5)))
+    assert losses[1] < 0.9 * losses[0]
+    changed = quantized.applied["pcc"]
+    assert any(name.startswith(f"{FIRST}: ") for name in changed)
+    assert audit(quantized, lambda: forward(quantized)).findings == ()
+
+
+def test_the_observed_ranges_stay_where_none_is_better(
+    sam: Sam,  # noqa: F811
+    items: list[CalibrationItem],  # noqa: F811
+    make_scheme: Callable[..., Scheme],  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """At 8 bits with a single percentile that clips half of everything."""
+    scheme = make_scheme(8, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver")
+    method = "methods={pcc: {percentiles: [0.51], passes: 1}}"
+    with caplog.at_level("INFO", logger="ptq4sam.model.calibration"):
+        quantized = quantize_sam(sam, items[:1], scheme.with_overrides(method))
+    without = quantize_sam(sam, items[:1], scheme)
+    if not quantized.applied["pcc"]:
+        assert any(r.message == "pcc found nothing to change" for r in caplog.records)
+    states = (model.state_dict() for model in (quantized, without))
+    changed = sum(not torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+    # Scale and zero point of each that it names.
+    assert changed <= 2 * len(quantized.applied["pcc"])
+    assert len(quantized.applied["pcc"]) < 7
+
+
+def test_settings_are_checked() -> None:
+    for wrong in ({"share": 1.0}, {"passes": 0}, {"percentiles": ()}):
+        with pytest.raises(ConfigError, match="allowed"):
+            Pcc(**wrong)  # type: ignore[arg-type]
