@@ -169,7 +169,9 @@ class Traced:
     def at_least(self, bound: float) -> Traced:
         """1 where a number reaches a bound, else 0."""
         found = self.node("GreaterOrEqual", self.graph.number(bound))
-        return found.new(self.graph.cast(found.name, np.float32, f"{found.name}.number"), self.shape)
+        return found.new(
+            self.graph.cast(found.name, np.float32, f"{found.name}.number"), self.shape
+        )
 
     def portable(self, *inputs: Traced) -> Traced:
         """The same tensor, made of others by functions of `quantization/portable.py`: exactly."""

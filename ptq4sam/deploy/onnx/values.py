@@ -155,7 +155,7 @@ def hybrid_codes(graph: Graph, x: str, grid: HybridGrid, path: str) -> Value:
             "quantize it to up to 6 bits"
         )
     numbers = grid.numbers.as_numbers()
-    steps = hybrid_steps(Traced(graph, x, f"{path}.steps"), numbers, grid.even, grid.logarithmic)
+    steps = hybrid_steps(Traced(graph, x, ()), numbers, grid.even, grid.logarithmic)
     one, zero = np.array(1, np.float32), np.array(0, np.uint8)
     codes = _quantize_linear(graph, steps.name, Affine(one, zero), path)
     return Value(codes, Affine(np.array(numbers.step, np.float32), np.array(grid.zero, np.uint8)))
@@ -164,7 +164,7 @@ def hybrid_codes(graph: Graph, x: str, grid: HybridGrid, path: str) -> Value:
 def table_codes(graph: Graph, x: str, grid: TableGrid, path: str) -> Value:
     """Points of a table as bytes: how much higher each is than the one before, where reached."""
     ends, whole = grid.ends_of_codes.tolist(), grid.whole
-    traced = Traced(graph, x, f"{path}.steps")
+    traced = Traced(graph, x, ())
     jumps = (whole[1:] - whole[:-1]).tolist()
     steps = traced.at_least(ends[0]) * jumps[0]
     for end, jump in zip(ends[1:], jumps[1:], strict=True):
