@@ -1,10 +1,11 @@
-"""Train a small SAM, vit_nano by default, from a seed or from weights.
+"""Train a small SAM, vit_nano or tiny_vit_nano, from a seed or from weights.
 
     python tools/train_vit_nano.py tools/vit_nano.yaml --data FOLDER --out FILE.safetensors
 
-The file says what it learns from and for how long. A killed run resumes from --state, with the same
-bits on a CPU. `torchrun --nproc-per-node 2 tools/train_vit_nano.py ...` shares each batch between
-two processes.
+The file says what it learns from and for how long. With a teacher it begins with the teacher's
+prompt encoder and mask decoder, and learns the teacher's embeddings too. A killed run resumes from
+--state, with the same bits on a CPU. `torchrun --nproc-per-node 2 tools/train_vit_nano.py ...`
+shares each batch between two processes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ptq4sam.allocator import keep_freed_memory
+from ptq4sam.families.checkpoint import load_sam
+from ptq4sam.families.tiny_vit.weights import fold_state
 from ptq4sam.operators.norm import LayerNorm2d
+from ptq4sam.sam.model import Sam
 
 _log = logging.getLogger("train_vit_nano")
 
@@ -50,6 +54,10 @@ class Phase:
     """One stretch of training at one window size.
 
     The learning rate falls from the peak to the final one over all steps.
+
+    Attributes:
+        distil: weight of the distance of embeddings to the teacher's.
+        masks: learn masks; else the teacher's embeddings alone.
     """
 
     window: int
@@ -57,6 +65,8 @@ class Phase:
     steps: int
     peak_rate: float
     final_rate: float
+    distil: float = 0.0
+    masks: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,8 @@ class Settings:
     """What a settings file holds; paths are below --data."""
 
     phases: list[Phase]
+    model: str = "vit_nano"
+    teacher: str | None = None
     sources: list[Source] = dataclasses.field(default_factory=list)
     detector: Detector | None = None
     objects: int = 6
@@ -103,10 +115,22 @@ def rate_at(phase: Phase, step: int) -> float:
 class Trainer:
     """Model, optimiser and moving average of one phase."""
 
-    def __init__(self, phase: Phase, index: int, seed: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        phase: Phase,
+        index: int,
+        seed: int,
+        device: str = "cpu",
+        name: str = "vit_nano",
+        teacher: Sam | None = None,
+    ) -> None:
         torch.manual_seed(seed)
         self.phase, self.index, self.device = phase, index, torch.device(device)
-        self.model = build_model(phase.window).train()
+        self.model = build_model(phase.window, name).train()
+        self.teacher = teacher
+        if teacher is not None:
+            self.model.prompt_encoder.load_state_dict(teacher.prompt_encoder.state_dict())
+            self.model.mask_decoder.load_state_dict(teacher.mask_decoder.state_dict())
         for parameter in self.model.parameters():
             if parameter.dim() == 4 and parameter.shape[0] == 1:
                 nn.init.normal_(parameter, std=0.02)
@@ -173,17 +197,23 @@ class Trainer:
         decay = min(_DECAY, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for name, value in self._weights().items():
-                self.average[name].lerp_(value, 1 - decay)
+                average = self.average[name]
+                average.lerp_(value, 1 - decay) if value.is_floating_point() else average.copy_(
+                    value
+                )
         return float(loss.detach())
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Loss of one batch: all objects once, some again with one more click and the mask."""
-        embedding = self._embedding(batch.pixels)
+        noted: dict[str, float] = {}
+        embedding, distance = self._embedding(batch.pixels, noted)
+        if not self.phase.masks:
+            self.log.append(noted)
+            return distance
         stride = self.phase.window / (4 * embedding.shape[-1])
         target = F.avg_pool2d(batch.masks[:, None].float() / 255, int(stride))[:, 0]
         seen = F.avg_pool2d((batch.pixels[:, :1] >= 0).float(), int(stride))[batch.owner, 0]
-        noted: dict[str, float] = {}
-        loss = self._foretold(batch, noted)
+        loss = self._foretold(batch, noted) + distance
         prompts = Prompts.first(batch.boxes, target, stride, self.phase.window, generator)
         chosen = torch.arange(len(batch.boxes), device=self.device)
         logits: Tensor | None = None
@@ -238,12 +268,20 @@ class Trainer:
         lone = ~prompts.by_box if logits is None else torch.zeros_like(prompts.by_box)
         return masks, ious, truth, total_loss(masks, ious, places, labels, truth, lone)
 
-    def _embedding(self, pixels: Tensor) -> Tensor:
+    def _embedding(self, pixels: Tensor, noted: dict[str, float]) -> tuple[Tensor, Tensor]:
+        """Embeddings of windows, and the weighted distance to the teacher's."""
         model = self.model
         normalized = (pixels.float() - model.pixel_mean) / model.pixel_std
         normalized = torch.where(pixels < 0, 0.0, normalized)
         with torch.autocast(self.device.type, torch.bfloat16):
-            return model.image_encoder(normalized)
+            embedding = model.image_encoder(normalized)
+            if self.teacher is None or self.phase.distil == 0:
+                return embedding, torch.zeros((), device=self.device)
+            with torch.no_grad():
+                target = self.teacher.image_encoder(normalized).float()
+        distance = F.mse_loss(embedding.float(), target) / target.var()
+        noted["distance"] = float(distance.detach())
+        return embedding, self.phase.distil * distance
 
     def _foretold(self, batch: Batch, noted: dict[str, float]) -> Tensor:
         if batch.features.shape[1] == 0:
@@ -361,7 +399,7 @@ def write_atomically(state: dict[str, object], path: Path) -> None:
 def export(average: dict[str, Tensor], path: Path) -> None:
     """Write the averaged weights as float16 safetensors."""
     temporary = path.with_suffix(".tmp")
-    own = {k: v for k, v in average.items() if not k.startswith(_AUXILIARY)}
+    own = fold_state({k: v for k, v in average.items() if not k.startswith(_AUXILIARY)})
     save_file({k: v.to(torch.float16).contiguous() for k, v in own.items()}, temporary)
     os.replace(temporary, path)
     _log.info("wrote %s", path)
@@ -374,6 +412,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the sources")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="start from these weights (safetensors)")
+    parser.add_argument("--teacher", type=Path, help="weights of the teacher; else the embedded")
     parser.add_argument("--state", type=Path, default=Path("train_vit_nano.pt"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -395,6 +434,10 @@ def main() -> None:
     if settings.detector is not None:
         file = arguments.data / settings.detector.file
         teacher = DetectorFeatures(file, settings.detector.maps)
+    distilled_from = None
+    if settings.teacher is not None:
+        distilled_from = load_sam(settings.teacher, arguments.teacher, arguments.device)
+        distilled_from.requires_grad_(False)
     state = torch.load(arguments.state, weights_only=True) if arguments.state.exists() else None
     first = state["phase"] if state is not None else 0
     weights: dict[str, Tensor] | None = None
@@ -403,7 +446,9 @@ def main() -> None:
     for index, phase in enumerate(settings.phases):
         if index < first:
             continue
-        trainer = Trainer(phase, index, settings.seed, arguments.device)
+        trainer = Trainer(
+            phase, index, settings.seed, arguments.device, settings.model, distilled_from
+        )
         if weights is not None:
             trainer.load_weights(weights)
         if state is not None and index == first:

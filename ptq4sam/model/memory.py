@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from typing import cast
-
 import torch
+from torch import Tensor, nn
 
-from ptq4sam.families.sam_vit.image_encoder import Attention
 from ptq4sam.machine import available_memory
+from ptq4sam.operators.attention import SoftmaxAttention
 from ptq4sam.sam.model import Sam
 
 _MATRICES_PER_ATTENTION = 3.5
-"""Matrices of a global attention's size that a reconstruction step holds at once: three in its
+"""Matrices of an attention's size that a reconstruction step holds at once: three in its
 backward pass, and the rest of the step."""
 
 
@@ -32,16 +30,28 @@ def free_memory(device: torch.device) -> int:
     return available_memory()
 
 
+@torch.no_grad()
 def working_bytes(sam: Sam) -> int:
     """Bytes that quantizing a model takes beside the activations that are kept.
 
-    A copy of the weights for the quantized model, and the largest step: that of a global attention.
+    A copy of the weights for the quantized model, and the largest step: that of an attention.
 
     Args:
-        sam: the float model.
+        sam: the float model; on the meta device nothing is computed.
     """
     weights = sum(tensor.numel() * tensor.itemsize for tensor in sam.state_dict().values())
-    tokens = math.prod(sam.prompt_encoder.image_embedding_size)
-    attentions = [b.attn for b in sam.image_encoder.blocks if b.window_size == 0]
-    heads = max((cast(Attention, attention).num_heads for attention in attentions), default=0)
-    return int(weights + _MATRICES_PER_ATTENTION * heads * tokens**2 * 4)
+    elements = [0]
+
+    def look(_attention: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        query, key = inputs[:2]
+        elements.append(query.shape[:-1].numel() * key.shape[-2])
+
+    attentions = [m for m in sam.image_encoder.modules() if isinstance(m, SoftmaxAttention)]
+    handles = [attention.register_forward_hook(look) for attention in attentions]
+    try:
+        side = sam.geometry.encoder_side
+        sam.embed(torch.zeros(1, 3, side, side, device=sam.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return int(weights + _MATRICES_PER_ATTENTION * max(elements) * 4)

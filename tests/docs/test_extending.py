@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ptq4sam import families
 from ptq4sam.families import build_sam
 from ptq4sam.methods.method import Calibration
+from ptq4sam.model.audit import audit
 from ptq4sam.model.calibration import CalibrationItem, run_decoder
-from ptq4sam.model.insertion import insert_quantizers
+from ptq4sam.model.insertion import insert_quantizers, model_units
+from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
@@ -21,8 +26,12 @@ from tests.tiny_runs import REPOSITORY, SCHEMES
 
 
 @pytest.fixture
-def examples(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """What the page's files define; forgotten afterwards."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("plain_encoder", "plain_sam"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(families, "VARIANTS", dict(families.VARIANTS))
     for registry in (OBSERVERS, QUANTIZERS, METHODS):
         # Those of ours that were not imported yet would be forgotten with the examples.
         assert all(registry[name] for name in registry.names)
@@ -31,6 +40,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for block in blocks(REPOSITORY / "docs" / "extending.md"):
         if block.file is not None:
             assert len(block.text.splitlines()) <= 44
+            (tmp_path / block.file).write_text(block.text)
             exec(compile(block.text, "example", "exec", dont_inherit=True), names)
     return names
 
@@ -77,3 +87,24 @@ def test_method(examples: dict[str, Any]) -> None:
     assert "transformer.final_attn_token_to_image" in changed
     assert not torch.equal(final.v_proj.weight, before)
     torch.testing.assert_close(kept[-1], kept[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_family(examples: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    sam = build_sam("plain")
+    boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0], [10.0, 20.0, 60.0, 50.0]])
+    item = CalibrationItem(torch.randn(1, 3, 64, 64), boxes)
+    quantized = quantize_sam(sam, [item], Scheme.from_yaml(SCHEMES / "w8a8.yaml"))
+
+    def forward() -> tuple[torch.Tensor, ...]:
+        features = quantized.embed(item.pixels)
+        return (*features, *quantized.decode(features, None, boxes, None, True))
+
+    report = audit(quantized, forward)
+    assert report.passed, "\n".join(report.lines())
+    assert [name for name, _ in model_units(quantized)][:3] == [
+        f"image_encoder.{unit}" for unit in ("blocks.0", "blocks.1", "norm")
+    ]
+    expected = sam.embed(item.pixels)[0]
+    assert (forward()[0] - expected).norm() < 0.05 * expected.norm()

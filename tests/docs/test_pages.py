@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ptq4sam import families
 from ptq4sam.quantization import fused
 from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
 from tests.docs.pages import blocks, run
@@ -24,6 +25,7 @@ PAGES = (
     "what-is-quantized",
     "memory-and-time",
     "differences",
+    "tiny-vit",
 )
 
 
@@ -33,6 +35,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("exp", "projects"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(families, "VARIANTS", dict(families.VARIANTS))
     monkeypatch.setenv(fused.SWITCH, "0")
     monkeypatch.setattr(fused._compiler, "_usable", {})
     for registry in (OBSERVERS, QUANTIZERS, METHODS):
@@ -40,7 +44,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         assert all(registry[name] for name in registry.names)
         monkeypatch.setattr(registry, "_items", dict(registry._items))
     yield tmp_path
-    for name in [name for name in sys.modules if name.startswith("ptq4sam_extension_")]:
+    for name in [name for name in sys.modules if name.startswith(("ptq4sam_extension_", "plain_"))]:
         del sys.modules[name]
 
 

@@ -44,7 +44,11 @@ def official_state(name: str) -> dict[str, Tensor]:
     }
 
 
-OFFICIAL_FILES = {n: v.weights.file for n, v in VARIANTS.items() if v.weights.download}
+OFFICIAL_FILES = {
+    name: variant.weights.file
+    for name, variant in VARIANTS.items()
+    if variant.family.name == "sam_vit" and variant.weights.download
+}
 
 
 def check_equal(sam: Sam, state: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,14 @@ from nano_losses import feature_loss, measured_iou, near_box, separation_loss, t
 from nano_model import build_model, position_frequencies, resize_encoder
 from nano_prompts import Prompts, clicks_in, jittered
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn import functional as F
-from train_vit_nano import Phase, Settings, Trainer, rate_at
+from train_vit_nano import Phase, Settings, Trainer, export, rate_at
 
 from ptq4sam.families import build_sam
+from ptq4sam.families.tiny_vit.sizes import NANO
+from ptq4sam.families.tiny_vit.variants import build_variant as build_tiny_vit
+from ptq4sam.sam.model import Sam
 
 PHASE = Phase(128, 2, 4, 1e-3, 1e-4)
 
@@ -82,6 +87,60 @@ def test_two_trainers_make_the_same_steps_and_a_resumed_one_too() -> None:
     assert resumed.train_step(batches[1]) == losses[1]
     ours, theirs = resumed.model.state_dict(), straight.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Sam:
+    torch.manual_seed(1)
+    return build_model(128).eval().requires_grad_(False)
+
+
+def distilling(teacher: Sam, masks: bool, seed: int = 0) -> Trainer:
+    phase = dataclasses.replace(PHASE, distil=1.0, masks=masks)
+    return Trainer(phase, 0, seed, name="tiny_vit_nano", teacher=teacher)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_pupil_resumes_too(teacher: Sam, masks: bool) -> None:
+    batches = [collate([windows()[2 * step], windows()[2 * step + 1]]) for step in range(2)]
+    straight = distilling(teacher, masks)
+    losses = [straight.train_step(batch) for batch in batches]
+    stopped = distilling(teacher, masks)
+    assert stopped.train_step(batches[0]) == losses[0]
+    resumed = distilling(teacher, masks, seed=1)
+    resumed.restore(stopped.state())
+    assert resumed.train_step(batches[1]) == losses[1]
+    for name, value in straight.average.items():
+        assert torch.equal(resumed.average[name], value), name
+
+
+def test_a_pupil_begins_with_its_teachers_decoder_and_nears_its_embeddings(teacher: Sam) -> None:
+    trainer = distilling(teacher, masks=False)
+    for ours, theirs in zip(
+        trainer.model.mask_decoder.parameters(), teacher.mask_decoder.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    batch = collate([windows()[0], windows()[1]])
+    trainer.phase = dataclasses.replace(trainer.phase, steps=1000)
+    losses = [trainer.train_step(batch) for _ in range(25)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_an_export_is_folded_and_gives_what_was_trained(teacher: Sam, tmp_path: Path) -> None:
+    trainer = distilling(teacher, masks=False)
+    trainer.train_step(collate([windows()[0], windows()[1]]))
+    trainer.load_weights({name: value.half().float() for name, value in trainer.average.items()})
+    export(trainer.average, tmp_path / "weights.safetensors")
+    folded = build_tiny_vit("tiny_vit_nano", NANO)
+    folded.load_state_dict(
+        {name: value.float() for name, value in load_file(tmp_path / "weights.safetensors").items()}
+    )
+    pixels = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = trainer.model.eval().image_encoder(pixels)
+        # Folded weights are float16 too.
+        error = (folded.image_encoder(pixels) - expected).abs().max()
+    assert error < 0.01 * expected.abs().max()
 
 
 def test_a_window_encoder_carries_over_to_the_whole_input() -> None:
@@ -221,6 +280,9 @@ def test_settings_come_from_a_file_and_unknown_ones_are_refused(tmp_path: Path) 
     settings = Settings.read(Path(__file__).resolve().parents[2] / "tools" / "vit_nano.yaml")
     assert [phase.window for phase in settings.phases] == [128, 256]
     assert settings.sources[2].weights["BSDS500+SOD"] == 1
+    pupil = Settings.read(Path(__file__).resolve().parents[2] / "tools" / "tiny_vit_nano.yaml")
+    assert (pupil.model, pupil.teacher) == ("tiny_vit_nano", "vit_nano")
+    assert [phase.masks for phase in pupil.phases] == [False, True]
     other = tmp_path / "other.yaml"
     other.write_text("phases: []\nbatches: 3\n")
     with pytest.raises(TypeError, match="batches"):

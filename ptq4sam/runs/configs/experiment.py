@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.families import VARIANTS
 from ptq4sam.records import FieldError, Record
 from ptq4sam.runs.configs.literals import load_config
 
@@ -32,12 +33,16 @@ class SamConfig(Record):
     """Which SAM.
 
     Attributes:
-        type: its size; vit_nano ships with the package.
+        type: its name, a key of `families.VARIANTS`.
         checkpoint: its weights; None for those that ship with the package.
     """
 
-    type: Literal["vit_nano", "vit_b", "vit_l", "vit_h"]
+    type: str
     checkpoint: Path | None = None
+
+    def _validate(self) -> None:
+        if self.type not in VARIANTS:
+            raise FieldError("type", f"{self.type!r} given, one of {', '.join(VARIANTS)}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""TinyViT SAMs: MobileSAM and TinySAM."""
