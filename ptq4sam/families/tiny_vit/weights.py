@@ -23,7 +23,7 @@ def fold_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     are missing, for whoever checks names to complain of.
     """
     kept = {name: value for name, value in state.items() if not name.startswith(_UNUSED)}
-    folded = {}
+    folded: dict[str, Tensor] = {}
     for name, value in kept.items():
         unit = name.removesuffix(_CONVOLUTION)
         if name.endswith(_CONVOLUTION) and _is_normalised(kept, unit):
