@@ -142,6 +142,16 @@ def test_only_what_is_taken_of_a_product_is_computed(runtime: str, tmp_path: Pat
     assert kinds.index("Pad") > kinds.index("QuantizeLinear")
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_linear_layer_keeps_the_axes_of_its_input(runtime: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(7, DIM)
+    module = nn.Sequential(quantized(nn.Linear(DIM, 5), x, Grid(8)))
+    _, found = exported(module, x, runtime, tmp_path)
+    with torch.no_grad():
+        np.testing.assert_array_equal(found, module(x).numpy())
+
+
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "depthwise": {"groups": 16, "padding": 1},
     "depthwise, stride 2": {"groups": 16, "padding": 1, "stride": 2},
@@ -212,6 +222,23 @@ def test_attention_with_a_table_of_logits(
         with torch.no_grad():
             expected = module(x).numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_codes_of_products_are_those_of_products_and_quotients(
+    runtime: str, tmp_path: Path
+) -> None:
+    """Of a million numbers some lie so near the middle of two codes that the order counts."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 4096, 64)
+    first = quantized(nn.Linear(64, 256, bias=False), x, Grid(8))
+    with torch.no_grad():
+        hidden = first(x)
+    module = nn.Sequential(first, quantized(nn.Linear(256, 8), hidden, Grid(8)))
+    graph, found = exported(module, x, runtime, tmp_path)
+    assert graph.exact
+    with torch.no_grad():
+        np.testing.assert_array_equal(found, module(x).numpy())
 
 
 def test_groups_whose_sums_would_be_rounded_are_refused() -> None:

@@ -131,7 +131,7 @@ def softmax_attention(
 
     def operand(place: int, take: Callable[[Graph, Value, str], str]) -> tuple[Traced, Take]:
         codes, behind = held[place]
-        if graph.dialect.dequantizes == "products":
+        if graph.dialect.dequantizes == "products" and codes.affine is not None:
             return behind, lambda name, inner: take(graph, codes.renamed(name), inner)
         name = take(graph, codes, f"{path}.{_ROLES[place]}")
         return behind.of(name), lambda name, _inner: name
@@ -243,7 +243,9 @@ def _attend(core: Core, given: _Operands, path: str) -> str:
         steps = value.new(steps_of(graph, weights, f"{path}.softmax"), shape)
         return _worth(_sums_of_steps(steps, value, min(worth.largest, most), path), worth)
     factors = [dequantize(graph, weights, f"{path}.softmax"), value.name]
-    return graph.node("MatMul", factors, f"{path}.attended")
+    attended = graph.node("MatMul", factors, f"{path}.attended")
+    # Apart, or ONNX Runtime quantizes sums by one quotient of scales: other codes at halves.
+    return apart(value.new(attended, value.shape)).name if graph.portable else attended
 
 
 def _placed(graph: Graph, logits: str, terms: Terms, path: str) -> str:

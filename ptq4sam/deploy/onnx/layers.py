@@ -66,7 +66,11 @@ def linear(graph: Graph, layer: Linear, x: Traced) -> Traced:
         nonlocal taken
         name = path if outputs is None else f"{path}.{taken}"
         taken += 1
-        return _product(graph, layer, value, name, outputs)
+        made = _product(graph, layer, value, name, outputs)
+        if x.ndim >= 3 or layer.bias is None or value.affine is None:
+            return made
+        # Its bias has three axes.
+        return graph.node("Squeeze", [made, graph.integers(*range(3 - x.ndim))], f"{name}.squeezed")
 
     shape = (*x.shape[:-1], layer.weight.shape[0])
     exact = x.exact and graph.portable and value.affine is not None
@@ -81,7 +85,9 @@ def _product(graph: Graph, layer: Linear, x: Value, path: str, outputs: Tensor |
         name = path if layer.bias is None else f"{path}.product"
         product = graph.node("MatMul", factors, name)
     if layer.bias is None:
-        return product
+        # Apart, as the product with the values of an attention is.
+        whole = graph.portable and x.affine is not None
+        return apart(Traced(graph, product, ())).name if whole else product
     bias = array(layer.bias if outputs is None else layer.bias.cpu()[outputs])
     if x.affine is not None:
         # With a bias of one dimension ONNX Runtime would make a float Gemm of the integer product.

@@ -89,6 +89,8 @@ def with_move(moves: Moves, move: Move, shape: Shape) -> Moves:
         return moves
     if isinstance(move, Permute) and move.order == tuple(range(len(move.order))):
         return moves
+    if isinstance(move, Pad) and not any((*move.before, *move.behind)):
+        return moves
     return (*moves, move)
 
 
