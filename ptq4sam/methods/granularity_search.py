@@ -33,6 +33,8 @@ _PIECE = {"cpu": 2**21, "cuda": 2**25}
 
 _GRID_SHARE, _GRID_ROWS = 64, 128
 """A search on a grid of scales looks at one query in so many, but at so many rows at least."""
+_PUBLISHED_TOLERANCE = 1e-5
+"""Where bounded minimisation stops: scipy's own."""
 _FEW_ELEMENTS = 2**16
 """Elements of an attention up to which all of it is looked at, everywhere."""
 _AT_ONCE = 2**19
@@ -53,8 +55,7 @@ class _Effort:
     around: tuple[tuple[int, int], ...] = ()
 
 
-# Of few elements each scale is cheap. With half of it, end points were above those of bounded
-# minimisation in some cases.
+# Of few elements each scale is cheap.
 _THOROUGH = _Effort(128, ((12, 256), (8, 512), (8, 1024), (6, 2048), (4, 4096), (2, 8192)))
 _COARSE = _Effort(8, ((4, 16), (3, 32)))
 _FINE = _Effort(16, ((6, 32), (4, 64), (3, 128)))
@@ -79,8 +80,9 @@ def least_error(
 ) -> tuple[list[float], list[float]]:
     """Scales of least error for each granularity, and the errors.
 
-    Of many queries, granularities are compared on some; the best scales of the best one are then
-    looked at on all. Errors are those that were compared.
+    Of a small attention all of it is looked at, at the end point of bounded minimisation too, so
+    that no error is above that one's. Of a larger one, granularities are compared on some queries;
+    the best scales of the best one are then looked at on all. Errors are those that were compared.
 
     Args:
         attention: [..., n, m].
@@ -93,9 +95,13 @@ def least_error(
     thorough = attention.numel() <= _FEW_ELEMENTS
     share = 1 if thorough else max(1, min(_GRID_SHARE, rows // _GRID_ROWS))
     compared = some_queries(attention, share, few=0) if share > 1 else attention
-    search = ScaleSearch(compared, value, levels, 0.0, exact=False)
+    search = ScaleSearch(compared, value, levels, _PUBLISHED_TOLERANCE, exact=thorough)
     effort = _THOROUGH if thorough else _COARSE
-    found = [_looked_at(search, tau, effort, ends) for tau in taus]
+    found = []
+    for tau in taus:
+        # One more scale, which no other can be worse than.
+        bounded = [search.best_scale(tau, largest)[0]] if thorough else []
+        found.append(_looked_at(search, tau, effort, ends, also=bounded))
     best = [_best(errors) for errors in found]
     least = [errors[scale] for errors, scale in zip(found, best, strict=True)]
     if not thorough:
@@ -117,13 +123,15 @@ def _looked_at(
     effort: _Effort,
     ends: tuple[float, float],
     scales: Sequence[float] = (),
+    also: Sequence[float] = (),
 ) -> dict[float, float]:
-    """Errors of given scales or of a grid, and of neighbours of the best, closer and closer."""
+    """Errors of given scales or of a grid (and others), and closer and closer around the best."""
     lowest, largest = ends
     if not scales:
         octaves = math.log2(largest / lowest)
         last = max(1, round(octaves * effort.per_octave))
         scales = [largest * 2 ** (-octaves * place / last) for place in range(last + 1)]
+    scales = [*scales, *also]
     errors = dict(zip(scales, search.errors(tau, scales), strict=True))
     for kept, share in effort.around:
         best = sorted(errors, key=lambda scale: errors[scale])[:kept]

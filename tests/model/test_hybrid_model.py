@@ -155,7 +155,7 @@ def test_reports_know_the_points_of_a_hybrid_softmax(
     quantized = quantize_sam(sam, items[:2], scheme)
     found = observe_distributions(sam, quantized, items[0])
     for attention in found.attentions:
-        quantizer = quantized.get_submodule(f"{attention.name}.softmax_quantizer")
+        quantizer = quantized.get_submodule(f"{attention.name}.core.softmax_quantizer")
         points = quantizer(torch.linspace(0, 1, 100_001)).unique().detach()
         levels = sorted(2**level for level in attention.softmax.levels())
         np.testing.assert_allclose(points[points > 0].numpy(), levels, rtol=1e-4)
