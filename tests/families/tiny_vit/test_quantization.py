@@ -50,7 +50,8 @@ def forward(sam: Sam, item: CalibrationItem) -> tuple[Tensor, ...]:
 def test_a_quantized_model_passes_the_audit(
     nano: Sam, items: list[CalibrationItem], name: str
 ) -> None:
-    quantized = quantize_sam(nano, items, scheme(name))
+    with torch.enable_grad():
+        quantized = quantize_sam(nano, items, scheme(name))
     report = audit(quantized, lambda: forward(quantized, items[0]))
     assert report.passed, "\n".join(report.lines())
     names = [unit for unit, _ in model_units(quantized)]
