@@ -81,14 +81,18 @@ def choose_backend(checkpoint: Path | None, asked: str | None) -> tuple[Path | N
     if asked == TORCH:
         raise ConfigError(
             f"{folder} is an exported model ({', '.join(there)}), which torch does not run: score "
-            "it by ptq4sam evaluate without --backend, or give the file that was exported"
+            "it without naming a backend, or give the file that was exported"
         )
     if asked is not None:
         return folder, asked
     runtimes = [runtime for runtime, target in TARGETS.items() if target.form in there]
     chosen = next((runtime for runtime in runtimes if find_spec(runtime)), runtimes[0])
-    others = "" if len(runtimes) == 1 else f" (it has {' and '.join(there)}; --backend chooses)"
-    _log.info("%s is an exported model: --backend %s%s", folder, chosen, others)
+    others = (
+        ""
+        if len(runtimes) == 1
+        else f" (it has {' and '.join(there)}; another backend can be named)"
+    )
+    _log.info("%s is an exported model: backend %s%s", folder, chosen, others)
     return folder, chosen
 
 

@@ -39,7 +39,7 @@ FORMAT_VERSION = 4
 
 _CHECKSUMS = "checksums"
 _AGAIN = "copy it again or quantize again"
-_QUANTIZED = "load float weights with --model and --checkpoint, or write one with ptq4sam quantize"
+_QUANTIZED = "load float weights by the name of their model, or write one with ptq4sam quantize"
 
 
 def write_container(path: Path, tensors: Mapping[str, Tensor], description: dict[str, Any]) -> None:

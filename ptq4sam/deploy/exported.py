@@ -43,7 +43,7 @@ class ExportedSam:
         if whole and precision != "f32":
             raise ConfigError(
                 f"precision {precision!r} was asked for, but {folder} holds a model of whole "
-                "numbers, which is one in f32: write it with ptq4sam export --fast"
+                "numbers, which is one in f32: write a fast export"
             )
         self.runtime = runtime
         self.name = self.manifest.model

@@ -144,7 +144,7 @@ def read_manifest(folder: Path, runtime_format: str) -> Manifest:
         found = ", ".join(formats(folder)) or "none"
         raise CheckpointError(
             f"asked for an exported model in {folder}, format {runtime_format}, but found {found}: "
-            f"write it with ptq4sam export --format {runtime_format}"
+            f"write it with ptq4sam export, format {runtime_format}"
         )
     try:
         content, _ = read_json(path, "manifest")

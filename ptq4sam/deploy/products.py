@@ -60,8 +60,8 @@ def exact_products(target: Target, held: Products | None = None) -> Products:
             return products
     raise DeployError(
         f"{target.name} multiplies codes inexactly on this processor, whether as "
-        f"{' or '.join(candidates)}: use --backend torch with the quantized file, or an "
-        "export --fast, which promises no codes"
+        f"{' or '.join(candidates)}: use the quantized file in torch, or a "
+        "fast export, which promises no codes"
     )
 
 
