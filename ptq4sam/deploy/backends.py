@@ -87,11 +87,7 @@ def choose_backend(checkpoint: Path | None, asked: str | None) -> tuple[Path | N
         return folder, asked
     runtimes = [runtime for runtime, target in TARGETS.items() if target.form in there]
     chosen = next((runtime for runtime in runtimes if find_spec(runtime)), runtimes[0])
-    others = (
-        ""
-        if len(runtimes) == 1
-        else f" (it has {' and '.join(there)}; another backend can be named)"
-    )
+    others = "" if len(runtimes) == 1 else f" (it has {' and '.join(there)}; name it for another)"
     _log.info("%s is an exported model: backend %s%s", folder, chosen, others)
     return folder, chosen
 

@@ -305,7 +305,7 @@ def test_an_exported_model_is_recognized(
     _, path = folder
     with caplog.at_level(logging.INFO, "ptq4sam"):
         assert choose_backend(path, None) == (path, "onnxruntime")
-    assert f"{path} is an exported model: --backend onnxruntime" in caplog.text
+    assert f"{path} is an exported model: backend onnxruntime" in caplog.text
     assert "it has onnx and openvino" in caplog.text
     for name, runtime in (
         ("encoder.onnx", "onnxruntime"),
