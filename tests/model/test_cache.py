@@ -73,6 +73,6 @@ def test_a_view_does_not_hold_what_it_is_a_view_of() -> None:
 def test_a_full_disk_names_the_knob(tmp_path: Path, full_disk: FullDisk) -> None:
     with full_disk() as reason:
         cache = ActivationCache(CPU, budget=0, folder=tmp_path / "d")
-        told = rf"^{tmp_path}/d/activations\..*: {reason}: .*--memory-budget"
+        told = rf"^{tmp_path}/d/activations\..*: {reason}: .*raise the memory budget"
         with pytest.raises(ResourceError, match=told):
             cache.keep([torch.zeros(100 * KILO)])
