@@ -228,7 +228,7 @@ def _curve(errors: Sequence[float]) -> tuple[float, ...]:
     return tuple(math.fsum(part) / len(part) for part in parts)
 
 
-@torch.enable_grad()
+@torch.enable_grad()  # type: ignore[no-untyped-call]
 def _optimize(
     name: str,
     unit: nn.Module,
