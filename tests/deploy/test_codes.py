@@ -54,10 +54,10 @@ def test_activations_have_the_grid_that_they_are_quantized_on(quantize: Quantize
     codes = (torch.round(x / scale) + found.zero_point).clamp(found.grid.qmin, found.grid.qmax)
     assert torch.equal(attention.core.query_quantizer(x), (codes - found.zero_point) * scale)
 
-    softmax = softmax_grid(attention.softmax_quantizer)
+    softmax = softmax_grid(attention.core.softmax_quantizer)
     assert isinstance(softmax, LogGrid)
     points = softmax.scale * 2 ** (-torch.arange(16.0) / softmax.tau)
-    torch.testing.assert_close(attention.softmax_quantizer(points), points)
+    torch.testing.assert_close(attention.core.softmax_quantizer(points), points)
 
 
 def test_a_learned_zero_point_is_given_as_the_code_it_is_used_as(quantize: Quantize) -> None:
