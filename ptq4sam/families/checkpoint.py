@@ -131,6 +131,8 @@ def _locate(variant: Variant, checkpoint: str | Path | None) -> Path:
 
 def _where_to_get(variant: Variant) -> str:
     weights = variant.weights
+    if weights.trained_by is not None:
+        return f"no weights of it are published: train them by {weights.trained_by}"
     if weights.download is None:
         return "leave the checkpoint out to use the embedded weights"
     return (

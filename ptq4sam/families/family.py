@@ -44,18 +44,21 @@ class Weights:
     Attributes:
         file: its usual name.
         download: name for `ptq4sam download`: address and checksum are in the family's own
-            weights.json; None where it ships with the package.
+            weights.json; None where nothing can be downloaded.
         source: where it is published.
+        trained_by: command that makes it, where it neither ships nor is published.
     """
 
     file: str
     download: str | None = None
     source: str = "github.com/facebookresearch/segment-anything"
+    trained_by: str | None = None
 
     @property
     def embedded(self) -> Path | None:
         """The file, where it ships with the package."""
-        return ASSETS / self.file if self.download is None else None
+        ships = self.download is None and self.trained_by is None
+        return ASSETS / self.file if ships else None
 
 
 @dataclass(frozen=True)

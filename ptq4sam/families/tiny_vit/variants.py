@@ -76,7 +76,13 @@ VARIANTS = (
         "tinysam",
         Weights("tinysam_42.3.pth", "tinysam", "github.com/xinghaochen/TinySAM"),
     ),
-    variant("tiny_vit_nano", Weights("tiny_vit_nano.safetensors")),
+    variant(
+        "tiny_vit_nano",
+        Weights(
+            "tiny_vit_nano.safetensors",
+            trained_by="python tools/train_vit_nano.py tools/tiny_vit_nano.yaml",
+        ),
+    ),
 )
 
 
