@@ -98,8 +98,9 @@ def read_metrics(work_dir: Path) -> dict[str, Any]:
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What a run found, without what it was asked and how long it took."""
-    return {key: value for key, value in metrics.items() if key not in ("phases", "asked")}
+    """What a run found, without what it was asked and did, and how long it took."""
+    others = ("phases", "asked", "changed_by")
+    return {key: value for key, value in metrics.items() if key not in others}
 
 
 def without_times(metrics: dict[str, Any]) -> dict[str, Any]:

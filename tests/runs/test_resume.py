@@ -73,8 +73,8 @@ def test_another_scheme_is_not_resumed(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--resume"], "add --scheme"),
-        (["--dry-run"], "add --scheme"),
+        (["--resume"], "add a scheme"),
+        (["--dry-run"], "add a scheme"),
         (["--preset", "quick"], "add --scheme"),
         (["--memory-budget", "much"], "as 8GiB"),
     ],

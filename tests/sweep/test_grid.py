@@ -134,6 +134,7 @@ TRIALS = {
     "bits": 24,
     "calibration": 16,
     "drop": 10,
+    "methods": 10,
     "seeds": 8,
     "steps": 5,
     "taus": 7,
