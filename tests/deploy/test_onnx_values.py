@@ -109,7 +109,7 @@ def test_a_hybrid_grid_has_the_points_of_the_simulation(
     hard = torch.cat([points, between, ends[ends < 1e6]])
     beside = [torch.nextafter(hard, torch.tensor(end)) for end in (-torch.inf, torch.inf)]
     x = torch.cat([2 * x, hard, *beside])
-    found = exported(quantizer, x, runtime, tmp_path, runtime == "openvino")
+    found = exported(quantizer, x, runtime, tmp_path)
     np.testing.assert_array_equal(found, quantizer.steps(x).numpy())
 
 
@@ -122,7 +122,7 @@ def test_a_table_has_the_points_of_the_simulation(bits: int, runtime: str, tmp_p
     ends = quantizer.ends
     beside = torch.stack([ends, torch.nextafter(ends, torch.tensor(0.0))]).flatten()
     x[7].view(-1)[: len(beside)] = beside
-    found = exported(quantizer, x, runtime, tmp_path, runtime == "openvino")
+    found = exported(quantizer, x, runtime, tmp_path)
     np.testing.assert_array_equal(found, quantizer.steps(x).numpy())
 
 
@@ -132,7 +132,7 @@ def test_a_hybrid_grid_of_more_than_bytes_is_refused(runtime: str, tmp_path: Pat
     with pytest.raises(
         DeployError, match=r"quantizer has a hybrid grid of 8 bits, .* up to 6 bits"
     ):
-        exported(quantizer, x, runtime, tmp_path, runtime == "openvino")
+        exported(quantizer, x, runtime, tmp_path)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
