@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ from ptq4sam.deploy.targets.target import (
     unreadable,
 )
 from ptq4sam.errors import DeployError
+
+_log = logging.getLogger(__name__)
 
 # Signed codes, which it multiplies with each other. It has its own order of scales, so products are
 # of whole steps. A Gather is fast; it joins the chain of a softmax's operations, and the long ones
@@ -78,7 +81,7 @@ class OpenVinoSession:
         if products is not None:
             # Activations that the runtime quantizes for itself have other codes.
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
-        self._compiled = core.compile_model(model, "CPU", settings)
+        self._compiled = _compiled(core, model, settings)
         self._request = self._compiled.create_infer_request()
         self._outputs = list(outputs)
 
@@ -116,6 +119,21 @@ class OpenVinoSession:
             for node in self._compiled.get_runtime_model().get_ops()
             if "runtimePrecision" in node.get_rt_info()
         }
+
+
+def _compiled(core: Any, model: Any, settings: dict[str, object]) -> Any:
+    """A model for the CPU.
+
+    OpenVINO joins chains of elementwise operations, and gives up where a chain needs more registers
+    than the processor has (16 with AVX2): then it runs them one by one.
+    """
+    try:
+        return core.compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        if "not enough registers" not in str(error):
+            raise
+        _log.info("OpenVINO joins no operations here: the processor has too few registers for some")
+        return core.compile_model(model, "CPU", {**settings, "SNIPPETS_MODE": "DISABLE"})
 
 
 def write_openvino(source: Path, quantized: bool, products: Products | None = None) -> None:
