@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ class OpenVinoSession:
         }
 
 
-def _compiled(core: Any, model: Any, settings: dict[str, object]) -> Any:
+def _compiled(core: Any, model: Any, settings: Mapping[str, object]) -> Any:
     """A model for the CPU.
 
     OpenVINO joins chains of elementwise operations, and gives up where a chain needs more registers
