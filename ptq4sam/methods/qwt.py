@@ -154,10 +154,11 @@ def fold_affine(layer: QuantizedLayer, factor: Tensor, summand: Tensor) -> None:
     assert bias is not None
     scale, zero_point = quantizer.parameters_in_use()
     codes = quantizer.codes(layer.weight)
-    quantizer.scale = (scale.double() * factor).to(scale.dtype)
+    # Not by an assignment: scales of some quantizers are parameters.
+    quantizer.set_parameters((scale.double() * factor).to(scale.dtype), zero_point)
     axes = codes.dim()
     steps = codes - along_channels(zero_point, axes, 0)
-    layer.weight.copy_(steps * along_channels(quantizer.scale, axes, 0))
+    layer.weight.copy_(steps * along_channels(quantizer.step, axes, 0))
     bias.copy_(bias.double() * factor + summand)
 
 
