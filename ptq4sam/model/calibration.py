@@ -26,6 +26,7 @@ from ptq4sam.operators.base import observe_weights, weight_quantizers
 from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.modes import merge_recorded, quantizer_mode, recording
 from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 
 _log = logging.getLogger(__name__)
@@ -123,10 +124,13 @@ def calibrate(
     apply_methods(sam, items, "after_ranges")
 
 
-def uses_hook(sam: QuantizedSam, hook: Hook) -> bool:
-    """Whether one of the scheme's methods has this hook."""
-    kinds = (METHODS[name] for name in sam.scheme.method_settings)
-    return any(getattr(kind, hook) is not getattr(Method, hook) for kind in kinds)
+def methods_with(scheme: Scheme, hook: Hook) -> list[str]:
+    """Names of the scheme's methods that have a hook, in their order."""
+    return [
+        name
+        for name in scheme.method_settings
+        if getattr(METHODS[name], hook) is not getattr(Method, hook)
+    ]
 
 
 def apply_methods(
@@ -153,14 +157,12 @@ def apply_methods(
         reference,
         lambda item: run_item(reference, item),
     )
-    for name, settings in sam.scheme.method_settings.items():
-        kind = METHODS[name]
-        if getattr(kind, hook) is getattr(Method, hook):
-            continue
+    for name in methods_with(sam.scheme, hook):
+        method = METHODS[name](sam.scheme.method_settings[name])
         with contextlib.ExitStack() as stack, torch.no_grad():
             if hook == "before_ranges":
                 stack.enter_context(quantizer_mode(sam, Mode.FLOAT))
-            changed = list(getattr(kind(settings), hook)(calibration))
+            changed = list(getattr(method, hook)(calibration))
         sam.applied[name] = sam.applied.get(name, []) + changed
         told = f"changed {', '.join(changed)}" if changed else "found nothing to change"
         _log.info("%s %s", name, told)

@@ -6,9 +6,10 @@ import copy
 from collections.abc import Sequence
 
 from ptq4sam import parallel
+from ptq4sam.errors import ConfigError
 from ptq4sam.model.cache import ActivationCache
 from ptq4sam.model.calibrated import CalibratedState
-from ptq4sam.model.calibration import CalibrationItem, apply_methods, calibrate, uses_hook
+from ptq4sam.model.calibration import CalibrationItem, apply_methods, calibrate, methods_with
 from ptq4sam.model.engine import reconstruct
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.model.journal import Journal
@@ -54,9 +55,16 @@ def quantize_sam(
             reconstruction), which is then not done again.
 
     Raises:
+        ConfigError: a method works behind the freezing that compat: published leaves out.
         CalibrationError: calibration data are empty or not finite, or a unit diverged.
         ResourceError: activations fit nowhere.
     """
+    correcting = methods_with(scheme, "after_reconstruction")
+    if correcting and scheme.compat == "published":
+        raise ConfigError(
+            f"asked for {', '.join(correcting)} with compat: published, which leaves no frozen "
+            "model to correct: use compat: faithful"
+        )
     quantized = insert_quantizers(sam, scheme, quantize_encoder)
     if calibrated is not None:
         calibrated.restore(quantized)
@@ -64,7 +72,7 @@ def quantize_sam(
         calibrate(quantized, items, progress)
         if journal is not None:
             journal.record_calibration(quantized)
-    exact = exact_copy(quantized) if uses_hook(quantized, "after_reconstruction") else None
+    exact = exact_copy(quantized) if correcting and parallel.is_first() else None
     if scheme.recon is not None and parallel.is_first():
         reconstruct(
             quantized,
@@ -82,7 +90,7 @@ def quantize_sam(
         keep_published_defects(quantized, seed)
     else:
         freeze(quantized)
-        if exact is not None and parallel.is_first():
+        if exact is not None:
             apply_methods(quantized, items, "after_reconstruction", exact)
         parallel.copy_state_of_first(quantized)
     return quantized

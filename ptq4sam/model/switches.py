@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
+from ptq4sam.errors import ConfigError
+from ptq4sam.model.calibration import methods_with
 from ptq4sam.model.insertion import QuantizedSam, folded_layers
 from ptq4sam.operators.base import QuantizedLayer, quantized_layers
 from ptq4sam.quantization.modes import WEIGHT_QUANTIZER, quantizers
@@ -27,9 +29,13 @@ class Switches:
 
     Attributes:
         names: paths of all quantizers.
+
+    Raises:
+        ConfigError: the model was corrected after reconstruction.
     """
 
     def __init__(self, sam: QuantizedSam, float_sam: Sam) -> None:
+        require_switchable(sam)
         self._quantizers = dict(quantizers(sam))
         self.names = frozenset(self._quantizers)
         folded = set(folded_layers(sam))
@@ -63,14 +69,31 @@ class Switches:
                 layer.weight.data = on_grid
 
 
+def require_switchable(sam: QuantizedSam) -> None:
+    """Refuse a model whose float weights alone do not make it the float model again.
+
+    What methods change before reconstruction leaves the float output as it is; corrections behind
+    it are in biases too.
+
+    Raises:
+        ConfigError: a method of its scheme corrects after reconstruction.
+    """
+    if correcting := methods_with(sam.scheme, "after_reconstruction"):
+        raise ConfigError(
+            f"asked to switch quantizers of a model that {', '.join(correcting)} corrected after "
+            "reconstruction, which no switch takes back: use a scheme without it"
+        )
+
+
 @torch.no_grad()
 def _folded_signs(layer: QuantizedLayer, source: nn.Module) -> Tensor:
     """Sign of each output channel [channels] of a layer against the one that it was made of.
 
-    Quantization leaves the bias as it is, and most of a row of weights on its side of zero.
+    Quantization leaves most of a row of weights on its side of zero, and where all of it becomes 0
+    the bias tells: alone it does not, as methods move biases beyond zero.
     """
-    weight, bias = source.get_parameter("weight"), source.get_parameter("bias")
-    products = (layer.weight * weight).sum(dim=1)
+    products = (layer.weight * source.get_parameter("weight")).sum(dim=1)
     if layer.bias is not None:
-        products = products + layer.bias * bias
+        beside = layer.bias * source.get_parameter("bias")
+        products = torch.where(products == 0, beside, products)
     return torch.where(products < 0, -1.0, 1.0)

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.deploy.storage import load, save
+from ptq4sam.errors import ConfigError
 from ptq4sam.methods.qwt import OutputMoments, fold_affine
 from ptq4sam.model.audit import audit
 from ptq4sam.model.calibration import CalibrationItem, run_item
 from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.model.switches import Switches
 from ptq4sam.operators.base import observe_weights, put_weights_on_grid, quantized_layers
 from ptq4sam.operators.linear import QuantizedLinear
-from ptq4sam.quantization.base import FixedQuantizer
+from ptq4sam.quantization.base import AffineQuantizer, FixedQuantizer
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode
-from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.quantization.quantizers import LSQPlusQuantizer, LSQQuantizer, Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 from tests.model.conftest import (  # noqa: F401
@@ -63,11 +65,10 @@ def test_factors_and_summands_are_those_of_a_fitted_line() -> None:
     torch.testing.assert_close(summand, exact.double().mean(0) - 1)
 
 
-def test_folding_leaves_codes_and_changes_the_output_as_said() -> None:
+@pytest.mark.parametrize("kind", [FixedQuantizer, LSQQuantizer, LSQPlusQuantizer])
+def test_folding_leaves_codes_and_changes_the_output_as_said(kind: type[AffineQuantizer]) -> None:
     torch.manual_seed(0)
-    layer = QuantizedLinear(
-        nn.Linear(8, 4), FixedQuantizer(Grid(4), channel_axis=0), FixedQuantizer(Grid(8))
-    )
+    layer = QuantizedLinear(nn.Linear(8, 4), kind(Grid(4), channel_axis=0), FixedQuantizer(Grid(8)))
     x = torch.randn(50, 8)
     observe_weights(layer)
     with quantizer_mode(layer.input_quantizer, Mode.OBSERVE):
@@ -122,3 +123,18 @@ def test_a_model_is_corrected_saved_and_nearer_to_the_float_one(
         for model in (quantized, without)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*codes, strict=True))
+
+
+def test_what_a_correction_would_make_wrong_is_refused(
+    sam: Sam,  # noqa: F811
+    items: list[CalibrationItem],  # noqa: F811
+    make_scheme: Callable[..., Scheme],  # noqa: F811
+) -> None:
+    scheme = make_scheme(4, methods=["qwt-v2"])
+    scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
+    with pytest.raises(ConfigError, match=r"asked for qwt-v2 with compat: published"):
+        quantize_sam(sam, items[:2], scheme.with_overrides("compat=published"))
+    # Its summands are in biases: with all quantizers off it is not the float model.
+    corrected = quantize_sam(sam, items[:2], scheme)
+    with pytest.raises(ConfigError, match="a model that qwt-v2 corrected after reconstruction"):
+        Switches(corrected, sam)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -84,3 +85,19 @@ def test_an_error_puts_modes_and_weights_back(
     with pytest.raises(KeyError), Switches(frozen, sam).only(()):
         raise KeyError
     assert all(map(torch.equal, forward(frozen), before))
+
+
+def test_signs_are_told_where_a_method_moved_biases(
+    sam: Sam, items: list[CalibrationItem], scheme: Scheme, forward: Forward
+) -> None:
+    changed = copy.deepcopy(sam)
+    for name, layer in changed.named_modules():
+        if name.endswith("k_proj"):
+            # The same for all keys: an attention does not see it, but centring moves it far.
+            layer.get_parameter("bias").data.fill_(10.0)
+    frozen = quantize_sam(changed, items[:2], scheme.with_overrides("methods=[key-centring]"))
+    assert frozen.folded
+    exact = forward(changed)
+    with Switches(frozen, changed).only(()):
+        for found, expected in zip(forward(frozen), exact, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

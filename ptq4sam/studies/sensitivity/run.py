@@ -13,6 +13,7 @@ from ptq4sam.deploy.cost import meta_sam
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.evaluate import has_truth
 from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.model.switches import require_switchable
 from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import GroundTruth
@@ -103,13 +104,15 @@ def planned_targets(settings: RunSettings, asked: StudySettings) -> list[Target]
     """The targets of a model that is not quantized yet; none where a file would tell.
 
     Raises:
-        ConfigError: a grain or role is unknown, or a pattern matches nothing.
+        ConfigError: a grain or role is unknown, or a pattern matches nothing; a method corrects
+            what no switch takes back.
     """
     if settings.scheme is None:
         return []
     sam = meta_sam(settings.float_model, settings.scheme, settings.quantize_encoder)
     if not isinstance(sam, QuantizedSam):
         raise TypeError("a scheme makes a quantized model")
+    require_switchable(sam)
     return targets_of(sam, asked.grains, asked.roles, asked.patterns)
 
 
