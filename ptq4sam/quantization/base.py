@@ -56,6 +56,8 @@ class Quantizer(nn.Module):
 
     settings_type: ClassVar[type[Record]] = NoSettings
     """What a scheme may say of it, beside its bits."""
+    is_even: ClassVar[bool] = False
+    """Whether its points are (code - zero point) * scale: only such grids have weights."""
     scale: Tensor
     zero_point: Tensor
     calibrated: Tensor
@@ -110,8 +112,8 @@ class Quantizer(nn.Module):
 
         Args:
             x: any shape.
-            value: what `x` will be multiplied with, [..., m, channels] for `x` [..., n, m]; only
-                softmax quantizers look at it, and only when they observe.
+            value: what `x` will be multiplied with, [..., m, channels] for `x` [..., n, m]; some
+                quantizers weigh errors by it when they observe.
             steps: give whole numbers of steps (see `steps`); only where `is_whole`.
 
         Returns:
@@ -280,6 +282,8 @@ class AffineQuantizer(Quantizer):
         observer: name of the observer that sets the range, a key of OBSERVERS.
         channel_axis: axis with a scale for each index; None for one in all.
     """
+
+    is_even = True
 
     def __init__(
         self, grid: Grid, observer: str = "MinMaxObserver", channel_axis: int | None = None

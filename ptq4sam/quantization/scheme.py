@@ -1,7 +1,7 @@
 """Schemes: the frozen, validated description of a quantization.
 
 A scheme is read from YAML with the keys and values of the published PTQ4SAM configurations
-(exp/config44.yaml) and some of our own, marked below. Nothing here needs torch.
+(exp/config44.yaml) and some of our own, marked below. Only grids and methods by name need torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import yaml
 from ptq4sam.quantization.published import BIMODAL, Methods
 from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
 from ptq4sam.quantization.slots import (
+    ADAROUND,
     AFFINE,
     SlotFormat,
     selected,
@@ -32,7 +33,6 @@ PER_TENSOR_OBSERVER_NAMES = (
     "PCTObserver",
 )
 LEARNED_SCALE_QUANTIZER_NAMES = ("LSQFakeQuantize", "LSQPlusFakeQuantize")
-ADAROUND = "AdaRoundFakeQuantize"
 
 FLOAT: Literal["float"] = "float"
 """Instead of bits: a unit that stays as it is."""

@@ -17,7 +17,9 @@ from ptq4sam.records import FieldError, Record, unknown_key
 SLOTS = ("weight", "input", "query", "key", "value", "softmax")
 """Places of operators where quantizers sit."""
 AFFINE = "affine"
-
+ADAROUND = "AdaRoundFakeQuantize"
+"""The quantizer that learns the rounding of weights."""
+WEIGHT = "weight"
 
 GRANULARITIES = {"per tensor": -1, "per channel": 0}
 """What has a scale of its own, and the published way to write it, `ch_axis`."""
@@ -91,12 +93,34 @@ def slot_formats(given: Mapping[str, object]) -> dict[str, SlotFormat]:
             raise unknown_key(slot, SLOTS).within("slots")
         try:
             found[selector] = value if isinstance(value, SlotFormat) else _read(value)
-            settings = found[selector].settings
-            if slot != "weight" and isinstance(settings, AffineFormat) and settings.ch_axis == 0:
-                raise FieldError("ch_axis", "activations are quantized per tensor: -1")
+            if slot == WEIGHT:
+                _check_weight(found[selector])
+            else:
+                _check_activation(found[selector])
         except FieldError as error:
             raise error.within(f"slots.{selector}") from None
     return found
+
+
+def _check_weight(said: SlotFormat) -> None:
+    """Files, costs and graphs have integer weights.
+
+    Raises:
+        FieldError: the grid is not even.
+    """
+    if said.grid != AFFINE and not GRIDS[said.grid].is_even:
+        raise FieldError("grid", f"{said.grid!r} is for activations; weights need an even grid")
+
+
+def _check_activation(said: SlotFormat) -> None:
+    settings = said.settings
+    if not isinstance(settings, AffineFormat):
+        return
+    if settings.ch_axis == 0:
+        raise FieldError("ch_axis", "activations are quantized per tensor: -1")
+    if settings.quantizer == ADAROUND:
+        allowed = ", ".join(name for name in QUANTIZERS.names if name != ADAROUND)
+        raise FieldError("quantizer", f"{ADAROUND} is for weights; allowed: {allowed}")
 
 
 def _read(value: object) -> SlotFormat:
