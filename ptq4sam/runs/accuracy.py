@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ptq4sam.errors import ConfigError
+from ptq4sam.methods.assignment import make_quantizer
 from ptq4sam.model.exchange import exchanged, take_units
 from ptq4sam.model.insertion import ENCODER, QuantizedSam, model_units
 from ptq4sam.quantization.scheme import FLOAT, Scheme, bits_of_level, described_level
@@ -68,6 +70,27 @@ def levels_above(scheme: Scheme) -> list[Level]:
     """What units can be returned to: 8 bits where there are fewer, then float."""
     bits = (scheme.w_qconfig.bit, scheme.a_qconfig.bit)
     return [HIGH_BITS, FLOAT] if min(bits) < HIGH_BITS >= max(bits) else [FLOAT]
+
+
+def require_levels(scheme: Scheme) -> None:
+    """Refuse, before hours of quantization, a scheme whose units cannot be returned to a level.
+
+    Raises:
+        ConfigError: a grid of its slots does not have so many bits.
+    """
+    for level in levels_above(scheme):
+        unit = scheme.with_units({"unit": level}).of_unit("unit")
+        if unit is None:
+            continue
+        for selector in unit.slot_formats:
+            slot, *roles = selector.split("@")
+            try:
+                make_quantizer(unit, slot, frozenset(roles))
+            except ConfigError as error:
+                raise ConfigError(
+                    f"accuracy control returns units to {level} bits, which slots.{selector} "
+                    f"cannot have ({error}): use another grid there, or no accuracy control"
+                ) from error
 
 
 def control_accuracy(

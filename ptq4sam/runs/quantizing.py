@@ -19,7 +19,7 @@ from ptq4sam.model.journal import Journal, run_fingerprint
 from ptq4sam.model.plan import Plan, make_plan
 from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.quantization.scheme import FLOAT, Scheme
-from ptq4sam.runs.accuracy import AccuracyReport, Level, control_accuracy
+from ptq4sam.runs.accuracy import AccuracyReport, Level, control_accuracy, require_levels
 from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.measurements import Measurements
 from ptq4sam.runs.record import UnitRecord, unit_records
@@ -86,10 +86,13 @@ class Quantizing:
             validation: where accuracy is controlled, if the settings say so.
 
         Raises:
-            ConfigError: the journal belongs to another run.
+            ConfigError: the journal belongs to another run; units of the scheme cannot be returned
+                to more bits.
             CalibrationError: calibration data are not usable, or a unit diverged.
             ResourceError: memory or disk are used up; what was finished is in the journal.
         """
+        if self._settings.accuracy is not None and validation is not None:
+            require_levels(self._scheme)
         quantized = self._quantized(self._scheme, JOURNAL)
         if self._settings.accuracy is not None and validation is not None:
             self.accuracy = self._control(quantized, self._settings.accuracy, validation)

@@ -25,7 +25,12 @@ from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs import accuracy
 from ptq4sam.runs import quantizing as quantizing_module
-from ptq4sam.runs.accuracy import AccuracyReport, control_accuracy, levels_above
+from ptq4sam.runs.accuracy import (
+    AccuracyReport,
+    control_accuracy,
+    levels_above,
+    require_levels,
+)
 from ptq4sam.runs.measurements import Measurements
 from ptq4sam.runs.settings import AccuracySettings
 from ptq4sam.runs.validation import Validation
@@ -146,6 +151,12 @@ def test_units_are_returned_to_more_bits_only(
 ) -> None:
     bits = (f"w_qconfig.bit={weights}", f"a_qconfig.bit={activations}")
     assert levels_above(scheme.with_overrides(*bits)) == levels
+
+
+def test_a_grid_without_the_bits_of_a_level_is_refused_before_anything(scheme: Scheme) -> None:
+    require_levels(scheme.with_overrides("slots={input@after-gelu: {grid: hybrid}}"))
+    with pytest.raises(ConfigError, match=r"to 8 bits, which slots\.softmax cannot .* up to 6"):
+        require_levels(scheme.with_overrides("slots={softmax: {grid: lnq}}"))
 
 
 def test_a_change_alone_scores_as_the_whole_model_with_it(

@@ -143,6 +143,11 @@ def _frame(settings: RunSettings, asked: MixedSettings) -> tuple[Scheme, Budget,
         raise ConfigError("mixed precision needs a scheme: give one, as exp/ptq4sam-s44.yaml")
     if scheme.units:
         raise ConfigError("the scheme has units of other bits already: give one without `units`")
+    if named := [selector for selector, said in scheme.slot_formats.items() if said.bit]:
+        raise ConfigError(
+            f"the scheme has bits of their own in slots ({', '.join(named)}), but bits of a unit "
+            "are those of all its slots: give them without `bit`"
+        )
     model, encoder = settings.float_model, settings.quantize_encoder
     side = image_size_of(model, settings.checkpoint)
     budget = read_budget(asked.budget, model, scheme, encoder, side)

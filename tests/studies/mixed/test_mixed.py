@@ -189,6 +189,10 @@ def test_a_dry_run_shows_what_is_possible(
             ["--budget", "w4a4", "--scheme-options", "units={image_encoder.neck: 8}"],
             "without `units`",
         ),
+        (
+            ["--budget", "w4a4", "--scheme-options", "slots={softmax: {bit: 6}}"],
+            "give them without `bit`",
+        ),
     ],
 )
 def test_bad_input(
