@@ -12,6 +12,8 @@ from ptq4sam.operators.base import quantized_layers, quantized_operators
 
 MOST_BITS = 8
 """Bits of the widest codes."""
+MOST_STEPS = 255
+"""Steps from zero to the farthest point, which a byte holds: of grids that are not even too."""
 LONGEST_SUM = 8191
 """Terms of the longest sum that 32 bits hold: at 8 bits a product of codes is corrected for two
 zero points, so that a sum of K is made of four terms below K * 2^16 each. SAM's longest sums have
@@ -30,8 +32,10 @@ def integer_model(sam: QuantizedSam) -> QuantizedSam:
     """
     layers = dict(quantized_layers(sam))
     for name, operator in quantized_operators(sam):
-        bits = max(quantizer.grid.bits for quantizer in operator.slots().values())
-        _require_narrow(name, bits, layers[name].weight[0].numel() if name in layers else 0)
+        grids = [quantizer.grid for quantizer in operator.slots().values()]
+        terms = layers[name].weight[0].numel() if name in layers else 0
+        _require_narrow(name, max(grid.bits for grid in grids), terms)
+        _require_near(name, max(grid.largest_step for grid in grids))
     for layer in layers.values():
         layer_codes(layer)
     copied = copy.deepcopy(sam)
@@ -44,4 +48,12 @@ def _require_narrow(name: str, bits: int, terms: int) -> None:
         raise DeployError(
             f"{name} has codes of {bits} bits and sums of {terms} products: integer arithmetic in "
             f"32 bits holds {MOST_BITS} bits and {LONGEST_SUM} products"
+        )
+
+
+def _require_near(name: str, steps: int) -> None:
+    if steps > MOST_STEPS:
+        raise DeployError(
+            f"{name} has points up to {steps} steps away from zero, a byte holds {MOST_STEPS}: "
+            "quantize it to fewer bits"
         )

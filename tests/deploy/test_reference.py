@@ -120,3 +120,9 @@ def test_longer_sums_are_refused_by_name(
     monkeypatch.setattr(reference, "LONGEST_SUM", 100)
     with pytest.raises(DeployError, match="has codes of 8 bits and sums of 128 products"):
         integer_model(quantize(8))
+
+
+def test_points_farther_than_a_byte_are_refused_by_name(quantize: Quantize) -> None:
+    quantized = quantize(8, slots={"input@after-gelu": {"grid": "hybrid"}})
+    with pytest.raises(DeployError, match=r"mlp\.lin2 has points up to 4095 steps away"):
+        integer_model(quantized)
