@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -437,3 +438,10 @@ def test_what_cannot_be_exported_is_named(
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(DependencyError, match=r"pip install 'ptq4sam\[openvino\]'"):
         export(model, tmp_path, "openvino")
+
+
+def test_prompts_in_a_square_of_their_own_are_refused(tmp_path: Path) -> None:
+    model = build_sam("vit_nano")
+    model.geometry = dataclasses.replace(model.geometry, prompt_side=2048)
+    with pytest.raises(DeployError, match=r"and 2048 pixels, .* exports have one square"):
+        export(model, tmp_path, "onnx")
