@@ -24,7 +24,7 @@ _NOTE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam cost`."""
-    parser.add_argument("--model", default="vit_nano", help="vit_nano, vit_b, vit_l or vit_h")
+    parser.add_argument("--model", default="vit_nano", help="vit_nano, vit_b, mobile_sam, ...")
     parser.add_argument("--scheme", type=Path, help="quantize by this file; default: float")
     add_decoder_only(parser)
     parser.add_argument("--boxes", type=int, default=1, metavar="N", help="prompts on the picture")

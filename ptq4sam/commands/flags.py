@@ -17,7 +17,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) ->
     """The flags of a run: model, scheme, pictures, prompts, engine."""
     parser.add_argument(
         "--model",
-        help="vit_nano, vit_b, vit_l or vit_h; default: a quantized file's own, else vit_nano",
+        help="vit_nano, vit_b, mobile_sam, ...; default: a quantized file's own, else vit_nano",
     )
     parser.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
     parser.add_argument(

@@ -34,7 +34,7 @@ def load_sam(
     normalisation, make a SAM of that size or normalisation.
 
     Args:
-        name: vit_b, vit_l, vit_h or vit_nano.
+        name: a key of `families.VARIANTS`.
         checkpoint: a file of torch.save or safetensors, under official or SamModel names, or the
             directory of a Hugging Face SamModel. None: the weights that ship with the package,
             which only vit_nano has.

@@ -64,11 +64,6 @@ _FAMILIES = tuple(
             _OTHER,
         ),
         (
-            "a MobileSAM or TinySAM (image encoder TinyViT)",
-            r"image_encoder\.patch_embed\.seq\.",
-            _OTHER,
-        ),
-        (
             "an EfficientViT-SAM",
             r"image_encoder\.backbone\.stages\.|image_encoder\.neck\.input_ops\.",
             _OTHER,

@@ -82,7 +82,8 @@ class Journal:
 
     def record_calibration(self, sam: QuantizedSam) -> None:
         """Write the calibrated model."""
-        self._record(_CALIBRATED, sam, folded=sam.folded, applied=sam.applied)
+        # Copies: later hooks add to what the model says of itself.
+        self._record(_CALIBRATED, sam, folded=list(sam.folded), applied=dict(sam.applied))
 
     def restore(self, name: str, module: nn.Module) -> bool:
         """Read the state of a finished module into it.

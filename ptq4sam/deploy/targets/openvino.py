@@ -112,14 +112,6 @@ class OpenVinoSession:
     def _names(self) -> set[str]:
         return {name for port in self._compiled.inputs for name in port.names}
 
-    def layer_precisions(self) -> dict[str, str]:
-        """The precision in which each layer is computed, by its name in the runtime's own graph."""
-        return {
-            node.get_friendly_name(): node.get_rt_info()["runtimePrecision"].astype(str)
-            for node in self._compiled.get_runtime_model().get_ops()
-            if "runtimePrecision" in node.get_rt_info()
-        }
-
 
 def _compiled(core: Any, model: Any, settings: Mapping[str, object]) -> Any:
     """A model for the CPU.
