@@ -128,6 +128,7 @@ class Worker:
             "pictures": evaluation.pictures,
             "masks": evaluation.masks,
             "folded": quantized.folded,
+            "changed_by": quantized.applied,
             "audit": report.passed,
             "float": reference.metrics,
         }

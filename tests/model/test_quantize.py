@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.bimodal import integrate_bimodal
 from ptq4sam.model import calibration
+from ptq4sam.model.calibrated import CalibratedState
 from ptq4sam.model.calibration import CalibrationItem, calibrate, run_item
 from ptq4sam.model.insertion import TRANSFORMER, insert_quantizers, model_units
 from ptq4sam.model.quantize import quantize_sam
@@ -199,3 +201,18 @@ def test_modes_are_back_after_quantization(sam: Sam, items: Items, make_scheme: 
         assert not any(p.requires_grad for p in quantizer.parameters())
     for _, unit in model_units(quantized):
         assert not unit._forward_hooks
+
+
+def test_a_calibration_from_a_file_says_what_methods_changed(
+    sam: Sam, items: Items, make_scheme: MakeScheme, tmp_path: Path
+) -> None:
+    scheme = make_scheme(methods=["key-centring"]).with_overrides(
+        "w_qconfig.observer=MinMaxObserver"
+    )
+    calibrated = insert_quantizers(sam, scheme)
+    calibrate(calibrated, items[:1])
+    assert calibrated.applied["key-centring"]
+    CalibratedState.of(calibrated, sam).save(tmp_path / "calibrated.safetensors")
+    restored = insert_quantizers(sam, scheme)
+    CalibratedState.load(tmp_path / "calibrated.safetensors").restore(restored)
+    assert restored.applied == calibrated.applied
