@@ -16,6 +16,7 @@ from ptq4sam.report.distribution_plots import (
 from ptq4sam.report.figures import FLOAT, INK, QUANTIZED, THIRD, axes, bars, svg
 from ptq4sam.report.page import Block, Plot, Plots, Section, Table, Text
 from ptq4sam.runs.record import PartRecord, UnitRecord
+from ptq4sam.sam.description import TRANSFORMER
 
 _SHOWN_TARGETS = 15
 
@@ -164,8 +165,8 @@ def _sensitivity_plot(targets: Sequence[Mapping[str, Any]], count: int, grain: s
             ("all but this", FLOAT, "all_but"),
         )
     ]
-    names = [target["name"].replace("mask_decoder.transformer.", "decoder.") for target in targets]
-    names = [name.replace("image_encoder.", "encoder.") for name in names]
+    names = [target["name"].replace(f"{TRANSFORMER}.", "decoder.") for target in targets]
+    names = [name.replace(f"{ENCODER}.", "encoder.") for name in names]
     caption = f"The {len(targets)} most sensitive of {count} parts by {grain}."
     drawn = bars(
         names, series, "loss of agreement, percentage points of IoU", f"Sensitivity. {caption}"

@@ -8,7 +8,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,7 @@ class TrialSettings(Record):
             )
         scheme = self.scheme
         if self.bits is not None:
-            scheme = replace(
-                scheme,
-                w_qconfig=replace(scheme.w_qconfig, bit=self.bits),
-                a_qconfig=replace(scheme.a_qconfig, bit=self.bits),
-            )
+            scheme = scheme.with_bits(self.bits, self.bits)
         if self.steps is not None:
             scheme = scheme.with_steps(self.steps)
         # What is said in two ways is kept in one, so that equal trials are found equal.
