@@ -78,6 +78,7 @@ class AdaptiveGranularityQuantizer(Quantizer):
     """
 
     settings_type = AdaptiveGranularity
+    slots = ("softmax",)
     scale: nn.Parameter
     tau: Tensor
 

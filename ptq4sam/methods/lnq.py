@@ -128,6 +128,7 @@ class LnqQuantizer(Quantizer):
     """
 
     settings_type = Lnq
+    slots = ("softmax",)
     points: Tensor
     ends: Tensor
 

@@ -56,8 +56,8 @@ class Quantizer(nn.Module):
 
     settings_type: ClassVar[type[Record]] = NoSettings
     """What a scheme may say of it, beside its bits."""
-    is_even: ClassVar[bool] = False
-    """Whether its points are (code - zero point) * scale: only such grids have weights."""
+    slots: ClassVar[tuple[str, ...]] = ("input", "query", "key", "value", "softmax")
+    """Of a scheme, which can have it: weights are integers in files and need an even grid."""
     scale: Tensor
     zero_point: Tensor
     calibrated: Tensor
@@ -283,7 +283,7 @@ class AffineQuantizer(Quantizer):
         channel_axis: axis with a scale for each index; None for one in all.
     """
 
-    is_even = True
+    slots = ("weight", *Quantizer.slots)
 
     def __init__(
         self, grid: Grid, observer: str = "MinMaxObserver", channel_axis: int | None = None

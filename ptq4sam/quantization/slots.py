@@ -93,28 +93,23 @@ def slot_formats(given: Mapping[str, object]) -> dict[str, SlotFormat]:
             raise unknown_key(slot, SLOTS).within("slots")
         try:
             found[selector] = value if isinstance(value, SlotFormat) else _read(value)
-            if slot == WEIGHT:
-                _check_weight(found[selector])
-            else:
-                _check_activation(found[selector])
+            _check(found[selector], slot)
         except FieldError as error:
             raise error.within(f"slots.{selector}") from None
     return found
 
 
-def _check_weight(said: SlotFormat) -> None:
-    """Files, costs and graphs have integer weights.
+def _check(said: SlotFormat, slot: str) -> None:
+    """Refuse a format that a slot cannot have.
 
     Raises:
-        FieldError: the grid is not even.
+        FieldError: its grid, granularity or quantizer is for other slots.
     """
-    if said.grid != AFFINE and not GRIDS[said.grid].is_even:
-        raise FieldError("grid", f"{said.grid!r} is for activations; weights need an even grid")
-
-
-def _check_activation(said: SlotFormat) -> None:
+    if said.grid != AFFINE and slot not in GRIDS[said.grid].slots:
+        others = ", ".join(GRIDS[said.grid].slots)
+        raise FieldError("grid", f"{said.grid!r} given, which is for {others}")
     settings = said.settings
-    if not isinstance(settings, AffineFormat):
+    if slot == WEIGHT or not isinstance(settings, AffineFormat):
         return
     if settings.ch_axis == 0:
         raise FieldError("ch_axis", "activations are quantized per tensor: -1")

@@ -125,7 +125,11 @@ def test_a_scheme_with_slots_is_read_back(tmp_path: Path) -> None:
         ("slots={input: {grid: hybird}}", "slots.input.grid: 'hybird' given; did you mean 'hybrid"),
         ("slots={input: {bit: 40}}", "slots.input.bit: 40 given, allowed: 2 to 16"),
         ("slots={key: {granularity: per channel}}", "slots.key.ch_axis: activations are quantized"),
-        ("slots={weight: {grid: hybrid}}", "slots.weight.grid: .hybrid. is for activations"),
+        ("slots={weight: {grid: hybrid}}", "slots.weight.grid: .hybrid. given, which is for input"),
+        (
+            "slots={input@after-relu: {grid: logarithmic}}",
+            "slots.input@after-relu.grid: .logarithmic. given, which is for softmax",
+        ),
         (
             "slots={input: {quantizer: AdaRoundFakeQuantize}}",
             "slots.input.quantizer: AdaRoundFakeQuantize is for weights; allowed: Fixed",
