@@ -22,8 +22,6 @@ FORMAT = "ptq4sam-export"
 FORMAT_VERSION = 1
 ENCODER, DECODER = "encoder", "decoder"
 
-# Tensors that no quantization changes: two models that share them are one before and after.
-
 
 @dataclass(frozen=True)
 class Manifest:

@@ -28,7 +28,7 @@ class _Family:
 
 
 _HQ = "a SAM-HQ"
-_OTHER = "it cannot be read here; give the weights of an original SAM (vit_b, vit_l or vit_h)"
+_OTHER = "it cannot be read here; give the weights of SAM, MobileSAM or TinySAM"
 
 # The first that fits is named: a SAM-HQ of any encoder is one, whatever the encoder.
 _FAMILIES = tuple(
@@ -61,11 +61,6 @@ _FAMILIES = tuple(
             "a SAM 2",
             r"image_encoder\.trunk\.|\bsam_mask_decoder\.|\bmemory_(?:encoder|attention)\.|"
             r"maskmem_tpos_enc|no_memory_embedding|vision_encoder\.backbone\.",
-            _OTHER,
-        ),
-        (
-            "a MobileSAM or TinySAM (image encoder TinyViT)",
-            r"image_encoder\.patch_embed\.seq\.",
             _OTHER,
         ),
         (
