@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv with ptq4sam and the extras named as arguments (onnx, mmdet, test, dev; none: the library).
+# Make .venv with ptq4sam and the extras named as arguments (those of pyproject.toml; none: the library).
 #   ./environment.sh [EXTRA ...]
 # Run again, it only adds what is missing; nothing is done when nothing has changed. With the extra test, as
 # root on Debian, Chromium is installed too, in which the tests of reports click.

@@ -1,4 +1,4 @@
-"""Post-training quantization of the Segment Anything Model: PTQ4SAM and beyond.
+"""Post-training quantization of Segment Anything Models: PTQ4SAM and beyond.
 
 sam = ptq4sam.load_sam("vit_b", checkpoint="ckpt/sam_vit_b_01ec64.pth")
 qsam = ptq4sam.quantize(sam, calibration, scheme="exp/config44.yaml")

@@ -22,7 +22,7 @@ _VERBS = {
     "size": ("what takes the bytes of a quantized model, by part", "ptq4sam.commands.size"),
     "cost": ("operations and bytes of a SAM, by part", "ptq4sam.commands.cost"),
     "sensitivity": (
-        "which quantizers cost the masks, unit by unit",
+        "which quantizers harm the masks most, unit by unit",
         "ptq4sam.commands.sensitivity",
     ),
     "mixed": ("bits for each unit under a budget, as a scheme", "ptq4sam.commands.mixed"),
@@ -37,7 +37,7 @@ _VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status (2 for an error the user can mend)."""
+    """Run the command; returns the exit status (2 for an error the user can fix)."""
     parsed = build_parser().parse_args(arguments)
     return guarded(lambda: parsed.run(parsed), verbose=parsed.verbose)
 

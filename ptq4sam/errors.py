@@ -16,7 +16,7 @@ _OUT_OF_MEMORY = re.compile(
 
 
 class Ptq4samError(Exception):
-    """Base of every error that a user can cause and mend; the command line prints one line."""
+    """Base of every error that a user can cause and fix; the command line prints one line."""
 
 
 class ConfigError(Ptq4samError):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptq4sam.commands.flags import add_decoder_only
+from ptq4sam.commands.flags import MODELS, add_decoder_only
 
 if TYPE_CHECKING:
     from ptq4sam.deploy.cost import Cost, PartCost
@@ -24,7 +24,11 @@ _NOTE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam cost`."""
-    parser.add_argument("--model", default="vit_nano", help="vit_nano, vit_b, mobile_sam, ...")
+    parser.add_argument(
+        "--model",
+        default="vit_nano",
+        help=f"{', '.join(MODELS)}; default: vit_nano",
+    )
     parser.add_argument("--scheme", type=Path, help="quantize by this file; default: float")
     add_decoder_only(parser)
     parser.add_argument("--boxes", type=int, default=1, metavar="N", help="prompts on the picture")

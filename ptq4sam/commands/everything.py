@@ -10,6 +10,7 @@ from ptq4sam.commands.flags import (
     add_backend_arguments,
     add_device,
     add_limit,
+    add_model,
     add_recursive,
     add_skip_bad,
 )
@@ -18,7 +19,7 @@ from ptq4sam.commands.flags import (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam everything`."""
     parser.add_argument("--images", type=Path, required=True, help="a picture or a folder")
-    parser.add_argument("--model", help="as for evaluate")
+    add_model(parser)
     parser.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument(

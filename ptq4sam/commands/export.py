@@ -6,13 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from ptq4sam.commands.flags import MODELS
 from ptq4sam.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam export`."""
     parser.add_argument(
-        "model", help="file written by ptq4sam quantize, or vit_nano, vit_b, ... for a float SAM"
+        "model",
+        help=f"file written by ptq4sam quantize, or for a float SAM its name: {', '.join(MODELS)}",
     )
     parser.add_argument("--checkpoint", type=Path, help="float weights of a model given by name")
     parser.add_argument("--format", required=True, metavar="F", help="onnx or openvino")

@@ -12,13 +12,13 @@ SOURCES = (
 )
 """Where boxes come from."""
 
+MODELS = ("vit_nano", "vit_b", "vit_l", "vit_h", "mobile_sam", "tinysam", "tiny_vit_nano")
+"""SAMs by name, as `families.VARIANTS` has them, for help that does not wait for torch."""
+
 
 def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) -> None:
     """The flags of a run: model, scheme, pictures, prompts, engine."""
-    parser.add_argument(
-        "--model",
-        help="vit_nano, vit_b, mobile_sam, ...; default: a quantized file's own, else vit_nano",
-    )
+    add_model(parser)
     parser.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
     parser.add_argument(
         "--float-checkpoint",
@@ -122,6 +122,14 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="of what is not integer under --backend openvino: f32 (the default) or, for a float "
         "model or one exported with --fast, bf16",
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The flag of which SAM it is."""
+    parser.add_argument(
+        "--model",
+        help=f"{', '.join(MODELS)}; default: a quantized file's own, else vit_nano",
     )
 
 

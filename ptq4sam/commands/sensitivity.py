@@ -1,4 +1,4 @@
-"""`ptq4sam sensitivity`: which quantizers cost the masks, each alone and all but each."""
+"""`ptq4sam sensitivity`: which quantizers harm the masks most, each alone and all but each."""
 
 from __future__ import annotations
 

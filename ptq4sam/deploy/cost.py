@@ -117,7 +117,7 @@ def count(
     """Count a SAM for one picture.
 
     Args:
-        name: a key of `families.VARIANTS`.
+        name: of the SAM, a key of `families.VARIANTS`.
         scheme: the quantization; None for the float model.
         quantize_encoder: quantize the image encoder too.
         boxes: box prompts on the picture.

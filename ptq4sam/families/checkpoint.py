@@ -1,4 +1,4 @@
-"""Weights of SAM: official .pth files, those of trainings, safetensors, Hugging Face SamModels."""
+"""Weights of SAMs: official .pth files, those of trainings, safetensors, Hugging Face SamModels."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def load_sam(
     normalisation, make a SAM of that size or normalisation.
 
     Args:
-        name: a key of `families.VARIANTS`.
-        checkpoint: a file of torch.save or safetensors, under official or SamModel names, or the
-            directory of a Hugging Face SamModel. None: the weights that ship with the package,
-            which only vit_nano has.
+        name: a key of `families.VARIANTS`: vit_b, mobile_sam, ...
+        checkpoint: a file of torch.save or safetensors, under official or SamModel names; of a SAM
+            with a ViT also the directory of a Hugging Face SamModel. None: the weights that ship
+            with the package, which only vit_nano has.
         device: where the model shall live.
 
     Raises:

@@ -28,7 +28,7 @@ class _Family:
 
 
 _HQ = "a SAM-HQ"
-_OTHER = "it cannot be read here; give the weights of an original SAM (vit_b, vit_l or vit_h)"
+_OTHER = "it cannot be read here; give the weights of SAM, MobileSAM or TinySAM"
 
 # The first that fits is named: a SAM-HQ of any encoder is one, whatever the encoder.
 _FAMILIES = tuple(

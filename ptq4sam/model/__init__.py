@@ -1,1 +1,1 @@
-"""How a SAM becomes a quantized SAM: quantized blocks, insertion, calibration, audit, storage."""
+"""How a SAM becomes a quantized SAM: insertion, calibration, reconstruction, freezing, audit."""

@@ -61,7 +61,7 @@ class QuantizedSam(Sam):
 
     Attributes:
         scheme: how it is quantized.
-        encoder_quantized: whether the image encoder is quantized too (--quant-encoder).
+        encoder_quantized: whether the image encoder is quantized too.
         folded: names of the attentions whose signs bimodal integration folded.
         applied: by method, paths of what it changed; not in files.
     """

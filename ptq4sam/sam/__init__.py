@@ -1,1 +1,1 @@
-"""The float models: SAM's image encoder, prompt encoder and mask decoder, and their weights."""
+"""What families of SAMs share: prompt encoder, mask decoder, descriptions, prediction."""

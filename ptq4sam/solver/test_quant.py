@@ -33,7 +33,7 @@ _log = logging.getLogger("ptq4sam.solver")
 _WITHOUT_MEANING = {
     "tmpdir": "processes gather their results in memory",
     "gpu_collect": "processes gather their results in memory",
-    "fuse_conv_bn": "SAM has no batch normalisation",
+    "fuse_conv_bn": "batch normalisations are folded when weights are read",
     "short4cut": "it was a shortcut for debugging",
     "resign_end": "signs are folded once, before calibration",
 }

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ptq4sam.cli import build_parser
+from ptq4sam.commands.flags import MODELS
+from ptq4sam.families import VARIANTS
 from tests.tiny_runs import REPOSITORY
 
 PACKAGE = REPOSITORY / "ptq4sam"
@@ -44,3 +46,7 @@ def test_no_module_below_the_commands_names_a_flag() -> None:
         if flag in ours
     ]
     assert found == []
+
+
+def test_help_names_every_sam() -> None:
+    assert sorted(MODELS) == sorted(VARIANTS)

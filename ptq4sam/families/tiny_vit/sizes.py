@@ -1,4 +1,4 @@
-"""The sizes of TinyViT SAMs: the published one, and the small one that ships with the package."""
+"""The sizes of TinyViT SAMs: the published one, and a small one for 256 pixels."""
 
 from __future__ import annotations
 

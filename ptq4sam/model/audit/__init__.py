@@ -1,8 +1,8 @@
 """Proof that a quantized model is one: deterministic, on its grids, with nothing left out.
 
-The check does not ask the insertion code what it did. It walks every module and compares it with a
-list of its own (`modules`), compares the quantizers with the scheme (`quantizers`), and watches the
-operands of every product while the model computes (`products`).
+The check does not ask the insertion code what it did. It walks every module and compares it with
+the description of its family (`modules`), compares the quantizers with the scheme (`quantizers`),
+and watches the operands of every product while the model computes (`products`).
 """
 
 from __future__ import annotations
