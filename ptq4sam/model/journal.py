@@ -23,6 +23,7 @@ from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.numerics import description
 from ptq4sam.quantization.fused import compiles
+from ptq4sam.quantization.registry import extensions_fingerprint
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 from ptq4sam.version import __version__
@@ -154,6 +155,7 @@ def run_fingerprint(
         "scheme": json.dumps(scheme.to_dict(), sort_keys=True),
         "quantized encoder": str(quantize_encoder),
         "seed": str(seed),
+        "extensions": extensions_fingerprint() or "none",
         "ptq4sam": __version__,
         "torch": torch.__version__,
         **description(sam.device),

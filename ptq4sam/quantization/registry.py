@@ -12,6 +12,7 @@ PTQ4SAM_EXTENSIONS (separated as in PATH) are imported first, in workers of a sw
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import os
 import sys
@@ -180,6 +181,29 @@ def load_extensions() -> None:
                 f"{EXTENSIONS} names {name}, which cannot be imported ({error}): give a module or "
                 "the path of a .py file"
             ) from error
+
+
+def extensions_fingerprint() -> str:
+    """Identifies what the modules and files of the environment variable say; empty without any.
+
+    Of a module that cannot be found its name alone counts: whoever needs it says so.
+    """
+    names = list(filter(None, os.environ.get(EXTENSIONS, "").split(os.pathsep)))
+    if not names:
+        return ""
+    content = hashlib.sha256()
+    for name in names:
+        path = Path(name) if name.endswith(".py") else _file_of(name)
+        content.update(path.read_bytes() if path is not None and path.is_file() else name.encode())
+    return content.hexdigest()[:16]
+
+
+def _file_of(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except ImportError:
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
 
 
 def _import(name: str) -> None:

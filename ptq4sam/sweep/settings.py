@@ -17,6 +17,7 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.families import VARIANTS
 from ptq4sam.prompts.spec import is_boxes_file
+from ptq4sam.quantization.registry import extensions_fingerprint
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.records import FieldError, Record
 from ptq4sam.runs.settings import DEFAULT_MODEL, DataSettings, RunSettings
@@ -147,7 +148,14 @@ class TrialSettings(Record):
 
     def key(self) -> str:
         """Identifies the trial: equal settings, equal key."""
-        return digest({**self.to_dict(), "limit": self.evaluated})
+        settings = {**self.to_dict(), "limit": self.evaluated}
+        return digest(settings | with_extensions())
+
+
+def with_extensions() -> dict[str, str]:
+    """What a fingerprint of something that extensions take part in holds besides."""
+    found = extensions_fingerprint()
+    return {"extensions": found} if found else {}
 
 
 def digest(value: object) -> str:

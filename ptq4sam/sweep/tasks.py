@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sweep.grid import Trial
-from ptq4sam.sweep.settings import TrialSettings, digest
+from ptq4sam.sweep.settings import TrialSettings, digest, with_extensions
 
 Kind = Literal["boxes", "calibration boxes", "float", "calibration", "trial"]
 
@@ -134,7 +134,7 @@ def float_key(settings: TrialSettings) -> str:
 def calibration_key(settings: TrialSettings) -> str:
     """Identifies a calibration."""
     part = settings.part("model", "checkpoint", "quantize_encoder", "calibration", "device")
-    scheme = calibration_scheme(settings.scheme).to_dict()
+    scheme = {**calibration_scheme(settings.scheme).to_dict(), **with_extensions()}
     return digest(["calibration", part, _boxes_part(settings), scheme])
 
 

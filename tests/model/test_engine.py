@@ -27,6 +27,7 @@ from ptq4sam.model.plan import make_plan
 from ptq4sam.model.quantize import calibrate, quantize_sam, reconstruct
 from ptq4sam.numerics import products_of
 from ptq4sam.quantization import fused
+from ptq4sam.quantization.registry import EXTENSIONS
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 from tests.model import killed_run
@@ -176,7 +177,7 @@ def test_a_fingerprint_says_how_numbers_are_computed(
 
 
 def test_another_run_is_not_resumed(
-    sam: Sam, items: Items, make_scheme: MakeScheme, tmp_path: Path
+    sam: Sam, items: Items, make_scheme: MakeScheme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheme = make_scheme(4, steps=2)
     Journal(tmp_path / "j", fingerprint(sam, items, scheme), resume=False)
@@ -185,6 +186,10 @@ def test_another_run_is_not_resumed(
         "scheme": fingerprint(sam, items, make_scheme(5, steps=2)),
         "calibration data": fingerprint(sam, items[:3], scheme),
     }
+    with monkeypatch.context() as environment:
+        (tmp_path / "mine.py").touch()
+        environment.setenv(EXTENSIONS, str(tmp_path / "mine.py"))
+        changes["extensions"] = fingerprint(sam, items, scheme)
     for what, other in changes.items():
         with pytest.raises(ConfigError, match=f"{what} differ"):
             Journal(tmp_path / "j", other, resume=True)

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.quantization.registry import EXTENSIONS, OBSERVERS, Registry
+from ptq4sam.quantization.registry import (
+    EXTENSIONS,
+    OBSERVERS,
+    Registry,
+    extensions_fingerprint,
+)
 from ptq4sam.quantization.scheme import Scheme
 from tests.tiny_runs import SCHEMES
 
@@ -78,3 +83,23 @@ def test_methods_of_a_scheme_are_known_ones() -> None:
     scheme = Scheme.from_yaml(SCHEMES / "minmax44.yaml")
     with pytest.raises(ConfigError, match="methods: 'nothing' given"):
         scheme.with_overrides("methods=[nothing]")
+
+
+def test_a_changed_extension_is_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine.py"
+    monkeypatch.setenv(EXTENSIONS, "")
+    assert extensions_fingerprint() == ""
+    monkeypatch.setenv(EXTENSIONS, str(mine))
+    found = []
+    for text in ("rate = 1\n", "rate = 2\n", "rate = 1\n"):
+        mine.write_text(text)
+        found.append(extensions_fingerprint())
+    assert found[0] == found[2] != found[1]
+    # A module by its name, and one that is not there.
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(EXTENSIONS, "mine")
+    assert extensions_fingerprint() == found[0]
+    monkeypatch.setenv(EXTENSIONS, "no_such_module")
+    assert extensions_fingerprint() not in ("", *found)

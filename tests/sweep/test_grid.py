@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.quantization.registry import EXTENSIONS
 from ptq4sam.sweep.grid import Sweep, read_sweep
+from ptq4sam.sweep.tasks import calibration_key
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEME = str(ROOT / "exp" / "ptq4sam-l44.yaml")
@@ -149,6 +151,20 @@ def test_sweeps_that_ship_run_on_what_ships(name: str) -> None:
     for trial in sweep.trials:
         settings = trial.settings
         assert (settings.model, settings.checkpoint, settings.data) == ("vit_nano", None, None)
+
+
+def test_trials_and_calibrations_follow_the_files_of_extensions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = read_sweep(ROOT / "exp" / "sweeps" / "units.yaml").trials[0].settings
+    mine = tmp_path / "mine.py"
+    found = [(settings.key(), calibration_key(settings))]
+    monkeypatch.setenv(EXTENSIONS, str(mine))
+    for text in ("rate = 1\n", "rate = 2\n"):
+        mine.write_text(text)
+        found.append((settings.key(), calibration_key(settings)))
+    trials, calibrations = zip(*found, strict=True)
+    assert len(set(trials)) == len(set(calibrations)) == 3
 
 
 def test_every_sweep_file_is_tested() -> None:
