@@ -41,7 +41,7 @@ _BIAS_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
 # Bytes of softmax output computed at once where nothing must see it whole: a global attention at
 # 1024 px is 805 MB for ViT-B, of which quantization needs several copies. A CPU's pieces stay in
 # its cache.
-_SOFTMAX_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+_SOFTMAX_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 
 
 class SoftmaxAttention(nn.Module):
