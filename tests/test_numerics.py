@@ -155,3 +155,14 @@ def test_a_device_without_float64_is_refused(
 def test_versions_of_packages_that_are_not_there() -> None:
     assert numerics._version("a-package-that-is-not-there") == "none"
     assert numerics._version("torch") != "none"
+
+
+def test_a_device_that_fails_is_not_said_to_have_no_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_sizes: int, **_options: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: no kernel image is available")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        require_float64(CPU)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ptq4sam.errors import ConfigError
 from ptq4sam.sam.description import (
     DECODER,
     Description,
@@ -31,6 +32,7 @@ __all__ = [
     "Projected",
     "Variant",
     "Weights",
+    "require_side",
 ]
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -59,6 +61,24 @@ class Weights:
         """The file, where it ships with the package."""
         ships = self.download is None and self.trained_by is None
         return ASSETS / self.file if ships else None
+
+
+def require_side(name: str, side: int, cell: int, whose: str) -> None:
+    """Refuse a side of pictures that is no multiple of a cell.
+
+    Args:
+        name: of the variant.
+        side: in pixels.
+        cell: in pixels.
+        whose: what has cells of that size, for the message.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if side < cell or side % cell:
+        raise ConfigError(
+            f"asked for {name} with an input of {side} pixels: use a multiple of its {whose} {cell}"
+        )
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ptq4sam.errors import CheckpointError, ConfigError
-from ptq4sam.families.family import Variant, Weights
+from ptq4sam.errors import CheckpointError
+from ptq4sam.families.family import Variant, Weights, require_side
 from ptq4sam.families.sam_vit.description import ENCODER, FAMILY
 from ptq4sam.families.sam_vit.image_encoder import ImageEncoderViT
 from ptq4sam.families.sam_vit.sizes import SIZES, SamVariant
@@ -45,11 +45,7 @@ def variant(name: str, size: SamVariant, weights: Weights) -> Variant:
     def build(side: int | None) -> Sam:
         if side is None:
             return build_variant(name, size)
-        if side < size.patch_size or side % size.patch_size:
-            raise ConfigError(
-                f"asked for {name} with an input of {side} pixels: use a multiple of its "
-                f"patches' {size.patch_size}"
-            )
+        require_side(name, side, size.patch_size, "patches'")
         return build_variant(name, replace(size, image_size=side))
 
     def side_of(state: Mapping[str, Tensor], origin: str) -> int:
