@@ -1,10 +1,17 @@
-"""OpenMP's threads, told to sleep soon when they have nothing to do."""
+"""OpenMP's threads: told to sleep soon when they have nothing to do, and few for small models."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ptq4sam.sam.model import PromptableModel
 
 _log = logging.getLogger(__name__)
 
@@ -16,6 +23,14 @@ about what it takes to wake it up.
 """
 SETTINGS = {*WAITING, "KMP_LIBRARY"}
 """Variables that say how threads wait; a user who sets one of them has decided."""
+COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Variables that say how many threads there are; a user who sets one of them has decided."""
+ENOUGH_PRODUCTS = 2 * 10**9
+"""Multiplications of a picture's forward for which another thread is worth it.
+
+Operations of a smaller share take less time than to hand them out and to wait for the slowest.
+"""
+_PATCH_PIXELS = 16 * 16
 
 
 def wait_asleep() -> bool:
@@ -37,3 +52,26 @@ def wait_asleep() -> bool:
         _log.debug("torch was imported before ptq4sam: its threads spin while they wait")
     os.environ.update(WAITING)
     return True
+
+
+@contextlib.contextmanager
+def suited_threads(sam: PromptableModel) -> Iterator[None]:
+    """Compute with no more threads than a model has work for, by its weights and its pictures.
+
+    The small ones are as quick with one thread as with two, and do not have to wait for a core that
+    another program holds. The number follows from the model, not from a measurement, so that a run
+    that is done again adds in the same order. A number that the environment sets stays, and so do
+    the threads of a model that torch does not run.
+    """
+    import torch
+    from torch import nn
+
+    before = torch.get_num_threads()
+    if isinstance(sam, nn.Module) and not any(name in os.environ for name in COUNTS):
+        weights = sum(tensor.numel() for tensor in itertools.chain(sam.parameters(), sam.buffers()))
+        products = weights * sam.geometry.encoder_side**2 // _PATCH_PIXELS
+        torch.set_num_threads(max(1, min(before, products // ENOUGH_PRODUCTS)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

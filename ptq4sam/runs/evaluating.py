@@ -14,6 +14,7 @@ from ptq4sam.runs.models import RunModels
 from ptq4sam.runs.pictures import PictureWriter
 from ptq4sam.runs.record import PictureRecord, PictureScore
 from ptq4sam.runs.recording import PictureRecorder
+from ptq4sam.threads import suited_threads
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def evaluate_run(
         if writer is not None:
             writer(picture)
 
-    with context.phases.phase("evaluate"):
+    with context.phases.phase("evaluate"), suited_threads(models.sam):
         evaluation = evaluate_sam(
             models.sam,
             dataset,
