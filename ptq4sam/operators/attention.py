@@ -24,11 +24,10 @@ from ptq4sam.operators.base import (
     quantizes,
     work,
 )
-from ptq4sam.operators.bias import PositionBias
+from ptq4sam.operators.bias import PositionBias, Terms
 from ptq4sam.operators.watching import unwatched
-from ptq4sam.quantization import portable
+from ptq4sam.quantization import hard_numbers, portable
 from ptq4sam.quantization.fused import fused_exactly
-from ptq4sam.quantization.hard_numbers import numbers, some_rows
 from ptq4sam.quantization.memo import Memo
 from ptq4sam.quantization.quantizers import Mode, Quantizer
 from ptq4sam.quantization.whole import LARGEST_ROW, operand, whole_product
@@ -108,8 +107,11 @@ class Whole:
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """The product of a [..., n, K] and b [..., K, m], both in steps, in float32."""
-        sums = integer_product(a, b) if self.integer else whole_product(a, b, self.largest)
-        return sums.mul_(self.step)
+        return self.sums(a, b).mul_(self.step)
+
+    def sums(self, a: Tensor, b: Tensor) -> Tensor:
+        """The same in steps."""
+        return integer_product(a, b) if self.integer else whole_product(a, b, self.largest)
 
 
 def logits_worth(query: Quantizer, key: Quantizer, scale: float, terms: int) -> Whole:
@@ -141,11 +143,14 @@ class QueryKeyProduct(nn.Module):
         super().__init__()
         self.scale = scale
 
-    def forward(self, query: Tensor, key: Tensor, whole: Whole | None = None) -> Tensor:
-        """Scale the query, then multiply; of steps, multiply, then scale."""
+    def forward(
+        self, query: Tensor, key: Tensor, whole: Whole | None = None, bias: Terms | None = None
+    ) -> Tensor:
+        """Scale the query, then multiply; of steps, multiply, then scale and add a bias."""
         if whole is None:
             return (query * self.scale) @ key.transpose(-1, -2)
-        return whole.product(query, key.transpose(-1, -2))
+        sums = whole.sums(query, key.transpose(-1, -2))
+        return sums.mul_(whole.step) if bias is None else biased(sums, whole.step, bias)
 
 
 class AttentionValueProduct(nn.Module):
@@ -264,11 +269,12 @@ class QuantizedSoftmaxAttention(QuantizedOperator):
         for head, first, last in softmax_pieces(query, key, columns):
             tokens = slice(first * columns, last * columns)
             part = query[:, head, tokens]
-            logits: Tensor = self.query_key(part, key[:, head], logits_of)
+            terms = None
             if bias is not None:
                 step = self.query_quantizer.step
                 largest = self.query_quantizer.grid.largest_step
-                logits.add_(bias.of_steps(part, step, largest, head, first, last))
+                terms = bias.of_steps(part, step, largest, head, first, last)
+            logits: Tensor = self.query_key(part, key[:, head], logits_of, terms)
             attention = self.softmax_quantizer(portable_softmax(logits), steps=True)
             result[:, head, tokens] = self.attention_value(attention, value[:, head], values_of)
         return result
@@ -289,6 +295,33 @@ class QuantizedSoftmaxAttention(QuantizedOperator):
         return self._worths.get(make, sources, head_dim, exact)
 
 
+def biased(sums: Tensor, step: Tensor, bias: Terms) -> Tensor:
+    """Logits sums * step + bias, each product and sum rounded; terms of a bias are added first.
+
+    Args:
+        sums: [batch, heads, n, keys] float32, whole numbers; is written over.
+        step: [], what 1 of them is worth.
+        bias: see `PositionBias.of_steps`.
+    """
+    if len(bias) == 1:
+        return sums.mul_(step).add_(bias[0])
+    by_row, by_column = (terms.reshape(-1, *terms.shape[-2:]) for terms in bias)
+    grid = sums.reshape(-1, by_row.shape[-2], by_column.shape[-1])
+    return _biased(grid, step, by_row, by_column).reshape(sums.shape)
+
+
+def _hard_sums(sums: Tensor, step: Tensor, *bias: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    rows = len(hard_numbers.some_rows(sums.flatten(1)))
+    whole = hard_numbers.whole_numbers(sums[:rows])
+    yield whole, *(hard_numbers.numbers(x) for x in (step, *(terms[:rows] for terms in bias)))
+
+
+@unwatched()
+@fused_exactly(_hard_sums)
+def _biased(sums: Tensor, step: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    return portable.apart(sums * step) + (by_row + by_column)
+
+
 def portable_softmax(logits: Tensor) -> Tensor:
     """Softmax over the last axis of float32 logits."""
     rows = logits.reshape(-1, logits.shape[-1])
@@ -296,7 +329,7 @@ def portable_softmax(logits: Tensor) -> Tensor:
 
 
 def _hard_logits(rows: Tensor, largest: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = numbers(some_rows(rows)) * 0.125
+    rows = hard_numbers.numbers(hard_numbers.some_rows(rows)) * 0.125
     yield rows, rows.amax(-1, keepdim=True)
 
 

@@ -23,6 +23,7 @@ from ptq4sam.quantization.portable import (
 from ptq4sam.quantization.whole import operand
 
 Digits = tuple[Tensor, Tensor, Tensor]
+Terms = tuple[Tensor] | tuple[Tensor, Tensor]
 
 
 class PositionBias(Protocol):
@@ -49,7 +50,7 @@ class PositionBias(Protocol):
 
     def of_steps(
         self, steps: Tensor, step: Tensor, largest: int, heads: slice, first: int, last: int
-    ) -> Tensor:
+    ) -> Terms:
         """The same for a query of whole steps, the same bits everywhere.
 
         Args:
@@ -59,6 +60,10 @@ class PositionBias(Protocol):
             heads: which ones the query has.
             first: row.
             last: row behind.
+
+        Returns:
+            Terms to be added to each other, then to logits: one [batch or 1, heads, n, keys], or
+            two [batch, heads, n, rows, 1] and [batch, heads, n, 1, columns] of keys in a grid.
         """
 
     def work(self, query: Tensor) -> Iterator[Work]:
@@ -83,9 +88,9 @@ class TableBias:
 
     def of_steps(
         self, steps: Tensor, step: Tensor, largest: int, heads: slice, first: int, last: int
-    ) -> Tensor:
+    ) -> Terms:
         """See PositionBias."""
-        return self.of_query(steps, heads, first, last)
+        return (self.of_query(steps, heads, first, last),)
 
     def work(self, query: Tensor) -> Iterator[Work]:
         """Nothing is multiplied."""
@@ -122,23 +127,16 @@ class RelativePositions:
 
     def of_steps(
         self, steps: Tensor, step: Tensor, largest: int, heads: slice, first: int, last: int
-    ) -> Tensor:
+    ) -> Terms:
         """See PositionBias."""
         steps = operand(steps, float(largest) * LARGEST_DIGIT * steps.shape[-1])
-        found = [
-            [
-                terms.float()
-                for terms in position_terms(
-                    steps, (by_row.to(steps.dtype), by_column.to(steps.dtype)), first, last
-                )
-            ]
-            for by_row, by_column in zip(*(table for table, _ in self._digits), strict=True)
-        ]
-        by_row, by_column = (
-            of_terms(sums, worth, step)
-            for sums, (_, worth) in zip(zip(*found, strict=True), self._digits, strict=True)
-        )
-        return joined_terms(by_row, by_column, steps.shape[1])
+        (row_digits, row_worth), (column_digits, column_worth) = self._digits
+        tables = row_digits.to(steps.dtype), column_digits.to(steps.dtype)
+        row_sums, column_sums = position_terms(steps, tables, first, last)
+        shape = (*steps.shape[:3], -1)
+        by_row = of_terms(row_sums.float().chunk(3, -1), row_worth, step).reshape(shape)
+        by_column = of_terms(column_sums.float().chunk(3, -1), column_worth, step).reshape(shape)
+        return by_row[..., :, None], by_column[..., None, :]
 
     def work(self, query: Tensor) -> Iterator[Work]:
         """A product with each row and column of keys."""
@@ -154,8 +152,13 @@ class RelativePositions:
         return rows, columns
 
     @functools.cached_property
-    def _digits(self) -> tuple[tuple[Digits, float], ...]:
-        return tuple(table_digits(table) for table in self.tables)
+    def _digits(self) -> tuple[tuple[Tensor, float], ...]:
+        """Each table's digits one behind the other, multiplied at once, and the first one's worth.
+
+        [queries, 3 * keys, head_dim].
+        """
+        found = (table_digits(table) for table in self.tables)
+        return tuple((torch.cat(digits, dim=1), worth) for digits, worth in found)
 
 
 def position_terms(

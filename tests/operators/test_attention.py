@@ -66,7 +66,8 @@ def test_positions_of_many_steps_are_exact(
         return plain(query, *others)
 
     monkeypatch.setattr(bias, "position_terms", watched)
-    found = positions.of_steps(steps.float(), torch.tensor(0.01), largest, slice(None), 0, size)
+    terms = positions.of_steps(steps.float(), torch.tensor(0.01), largest, slice(None), 0, size)
+    found = attention.biased(torch.zeros(1, 1, size**2, size**2), torch.tensor(1.0), terms)
     assert set(multiplied) == {dtype}
     expected = plain(steps.double(), tuple(t.double() for t in positions.tables))
     joined = bias.joined_terms(*expected, 1) * 0.01
