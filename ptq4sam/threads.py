@@ -8,10 +8,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ptq4sam.sam.model import PromptableModel
 
 _log = logging.getLogger(__name__)
 
@@ -55,21 +51,27 @@ def wait_asleep() -> bool:
 
 
 @contextlib.contextmanager
-def suited_threads(sam: PromptableModel) -> Iterator[None]:
+def suited_threads(model: object, side: int) -> Iterator[None]:
     """Compute with no more threads than a model has work for, by its weights and its pictures.
 
     The small ones are as quick with one thread as with two, and do not have to wait for a core that
     another program holds. The number follows from the model, not from a measurement, so that a run
     that is done again adds in the same order. A number that the environment sets stays, and so do
     the threads of a model that torch does not run.
+
+    Args:
+        model: a network, or what runs elsewhere.
+        side: of its square pictures, in pixels.
     """
     import torch
     from torch import nn
 
     before = torch.get_num_threads()
-    if isinstance(sam, nn.Module) and not any(name in os.environ for name in COUNTS):
-        weights = sum(tensor.numel() for tensor in itertools.chain(sam.parameters(), sam.buffers()))
-        products = weights * sam.geometry.encoder_side**2 // _PATCH_PIXELS
+    if isinstance(model, nn.Module) and not any(name in os.environ for name in COUNTS):
+        weights = sum(
+            tensor.numel() for tensor in itertools.chain(model.parameters(), model.buffers())
+        )
+        products = weights * side**2 // _PATCH_PIXELS
         torch.set_num_threads(max(1, min(before, products // ENOUGH_PRODUCTS)))
     try:
         yield

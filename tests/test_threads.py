@@ -7,14 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
 
 from ptq4sam import threads
-from ptq4sam.sam.description import Geometry
-from ptq4sam.sam.model import Sam
 
 _ROOT = Path(__file__).resolve().parents[1]
 _TELL = (
@@ -95,10 +92,9 @@ def test_programs_import_ours_before_torch(script: str) -> None:
 class _Weights(torch.nn.Module):
     """Only what the number of threads follows from."""
 
-    def __init__(self, weights: int, side: int) -> None:
+    def __init__(self, weights: int) -> None:
         super().__init__()
         self.register_buffer("codes", torch.empty(weights, device="meta"))
-        self.geometry = Geometry(side, side, ((1, 1, 1),))
 
 
 @pytest.mark.parametrize(
@@ -113,11 +109,11 @@ def test_threads_follow_the_work_of_a_picture(
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(16)
-        with threads.suited_threads(cast(Sam, _Weights(weights, side))):
+        with threads.suited_threads(_Weights(weights), side):
             assert torch.get_num_threads() == expected
         assert torch.get_num_threads() == 16
         monkeypatch.setenv("OMP_NUM_THREADS", "16")
-        with threads.suited_threads(cast(Sam, _Weights(weights, side))):
+        with threads.suited_threads(_Weights(weights), side):
             assert torch.get_num_threads() == 16
     finally:
         torch.set_num_threads(before)

@@ -48,7 +48,8 @@ def evaluate_run(
         if writer is not None:
             writer(picture)
 
-    with context.phases.phase("evaluate"), suited_threads(models.sam):
+    threads = suited_threads(models.sam, models.sam.geometry.encoder_side)
+    with context.phases.phase("evaluate"), threads:
         evaluation = evaluate_sam(
             models.sam,
             dataset,

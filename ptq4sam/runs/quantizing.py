@@ -105,7 +105,7 @@ class Quantizing:
         # A calibration of before without a reconstruction leaves nothing to lose.
         if parallel.is_first() and (self._calibrated is None or scheme.recon is not None):
             journal = self._journal(settings.work_dir / folder, scheme)
-        with suited_threads(self._sam):
+        with suited_threads(self._sam, self._sam.geometry.encoder_side):
             quantized = quantize_sam(
                 self._sam,
                 self._items,
