@@ -99,6 +99,22 @@ def error(used: Tensor, weight: Tensor, products: InputProducts) -> float:
     return float(squares) / products.count
 
 
+def set_correction(layer: QuantizedLayer, correction: Tensor) -> dict[str, Tensor]:
+    """Give a weight a correction, and its quantizer the range of both together.
+
+    Returns:
+        The state of the weight's quantizer before.
+    """
+    quantizer = layer.weight_quantizer
+    assert isinstance(quantizer, FixedQuantizer)
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer.correction = correction
+    quantizer.observer.reset()
+    with quantizer_mode(quantizer, Mode.OBSERVE):
+        quantizer(layer.weight)
+    return before
+
+
 @METHODS.register("aqer")
 class AqerMethod(Method[Aqer]):
     """Of linear layers; one whose rounded weight is worse with its correction goes without."""
@@ -123,13 +139,9 @@ class AqerMethod(Method[Aqer]):
 
     def _correct(self, layer: QuantizedLayer, products: InputProducts) -> bool:
         quantizer, weight = layer.weight_quantizer, layer.weight
-        assert isinstance(quantizer, FixedQuantizer)
-        before = {name: value.clone() for name, value in quantizer.state_dict().items()}
         without = error(quantizer(weight), weight, products)
-        quantizer.correction = correction(weight, products, self.settings.ridge).to(weight.dtype)
-        quantizer.observer.reset()
-        with quantizer_mode(quantizer, Mode.OBSERVE):
-            quantizer(weight)
+        found = correction(weight, products, self.settings.ridge).to(weight.dtype)
+        before = set_correction(layer, found)
         if error(quantizer(weight), weight, products) < without:
             return True
         quantizer.load_state_dict(before)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.methods.method import METHODS, Calibration, Method
-from ptq4sam.operators.base import INPUT, KEY, QUERY, SOFTMAX, QuantizedOperator
+from ptq4sam.operators.base import INPUT, KEY, QUERY, SOFTMAX, QuantizedLayer, QuantizedOperator
 from ptq4sam.quantization.base import AffineQuantizer
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
@@ -62,12 +62,14 @@ class AttentionParts:
         owner: takes query, key and value before their projections.
         query: projection of the query.
         key: projection of the key.
+        value: projection of the value.
         core: the attention itself.
     """
 
     owner: nn.Module
-    query: QuantizedOperator
-    key: QuantizedOperator
+    query: QuantizedLayer
+    key: QuantizedLayer
+    value: QuantizedLayer
     core: QuantizedOperator
 
     @property

@@ -21,13 +21,15 @@ from ptq4sam.operators.base import (
     PORTABLE,
     QUANTIZED,
     SOFTMAX,
+    QuantizedLayer,
     quantized_operators,
 )
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import Quantizer
+from ptq4sam.quantization.registry import METHODS
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.quantization.slots import require_roles
-from ptq4sam.records import unknown_key
+from ptq4sam.records import FieldError, unknown_key
 from ptq4sam.sam.description import ENCODER, TRANSFORMER, Description, Projected, network_of
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.stages import Stage
@@ -86,15 +88,21 @@ class QuantizedSam(Sam):
             operators = dict(quantized_operators(owner))
             core = next((o for o in operators.values() if SOFTMAX in o.slot_names), None)
             if core is not None and network_of(path) == "decoder":
-                query, key = operators[projected.query], operators[projected.key]
-                found[path] = AttentionParts(owner, query, key, core)
+                names = (projected.query, projected.key, projected.value)
+                layers = (cast(QuantizedLayer, operators[name]) for name in names)
+                found[path] = AttentionParts(owner, *layers, core)
         return found
 
     def key_outputs(self) -> dict[str, tuple[nn.Linear, slice]]:
-        """Linear layers that give keys of attentions, and which of their channels do."""
+        """Linear layers that give keys of attentions, and which of their channels do.
+
+        Those of units that stay float are none of them.
+        """
         found = {}
         for path, owner, projected in _projections(self):
             layer = cast(nn.Linear, owner.get_submodule(projected.key))
+            if not isinstance(layer, QuantizedLayer):
+                continue
             place, parts = projected.part
             width = len(layer.weight) // parts
             channels = slice(place * width, (place + 1) * width)
@@ -140,7 +148,7 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
     quantized = QuantizedSam(copy.deepcopy(sam), scheme, quantize_encoder)
     _check_units(quantized)
     _check_operators(quantized)
-    require_roles(scheme.slots, sam.description.known_roles())
+    _check_roles(quantized)
     for name in [name for name, _ in model_units(quantized)]:
         factory = QuantizerFactory(scheme).of_unit(name)
         if factory is not None:
@@ -158,6 +166,17 @@ def _check_units(sam: QuantizedSam) -> None:
     for name in sam.scheme.units:
         if name not in known:
             raise unknown_key(name, known).within("units")
+
+
+def _check_roles(sam: QuantizedSam) -> None:
+    """Selectors of the scheme, and those that its methods bring."""
+    known = sam.description.known_roles()
+    require_roles(sam.scheme.slots, known)
+    for name in sam.scheme.method_settings:
+        try:
+            require_roles(METHODS[name].slots, known)
+        except FieldError as error:
+            raise error.within(f"methods.{name}") from None
 
 
 def _check_operators(sam: Sam) -> None:

@@ -160,6 +160,7 @@ METHODS: Registry[MethodKind] = Registry(
         "bimodal-integration": "ptq4sam.methods.bimodal",
         "aqer": "ptq4sam.methods.aqer",
         "key-centring": "ptq4sam.methods.key_centring",
+        "mac": "ptq4sam.methods.mac",
         "pcc": "ptq4sam.methods.pcc",
         "qwt-v2": "ptq4sam.methods.qwt",
     },

@@ -92,18 +92,22 @@ class Foldable:
 
 @dataclass(frozen=True)
 class Projected:
-    """Attentions whose query and key come from linear layers.
+    """Attentions whose query, key and value come from linear layers.
+
+    Heads lie one after the other in a layer's outputs.
 
     Attributes:
         pattern: of the module that owns the attention.
         query: layer below it.
         key: layer below it.
+        value: layer below it.
         part: which of how many equal parts of the key layer's outputs are keys.
     """
 
     pattern: str
     query: str
     key: str
+    value: str
     part: tuple[int, int] = (0, 1)
 
 
@@ -262,7 +266,7 @@ DECODER = Description(
     ),
     blocks=(r"mask_decoder\.transformer\.layers\.\d+",),
     foldable=(Foldable(_TO_IMAGE, "q_proj", "k_proj"),),
-    projected=(Projected(_ATTENTION, "q_proj", "k_proj"),),
+    projected=(Projected(_ATTENTION, "q_proj", "k_proj", "v_proj"),),
     origin=("mask_decoder.mask_tokens.weight",),
 )
 """The prompt encoder and the mask decoder of all families."""

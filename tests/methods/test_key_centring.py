@@ -93,6 +93,23 @@ def test_means_go_and_the_float_output_stays(
         torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-3)
 
 
+def test_units_that_stay_float_stay_as_they_are(
+    off_centre: Sam,
+    items: list[CalibrationItem],  # noqa: F811
+    make_scheme: MakeScheme,  # noqa: F811
+) -> None:
+    units = {ENCODER: "float", DECODER: "float"}
+    scheme = make_scheme(4, methods=["key-centring"], ptq4sam={}, units=units)
+    quantized = insert_quantizers(off_centre, scheme)
+    apply_methods(quantized, items[:1], "before_ranges")
+    changed = quantized.applied["key-centring"]
+    assert len(changed) == 2 + 7 - len(units)
+    for unit, layer in ((ENCODER, "qkv"), (DECODER, "k_proj")):
+        assert f"{unit}.{layer}" not in changed
+        ours, theirs = (m.get_submodule(f"{unit}.{layer}") for m in (quantized, off_centre))
+        assert torch.equal(ours.get_parameter("bias"), theirs.get_parameter("bias"))
+
+
 def test_grids_of_keys_become_narrower(
     off_centre: Sam,
     items: list[CalibrationItem],  # noqa: F811

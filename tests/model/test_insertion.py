@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError, ConfigError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.methods.method import METHODS, Method
 from ptq4sam.model.insertion import insert_quantizers, model_units
 from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.modes import quantizer_mode, quantizers
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.records import NoSettings
 from ptq4sam.sam.model import Sam
 
 Forward = Callable[[Sam], tuple[Tensor, ...]]
@@ -115,3 +118,16 @@ def test_a_convolution_that_is_padded_otherwise_is_named(sam: Sam, make_scheme: 
     sam.image_encoder.neck[2].padding_mode = "reflect"
     with pytest.raises(ConfigError, match=r"neck\.2: a convolution pads with reflect"):
         insert_quantizers(sam, make_scheme())
+
+
+def test_roles_that_a_method_brings_are_checked_too(
+    sam: Sam, make_scheme: Callable[..., Scheme], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METHODS, "_items", dict(METHODS._items))
+
+    @METHODS.register("misnaming")
+    class _Misnaming(Method[NoSettings]):
+        slots: ClassVar = {"input@after-gleu": {"bit": 8}}
+
+    with pytest.raises(ConfigError, match=r"methods\.misnaming\.slots\..* 'after-gelu'"):
+        insert_quantizers(sam, make_scheme(methods=["misnaming"]))

@@ -50,7 +50,7 @@ ENCODER = Description(
         (r"image_encoder\.", "image encoder"),
     ),
     blocks=(_BLOCK,),
-    projected=(Projected(rf"{_BLOCK}\.attn", "qkv", "qkv", part=(1, 3)),),
+    projected=(Projected(rf"{_BLOCK}\.attn", "qkv", "qkv", "qkv", part=(1, 3)),),
     origin=("image_encoder.pos_embed", "image_encoder.patch_embed.proj.weight"),
 )
 
