@@ -93,7 +93,8 @@ class Sums:
         added = ridge * products.mean((1, 2), keepdim=True)
         added = added.clamp(min=torch.finfo(products.dtype).tiny)
         turned = across.mT @ (self.right / self.count) @ along
-        return across @ (turned / (products + added)) @ along.mT
+        found: Tensor = across @ (turned / (products + added)) @ along.mT
+        return found
 
 
 class Call:
@@ -149,11 +150,10 @@ class Call:
         return cast(float, self.parts.core.scale)
 
     def _heads(self, role: str, weight: Tensor) -> Tensor:
-        output = nn.functional.linear(
-            self.moved_input(role), weight, layer_of(self.parts, role).bias
-        )
-        heads = self.exact[role].shape[1]
-        return output.unflatten(-1, (heads, -1)).transpose(1, 2)
+        layer, x = layer_of(self.parts, role), self.moved_input(role)
+        output = nn.functional.linear(x, weight, layer.bias)
+        prompts, tokens, _ = output.shape
+        return output.reshape(prompts, tokens, self.exact[role].shape[1], -1).transpose(1, 2)
 
 
 def add_call(sums: Sums, call: Call, role: str) -> None:

@@ -89,8 +89,8 @@ class QuantizedSam(Sam):
             core = next((o for o in operators.values() if SOFTMAX in o.slot_names), None)
             if core is not None and network_of(path) == "decoder":
                 names = (projected.query, projected.key, projected.value)
-                layers = (cast(QuantizedLayer, operators[name]) for name in names)
-                found[path] = AttentionParts(owner, *layers, core)
+                query, key, value = (cast(QuantizedLayer, operators[name]) for name in names)
+                found[path] = AttentionParts(owner, query, key, value, core)
         return found
 
     def key_outputs(self) -> dict[str, tuple[nn.Linear, slice]]:
@@ -98,7 +98,7 @@ class QuantizedSam(Sam):
 
         Those of units that stay float are none of them.
         """
-        found = {}
+        found: dict[str, tuple[nn.Linear, slice]] = {}
         for path, owner, projected in _projections(self):
             layer = cast(nn.Linear, owner.get_submodule(projected.key))
             if not isinstance(layer, QuantizedLayer):
