@@ -15,6 +15,7 @@ from ptq4sam.sam.description import (
     Foldable,
     Geometry,
     Normalization,
+    Normalized,
     Place,
     Projected,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Foldable",
     "Geometry",
     "Normalization",
+    "Normalized",
     "Place",
     "Projected",
     "Variant",

@@ -109,6 +109,15 @@ class QuantizedSam(Sam):
             found[f"{path}.{projected.key}"] = (layer, channels)
         return found
 
+    def normalized_layers(self) -> dict[str, str]:
+        """Paths of quantized layers that alone read what a norm gives, with that of the norm."""
+        found = {}
+        for path, owner in self.named_modules():
+            for pair in self.description.normalized_at(path):
+                if isinstance(owner.get_submodule(pair.layer), QuantizedLayer):
+                    found[f"{path}.{pair.layer}"] = f"{path}.{pair.norm}"
+        return found
+
 
 def _projections(sam: QuantizedSam) -> Iterator[tuple[str, nn.Module, Projected]]:
     """Owners of attentions with their paths, where the network is quantized."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.methods.norm_scales import folded_scales
 from ptq4sam.model.calibration import methods_with
 from ptq4sam.model.insertion import QuantizedSam, folded_layers
 from ptq4sam.operators.base import QuantizedLayer, quantized_layers
@@ -21,7 +22,8 @@ class Switches:
     """Quantizers of a frozen model by path; any set of them can quantize alone.
 
     A frozen weight is on its grid, so that switching its quantizer off is not enough: the float
-    model's weight takes its place, with the signs that bimodal integration folded into both.
+    model's weight takes its place, with the signs and the scales of norms that methods folded into
+    both.
 
     Args:
         sam: the frozen model; it is as before outside of `only`.
@@ -39,12 +41,16 @@ class Switches:
         self._quantizers = dict(quantizers(sam))
         self.names = frozenset(self._quantizers)
         folded = set(folded_layers(sam))
+        norms = sam.normalized_layers()
         self._weights: dict[str, tuple[QuantizedLayer, Tensor, Tensor]] = {}
         for name, layer in quantized_layers(sam):
             source = float_sam.get_submodule(name)
             weight = source.get_parameter("weight").detach()
             if name in folded:
                 weight = weight * _folded_signs(layer, source)[:, None]
+            if name in norms:
+                both = (model.get_submodule(norms[name]) for model in (sam, float_sam))
+                weight = weight * folded_scales(*both)
             quantizer = f"{name}.{WEIGHT_QUANTIZER}"
             self._weights[quantizer] = (layer, layer.weight.detach(), weight)
 

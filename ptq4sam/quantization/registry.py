@@ -161,6 +161,7 @@ METHODS: Registry[MethodKind] = Registry(
         "aqer": "ptq4sam.methods.aqer",
         "key-centring": "ptq4sam.methods.key_centring",
         "mac": "ptq4sam.methods.mac",
+        "norm-scales": "ptq4sam.methods.norm_scales",
         "pcc": "ptq4sam.methods.pcc",
         "qwt-v2": "ptq4sam.methods.qwt",
     },

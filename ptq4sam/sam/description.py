@@ -112,6 +112,21 @@ class Projected:
 
 
 @dataclass(frozen=True)
+class Normalized:
+    """Layers that alone read what a norm gives, element by element or beside zeros.
+
+    Attributes:
+        pattern: of the module that owns both.
+        norm: below it.
+        layer: below it.
+    """
+
+    pattern: str
+    norm: str
+    layer: str
+
+
+@dataclass(frozen=True)
 class Description:
     """A network, or several.
 
@@ -127,6 +142,7 @@ class Description:
         blocks: what repeats, as beginnings of paths.
         foldable: see there.
         projected: see there.
+        normalized: see there.
         origin: names of tensors that no quantization changes, by which models of one float model
             are told.
     """
@@ -140,6 +156,7 @@ class Description:
     blocks: tuple[str, ...] = ()
     foldable: tuple[Foldable, ...] = ()
     projected: tuple[Projected, ...] = ()
+    normalized: tuple[Normalized, ...] = ()
     origin: tuple[str, ...] = ()
 
     def __add__(self, other: Description) -> Description:
@@ -171,6 +188,10 @@ class Description:
     def projected_at(self, path: str) -> Projected | None:
         """Where query and key of an attention's owner come from; None where it is not known."""
         return next((p for p in self.projected if re.fullmatch(p.pattern, path)), None)
+
+    def normalized_at(self, path: str) -> tuple[Normalized, ...]:
+        """Pairs of norm and layer below a module."""
+        return tuple(n for n in self.normalized if re.fullmatch(n.pattern, path))
 
     def roles(self, path: str, slot: str) -> frozenset[str]:
         """Roles of a slot of a quantized operator, with that of its network."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ptq4sam.families.family import DECODER, Description, Family, Place, Projected
+from ptq4sam.families.family import DECODER, Description, Family, Normalized, Place, Projected
 from ptq4sam.families.sam_vit.huggingface import convert_names, is_huggingface, read_directory
 
 _BLOCK = r"image_encoder\.blocks\.\d+"
@@ -51,6 +51,10 @@ ENCODER = Description(
     ),
     blocks=(_BLOCK,),
     projected=(Projected(rf"{_BLOCK}\.attn", "qkv", "qkv", "qkv", part=(1, 3)),),
+    normalized=(
+        Normalized(_BLOCK, "norm1", "attn.qkv"),
+        Normalized(_BLOCK, "norm2", "mlp.lin1"),
+    ),
     origin=("image_encoder.pos_embed", "image_encoder.patch_embed.proj.weight"),
 )
 

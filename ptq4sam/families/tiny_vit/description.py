@@ -6,7 +6,7 @@ filter a channel too, and every linear layer and attention.
 
 from __future__ import annotations
 
-from ptq4sam.families.family import DECODER, Description, Family, Place
+from ptq4sam.families.family import DECODER, Description, Family, Normalized, Place
 from ptq4sam.families.tiny_vit.weights import fold_state
 
 _ENCODER = r"image_encoder"
@@ -66,6 +66,10 @@ ENCODER = Description(
         (rf"{_ENCODER}\.", "image encoder"),
     ),
     blocks=(rf"{_ENCODER}\.layers\.\d+\.blocks\.\d+", _MERGING),
+    normalized=(
+        Normalized(rf"{_BLOCK}\.attn", "norm", "qkv"),
+        Normalized(rf"{_BLOCK}\.mlp", "norm", "fc1"),
+    ),
     origin=("image_encoder.patch_embed.seq.0.c.weight",),
 )
 
