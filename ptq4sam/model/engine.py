@@ -108,7 +108,8 @@ def reconstruct(
         work.decoder_states(streams.quantized, boxes) if sam.encoder_quantized else list(exact)
     )
     streams = _Streams(quantized, exact)
-    work.run_part(TRANSFORMER, sam.mask_decoder.transformer.stages(), streams)
+    joint = settings.granularity == "joint"
+    work.run_part(TRANSFORMER, sam.mask_decoder.transformer.stages(joint=joint), streams)
     work.warn_of_worse_units()
 
 
@@ -203,7 +204,7 @@ class _Work:
         """The unit itself, or its layers one after the other, with what each saw."""
         if not quantized_layers(stage.unit):
             return  # the scheme keeps it float
-        if self.settings.granularity == "unit":
+        if self.settings.granularity != "layer":
             yield stage.name, stage.unit, captured.data()
             return
         for inner, layer in quantized_layers(stage.unit):

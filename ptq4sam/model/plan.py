@@ -104,7 +104,8 @@ def make_plan(
     sparse, dense = sam.prompt_encoder(boxes=group.to(sam.device))
     positions = sam.prompt_encoder.dense_positions()
     state = sam.mask_decoder.begin(state[0], positions, sparse, dense)
-    stages = sam.mask_decoder.transformer.stages()
+    joint = scheme.recon is not None and scheme.recon.granularity == "joint"
+    stages = sam.mask_decoder.transformer.stages(joint=joint)
     decoder, _ = _walk(TRANSFORMER, stages, state, boxes / len(group))
     units = [*encoder, *decoder] if quantize_encoder else decoder
     steps = 0 if scheme.recon is None else scheme.recon.iters

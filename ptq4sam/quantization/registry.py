@@ -134,6 +134,7 @@ GRIDS: Registry[type[Quantizer]] = Registry(
     {
         "affine": "ptq4sam.quantization.quantizers",
         "logarithmic": "ptq4sam.methods.adaptive_granularity",
+        "grouped": "ptq4sam.methods.grouped",
         "hybrid": "ptq4sam.methods.hybrid",
         "lnq": "ptq4sam.methods.lnq",
     },

@@ -101,7 +101,8 @@ class Reconstruction(Record):
         learn_rounding: ours; learn the rounding of the weights.
         learn_scale: ours; learn the scales of the activations, and the zero points of LSQ+.
         granularity: ours; reconstruct whole attentions, MLPs and the like ("unit", as BRECQ and
-            QDrop) or one layer after another ("layer", as AdaRound).
+            QDrop), one layer after another ("layer", as AdaRound), or units with both cross
+            attentions of a decoder's block and the MLP between them as one ("joint", as CAR-SAM).
         patience: ours; steps without a lower loss after which the rest of the schedule passes
             within as many steps; 0 makes all steps.
         precision: ours; of the matrix products of a step: "float32", "bfloat16" (about half
@@ -123,7 +124,7 @@ class Reconstruction(Record):
     rounding_lr: float = 1e-3
     learn_rounding: bool = True
     learn_scale: bool = True
-    granularity: Literal["unit", "layer"] = "unit"
+    granularity: Literal["unit", "layer", "joint"] = "unit"
     patience: int = 0
     precision: Literal["float32", "bfloat16", "tf32"] = "float32"
     weights_only: bool = False
@@ -256,6 +257,8 @@ class Scheme(Record):
             self._check_learning(self.recon)
 
     def _check_learning(self, recon: Reconstruction) -> None:
+        if recon.granularity == "joint" and self.compat == "published":
+            raise FieldError("recon.granularity", "joint given, which nothing published has")
         if recon.learn_rounding and self.w_qconfig.quantizer != ADAROUND:
             raise FieldError(
                 "recon.learn_rounding",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from ptq4sam.operators.attention import SoftmaxAttention
@@ -85,8 +87,19 @@ class TwoWayAttentionBlock(nn.Module):
         )
         self.skip_first_layer_pe = skip_first_layer_pe
 
-    def stages(self) -> list[Stage]:
-        """The block's units; the state is a TwoWayState."""
+    def stages(self, *, joint: bool = False) -> list[Stage]:
+        """The block's units; the state is a TwoWayState.
+
+        Args:
+            joint: both cross attentions are one unit, with what lies between them.
+        """
+        units = self._units()
+        if not joint:
+            return units
+        together = CrossAttentions(self, units[1:])
+        return [units[0], Stage("cross_attentions", together, tuple, together.leave)]
+
+    def _units(self) -> list[Stage]:
         return [
             Stage("self_attn", self.self_attn, self._enter_self, self._leave_self),
             Stage(
@@ -135,6 +148,45 @@ class TwoWayAttentionBlock(nn.Module):
     def _leave_image_to_token(self, state: State, attended: Tensor) -> State:
         s = TwoWayState(*state)
         return s._replace(keys=self.norm4(s.keys + attended))
+
+
+class CrossAttentions(nn.Module):
+    """Both cross attentions of a block and the MLP between them as one unit.
+
+    What it answers with are both sides behind it, tokens and image, one after the other: an error
+    of it is the sum of theirs (joint reconstruction of CAR-SAM, CVPR 2026).
+
+    Args:
+        block: whose they are.
+        stages: them, with the arithmetic around.
+    """
+
+    _NAMES = (
+        "cross_attn_token_to_image",
+        "norm2",
+        "mlp",
+        "norm3",
+        "cross_attn_image_to_token",
+        "norm4",
+    )
+
+    def __init__(self, block: TwoWayAttentionBlock, stages: Sequence[Stage]) -> None:
+        super().__init__()
+        for name in self._NAMES:
+            self.add_module(name, block.get_submodule(name))
+        self._stages = tuple(stages)
+
+    def forward(self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor) -> Tensor:
+        """Run them; [batch, n + m, dim]."""
+        state = run_stages(self._stages, TwoWayState(queries, keys, query_pe, key_pe))
+        behind = TwoWayState(*state)
+        return torch.cat([behind.queries, behind.keys], dim=1)
+
+    def leave(self, state: State, answer: Tensor) -> State:
+        """The state behind it."""
+        s = TwoWayState(*state)
+        tokens = s.queries.shape[1]
+        return s._replace(queries=answer[:, :tokens], keys=answer[:, tokens:])
 
 
 def enter_token_to_image(state: State) -> tuple[Tensor, ...]:
@@ -193,12 +245,16 @@ class TwoWayTransformer(nn.Module):
         key_pe = image_pe.flatten(2).transpose(1, 2)
         return TwoWayState(point_embedding, keys, point_embedding, key_pe)
 
-    def stages(self) -> list[Stage]:
-        """The blocks' stages and the last attention; the state is a TwoWayState."""
+    def stages(self, *, joint: bool = False) -> list[Stage]:
+        """The blocks' stages and the last attention; the state is a TwoWayState.
+
+        Args:
+            joint: see TwoWayAttentionBlock.stages.
+        """
         layers = [
             stage.below(f"layers.{index}")
             for index, layer in enumerate(self.layers)
-            for stage in cast(TwoWayAttentionBlock, layer).stages()
+            for stage in cast(TwoWayAttentionBlock, layer).stages(joint=joint)
         ]
         final = Stage(
             "final_attn_token_to_image",

@@ -47,6 +47,7 @@ SCHEMES: dict[str, tuple[int, dict[str, Any]]] = {
     "W6A6 PTQ4SAM": (6, {}),
     "W4A4 PTQ4SAM": (4, {}),
     "W4A4 hybrid": (4, {"slots": {"input@after-gelu": {"grid": "hybrid"}}}),
+    "W4A4 grouped": (4, {"slots": {"input@after-gelu": {"grid": "grouped"}}}),
     "W4A4 LNQ": (4, {"slots": {"softmax": {"grid": "lnq"}}}),
 }
 

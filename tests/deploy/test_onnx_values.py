@@ -19,6 +19,7 @@ from ptq4sam.deploy.onnx.values import quantize, steps_of
 from ptq4sam.deploy.targets import onnxruntime
 from ptq4sam.errors import DeployError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.methods.grouped import GroupedQuantizer
 from ptq4sam.methods.hybrid import HybridQuantizer
 from ptq4sam.methods.lnq import LnqQuantizer
 from ptq4sam.operators.base import put_weights_on_grid
@@ -122,6 +123,21 @@ def test_a_table_has_the_points_of_the_simulation(bits: int, runtime: str, tmp_p
     ends = quantizer.ends
     beside = torch.stack([ends, torch.nextafter(ends, torch.tensor(0.0))]).flatten()
     x[7].view(-1)[: len(beside)] = beside
+    found = exported(quantizer, x, runtime, tmp_path)
+    np.testing.assert_array_equal(found, quantizer.steps(x).numpy())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_a_grouped_grid_has_the_points_of_the_simulation(
+    bits: int, runtime: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(bits)
+    x = torch.randn(500, 12) * torch.logspace(-2, 0, 12) + torch.linspace(-1, 2, 12)
+    quantizer = calibrated(GroupedQuantizer(Grid(bits)), x, torch.randn(12, 3))
+    points = quantizer.grid_in_use().points().float().t()
+    between = (points[1:] + points[:-1]) / 2
+    beside = [torch.nextafter(between, torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    x = torch.cat([2 * x, points, between, *beside])
     found = exported(quantizer, x, runtime, tmp_path)
     np.testing.assert_array_equal(found, quantizer.steps(x).numpy())
 

@@ -43,12 +43,13 @@ SCHEMES: dict[str, tuple[int, dict[str, object]]] = {
         4,
         {"units": {"image_encoder.blocks.1.attn": "float", "image_encoder.blocks.1.mlp": 8}},
     ),
-    "hybrid inputs, LNQ": (
+    "hybrid and grouped inputs, LNQ": (
         4,
         {
             "slots": {
                 "input@after-gelu": {"grid": "hybrid"},
                 "input@after-relu": {"grid": "hybrid"},
+                "input@decoder": {"grid": "grouped"},
                 "softmax": {"grid": "lnq"},
             }
         },

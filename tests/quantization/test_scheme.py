@@ -126,7 +126,11 @@ def test_numbers_that_yaml_takes_for_text(tmp_path: Path, text: str) -> None:
         ("recon.b_range", [20], "recon.b_range: [20] given, a list of 2 items is needed"),
         ("recon.b_range", [20, "x"], "recon.b_range: 'x' given, a number is needed"),
         ("recon.round_mode", "stochastic", "recon.round_mode: 'stochastic' given, one of"),
-        ("recon.granularity", "block", "recon.granularity: 'block' given, one of unit, layer"),
+        (
+            "recon.granularity",
+            "block",
+            "recon.granularity: 'block' given, one of unit, layer, joint",
+        ),
         ("ptq4sam.peak_distance", 129, "ptq4sam.peak_distance: 129 given, allowed: 1 to global"),
         ("ptq4sam.peak_height", 0, "ptq4sam.peak_height: 0.0 given, allowed: between 0 and 1"),
         ("ptq4sam.global_num", 2, "ptq4sam.global_num: 2 given, allowed: 3 or more"),

@@ -15,6 +15,7 @@ from ptq4sam.deploy.codes import LogGrid, UniformGrid, layer_codes, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.traced import ZERO, Traced
 from ptq4sam.errors import DeployError
+from ptq4sam.methods.grouped import GroupedGrid
 from ptq4sam.methods.hybrid_grid import BYTE, HybridGrid, hybrid_steps
 from ptq4sam.methods.lnq import TableGrid
 from ptq4sam.operators.base import QuantizedLayer
@@ -106,7 +107,9 @@ def codes_of(x: Traced, quantizer: Quantizer | None, path: str) -> tuple[Value, 
     Returns:
         The codes before the moves, and behind them; zeros around these are the codes of 0.
     """
-    name, shape, moves = x.unmoved
+    by_channel = quantizer is not None and isinstance(quantizer.grid_in_use(), GroupedGrid)
+    # Channels of a grouped grid are on the last axis behind all moves.
+    name, shape, moves = (x.name, tuple(x.shape), ()) if by_channel else x.unmoved
     value = quantize(x.graph, name, quantizer, path)
     if quantizer is not None:
         x.graph.quantized(path, x.exact and x.graph.portable)
@@ -174,7 +177,28 @@ def table_codes(graph: Graph, x: str, grid: TableGrid, path: str) -> Value:
     return Value(codes, Affine(np.array(float(grid.unit), np.float32), zero))
 
 
-LOWERINGS.update({HybridGrid: hybrid_codes, TableGrid: table_codes})
+def grouped_codes(graph: Graph, x: str, grid: GroupedGrid, path: str) -> Value:
+    """Points of a grouped grid as bytes, of which the lowest of all channels is 0."""
+    lowest, ratio = -grid.zero, grid.ratio
+
+    def by_channel(kind: str, given: str, values: Tensor, name: str) -> str:
+        constant = graph.constant(f"{path}.{name}", _float32(values))
+        return graph.node(kind, [given, constant], f"{path}.{name}.{kind}")
+
+    # Powers of two: whatever a runtime makes of the products is exact.
+    ratios = by_channel(
+        "Mul", quotient(Traced(graph, x, ()), float(grid.scale)).name, 1 / ratio, "in"
+    )
+    codes = by_channel("Max", Traced(graph, ratios, ()).round().name, lowest, "lowest")
+    codes = by_channel("Min", codes, lowest + grid.codes.qmax, "highest")
+    below = int((lowest * ratio).min().clamp(max=0))
+    steps = Traced(graph, by_channel("Mul", codes, ratio, "out"), ()) + float(-below)
+    one, zero = np.array(1, np.float32), np.array(0, np.uint8)
+    held = _quantize_linear(graph, steps.name, Affine(one, zero), path)
+    return Value(held, Affine(np.array(float(grid.scale), np.float32), np.array(-below, np.uint8)))
+
+
+LOWERINGS.update({HybridGrid: hybrid_codes, TableGrid: table_codes, GroupedGrid: grouped_codes})
 
 
 def _quantize_linear(graph: Graph, x: str, affine: Affine, path: str) -> str:
