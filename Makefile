@@ -21,6 +21,7 @@ lint:
 	$(bin)/mypy
 	$(bin)/mypy --platform win32 --cache-dir .mypy_cache/win32
 	$(bin)/mypy --platform darwin --cache-dir .mypy_cache/darwin
+	! command -v actionlint || actionlint
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,7 +1,7 @@
 """Post-training quantization of Segment Anything Models: PTQ4SAM and beyond.
 
 sam = ptq4sam.load_sam("vit_b", checkpoint="ckpt/sam_vit_b_01ec64.pth")
-qsam = ptq4sam.quantize(sam, calibration, scheme="exp/config44.yaml")
+qsam = ptq4sam.quantize(sam, calibration, scheme="ptq4sam-l44")
 score = ptq4sam.evaluate(qsam, dataset, prompts)
 ptq4sam.save(qsam, "sam_b_w4a4.safetensors")
 qsam = ptq4sam.load("sam_b_w4a4.safetensors")

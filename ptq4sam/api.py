@@ -36,7 +36,7 @@ def quantize(
         sam: the float model.
         calibration: a data set, of which the first pictures with boxes are used (as many as the
             scheme says), or calibration items. Boxes are enough: CocoDataset(..., masks=False).
-        scheme: the quantization, or the YAML file that describes it.
+        scheme: the quantization, the name of one that ships, or a YAML file that describes it.
         prompts: boxes of the calibration pictures; ground truth by default, which a plain folder
             of pictures does not have.
         quantize_encoder: quantize the image encoder too, not only the mask decoder.

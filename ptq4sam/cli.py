@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ptq4sam.terminal import guarded
+from ptq4sam.version import __version__
 
 _VERBS = {
     "evaluate": ("score a SAM, float or quantized, on a data set", "ptq4sam.commands.evaluate"),
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line with all its verbs."""
     parser = argparse.ArgumentParser(prog="ptq4sam", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"ptq4sam {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log details")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for verb, (purpose, path) in _VERBS.items():

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="vit_nano",
         help=f"{', '.join(MODELS)}; default: vit_nano",
     )
-    parser.add_argument("--scheme", type=Path, help="quantize by this file; default: float")
+    parser.add_argument("--scheme", type=Path, help="a name or a file; default: float")
     add_decoder_only(parser)
     parser.add_argument("--boxes", type=int, default=1, metavar="N", help="prompts on the picture")
     parser.add_argument(

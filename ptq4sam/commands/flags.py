@@ -26,7 +26,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) ->
         metavar="F",
         help="float weights that a quantized --checkpoint is compared with",
     )
-    parser.add_argument("--scheme", type=Path, help="quantize by this file, e.g. exp/config44.yaml")
+    parser.add_argument(
+        "--scheme",
+        type=Path,
+        help="quantize by this: ptq4sam-l44 or another name of exp/, or a file",
+    )
     parser.add_argument(
         "--scheme-options",
         nargs="+",

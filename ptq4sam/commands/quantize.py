@@ -56,7 +56,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.method == "nncf":
         return _quantize_by_nncf(parsed)
     if parsed.scheme is None:
-        raise ConfigError("ptq4sam quantize needs a scheme: give --scheme exp/config44.yaml")
+        raise ConfigError("ptq4sam quantize needs a scheme: give --scheme ptq4sam-l44")
     return execute(
         settings_from_arguments(
             parsed, save_model=parsed.output, accuracy=accuracy_settings(parsed)

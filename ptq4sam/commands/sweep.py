@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam sweep`."""
-    parser.add_argument("file", type=Path, help="grid of trials, e.g. exp/sweeps/bits.yaml")
+    parser.add_argument(
+        "file", type=Path, help="grid of trials: bits or another name of exp/sweeps/, or a file"
+    )
     parser.add_argument(
         "--work-dir", type=Path, help="default: work_dirs/sweeps/<name of the file>"
     )

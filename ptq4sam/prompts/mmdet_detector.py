@@ -25,6 +25,7 @@ from ptq4sam.prompts.categories import category_ids_by_number
 from ptq4sam.prompts.detections import file_digest
 from ptq4sam.prompts.mmdet_checkpoint import load_weights
 from ptq4sam.prompts.record import Prompts, clean
+from ptq4sam.shipped import located
 
 _LIBRARIES = ("mmengine", "mmcv", "mmdet")
 _BOXES = 100
@@ -143,8 +144,8 @@ def _head(model: nn.Module) -> Any:
 
 
 def _find(config: str) -> Path:
-    """A configuration here, or one of those that mmdet ships with."""
-    here = Path(config)
+    """A configuration here, one of ours, or one of those that mmdet ships with."""
+    here = located(Path(config))
     if here.is_file():
         return here
     shipped = _shipped()

@@ -25,6 +25,7 @@ from ptq4sam.quantization.slots import (
     with_ch_axis,
 )
 from ptq4sam.records import FieldError, Record, read_yaml
+from ptq4sam.shipped import SCHEMES, find
 
 PER_TENSOR_OBSERVER_NAMES = (
     "AvgMinMaxObserver",
@@ -356,10 +357,13 @@ class Scheme(Record):
     def from_yaml(cls, path: str | Path) -> Scheme:
         """Read a scheme from a YAML file.
 
+        Args:
+            path: the file, or the name of one that ships, as ptq4sam-l44.
+
         Raises:
-            ConfigError: the file is not there, is not YAML, or describes no possible scheme.
+            ConfigError: there is none, it is not YAML, or describes no possible scheme.
         """
-        return cls.from_dict(read_yaml(Path(path), "scheme file"), path)
+        return cls.from_dict(read_yaml(find(path, SCHEMES, "scheme"), "scheme file"), path)
 
     def to_yaml(self) -> str:
         """YAML text that `from_yaml` reads back to an equal scheme."""

@@ -28,6 +28,7 @@ from typing import Any
 from ptq4sam.errors import ConfigError
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.records import FieldError, assign, read_yaml, unknown_key
+from ptq4sam.shipped import SWEEPS, find
 from ptq4sam.sweep.settings import TrialSettings, known_keys
 
 _log = logging.getLogger(__name__)
@@ -92,13 +93,15 @@ def read_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
     """Read a sweep file.
 
     Args:
-        path: the file; schemes that it names are looked for beside it, then in the current folder.
+        path: the file, or the name of one that ships, as bimodal; schemes that it names are
+            looked for beside it, then in the current folder and by their names.
         overrides: settings that go before those of `base`.
 
     Raises:
         ConfigError: a key is unknown (the nearest known one is named), a value cannot be used, or
             no trial is left.
     """
+    path = find(path, SWEEPS, "sweep")
     content = read_yaml(path, "sweep file")
     try:
         return _Reader(path.parent, content, overrides or {}).sweep(path.stem)

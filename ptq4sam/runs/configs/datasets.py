@@ -13,12 +13,13 @@ from ptq4sam.errors import ConfigError, DataError
 from ptq4sam.files import read_json
 from ptq4sam.runs.configs.experiment import DataConfig
 from ptq4sam.runs.configs.literals import load_config
+from ptq4sam.shipped import CONFIGS, located
 
-NAMED = Path("projects/configs/_base_")
+NAMED = CONFIGS / "_base_"
 """Folder of the configurations that name a data set, below the repository."""
 
 
-def find_dataset(given: str, named: Path = NAMED) -> DataConfig:
+def find_dataset(given: str, named: Path | None = None) -> DataConfig:
     """The data set that one word means.
 
     Args:
@@ -26,12 +27,13 @@ def find_dataset(given: str, named: Path = NAMED) -> DataConfig:
             coco_mini, scenes); a configuration FILE.py with such a section; a COCO instances
             FILE.json, whose pictures are looked for beside it; or a folder of pictures without
             annotations.
-        named: the folder of names.
+        named: the folder of names; None for NAMED, here or as it ships.
 
     Raises:
         ConfigError: it is none of these, or the configuration is damaged or has no `data`.
         DataError: the instances file is missing or damaged, or its pictures are not beside it.
     """
+    named = located(NAMED) if named is None else named
     path = Path(given)
     if path.name.endswith((".json", ".json.gz")):
         if not path.exists():

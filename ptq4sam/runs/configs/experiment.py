@@ -10,6 +10,7 @@ from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.families import VARIANTS
 from ptq4sam.records import FieldError, Record
 from ptq4sam.runs.configs.literals import load_config
+from ptq4sam.shipped import CONFIGS, find
 
 DetectorType = Literal[
     "ground-truth",
@@ -126,10 +127,10 @@ class ExperimentConfig(Record):
         """Read a configuration file.
 
         Args:
-            path: the file.
+            path: the file, or the name of one that ships, as yolo_l-sam-vit-b.
             options: overrides, "sam.checkpoint=other.pth".
 
         Raises:
             ConfigError: the file cannot be read, or a key or value is not usable.
         """
-        return cls.from_dict(load_config(path, options), path)
+        return cls.from_dict(load_config(find(path, CONFIGS, "configuration"), options), path)

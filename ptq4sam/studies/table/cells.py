@@ -13,6 +13,7 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.prompts.spec import PACKAGES, parse_spec
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs.configs.experiment import DataConfig, ExperimentConfig
+from ptq4sam.shipped import CONFIGS, SCHEMES, located
 from ptq4sam.studies.table.published import BITS, FLOAT, METHODS, published
 from ptq4sam.studies.table.rows import Cell, MissingInput
 from ptq4sam.sweep.settings import Pictures, TrialSettings
@@ -136,10 +137,10 @@ class Table:
 
     Args:
         request: which part of the table.
-        root: folder of projects/configs/ and exp/; None for the current one, else the repository's.
+        root: folder of projects/configs/ and exp/; None for the current one, else what ships.
 
     Raises:
-        ConfigError: a filter is unknown, or there is no such folder.
+        ConfigError: a filter is unknown.
     """
 
     request: Request
@@ -147,7 +148,7 @@ class Table:
     _schemes: dict[str, Scheme] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._root = self.root or _find_root()
+        self._root = self.root or Path()
         asked = self.request
         self._profile = PROFILES[one_of("profile", asked.profile, PROFILES)]
         self._detectors = _chosen("detector", asked.detectors, self._profile.detectors)
@@ -184,7 +185,7 @@ class Table:
     def _look(self, candidate: Candidate, model: str) -> _Found:
         """Read a configuration and see what is there of what it needs."""
         path = candidate.config.format(model=model.replace("_", "-"))
-        file = self._root / "projects" / "configs" / path
+        file = located(self._root / CONFIGS / path)
         config = ExperimentConfig.from_file(file, *candidate.options)
         data = None if candidate.generated else self._data(config)
         needed = [config.detector.checkpoint, config.sam.checkpoint]
@@ -224,7 +225,7 @@ class Table:
 
     def _scheme(self, name: str) -> Scheme:
         if name not in self._schemes:
-            scheme = Scheme.from_yaml(self._root / "exp" / f"{name}.yaml")
+            scheme = Scheme.from_yaml(located(self._root / SCHEMES / f"{name}.yaml"))
             if self.request.calibrate is not None:
                 scheme = replace(scheme, calibrate=self.request.calibrate)
             self._schemes[name] = scheme
@@ -261,13 +262,3 @@ def _annotated(data: DataConfig | None) -> Pictures:
 def _missing(path: Path) -> MissingInput:
     asset = asset_at(path)
     return MissingInput(str(path), None if asset is None else asset.name)
-
-
-def _find_root() -> Path:
-    for folder in (Path(), Path(__file__).resolve().parents[3]):
-        if (folder / "projects" / "configs").is_dir() and (folder / "exp").is_dir():
-            return folder
-    raise ConfigError(
-        "the table is read from projects/configs and exp, which are not in this folder: start the "
-        "command in a checkout of the repository"
-    )

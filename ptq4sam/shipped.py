@@ -1,0 +1,62 @@
+"""Files that ship with the package: schemes, configurations, sweeps.
+
+In a checkout they lie at its top (`exp/`, `projects/`, `mmdetection/`); a wheel holds them in
+`ptq4sam/assets/` (setup.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from ptq4sam.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent
+_ASSETS = _PACKAGE / "assets"
+
+ROOT = _ASSETS if (_ASSETS / "exp").is_dir() else _PACKAGE.parent
+"""The folder of `exp/`, `projects/` and `mmdetection/`."""
+
+SCHEMES = Path("exp")
+SWEEPS = Path("exp/sweeps")
+CONFIGS = Path("projects/configs")
+
+
+def located(path: Path) -> Path:
+    """A file or folder where it is: as given, or below ROOT where only that one is there."""
+    shipped = ROOT / path
+    return shipped if not path.exists() and shipped.exists() else path
+
+
+def find(given: str | Path, folder: Path, what: str) -> Path:
+    """The file that a path or the name of a shipped one means.
+
+    Args:
+        given: a path, in the current folder or among what ships, or a name: that of a file of
+            `folder` without its suffix, as ptq4sam-l44.
+        folder: SCHEMES, SWEEPS or CONFIGS.
+        what: it is, for messages, as "scheme".
+
+    Raises:
+        ConfigError: it is a name, and none of those that ship; the nearest one is named.
+    """
+    path = located(Path(given))
+    if path.is_file() or path.suffix or len(path.parts) != 1:
+        return path
+    names = shipped_names(folder)
+    if str(given) in names:
+        return names[str(given)]
+    near = difflib.get_close_matches(str(given), names, n=1)
+    hint = f"did you mean {near[0]}? there are" if near else "there are"
+    raise ConfigError(
+        f"no {what} is named {str(given)!r}: {hint} {', '.join(names)}; or give a file"
+    )
+
+
+def shipped_names(folder: Path) -> dict[str, Path]:
+    """The files of a folder that ships, by their names without suffix.
+
+    Configurations lie in a folder for each detector; those that others are based on have no name.
+    """
+    pattern = "[!_]*/*.py" if folder == CONFIGS else "*.yaml"
+    return {path.stem: path for path in sorted((ROOT / folder).glob(pattern))}
