@@ -1,4 +1,4 @@
-"""What goes with a release says the same: version, Pythons, workflows, what a wheel is made from."""
+"""What goes with a release agrees: version, Pythons, workflows, what a wheel is made from."""
 
 from __future__ import annotations
 
