@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
+
+from ptq4sam.sizes import format_seconds
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -21,11 +27,44 @@ def silent(steps: Sequence[T], description: str) -> Iterable[T]:
 
 
 def bars(steps: Sequence[T], description: str) -> Iterable[T]:
-    """Show a bar with time left on the terminal, or nothing where there is none."""
+    """Show a bar with time left on the terminal, or a line now and then where there is none."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    return track(
-        steps, description, total=len(steps), console=console, disable=not console.is_terminal
-    )
+    if not console.is_terminal:
+        return told(steps, description, Ticker())
+    return track(steps, description, total=len(steps), console=console)
+
+
+class Ticker:
+    """Logs a line where the last one was half a minute ago, counted from its making.
+
+    Args:
+        pause: seconds between lines.
+        clock: tells seconds.
+    """
+
+    def __init__(self, pause: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self._pause = clock, pause
+        self.begun = self._last = clock()
+
+    def tell(self, line: Callable[[], str]) -> None:
+        """Log the line, if it is time for one; only then it is made."""
+        now = self.clock()
+        if now - self._last >= self._pause:
+            self._last = now
+            _log.info("%s", line())
+
+
+def told(steps: Sequence[T], description: str, ticker: Ticker) -> Iterator[T]:
+    """Log how many steps are done and how long the rest may take, whenever a ticker lets it."""
+
+    def line() -> str:
+        spent = ticker.clock() - ticker.begun
+        left = f", about {format_seconds(spent / done * (len(steps) - done))} left" if done else ""
+        return f"{description}: {done} of {len(steps)}, {format_seconds(spent)} so far{left}"
+
+    for done, step in enumerate(steps):  # noqa: B007  # used by line()
+        ticker.tell(line)
+        yield step

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptq4sam.columns import aligned, terminal_width, wrapped
 from ptq4sam.commands.flags import MODELS, add_decoder_only
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ _NOTE = (
     "norms, softmax, activation functions, sums. What is not quantized computes at 32 bits. float "
     "operations: each weighted by max(bits)/32; bit operations: by the product of both operands' "
     "bits. Activations: what the operations read."
+)
+
+_TITLES = (
+    *("values\nM", "MB", "float\nMB", "GMAC", "float\nops G", "bit\nops T"),
+    *("act.\nMB", "float\nMB"),
 )
 
 
@@ -66,7 +72,7 @@ def run(parsed: argparse.Namespace) -> int:
             content["file"] = dataclasses.asdict(sizes)
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
         return 0
-    lines_of_file = [] if sizes is None else ["", f"{parsed.file}:", *sizes.lines()]
+    lines_of_file = [] if sizes is None else ["", f"{parsed.file}:", *sizes.lines(terminal_width())]
     sys.stdout.write("\n".join([*lines(cost), *lines_of_file]) + "\n")
     return 0
 
@@ -87,25 +93,32 @@ def to_dict(cost: Cost) -> dict[str, Any]:
 
 def lines(cost: Cost) -> list[str]:
     """The table for people."""
-    head = (
-        f"{cost.model:<31}{'values M':>10}{'MB':>9}{'float MB':>10}{'GMAC':>10}"
-        f"{'float ops G':>13}{'bit ops T':>11}{'act. MB':>10}{'float MB':>10}"
-    )
-    note = _NOTE.format(boxes=cost.boxes, es="" if cost.boxes == 1 else "es")
-    return [
-        head,
-        *map(_line, (*cost.parts, cost.total)),
+    width = terminal_width()
+    notes = (
         f"against float32: {cost.storage_ratio:.2f}x less storage, {cost.operations_ratio:.2f}x "
         f"fewer float operations ({cost.layers_ratio:.2f}x with attention products at 32 bits), "
         f"{cost.bit_operations_ratio:.2f}x fewer bit operations",
-        note,
-    ]
-
-
-def _line(part: PartCost) -> str:
-    return (
-        f"{part.name:<31}{part.parameters / 1e6:>10.3f}{part.weight_bytes / 1e6:>9.2f}"
-        f"{part.float_weight_bytes / 1e6:>10.2f}{part.macs / 1e9:>10.3f}"
-        f"{part.float_operations / 1e9:>13.3f}{part.bit_operations / 1e12:>11.3f}"
-        f"{part.activation_bytes / 1e6:>10.2f}{part.float_activation_bytes / 1e6:>10.2f}"
+        _NOTE.format(boxes=cost.boxes, es="" if cost.boxes == 1 else "es"),
     )
+    table = [[cost.model, *_TITLES], *map(_cells, (*cost.parts, cost.total))]
+    return [*aligned(table, width=width), *(wrapped(note, width) for note in notes)]
+
+
+def _cells(part: PartCost) -> list[str]:
+    values = (
+        part.parameters / 1e6,
+        part.weight_bytes / 1e6,
+        part.float_weight_bytes / 1e6,
+        part.macs / 1e9,
+        part.float_operations / 1e9,
+        part.bit_operations / 1e12,
+        part.activation_bytes / 1e6,
+        part.float_activation_bytes / 1e6,
+    )
+    return [part.name, *map(_short, values)]
+
+
+def _short(value: float) -> str:
+    """At most five characters below 100,000, so that a line has room for all of them."""
+    digits = 3 if value < 10 else 2 if value < 100 else 1 if value < 1000 else 0
+    return f"{value:.{digits}f}"

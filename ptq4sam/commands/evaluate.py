@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, images_required=True)
     parser.add_argument("--show-dir", type=Path, help="write pictures with masks here")
     parser.add_argument("--show-score-thr", type=float, default=0.3, metavar="T")
-    parser.add_argument("--out", type=Path, help="write the masks as COCO results JSON")
+    parser.add_argument("--output", type=Path, help="write the masks as COCO results JSON")
     add_backend_arguments(parser)
 
 
@@ -25,7 +25,7 @@ def run(parsed: argparse.Namespace) -> int:
         parsed,
         show_dir=parsed.show_dir,
         show_threshold=parsed.show_score_thr,
-        results=parsed.out,
+        results=parsed.output,
         backend=parsed.backend,
         precision=parsed.precision,
     )

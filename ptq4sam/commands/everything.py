@@ -12,6 +12,7 @@ from ptq4sam.commands.flags import (
     add_limit,
     add_model,
     add_recursive,
+    add_set,
     add_skip_bad,
 )
 
@@ -21,14 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, required=True, help="a picture or a folder")
     add_model(parser)
     parser.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument(
-        "--options",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="segment-anything's settings, e.g. points_per_side=16 crop_n_layers=1; an unknown key "
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    add_set(
+        parser,
+        "segment-anything's settings, e.g. points_per_side=16 crop_n_layers=1; an unknown key "
         "lists them",
+        old="--options",
     )
     parser.add_argument("--memory-budget", metavar="SIZE", help="of the decoder, as 512MiB")
     add_limit(parser, "the first N pictures only")
@@ -51,7 +50,7 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam.runs.settings import find_device
     from ptq4sam.sizes import parse_bytes
 
-    settings = EverythingSettings().with_overrides(*parsed.options)
+    settings = EverythingSettings().with_overrides(*parsed.set)
     checkpoint, backend = choose_backend(parsed.checkpoint, parsed.backend)
     check_backend(backend, parsed.precision)
     budget = None if parsed.memory_budget is None else parse_bytes(parsed.memory_budget)
@@ -69,12 +68,12 @@ def run(parsed: argparse.Namespace) -> int:
         device = parallel.local_device(find_device(parsed.device))
         sam = open_model(parsed.model, checkpoint, device, backend, parsed.precision)
         found = segment_everything(
-            sam, dataset, parsed.out, settings, memory_budget=budget, progress=bars
+            sam, dataset, parsed.output, settings, memory_budget=budget, progress=bars
         )
         if parallel.is_first():
             sys.stdout.write(
                 f"{found.masks} masks on {found.pictures} pictures, {found.seconds:.2f} s a "
-                f"picture; written to {parsed.out}\n"
+                f"picture; written to {parsed.output}\n"
             )
             sys.stdout.write("\n".join(found.tally.lines(settings)) + "\n")
     return 0

@@ -31,15 +31,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) ->
         type=Path,
         help="quantize by this: ptq4sam-l44 or another name of exp/, or a file",
     )
-    parser.add_argument(
-        "--scheme-options",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override the scheme, e.g. recon.iters=500",
-    )
+    add_set(parser, "override the scheme, e.g. recon.iters=500", old="--scheme-options")
     add_decoder_only(parser)
-    parser.add_argument("--images", type=Path, required=images_required, help="folder of pictures")
+    add_images(parser, required=images_required)
     parser.add_argument(
         "--annotations",
         type=Path,
@@ -51,7 +45,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) ->
         default="ground-truth",
         help=f"where boxes come from, default ground-truth: {SOURCES}",
     )
-    parser.add_argument("--calibration-images", type=Path, help="pictures that ranges come from")
+    parser.add_argument(
+        "--calibration-images", type=Path, metavar="D", help="pictures that ranges come from"
+    )
     parser.add_argument("--calibration-annotations", type=Path, metavar="B.json")
     parser.add_argument("--calibration-prompts", help="as --prompts, for calibration pictures")
     parser.add_argument(
@@ -158,6 +154,36 @@ def add_recursive(parser: argparse.ArgumentParser) -> None:
         "--recursive",
         action="store_true",
         help="search subfolders too, where no annotations name the pictures",
+    )
+
+
+def add_set(parser: argparse.ArgumentParser, told: str, old: str | None = None) -> None:
+    """The flag that sets single values, and what is told of it.
+
+    Args:
+        parser: of the verb.
+        told: about it.
+        old: what it was called before.
+    """
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=told
+    )
+    if old is not None:
+        parser.add_argument(
+            old, dest="set", nargs="+", action="extend", default=[], help=argparse.SUPPRESS
+        )
+
+
+def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """The flag of which pictures."""
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=required,
+        metavar="D",
+        help="folder of pictures; or in one word pictures and annotations: coco or another name "
+        "in projects/configs/_base_, a configuration .py, or a COCO instances .json with its "
+        "pictures beside it",
     )
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ptq4sam import parallel
+from ptq4sam.columns import terminal_width
 from ptq4sam.deploy.backends import TORCH, choose_backend
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.progress import bars
 from ptq4sam.quantization.scheme import PRESETS, Scheme
+from ptq4sam.runs.configs.datasets import find_dataset
 from ptq4sam.runs.nncf import NncfRequest
 from ptq4sam.runs.run import Run
 from ptq4sam.runs.settings import AccuracySettings, DataSettings, RunSettings
@@ -38,13 +40,13 @@ def settings_from_arguments(
     if parsed.scheme is not None:
         scheme = with_preset(Scheme.from_yaml(parsed.scheme), parsed.preset)
         # After the preset: what was asked for by name goes before what comes along.
-        options = list(parsed.scheme_options)
+        options = list(parsed.set)
         if parsed.calibration_size is not None:
             options.append(f"calibrate={parsed.calibration_size}")
         if options:
             scheme = scheme.with_overrides(*options)
     else:
-        for given in ("scheme_options", "preset", "calibration_size"):
+        for given in ("set", "preset", "calibration_size"):
             if getattr(parsed, given) not in (None, []):
                 flag = given.replace("_", "-")
                 raise ConfigError(f"--{flag} changes a scheme, but none was given: add --scheme")
@@ -99,7 +101,7 @@ def nncf_request(parsed: argparse.Namespace) -> NncfRequest:
     Raises:
         ConfigError: values are impossible, or arguments are about our own quantization.
     """
-    for name in ("scheme", "scheme_options", "preset", "resume", "dry_run", "decoder_only"):
+    for name in ("scheme", "set", "preset", "resume", "dry_run", "decoder_only"):
         if getattr(parsed, name):
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is about PTQ4SAM: leave it away with --method nncf")
@@ -171,14 +173,31 @@ def data_pair(
 ) -> DataSettings | None:
     """A data set with or without annotations, or None where nothing is given.
 
+    Args:
+        prefix: of the flags, as "calibration-".
+        images: a folder; without annotations it may be what `find_dataset` takes too.
+        annotations: COCO instances file.
+        recursive: search subfolders too.
+
     Raises:
-        ConfigError: annotations are given without pictures.
+        ConfigError: annotations are given without pictures, or no data set has that name.
+        DataError: an instances file has no pictures beside it.
     """
+    if images is not None and annotations is None and _is_named(images):
+        named = find_dataset(str(images), "calibration" if prefix == "calibration-" else "data")
+        recursive = recursive or named.recursive
+        return DataSettings(named.images, named.annotations, recursive, named.limit)
     if images is not None:
         return DataSettings(images, annotations, recursive)
     if annotations is not None:
         raise ConfigError(f"--{prefix}annotations is about pictures: add --{prefix}images")
     return None
+
+
+def _is_named(images: Path) -> bool:
+    """Whether it is a data set in one word, not a folder, be it there or not."""
+    word = len(images.parts) == 1 and not images.suffix
+    return not images.is_dir() and (word or images.name.endswith((".json", ".json.gz", ".py")))
 
 
 def execute(settings: RunSettings) -> int:
@@ -195,6 +214,6 @@ def execute(settings: RunSettings) -> int:
     if settings.dry_run:
         sys.stdout.write("\n".join(metrics["plan"]) + "\n")
         return 0
-    sys.stdout.write(summary_table(metrics) + "\n")
+    sys.stdout.write(summary_table(metrics, terminal_width()) + "\n")
     sys.stdout.write(f"written to {settings.work_dir / 'metrics.json'}\n")
     return 0

@@ -11,8 +11,6 @@ from ptq4sam.commands.flags import add_run_arguments
 if TYPE_CHECKING:
     from ptq4sam.studies.sensitivity.report import Sensitivities
 
-_WIDTH = 160
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam sensitivity`."""
@@ -96,20 +94,11 @@ def run(parsed: argparse.Namespace) -> int:
 
 def _show(found: Sensitivities) -> None:
     """The table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
+    from ptq4sam.columns import aligned, terminal_width
 
-    titles, *lines = found.lines()
-    table = Table(title=f"{found.about['model']}: by {found.about['metric']}, worst first")
-    for title in titles:
-        table.add_column(title, justify="left" if title == "target" else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    # Where no terminal has a width, whoever reads a file wants whole names.
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-    console.print(table)
+    told = [f"{found.about['model']}: by {found.about['metric']}, worst first"]
+    told += aligned(found.lines(), width=terminal_width())
     if found.hidden:
-        console.print(f"{found.hidden} more targets are in the files")
-    console.print(
-        "dB: of the mask logits; * on the few pictures of the proxy only", highlight=False
-    )
+        told.append(f"{found.hidden} more targets are in the files")
+    told.append("dB: of the mask logits; * on the few pictures of the proxy only")
+    sys.stdout.write("\n".join(told) + "\n")

@@ -14,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
+    from ptq4sam.columns import terminal_width
     from ptq4sam.deploy.size_report import size_report
 
-    sys.stdout.write("\n".join(size_report(parsed.model).lines()) + "\n")
+    sys.stdout.write("\n".join(size_report(parsed.model).lines(terminal_width())) + "\n")
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ptq4sam.commands.flags import add_limit
+from ptq4sam.commands.flags import add_limit, add_set
 from ptq4sam.errors import ConfigError
 from ptq4sam.records import split_assignment
 
@@ -30,13 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_crew_arguments(parser)
     add_picture_arguments(parser)
     parser.add_argument("--prompts", help="prompt source, as of evaluate")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings of every trial that the grid does not set, e.g. steps=50",
-    )
+    add_set(parser, "settings of every trial that the grid does not set, e.g. steps=50")
     parser.add_argument("--dry-run", action="store_true", help="list the trials and stop")
 
 
@@ -130,6 +124,7 @@ def pictures(parsed: argparse.Namespace) -> dict[str, dict[str, str]]:
 def _go_on(parsed: argparse.Namespace, sweep: Sweep, folder: Folder, store: Store) -> int:
     from rich.console import Console
 
+    from ptq4sam.columns import terminal_width
     from ptq4sam.sweep.description import write_description
     from ptq4sam.sweep.live import tell
     from ptq4sam.sweep.running import Crew, finish
@@ -138,7 +133,7 @@ def _go_on(parsed: argparse.Namespace, sweep: Sweep, folder: Folder, store: Stor
     write_description(sweep, folder.description)
     state = finish(sweep, folder, store, Crew(parsed.jobs, parsed.ray), parsed.retry_failed)
     found = rows(sweep, state.records)
-    tell(sweep, found, Console(soft_wrap=not sys.stdout.isatty()))
+    tell(sweep, found, Console(soft_wrap=not sys.stdout.isatty()), terminal_width())
     for path in write(sweep, found, folder.path):
         sys.stdout.write(f"written to {path}\n")
     return 0 if all(row.status == "done" for row in found) else 1

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as in exp/: minmax, ptq4sam-l, ...; float for the float model alone",
     )
     parser.add_argument(
-        "--out",
+        "--output",
         type=Path,
         nargs="+",
         default=[],
@@ -80,7 +80,7 @@ def run(parsed: argparse.Namespace) -> int:
 
     one_of("name", parsed.table, _TABLES)
     require_jobs(parsed.jobs)
-    for path in parsed.out:
+    for path in parsed.output:
         render.require_form(path)
     request = _request(parsed)
     cells = list(Table(request).cells())
@@ -90,7 +90,7 @@ def run(parsed: argparse.Namespace) -> int:
     rows = _fill(parsed, cells)
     _tell(rows)
     title = {"coco": "COCO val2017 mask AP", "nano": "The COCO table for vit_nano"}[parsed.profile]
-    for path in parsed.out:
+    for path in parsed.output:
         render.write(path, rows, title, _notes(request))
         sys.stdout.write(f"written to {path}\n")
     return 1 if any(row.status == "failed" for row in rows) else 0
@@ -158,10 +158,11 @@ def _list(cells: Sequence[Cell]) -> None:
 def _tell(rows: Sequence[Row]) -> None:
     from rich.console import Console
 
+    from ptq4sam.columns import terminal_width
     from ptq4sam.studies.table import render
 
     console = Console(soft_wrap=not sys.stdout.isatty())
-    console.print(render.terminal(rows))
+    console.print(render.terminal(rows, terminal_width()))
     missing = [one for row in rows for one in row.cell.missing]
     for line in [*render.legend(rows), *render.how_to_get(missing)]:
         console.print(line, markup=False, highlight=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ptq4sam.columns import aligned
 from ptq4sam.deploy.container import checked_tensors, read_description
 from ptq4sam.deploy.storage import CODES
 from ptq4sam.families import variant_of
@@ -60,24 +61,25 @@ class SizeReport:
             "of its float32 weights"
         )
 
-    def lines(self) -> list[str]:
-        """The report as a table for people, with what its last column is."""
-        head = (
-            f"{'part':<34}{'written as':<14}{'values':>12}{'MB':>9}{'float32 MB':>12}{'share':>8}"
-        )
+    def lines(self, width: int | None = None) -> list[str]:
+        """The report as a table for people, with what its last column is.
+
+        Args:
+            width: of the terminal; None for no limit.
+        """
+        titles = ["part", "written as", "values", "MB", "float32\nMB", "share"]
         note = f"share: MB of the {self.float_size / 1e6:.2f} MB of all float32 weights"
         total = PartSize(
             "total", "", sum(part.values for part in self.parts), self.size, self.float_size
         )
-        return [head, *map(self._line, (*self.parts, total)), note]
+        table = [titles, *map(self._cells, (*self.parts, total))]
+        return [*aligned(table, left=(0, 1), width=width), note]
 
-    def _line(self, part: PartSize) -> str:
+    def _cells(self, part: PartSize) -> list[str]:
         in_float = f"{part.float_size / 1e6:.2f}" if part.float_size else "-"
-        share = part.size / self.float_size
-        return (
-            f"{part.name:<34}{part.kind:<14}{part.values:>12,}{part.size / 1e6:>9.2f}"
-            f"{in_float:>12}{share:>8.2%}"
-        )
+        share = f"{part.size / self.float_size:.2%}"
+        size = f"{part.size / 1e6:.2f}"
+        return [part.name, part.kind, f"{part.values:,}", size, in_float, share]
 
 
 def size_report(path: str | Path) -> SizeReport:

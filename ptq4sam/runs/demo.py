@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ptq4sam.columns import terminal_width
 from ptq4sam.data.scenes import write_scenes
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.progress import Progress, bars
@@ -64,7 +65,7 @@ def _run_demo(work_dir: Path, progress: Progress) -> int:
     for bits in (6, 4):
         metrics = _run(work_dir, scenes, bits, progress)
         sys.stdout.write(f"\nW{bits}A{bits}, PTQ4SAM-L, boxes of the scene detector\n")
-        sys.stdout.write(summary_table(metrics) + "\n")
+        sys.stdout.write(summary_table(metrics, terminal_width()) + "\n")
     sys.stdout.write(
         f"\npictures with masks, float and quantized: {work_dir / 'w4a4' / 'show'}\n"
         f"metrics, log and scheme: {work_dir / 'w4a4'}\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from ptq4sam import parallel
 from ptq4sam.data import ImageSet
 from ptq4sam.downloads import Missing
@@ -21,7 +23,7 @@ def detect(
     data: DataSettings,
     path: Path,
     *,
-    device: str | None = None,
+    device: str | torch.device = "cpu",
     limit: int | None = None,
     skip_bad: bool = False,
     cache_dir: Path | None = None,
@@ -33,7 +35,7 @@ def detect(
         spec: the source as `open_prompts` names it.
         data: the pictures; their annotations give ids and categories, where there are some.
         path: the file.
-        device: where a detector runs; None for the CPU.
+        device: where a detector runs.
         limit: first pictures only.
         skip_bad: skip damaged pictures.
         cache_dir: where boxes are kept that were found before; None for the places of
@@ -49,7 +51,7 @@ def detect(
     missing.report()
     dataset = data.open(skip_bad=skip_bad, limit=limit, masks=False)
     kept = CacheFolders.beside(path.parent) if cache_dir is None else CacheFolders(cache_dir)
-    source = cached(open_prompts(spec, dataset, device or "cpu"), dataset, kept)
+    source = cached(open_prompts(spec, dataset, device), dataset, kept)
     return write_boxes(dataset, source, path, progress)
 
 

@@ -29,16 +29,19 @@ class DataSettings:
         images: folder of pictures.
         annotations: COCO instances file, or None.
         recursive: search subfolders too, where there are no annotations to name the pictures.
+        limit: of its own: use the first ones only, where nothing else is asked for.
     """
 
     images: Path
     annotations: Path | None = None
     recursive: bool = False
+    limit: int | None = None
 
     def open(
         self, *, skip_bad: bool = False, limit: int | None = None, masks: bool = True
     ) -> ImageSet:
         """The data set; arguments and errors are those of `CocoDataset` and `ImageFolder`."""
+        limit = self.limit if limit is None else limit
         if self.annotations is None:
             return ImageFolder(self.images, skip_bad, limit, self.recursive)
         return CocoDataset(self.images, self.annotations, skip_bad, limit, masks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ptq4sam.columns import aligned
 from ptq4sam.evaluation.evaluate import AFTER_CLICK
 
 COLUMNS = (
@@ -26,10 +27,14 @@ _ROWS = {None: "float", PTQ4SAM: "quantized", NNCF: "NNCF INT8"}
 _AFTER_FIRST = f"{AFTER_CLICK}1"
 
 
-def summary_table(metrics: dict[str, Any]) -> str:
+def summary_table(metrics: dict[str, Any], width: int | None = None) -> str:
     """Rows for the float model, where it was scored, and the evaluated one.
 
     Without any score: how many masks there are.
+
+    Args:
+        metrics: of the run.
+        width: of the terminal; None for no limit.
     """
     rows: list[tuple[str, dict[str, Any]]] = []
     if "float" in metrics:
@@ -38,10 +43,10 @@ def summary_table(metrics: dict[str, Any]) -> str:
     shown = [(key, title) for key, title in COLUMNS if any(key in row for _, row in rows)]
     lines: list[str] = []
     if shown:
-        lines.append("".join([f"{metrics['model']:<12}", *(f"{title:>10}" for _, title in shown)]))
+        table = [[metrics["model"], *(title.replace(" ", "\n") for _, title in shown)]]
         for name, row in rows:
-            cells = [f"{row[key]:10.3f}" if key in row else f"{'':10}" for key, _ in shown]
-            lines.append("".join([f"{name:<12}", *cells]))
+            table.append([name, *(f"{row[key]:.3f}" if key in row else "" for key, _ in shown)])
+        lines += aligned(table, width=width)
     elif "masks" in metrics:
         lines.append(
             f"{metrics['model']}: {metrics['masks']} masks on {metrics['pictures']} pictures"

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ptq4sam.columns import aligned
 from ptq4sam.data import ImageFolder
 from ptq4sam.data.scenes import generate_scene
 from ptq4sam.deploy.reference import integer_model
@@ -73,19 +74,23 @@ class Verification:
         """Whether every operator keeps the promises."""
         return all(check.kept for check in self.checks)
 
-    def lines(self) -> list[str]:
-        """The report for people, the worst operators first."""
+    def lines(self, width: int | None = None) -> list[str]:
+        """The report for people, the worst operators first.
+
+        Args:
+            width: of the terminal; None for no limit.
+        """
         broken = sum(not check.kept for check in self.checks)
         outputs = sum(check.outputs for check in self.checks)
         equal = sum(check.equal for check in self.checks) / max(1, outputs)
         exact = sum(check.exact for check in self.checks)
         verdict = "passed" if self.passed else f"FAILED in {broken} operators"
-        width = max((len(check.name) for check in self.checks), default=0)
+        titles = ["  worst operators", "equal\ncodes", "largest\nstep", "sums"]
+        worst = map(self._cells, worst_first(self.checks)[:_WORST])
         return [
             f"verify {verdict}: {len(self.checks)} operators on {self.pictures} pictures, sums of "
             f"{exact} equal, {equal:.4%} of {outputs:,} output codes equal",
-            f"  {'worst operators':<{width}}  {'equal codes':>12}  {'largest step':>12}  sums",
-            *(self._line(check, width) for check in worst_first(self.checks)[:_WORST]),
+            *aligned([titles, *worst], width=width),
             f"masks of integer model and simulation: mean IoU {np.mean(self.agreement):.4f} of "
             f"{GOAL} promised ({len(self.agreement)} masks)",
             *self._below(),
@@ -104,10 +109,10 @@ class Verification:
             "norm, softmax, GELU, relative positions) differ"
         ]
 
-    def _line(self, check: OperatorCheck, width: int) -> str:
+    def _cells(self, check: OperatorCheck) -> list[str]:
         mark = " " if check.kept else "!"
         sums = "equal" if check.exact else "differ"
-        return f"{mark} {check.name:<{width}}  {check.share:>12.4%}  {check.largest:>12.4f}  {sums}"
+        return [f"{mark} {check.name}", f"{check.share:.4%}", f"{check.largest:.4f}", sums]
 
 
 def generated_subjects(count: int = PICTURES) -> Iterable[Subject]:

@@ -6,12 +6,13 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleDimensions, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
+from ptq4sam.columns import aligned, wrapped
+from ptq4sam.progress import Ticker
 from ptq4sam.sizes import format_seconds
 from ptq4sam.sweep.grid import Sweep
 from ptq4sam.sweep.scheduler import State
@@ -23,21 +24,24 @@ _OTHER_LINES = 8
 
 @contextlib.contextmanager
 def showing(sweep: Sweep, workers: int, console: Console) -> Iterator[Callable[[State], None]]:
-    """A function that shows a state in place; it does nothing where there is no terminal."""
+    """A function that shows a state in place, or where there is no terminal a line now and then."""
+    begun = time.monotonic()
     if not console.is_terminal:
-        yield lambda _state: None
+        ticker = Ticker()
+        yield lambda state: ticker.tell(
+            lambda: _words(sweep, state, workers, time.monotonic() - begun)
+        )
         return
     with Live(console=console, refresh_per_second=4, transient=True) as live:
-        begun = time.monotonic()
 
         def show(state: State) -> None:
-            live.update(picture(sweep, state, workers, time.monotonic() - begun, console.height))
+            live.update(picture(sweep, state, workers, time.monotonic() - begun, console.size))
 
         yield show
 
 
 def picture(
-    sweep: Sweep, state: State, workers: int, elapsed: float, height: int
+    sweep: Sweep, state: State, workers: int, elapsed: float, size: ConsoleDimensions
 ) -> RenderableType:
     """How far a sweep is.
 
@@ -46,47 +50,88 @@ def picture(
         state: what has become of them.
         workers: how many there are.
         elapsed: seconds since it began.
-        height: lines of the terminal.
+        size: of the terminal.
     """
     every = rows(sweep, state.records)
     ended = [row for row in every if row.record is not None]
-    room = max(1, height - _OTHER_LINES - len(state.running))
+    room = max(1, size.height - _OTHER_LINES - len(state.running))
     parts: list[RenderableType] = []
     if ended:
         if len(ended) > room:
             parts.append(Text(f"... {len(ended) - room} trials before", style="dim"))
-        parts.append(_rich_table(table(sweep, ended[-room:], brief=True)))
+        lines = table(sweep, ended[-room:], brief=True)
+        parts.append(_shown(lines, len(sweep.axes), size.width))
     now = time.monotonic()
     parts += [
         Text(f"{'running':<9}{task.label} ({format_seconds(now - started)})", style="cyan")
         for task, started in state.running.values()
     ]
-    failed = sum(row.status == "failed" for row in ended)
-    left = state.time_left(workers)
-    words = [f"{len(ended)} of {len(every)} trials", f"{failed} failed" if failed else ""]
-    words += [f"{format_seconds(elapsed)} so far"]
-    words += ["" if left is None else f"about {format_seconds(left)} left"]
     parts.append(ProgressBar(total=len(every), completed=len(ended), width=60))
-    parts.append(Text(", ".join(filter(None, words))))
+    parts.append(Text(_words(sweep, state, workers, elapsed)))
     return Group(*parts)
 
 
-def tell(sweep: Sweep, found: Sequence[Row], console: Console) -> None:
-    """The tables of a sweep that has ended."""
+def _words(sweep: Sweep, state: State, workers: int, elapsed: float) -> str:
+    """How far a sweep is, in a line."""
+    every = rows(sweep, state.records)
+    statuses = [row.status for row in every if row.record is not None]
+    failed, left = statuses.count("failed"), state.time_left(workers)
+    words = [f"{len(statuses)} of {len(every)} trials", f"{failed} failed" if failed else ""]
+    words += [f"{format_seconds(elapsed)} so far"]
+    words += ["" if left is None else f"about {format_seconds(left)} left"]
+    return ", ".join(filter(None, words))
+
+
+def tell(sweep: Sweep, found: Sequence[Row], console: Console, width: int | None = None) -> None:
+    """The tables of a sweep that has ended.
+
+    Args:
+        sweep: its trials.
+        found: what has become of them.
+        console: where.
+        width: of the terminal; None for no limit.
+    """
     for line in float_lines(found):
         console.print(line)
     averaged = table_over_seeds(sweep, found, brief=True)
-    console.print(_rich_table(table(sweep, found, brief=True)))
+    console.print(_shown(table(sweep, found, brief=True), len(sweep.axes), width))
     if averaged:
         console.print("over seeds, mean ± standard deviation:")
-        console.print(_rich_table(averaged))
+        console.print(_shown(averaged, len(sweep.axes) - 1, width))
 
 
-def _rich_table(lines: Sequence[Sequence[str]]) -> Table:
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in lines[0]:
-        left = title == "status"
-        shown.add_column(title, justify="left" if left else "right", overflow="fold")
-    for line in lines[1:]:
-        shown.add_row(*map(Text, line), style="red" if line[-1].startswith("failed") else None)
-    return shown
+def _shown(lines: Sequence[Sequence[str]], axes: int, width: int | None) -> Group:
+    """A table of trials.
+
+    Args:
+        lines: titles, then cells.
+        axes: how many columns are what tells trials apart; where the table is too wide, they become
+            one.
+        width: of the terminal; None for no limit.
+    """
+    titles = [title.replace(" ", "\n") for title in lines[0]]
+    rows = [[*row[:-1], row[-1].partition(": ")[0]] for row in lines[1:]]
+    texts = _aligned([titles, *rows], axes, width)
+    if width is not None and max(len(part) for text in texts for part in text.split("\n")) > width:
+        named = [[_named(lines[0], row, axes), *row[axes:]] for row in rows]
+        texts = _aligned([["trial", *titles[axes:]], *named], 1, width)
+    shown = [Text(texts[0], style="bold")]
+    for text, row in zip(texts[1:], lines[1:], strict=True):
+        status, _, problem = row[-1].partition(": ")
+        style = "red" if status == "failed" else ""
+        shown.append(Text(text, style))
+        if problem:
+            shown.append(Text(wrapped(problem, width, "  "), style))
+    return Group(*shown)
+
+
+def _aligned(table: Sequence[Sequence[str]], axes: int, width: int | None) -> list[str]:
+    last = len(table[0]) - 1
+    left = {*range(axes), *([last] if table[0][last] == "status" else [])}
+    return aligned(table, left, width)
+
+
+def _named(titles: Sequence[str], row: Sequence[str], axes: int) -> str:
+    """What tells a trial apart, as one text."""
+    named = zip(titles[:axes], row, strict=False)
+    return ", ".join(f"{title}={value}" for title, value in named if value)

@@ -27,7 +27,7 @@ _SMALL = (
     (r"--steps \d+", "--steps 2"),
     (r"--calibration-size \d+", "--calibration-size 2"),
     (r"--jobs \d+", "--jobs 1"),
-    (r"--preset \w+", "--scheme-options recon.iters=2"),
+    (r"--preset \w+", "--set recon.iters=2"),
     (r"recon\.iters=\d+", "recon.iters=2"),
     (r"points_per_side=\d+", "points_per_side=2"),
     (r"calibrate=\d+", "calibrate=2"),
@@ -101,10 +101,11 @@ def _run_command(command: str, only_read: bool) -> None:
 def _quick(words: list[str]) -> list[str]:
     """The same quantization of the decoder alone, with ranges of weights that need no search."""
     words = [word for word in words if word != "--decoder-only"]
-    if "--scheme-options" not in words:
-        words.append("--scheme-options")
+    words = ["--set" if word == "--scheme-options" else word for word in words]
+    if "--set" not in words:
+        words.append("--set")
     # Before what the page sets, which goes before it.
-    words.insert(words.index("--scheme-options") + 1, "w_qconfig.observer=MinMaxObserver")
+    words.insert(words.index("--set") + 1, "w_qconfig.observer=MinMaxObserver")
     return [words[0], "--decoder-only", *words[1:]]
 
 

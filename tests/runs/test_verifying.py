@@ -22,7 +22,7 @@ def test_verify_on_generated_scenes(quantized: Quantized, capsys: Output) -> Non
     assert main(["verify", str(quantized.path), "--limit", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("verify passed: 71 operators on 1 pictures, sums of 71 equal, ")
-    assert all(line.endswith("equal") and line.startswith("  ") for line in lines[2:10])
+    assert all(line.endswith("equal") and line.startswith("  ") for line in lines[3:11])
     agreement = re.match(
         r"masks of integer model and simulation: mean IoU ([0-9.]+) of 0.99", lines[-2]
     )
@@ -49,8 +49,8 @@ def test_a_broken_promise_is_the_exit_status(
     assert main(["verify", str(quantized.path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("verify FAILED in 1 operators")
-    assert lines[2].split() == ["!", "bad", "99.8900%", "1.0000", "equal"]
-    assert lines[3].split()[0] == "good"
+    assert lines[3].split() == ["!", "bad", "99.8900%", "1.0000", "equal"]
+    assert lines[4].split()[0] == "good"
 
 
 def test_masks_below_the_goal_are_named() -> None:
@@ -64,7 +64,7 @@ def test_masks_below_the_goal_are_named() -> None:
 def test_size_by_part(quantized: Quantized, capsys: Output) -> None:
     assert main(["size", str(quantized.path)]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[1].split()[:4] == ["image", "encoder", "4", "bits"]
+    assert table[2].split()[:4] == ["image", "encoder", "4", "bits"]
     assert sum(line.startswith("total") for line in table) == 1
     assert "float32" in table[-1]  # what a share is of
 

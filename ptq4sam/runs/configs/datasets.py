@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ptq4sam.data.file_names import PictureFinder, named_file
 from ptq4sam.downloads import where_from
@@ -18,8 +18,10 @@ from ptq4sam.shipped import CONFIGS, located
 NAMED = CONFIGS / "_base_"
 """Folder of the configurations that name a data set, below the repository."""
 
+Section = Literal["data", "calibration"]
 
-def find_dataset(given: str, named: Path | None = None) -> DataConfig:
+
+def find_dataset(given: str, section: Section = "data", named: Path | None = None) -> DataConfig:
     """The data set that one word means.
 
     Args:
@@ -27,10 +29,11 @@ def find_dataset(given: str, named: Path | None = None) -> DataConfig:
             coco_mini, scenes); a configuration FILE.py with such a section; a COCO instances
             FILE.json, whose pictures are looked for beside it; or a folder of pictures without
             annotations.
+        section: of a configuration: what is scored, or what is calibrated on.
         named: the folder of names; None for NAMED, here or as it ships.
 
     Raises:
-        ConfigError: it is none of these, or the configuration is damaged or has no `data`.
+        ConfigError: it is none of these, or the configuration is damaged or has no such section.
         DataError: the instances file is missing or damaged, or its pictures are not beside it.
     """
     named = located(NAMED) if named is None else named
@@ -40,10 +43,10 @@ def find_dataset(given: str, named: Path | None = None) -> DataConfig:
             raise DataError(f"there is no annotations file {path}: {where_from(path)}")
         return DataConfig(images_beside(path), path)
     if path.suffix == ".py":
-        return _configured(path)
+        return _configured(path, section)
     names = sorted(p.stem for p in named.glob("*.py") if "data" in load_config(p))
     if given in names:
-        return _configured(named / f"{given}.py")
+        return _configured(named / f"{given}.py", section)
     if path.is_dir():
         return DataConfig(path)
     near = difflib.get_close_matches(given, names, n=1)
@@ -84,11 +87,11 @@ def _held(folder: Path, names: Collection[str]) -> int:
     return sum(finder.find(name) is not None for name in names)
 
 
-def _configured(path: Path) -> DataConfig:
+def _configured(path: Path, section: Section) -> DataConfig:
     config = load_config(path)
-    if "data" not in config:
-        raise ConfigError(f"{path}: data: missing; a data set's configuration needs one")
-    return DataConfig.from_dict(config["data"], path)
+    if section not in config:
+        raise ConfigError(f"{path}: {section}: missing; a data set's configuration needs one")
+    return DataConfig.from_dict(config[section], path)
 
 
 def _pictures(content: Any) -> list[str]:

@@ -123,7 +123,7 @@ class Sensitivities:
             if any(getattr(row.only, column[0]) is not None for row in self.rows)
         ]
         titles = ["target", "bits"]
-        for kind in ("only", "all but"):
+        for kind in ("only", "all\nbut"):
             titles += [f"{kind}\n{title}" for _, title, _ in shown]
         empty = [""] * len(shown)
         lines = [

@@ -7,9 +7,10 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
+from ptq4sam.columns import aligned, wrapped
 from ptq4sam.errors import ConfigError
 from ptq4sam.files import write_text
 from ptq4sam.studies.table.published import MARKS, METHODS
@@ -36,6 +37,11 @@ _CSV_TITLES = (
 )
 _LEFT = 4
 """Columns of words before those of numbers."""
+_HEADINGS = 2
+"""Columns that are headings on a terminal."""
+_SHORT = tuple({"to float": "to\nfloat"}.get(title, title) for title in _TITLES[_HEADINGS:])
+"""Titles of the other columns, for a terminal."""
+_STYLES = {"failed": "red", "missing": "dim", "open": "dim"}
 _MISSING = "missing: "
 _OTHER_DATA = "{} is not there: give pictures of your own, or the folder of coco_mini"
 
@@ -60,18 +66,30 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def terminal(rows: Sequence[Row]) -> Table:
-    """For rich; columns without any entry are left out."""
-    lines = [cells(row) for row in rows]
-    shown = _used(lines)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in shown:
-        words = column < _LEFT or _TITLES[column] == "status"
-        table.add_column(_TITLES[column], justify="left" if words else "right", overflow="fold")
-    styles = {"failed": "red", "missing": "dim", "open": "dim"}
-    for row, line in zip(rows, lines, strict=True):
-        table.add_row(*(Text(line[c]) for c in shown), style=styles.get(row.status))
-    return table
+def terminal(rows: Sequence[Row], width: int | None = None) -> Group:
+    """For rich: a heading for each detector and SAM; columns without any entry are left out.
+
+    Args:
+        rows: of the table.
+        width: of the terminal; None for no limit.
+    """
+    lines = [cells(row)[_HEADINGS:] for row in rows]
+    used = [c for c in range(len(_SHORT)) if any(line[c] for line in lines)]
+    words = {place for place, c in enumerate(used) if c in (0, 1, len(_SHORT) - 1)}
+    problems = [f"{row.status}: {row.problem}" if row.problem else "" for row in rows]
+    for line, row in zip(lines, rows, strict=True):
+        line[-1] = row.status
+    table = [[line[c] for c in used] for line in [list(_SHORT), *lines]]
+    head, *texts = aligned(table, words, width)
+    shown, heading = [Text(head, style="bold")], ""
+    for row, text, problem in zip(rows, texts, problems, strict=True):
+        if heading != (heading := f"{row.cell.boxes}, {row.cell.model}"):
+            shown.append(Text(heading))
+        style = _STYLES.get(row.status, "")
+        shown.append(Text(text, style))
+        if problem:
+            shown.append(Text(wrapped(problem, width, "  "), style))
+    return Group(*shown)
 
 
 def legend(rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `--dataset` may be."""
+"""What `--images` may be without annotations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("name", ["coco", "coco_mini", "scenes"])
 def test_the_names_of_the_repository(name: str) -> None:
-    found = find_dataset(name, ROOT / NAMED)
+    found = find_dataset(name, named=ROOT / NAMED)
     assert found.images.parts[:2] == ("data", name)
     assert found.annotations is not None
     assert found.annotations.suffix == ".json"
@@ -33,7 +33,7 @@ def test_the_names_of_the_repository(name: str) -> None:
 
 def test_a_configuration() -> None:
     path = ROOT / "projects/configs/yolox/yolox_nano-sam-vit-nano.py"
-    assert find_dataset(str(path)) == find_dataset("coco_mini", ROOT / NAMED)
+    assert find_dataset(str(path)) == find_dataset("coco_mini", named=ROOT / NAMED)
 
 
 def test_annotations_with_their_pictures_beside_them(scenes: tuple[Path, Path]) -> None:
@@ -78,11 +78,11 @@ def test_a_folder_has_no_annotations(scenes: tuple[Path, Path]) -> None:
 def test_what_is_no_data_set(tmp_path: Path, scenes: tuple[Path, Path]) -> None:
     named = ROOT / NAMED
     with pytest.raises(ConfigError, match=r"'coco_mimi': did you mean coco_mini\? there are coco,"):
-        find_dataset("coco_mimi", named)
+        find_dataset("coco_mimi", named=named)
     with pytest.raises(ConfigError, match="there are none in"):
-        find_dataset("coco", tmp_path)
+        find_dataset("coco", named=tmp_path)
     with pytest.raises(ConfigError, match="no data set is named 'sam_vit_b'"):
-        find_dataset("sam_vit_b", named)
+        find_dataset("sam_vit_b", named=named)
     with pytest.raises(ConfigError, match=r"sam_vit_b\.py: data: missing"):
         find_dataset(str(named / "sam_vit_b.py"))
     with pytest.raises(DataError, match=r"there is no annotations file .*none\.json"):

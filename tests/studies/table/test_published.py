@@ -101,6 +101,20 @@ def test_every_form_shows_the_same_rows(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
     console.print(render.terminal(ROWS))
     assert "18.4 S*" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_on_a_narrow_terminal_every_number_is_whole() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render.terminal(ROWS, 80))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    (line,) = [line for line in lines if "done" in line and "W4A4" in line]
+    assert " ".join(line.split()) == "W4A4 PTQ4SAM-L 5.2 -31.8 18.4 S* 3.8 S +1.5 12 done"
+    assert "  failed: no | memory" in lines
+    assert lines.count("YOLOX-L, 100% & more, vit_b") == 1
+
+
+def test_a_form_that_is_not_known(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"name it \*\.md, \*\.csv or \*\.tex"):
         render.write(tmp_path / "t.html", ROWS, "Title", [])
 
