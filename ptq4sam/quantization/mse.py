@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from ptq4sam.quantization.bins import add_to_bins_
 from ptq4sam.quantization.grid import MIN_SCALE, Grid
 
 POWER = 2.4
@@ -248,17 +249,14 @@ def _lower_bounds(rows: Tensor, step: Tensor, kernel: Tensor) -> tuple[Tensor, T
     half = kernel.shape[1] // 2
     reach = min(half, int(min(farthest, half)) + 1)
     bins = 2 * reach + 1
-    first_bin = torch.arange(channels, device=rows.device)[:, None] * (4 * bins) + reach
-    sums = torch.zeros(channels * 4 * bins, dtype=torch.float64, device=rows.device)
+    sums = torch.zeros(channels, 4, bins, dtype=torch.float64, device=rows.device)
     for piece in pieces(rows):
         offset = piece / step[:, None]
         code = offset.round().clamp_(-reach, reach)
-        offset = offset.sub_(code).flatten()
-        index = (code.long() + first_bin).flatten()
+        offset = offset.sub_(code)
         moments = (torch.ones_like(offset), offset, offset.square(), nearly_powered(offset))
-        for place, moment in enumerate(moments):
-            sums.scatter_add_(0, index + place * bins, moment.double())
-    sums = sums.view(channels, 4 * bins).float()
+        add_to_bins_(sums, moments, code)
+    sums = sums.flatten(1).float()
     of_clipping, of_rounding = sums[:, : 3 * bins], sums[:, 3 * bins :]
     weights = kernel.narrow(1, half - reach, bins)
     clipping = of_clipping @ weights[:3].flatten(0, 1)

@@ -11,6 +11,7 @@ import torch
 
 from ptq4sam import parallel
 from ptq4sam.deploy.cost import meta_sam
+from ptq4sam.families.checkpoint import image_size_of
 from ptq4sam.model.cache import ActivationCache
 from ptq4sam.model.memory import free_memory, working_bytes
 from ptq4sam.progress import Progress
@@ -95,7 +96,9 @@ class RunContext:
         return self.settings.memory_budget
 
     def _reserve(self) -> int:
-        """Bytes that the model at work needs beside them."""
-        return (
-            0 if self.device.type == "cpu" else working_bytes(meta_sam(self.settings.float_model))
-        )
+        """Bytes that the model at work needs beside them: of the side that its weights are for."""
+        if self.device.type == "cpu":
+            return 0
+        name = self.settings.float_model
+        side = image_size_of(name, self.settings.checkpoint)
+        return working_bytes(meta_sam(name, image_size=side))
