@@ -198,9 +198,9 @@ def _logits(sam: Any) -> torch.Tensor:
     return predictor.predict(boxes=_BOXES, embedding=predictor.embed(picture)).low_res.cpu()
 
 
-def _digest(tensors: Sequence[torch.Tensor]) -> str:
+def _digest(tensors: Sequence[torch.Tensor | None]) -> str:
     found = hashlib.sha256()
-    for tensor in tensors:
+    for tensor in filter(None.__ne__, tensors):
         found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 

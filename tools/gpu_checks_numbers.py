@@ -110,7 +110,7 @@ def kernels(device: str, small: bool) -> Found:
         ours = function(x.to(device))
         yield unequal(f"{name}, against the CPU", ours, function(x), x)
         # Pieces are too small for kernels.
-        pieces = [function(part.to(device)) for part in x.split(_SMALL)]
+        pieces = [function(part.to(device)) for part in torch.split(x, _SMALL)]
         yield unequal(f"{name}, against one by one", ours, torch.cat(pieces), x)
     codes = torch.arange(-8, 8, device="cpu").float().repeat(len(x) // 16)
     for step in (0.1, 0.9375, 1 / 3, 0.0123456789):
@@ -131,7 +131,8 @@ def _functions() -> dict[str, Callable[[Tensor], Tensor]]:
 
     def norm(x: Tensor) -> Tensor:
         layer = PortableLayerNorm(torch.nn.LayerNorm(64, device=x.device))
-        return layer(x.clamp(-100, 100).reshape(-1, 64)).flatten()
+        normalized: Tensor = layer(x.clamp(-100, 100).reshape(-1, 64))
+        return normalized.flatten()
 
     def points(x: Tensor) -> Tensor:
         chosen = point_parameters(number(x, 0.9), number(x, 4.0), 16)

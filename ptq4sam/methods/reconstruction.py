@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
+from ptq4sam.methods import graphs
 from ptq4sam.methods.precision import product_precision
 from ptq4sam.methods.prefetch import prefetched
+from ptq4sam.methods.schedule import Schedule
 from ptq4sam.operators.arithmetic import learning
 from ptq4sam.quantization.dropping import keep_some_float
 from ptq4sam.quantization.modes import dropping, quantizers
@@ -31,8 +33,6 @@ _log = logging.getLogger(__name__)
 
 _LOOK_EVERY = 50
 """Steps between two looks at the loss."""
-_LEAST_FALL = 1e-3
-"""Relative fall of the mean loss that counts as one."""
 
 CURVE_POINTS = 200
 """Most values that are kept of a unit's errors."""
@@ -78,62 +78,6 @@ def output_error(output: Tensor, target: Tensor) -> Tensor:
     # One kernel each way: written out, a step passes over memory five times more often.
     total = nn.functional.mse_loss(output, target, reduction="sum")
     return total * (target.shape[1] / target.numel())
-
-
-class Schedule:
-    """How far a reconstruction is, from 0 to 1, and what follows from it.
-
-    Without patience it goes evenly over all steps. With patience, a loss that has not fallen for so
-    many steps makes the rest of the schedule pass within as many steps, so that the rounding still
-    hardens and the learning rate still falls to 0.
-    """
-
-    def __init__(self, settings: Reconstruction) -> None:
-        self._settings = settings
-        # Whole numbers: a sum of shares would reach the end of the warm-up a step late.
-        self._origin, self._made, self._length = 0.0, 0, settings.iters
-        self._least, self._since, self._hurrying = math.inf, 0, False
-
-    @property
-    def position(self) -> float:
-        """0 at the first step, 1 after the last."""
-        return self._origin + (1 - self._origin) * (self._made / self._length)
-
-    @property
-    def ended(self) -> bool:
-        """Whether all steps were made."""
-        return self._made == self._length
-
-    def advance(self) -> None:
-        """One step was made."""
-        self._made += 1
-
-    def hear(self, loss: float, steps: int) -> None:
-        """Take into account the mean loss of the last `steps` steps."""
-        patience = self._settings.patience
-        if patience == 0 or self._hurrying:
-            return
-        if loss < self._least * (1 - _LEAST_FALL):
-            self._least, self._since = loss, 0
-            return
-        self._since += steps
-        if self._since >= patience:
-            self._hurrying = True
-            left = min(self._length - self._made, patience)
-            self._origin, self._made, self._length = self.position, 0, left
-
-    def temperature(self) -> float | None:
-        """Exponent beta of AdaRound's regulariser; None during the warm-up."""
-        start = self._settings.warm_up
-        if self.position < start:
-            return None
-        high, low = self._settings.b_range
-        done = (self.position - start) / (1 - start)
-        return low + (high - low) * max(0.0, 1 - done)
-
-    def scale_rate(self) -> float:
-        """Learning rate of activation scales: a cosine from the first one to 0."""
-        return self._settings.scale_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, self.position)))
 
 
 def mean_error(name: str, unit: nn.Module, data: UnitData) -> float:
@@ -228,6 +172,69 @@ def _curve(errors: Sequence[float]) -> tuple[float, ...]:
     return tuple(math.fsum(part) / len(part) for part in parts)
 
 
+class _Step:
+    """One step of learning: all of it on the device, so that it can be recorded and replayed.
+
+    What changes from step to step is in tensors that stay where they are.
+
+    Args:
+        unit: under reconstruction.
+        rounding: quantizers whose rounding is learned.
+        grids: quantizers whose scales are learned.
+        settings: the scheme's `recon` section.
+        generator: source of what is dropped.
+        recorded: steps will be.
+    """
+
+    def __init__(
+        self,
+        unit: nn.Module,
+        rounding: Sequence[AdaRoundQuantizer],
+        grids: Sequence[Quantizer],
+        settings: Reconstruction,
+        generator: torch.Generator,
+        recorded: bool,
+    ) -> None:
+        self._unit, self._rounding, self._grids = unit, rounding, grids
+        self._settings, self._generator = settings, generator
+        groups: list[dict[str, object]] = []
+        if rounding:
+            alpha = rounding[0].alpha.detach()
+            self._weight, self._beta = alpha.new_full((), settings.weight), alpha.new_zeros(())
+            groups.append({"params": [q.alpha for q in rounding], "lr": settings.rounding_lr})
+        if grids:
+            device = generator.device
+            # What torch's kernel reads on a GPU; a CPU's reads a double.
+            kind = torch.float64 if device.type == "cpu" else torch.float32
+            self._rate = torch.zeros((), dtype=kind, device=device)
+            groups.append({"params": _parameters(grids), "lr": self._rate})
+        self._optimizer = torch.optim.Adam(groups, fused=True, capturable=recorded)
+
+    def prepare(self, schedule: Schedule) -> bool:
+        """Take the numbers of the next step; whether it has a rounding regularizer."""
+        if self._grids:
+            self._rate.fill_(schedule.scale_rate())
+        temperature = schedule.temperature()
+        if temperature is None or not self._rounding:
+            return False
+        self._beta.fill_(temperature)
+        return True
+
+    def __call__(self, regularized: bool, batch: Sequence[Tensor]) -> Tensor:
+        """Learn from a batch as `_batch` makes it; its error, without gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+        with product_precision(self._settings.precision, self._generator.device):
+            error = _step_error(self._unit, batch, self._settings.drop_prob, self._generator)
+            error.backward()  # type: ignore[no-untyped-call]
+        if regularized:
+            for quantizer in self._rounding:
+                quantizer.add_regularizer_gradient_(self._weight, self._beta)
+        self._optimizer.step()
+        for grid in self._grids:
+            grid.constrain_()
+        return error.detach()
+
+
 @torch.enable_grad()  # type: ignore[no-untyped-call]
 def _optimize(
     name: str,
@@ -241,12 +248,8 @@ def _optimize(
 ) -> list[float]:
     """Learn; returns the error at each step that was made."""
     schedule = Schedule(settings)
-    groups: list[dict[str, object]] = []
-    if rounding:
-        groups.append({"params": [q.alpha for q in rounding], "lr": settings.rounding_lr})
-    if grids:
-        groups.append({"params": _parameters(grids), "lr": settings.scale_lr})
-    optimizer = torch.optim.Adam(groups, fused=True)
+    recorder = graphs.recorder(generator) if settings.cuda_graphs else None
+    step = _Step(unit, rounding, grids, settings, generator, recorder is not None)
     # Drawn at once: a draw a step would make a GPU wait for the host.
     chosen = torch.randint(
         len(data.targets),
@@ -254,32 +257,20 @@ def _optimize(
         generator=generator,
         device=generator.device,
     ).tolist()
-    batches = prefetched(functools.partial(_batch, data), chosen, generator.device)
     recent: list[Tensor] = []
     errors: list[float] = []
-    for step in progress(range(settings.iters)):
-        if grids:
-            optimizer.param_groups[-1]["lr"] = schedule.scale_rate()
-        optimizer.zero_grad(set_to_none=True)
-        with product_precision(settings.precision, generator.device):
-            error = _step_error(unit, next(batches), settings.drop_prob, generator)
-            error.backward()  # type: ignore[no-untyped-call]
-        temperature = schedule.temperature()
-        if temperature is not None:
-            for quantizer in rounding:
-                quantizer.add_regularizer_gradient_(settings.weight, temperature)
-        optimizer.step()
-        for grid in grids:
-            grid.constrain_()
-        schedule.advance()
-        recent.append(error.detach())
-        if len(recent) == _LOOK_EVERY or schedule.ended:
-            heard = _losses(name, recent, step)
-            schedule.hear(math.fsum(heard) / len(heard), len(heard))
-            errors += heard
-            recent = []
-        if schedule.ended:
-            break
+    with graphs.repeated(step, recorder) as run:
+        batches = prefetched(functools.partial(_batch, data), chosen, generator.device)
+        for number in progress(range(settings.iters)):
+            recent.append(run(step.prepare(schedule), next(batches)))
+            schedule.advance()
+            if len(recent) == _LOOK_EVERY or schedule.ended:
+                heard = _losses(name, recent, number)
+                schedule.hear(math.fsum(heard) / len(heard), len(heard))
+                errors += heard
+                recent = []
+            if schedule.ended:
+                break
     return errors
 
 

@@ -37,8 +37,8 @@ def add_to_bins_(sums: Tensor, values: Sequence[Tensor], codes: Tensor) -> None:
     digits = math.isqrt(bins - 1) + 1
     at_once = max(1, _ELEMENTS // (together * digits * (kinds + 1)))
     parts = zip(
-        (codes.long() + bins // 2).reshape(-1, together).split(at_once),
-        torch.stack(filled, -1).reshape(-1, together, kinds).split(at_once),
+        torch.split((codes.long() + bins // 2).reshape(-1, together), at_once),
+        torch.split(torch.stack(filled, -1).reshape(-1, together, kinds), at_once),
         strict=True,
     )
     found = torch.cat([_by_products(each, place, digits) for place, each in parts])
@@ -67,4 +67,4 @@ def _by_products(values: Tensor, places: Tensor, digits: int) -> Tensor:
     row = (places // digits).unsqueeze(1) == every[:, None]
     column = ((places % digits).unsqueeze(-1) == every).unsqueeze(-2)
     sums = row.double() @ (values.double().unsqueeze(-1) * column).flatten(2)
-    return sums.unflatten(2, (-1, digits)).transpose(1, 2).flatten(2)
+    return sums.reshape(len(sums), digits, -1, digits).transpose(1, 2).flatten(2)

@@ -162,18 +162,20 @@ class AdaRoundQuantizer(FixedQuantizer):
         return _share(self.alpha)
 
     @torch.no_grad()
-    def add_regularizer_gradient_(self, weight: float, beta: float) -> None:
+    def add_regularizer_gradient_(self, weight: Tensor, beta: Tensor) -> None:
         """Add the gradient of the regulariser to that of alpha.
 
         It is weight * sum(1 - |2h - 1|^beta), which draws h to 0 or 1 (AdaRound, eq. 24). No step
         needs its value.
+
+        Args:
+            weight: [] of alpha's type on its device: by numbers each step would compile anew.
+            beta: [], the same.
         """
         self._require_alpha()
         alpha = self.alpha.detach()
-        # As tensors made on its device, or each step would compile anew or wait for the host.
         gradient = torch.zeros_like(alpha) if self.alpha.grad is None else self.alpha.grad
-        numbers = alpha.new_full((), beta), alpha.new_full((), weight)
-        self.alpha.grad = _with_regularizer_gradient(gradient, alpha, *numbers)
+        self.alpha.grad = _with_regularizer_gradient(gradient, alpha, beta, weight)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Move the weight `x` to the grid (while "soft": between its points)."""

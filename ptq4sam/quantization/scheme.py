@@ -109,6 +109,8 @@ class Reconstruction(Record):
         precision: ours; of the matrix products of a step: "float32", "bfloat16" (about half
             the time of a step on a CPU that has it), "tf32" (GPUs only). What is learned, the
             quantizers and all measured errors stay float32.
+        cuda_graphs: ours; let a GPU repeat steps of one shape by itself, without being told each
+            operation again. No result depends on it.
         weights_only: ours, and what --brecq sets; activations stay float while reconstructing, so
             that learn_scale becomes false and drop_prob 0.
     """
@@ -128,6 +130,7 @@ class Reconstruction(Record):
     granularity: Literal["unit", "layer", "joint"] = "unit"
     patience: int = 0
     precision: Literal["float32", "bfloat16", "tf32"] = "float32"
+    cuda_graphs: bool = True
     weights_only: bool = False
 
     def _validate(self) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ptq4sam.methods.reconstruction import Schedule
+from ptq4sam.methods.schedule import Schedule
 from ptq4sam.quantization.scheme import Reconstruction
 
 

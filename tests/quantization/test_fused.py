@@ -106,7 +106,7 @@ def learned_rounding(x: Tensor) -> Result:
     quantizer.alpha.requires_grad_()
     output = quantizer.quantize(x.detach())
     (output * x.detach()).sum().backward()
-    quantizer.add_regularizer_gradient_(0.1, 3.7)
+    quantizer.add_regularizer_gradient_(*x.detach().new_tensor([0.1, 3.7]))
     assert quantizer.alpha.grad is not None
     return output, quantizer.alpha.grad
 

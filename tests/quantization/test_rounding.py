@@ -79,9 +79,9 @@ def test_regularizer_gradient_is_that_of_the_regularizer(
     (expected,) = torch.autograd.grad(
         0.01 * regularizer(quantizer, beta), quantizer.alpha.requires_grad_()
     )
-    quantizer.add_regularizer_gradient_(0.01, beta)
+    quantizer.add_regularizer_gradient_(*weight.new_tensor([0.01, beta]))
     torch.testing.assert_close(quantizer.alpha.grad, expected, rtol=1e-5, atol=1e-7)
-    quantizer.add_regularizer_gradient_(0.01, beta)
+    quantizer.add_regularizer_gradient_(*weight.new_tensor([0.01, beta]))
     torch.testing.assert_close(quantizer.alpha.grad, 2 * expected, rtol=1e-5, atol=1e-7)
 
 
@@ -91,7 +91,7 @@ def test_regularizer_pushes_away_from_a_half(quantizer: AdaRoundQuantizer, weigh
     optimizer = torch.optim.Adam([quantizer.alpha], lr=0.1)
     for _ in range(200):
         optimizer.zero_grad()
-        quantizer.add_regularizer_gradient_(1.0, 2.0)
+        quantizer.add_regularizer_gradient_(*weight.new_tensor([1.0, 2.0]))
         optimizer.step()
     after = quantizer.rounding_share().detach()
     assert bool(((after < 0.05) | (after > 0.95)).all())
@@ -127,7 +127,7 @@ def test_learning_out_of_order(quantizer: AdaRoundQuantizer, weight: Tensor) -> 
     with pytest.raises(CalibrationError, match=r"lin1\.weight_quantizer .*begin_learning"):
         quantizer.finish_learning()
     with pytest.raises(CalibrationError, match="begin_learning"):
-        quantizer.add_regularizer_gradient_(1.0, 2.0)
+        quantizer.add_regularizer_gradient_(*weight.new_tensor([1.0, 2.0]))
     with pytest.raises(CalibrationError, match="calibrate"):
         AdaRoundQuantizer(Grid(4)).begin_learning(weight)
 
@@ -142,6 +142,6 @@ def test_values_on_the_grid_survive_learning(bits: int) -> None:
     quantizer.mode = Mode.QUANTIZE
     quantizer.begin_learning(weight)
     assert bool(torch.isfinite(quantizer.alpha).all())
-    quantizer.add_regularizer_gradient_(1.0, 2.0)
+    quantizer.add_regularizer_gradient_(*weight.new_tensor([1.0, 2.0]))
     assert quantizer.alpha.grad is not None
     assert bool(torch.isfinite(quantizer.alpha.grad).all())
