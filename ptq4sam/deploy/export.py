@@ -129,12 +129,10 @@ def _check_form(sam: Sam, form: Format, fast: bool, products: Products | None) -
             "asked to export a model with compat: published, which is not on its grid: quantize "
             "with compat: faithful"
         )
-    geometry = sam.geometry
-    if geometry.resizing != "longest side" or geometry.prompt_side != geometry.encoder_side:
+    if sam.geometry.resizing != "longest side":
         raise DeployError(
-            f"asked to export {sam.name}, whose pictures and prompts lie in squares of "
-            f"{geometry.encoder_side} and {geometry.prompt_side} pixels, resized by "
-            f"{geometry.resizing}: exports have one square, resized by the longest side"
+            f"asked to export {sam.name}, whose pictures are resized to a square: exports have "
+            "pictures resized by the longest side"
         )
     if target.convert is not None:
         require(target.name)

@@ -16,7 +16,7 @@ from ptq4sam.deploy.products import exact_products
 from ptq4sam.deploy.targets import TARGETS
 from ptq4sam.deploy.targets.target import Precision, Products, Session
 from ptq4sam.errors import ConfigError
-from ptq4sam.sam.description import Geometry, Normalization
+from ptq4sam.sam.description import Geometry
 from ptq4sam.sam.model import Features, normalize, resize_masks
 
 _log = logging.getLogger(__name__)
@@ -75,10 +75,7 @@ class ExportedSam:
     @property
     def geometry(self) -> Geometry:
         """Of its pictures."""
-        manifest = self.manifest
-        normalization = Normalization(manifest.pixel_mean, manifest.pixel_std)
-        side = manifest.image_size
-        return Geometry(side, side, (manifest.embedding,), normalization)
+        return self.manifest.geometry
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +149,7 @@ class ExportedSam:
         self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]
     ) -> Tensor:
         """Resize mask logits to the original picture; see `Sam.postprocess_masks`."""
-        return resize_masks(masks, self.image_size, input_size, original_size)
+        return resize_masks(masks, self.geometry.prompt_side, input_size, original_size)
 
 
 def open_exported(folder: str | Path, runtime: str, precision: Precision = "f32") -> ExportedSam:

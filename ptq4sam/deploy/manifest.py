@@ -12,7 +12,7 @@ from ptq4sam.deploy.targets.target import Products
 from ptq4sam.errors import CheckpointError, DataError
 from ptq4sam.files import read_json, write_json
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.sam.description import SAM_NORMALIZATION
+from ptq4sam.sam.description import SAM_NORMALIZATION, Geometry, Normalization
 from ptq4sam.sam.model import Sam
 from ptq4sam.version import __version__
 
@@ -31,6 +31,8 @@ class Manifest:
         runtime_format: "onnx" or "openvino".
         model: name of the SAM.
         image_size: side of the encoder's square input in pixels.
+        prompt_size: side of the square that prompts and masks are placed in, in pixels; None in
+            older exports, which have one square.
         embedding: channels, rows and columns of the encoder's output.
         mask_input: height and width of a mask prompt.
         pixel_mean: by channel; a picture is normalised, then padded with 0 at the right and bottom.
@@ -62,7 +64,14 @@ class Manifest:
     nncf: dict[str, Any] | None = None
     pixel_mean: tuple[float, ...] = SAM_NORMALIZATION.mean
     pixel_std: tuple[float, ...] = SAM_NORMALIZATION.std
+    prompt_size: int | None = None
     ptq4sam: str = __version__
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of its pictures."""
+        side, normalization = self.image_size, Normalization(self.pixel_mean, self.pixel_std)
+        return Geometry(side, self.prompt_size or side, (self.embedding,), normalization)
 
     def write(self, folder: Path) -> None:
         """Write it beside the graphs, atomically."""
@@ -94,6 +103,7 @@ def describe(
         products=products,
         pixel_mean=sam.normalization.mean,
         pixel_std=sam.normalization.std,
+        prompt_size=sam.geometry.prompt_side,
     )
 
 

@@ -32,7 +32,8 @@ def integer_model(sam: QuantizedSam) -> QuantizedSam:
     """
     layers = dict(quantized_layers(sam))
     for name, operator in quantized_operators(sam):
-        grids = [quantizer.grid for quantizer in operator.slots().values()]
+        slots = operator.slots().items()
+        grids = [q.grid for slot, q in slots if slot not in operator.wide_slots]
         terms = layers[name].weight[0].numel() if name in layers else 0
         _require_narrow(name, max(grid.bits for grid in grids), terms)
         _require_near(name, max(grid.largest_step for grid in grids))

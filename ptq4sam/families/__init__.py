@@ -8,7 +8,7 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.families.family import Variant
 from ptq4sam.sam.model import Sam
 
-FAMILIES = ("sam_vit", "tiny_vit")
+FAMILIES = ("sam_vit", "tiny_vit", "efficientvit")
 """Folders here, each with a module `variants` that lists VARIANTS."""
 
 VARIANTS: dict[str, Variant] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ptq4sam.errors import ConfigError
 from ptq4sam.operators.arithmetic import whole_numbers
 from ptq4sam.operators.base import PortableOperator, portable_form
 from ptq4sam.operators.watching import unwatched
@@ -15,29 +14,35 @@ from ptq4sam.quantization.hard_numbers import many_sizes
 
 @portable_form(nn.GELU)
 class PortableGELU(PortableOperator):
-    """A GELU by the error function, not by a tangent."""
+    """A GELU by the error function, or approximated by a tangent as the float one was."""
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        self.approximate = approximate
 
     @classmethod
     def of(cls, source: nn.GELU) -> PortableGELU:
-        """Made of a float one.
-
-        Raises:
-            ConfigError: that is an approximation.
-        """
-        if source.approximate != "none":
-            raise ConfigError(f"a GELU approximated by {source.approximate} has no portable form")
-        return cls()
+        """Made of a float one."""
+        return cls(source.approximate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Activate each element; shape and dtype stay."""
-        return self._forward_portable(x) if self._is_portable(x) else nn.functional.gelu(x)
+        if self._is_portable(x):
+            return self._forward_portable(x)
+        return nn.functional.gelu(x, approximate=self.approximate)
 
     @whole_numbers
     def _forward_portable(self, x: Tensor) -> Tensor:
-        return _gelu(x)
+        return _gelu(x) if self.approximate == "none" else _gelu_tanh(x)
 
 
 @unwatched()
 @fused_exactly(many_sizes)
 def _gelu(x: Tensor) -> Tensor:
     return portable.gelu(x)
+
+
+@unwatched()
+@fused_exactly(many_sizes)
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return portable.gelu_tanh(x)

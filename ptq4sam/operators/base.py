@@ -20,7 +20,7 @@ from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode, Quantizer
 
 WEIGHT, INPUT = "weight", "input"
-QUERY, KEY, VALUE, SOFTMAX = "query", "key", "value", "softmax"
+QUERY, KEY, VALUE, SOFTMAX, STATE = "query", "key", "value", "softmax", "state"
 
 MakeQuantizer = Callable[[str], Quantizer]
 """Makes the quantizer of a slot, by the slot's name."""
@@ -52,6 +52,8 @@ class QuantizedOperator(Operator):
     """
 
     slot_names: ClassVar[tuple[str, ...]]
+    wide_slots: ClassVar[frozenset[str]] = frozenset()
+    """Those that may have up to 16 bits on a device, which cuts them into digits."""
 
     @classmethod
     def of(cls, source: Any, make: MakeQuantizer) -> QuantizedOperator:

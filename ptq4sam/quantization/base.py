@@ -56,7 +56,7 @@ class Quantizer(nn.Module):
 
     settings_type: ClassVar[type[Record]] = NoSettings
     """What a scheme may say of it, beside its bits."""
-    slots: ClassVar[tuple[str, ...]] = ("input", "query", "key", "value", "softmax")
+    slots: ClassVar[tuple[str, ...]] = ("input", "query", "key", "value", "softmax", "state")
     """Of a scheme, which can have it: weights are integers in files and need an even grid."""
     scale: Tensor
     zero_point: Tensor

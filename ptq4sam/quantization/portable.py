@@ -40,6 +40,7 @@ FIXED = 2.0**20
 # Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 7.1.28: an error function with
 # an error of at most 3e-7.
 _ERF = (0.0705230784, 0.0422820123, 0.0092705272, 0.0001520143, 0.0002765672, 0.0000430638)
+_TANH = 2 * math.sqrt(2 / math.pi)
 _EXP_HALVINGS = 5
 _HALVES = np.float32(2**12 + 1)
 _LARGEST_EXPONENT = 32.0
@@ -124,6 +125,18 @@ def gelu(x: X) -> X:
     return x.clamp(min=0.0) - (size * tail).abs()
 
 
+def gelu_tanh(x: X) -> X:
+    """The approximation of `gelu` by a tangent (Hendrycks and Gimpel, 2016), to some 2e-6.
+
+    Half of 1 - tanh(u) is e^-2u / (1 + e^-2u).
+    """
+    size = x.abs()
+    angle = (size * (((size * size).abs() * (0.044715 * _TANH)).abs() + _TANH)).abs()
+    power = exp_minus(angle)
+    tail = (power * _share(power + 1.0)).abs()
+    return x.clamp(min=0.0) - (size * tail).abs()
+
+
 def layer_norm(x: X, channels: int, weight: X, bias: X, eps: float) -> X:
     """Normalise over the last axis, of so many channels."""
     share = 1 / channels
@@ -144,6 +157,11 @@ def whole_sum(x: X) -> X:
     rest, bound = x - high, bound * 2.0**-12
     low = (rest + bound) - bound
     return high.sum(-1, keepdim=True) + low.sum(-1, keepdim=True)
+
+
+def over(x: X, divisor: X) -> X:
+    """X times the reciprocal of a divisor above 0."""
+    return x * _share(divisor)
 
 
 def _share(x: X) -> X:

@@ -19,6 +19,7 @@ from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
 from ptq4sam.quantization.slots import (
     ADAROUND,
     AFFINE,
+    STATE,
     SlotFormat,
     selected,
     slot_formats,
@@ -40,6 +41,7 @@ FLOAT: Literal["float"] = "float"
 
 _BOTH_BITS = re.compile(r"w(\d+)a(\d+)")
 
+_MOST_BITS = 16
 _HIGHEST_RAISE = 100.0
 """Of learning rates, when a scheme is run with fewer steps."""
 
@@ -313,6 +315,10 @@ class Scheme(Record):
         formats.update(self.slot_formats)
         found = selected(formats, slot, roles)
         base = self.w_qconfig if slot == "weight" else self.a_qconfig
+        if slot == STATE:
+            # Sums of products of two activations, which have the bits of both.
+            bits = min(2 * base.bit, _MOST_BITS)
+            base = replace(base, bit=bits, symmetric=True)
         if found is None:
             return base
         if found.grid != AFFINE:

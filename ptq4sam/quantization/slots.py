@@ -14,8 +14,9 @@ from typing import Any
 from ptq4sam.quantization.registry import GRIDS, OBSERVERS, QUANTIZERS
 from ptq4sam.records import FieldError, Record, unknown_key
 
-SLOTS = ("weight", "input", "query", "key", "value", "softmax")
-"""Places of operators where quantizers sit."""
+STATE = "state"
+SLOTS = ("weight", "input", "query", "key", "value", "softmax", STATE)
+"""Places of operators where quantizers sit; `state` is that of a linear attention."""
 AFFINE = "affine"
 ADAROUND = "AdaRoundFakeQuantize"
 """The quantizer that learns the rounding of weights."""

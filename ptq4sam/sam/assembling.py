@@ -15,12 +15,16 @@ from ptq4sam.sam.transformer import TwoWayTransformer
 
 @dataclass(frozen=True)
 class DecoderSizes:
-    """Of the mask decoder; defaults are those of the official models."""
+    """Of the mask decoder; defaults are those of the official models.
+
+    `norm_eps` is that of the layer normalisations of its transformer.
+    """
 
     mlp_dim: int = 2048
     heads: int = 8
     depth: int = 2
     iou_hidden_dim: int = 256
+    norm_eps: float = 1e-5
 
 
 def assemble(
@@ -42,7 +46,9 @@ def assemble(
     dim, rows, columns = geometry.features[0]
     side = geometry.prompt_side
     prompt_encoder = PromptEncoder(dim, (rows, columns), (side, side))
-    transformer = TwoWayTransformer(sizes.depth, dim, sizes.heads, sizes.mlp_dim)
+    transformer = TwoWayTransformer(
+        sizes.depth, dim, sizes.heads, sizes.mlp_dim, norm_eps=sizes.norm_eps
+    )
     decoder = MaskDecoder(dim, transformer, iou_head_hidden_dim=sizes.iou_hidden_dim)
     sam = Sam(name, encoder, prompt_encoder, decoder, geometry, description + DECODER)
     return sam.eval()

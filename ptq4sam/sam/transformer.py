@@ -71,17 +71,18 @@ class TwoWayAttentionBlock(nn.Module):
         mlp_dim: int,
         attention_downsample_rate: int,
         skip_first_layer_pe: bool,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.self_attn = Attention(embedding_dim, num_heads)
-        self.norm1 = nn.LayerNorm(embedding_dim)
+        self.norm1 = nn.LayerNorm(embedding_dim, norm_eps)
         self.cross_attn_token_to_image = Attention(
             embedding_dim, num_heads, attention_downsample_rate
         )
-        self.norm2 = nn.LayerNorm(embedding_dim)
+        self.norm2 = nn.LayerNorm(embedding_dim, norm_eps)
         self.mlp = MLPBlock(embedding_dim, mlp_dim, nn.ReLU)
-        self.norm3 = nn.LayerNorm(embedding_dim)
-        self.norm4 = nn.LayerNorm(embedding_dim)
+        self.norm3 = nn.LayerNorm(embedding_dim, norm_eps)
+        self.norm4 = nn.LayerNorm(embedding_dim, norm_eps)
         self.cross_attn_image_to_token = Attention(
             embedding_dim, num_heads, attention_downsample_rate
         )
@@ -205,6 +206,7 @@ class TwoWayTransformer(nn.Module):
         num_heads: int,
         mlp_dim: int,
         attention_downsample_rate: int = 2,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
@@ -214,13 +216,14 @@ class TwoWayTransformer(nn.Module):
                 mlp_dim,
                 attention_downsample_rate,
                 skip_first_layer_pe=index == 0,
+                norm_eps=norm_eps,
             )
             for index in range(depth)
         )
         self.final_attn_token_to_image = Attention(
             embedding_dim, num_heads, attention_downsample_rate
         )
-        self.norm_final_attn = nn.LayerNorm(embedding_dim)
+        self.norm_final_attn = nn.LayerNorm(embedding_dim, norm_eps)
 
     def forward(
         self, image_embedding: Tensor, image_pe: Tensor, point_embedding: Tensor

@@ -440,8 +440,8 @@ def test_what_cannot_be_exported_is_named(
         export(model, tmp_path, "openvino")
 
 
-def test_prompts_in_a_square_of_their_own_are_refused(tmp_path: Path) -> None:
+def test_pictures_resized_to_a_square_are_refused(tmp_path: Path) -> None:
     model = build_sam("vit_nano")
-    model.geometry = dataclasses.replace(model.geometry, prompt_side=2048)
-    with pytest.raises(DeployError, match=r"and 2048 pixels, .* exports have one square"):
+    model.geometry = dataclasses.replace(model.geometry, resizing="square")
+    with pytest.raises(DeployError, match=r"resized to a square: .* by the longest side"):
         export(model, tmp_path, "onnx")

@@ -56,7 +56,19 @@ def test_patches_are_sums_of_digits() -> None:
     )
 
 
-FORMS = [(PortableGELU(), nn.GELU()), (PortableLayerNorm(nn.LayerNorm(8)), nn.LayerNorm(8))]
+FORMS = [
+    (PortableGELU(), nn.GELU()),
+    (PortableGELU("tanh"), nn.GELU(approximate="tanh")),
+    (PortableLayerNorm(nn.LayerNorm(8)), nn.LayerNorm(8)),
+]
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_a_gelu_is_torchs(approximate: str) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([0.0, -1e4, 1e4])])
+    own = nn.GELU(approximate=approximate)
+    found = in_inference(PortableGELU.of(own), x)
+    torch.testing.assert_close(found.double(), own(x.double()), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize(("module", "own"), FORMS)
@@ -88,7 +100,8 @@ def test_kernels_give_the_same_bits_as_operations_one_by_one(
     torch.manual_seed(0)
     x = 3 * torch.randn(2048, 768).to(device)
     norm = PortableLayerNorm(nn.LayerNorm(768)).to(device)
-    functions: list[Callable[[Tensor], Tensor]] = [norm, PortableGELU(), portable_softmax]
+    gelus = PortableGELU(), PortableGELU("tanh")
+    functions: list[Callable[[Tensor], Tensor]] = [norm, *gelus, portable_softmax]
     compiled = [in_inference(function, x) for function in functions]
     monkeypatch.setattr(fused._compiler, "_usable", {device.type: False})
     for function, wanted in zip(functions, compiled, strict=True):

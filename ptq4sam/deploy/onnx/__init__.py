@@ -1,5 +1,5 @@
 """A SAM, float or quantized, as ONNX graphs that compute what it computes."""
 
-from ptq4sam.deploy.onnx import functions, layers, positions
+from ptq4sam.deploy.onnx import functions, layers, linear_attention, positions, resizing
 
-__all__ = ["functions", "layers", "positions"]
+__all__ = ["functions", "layers", "linear_attention", "positions", "resizing"]

@@ -219,8 +219,8 @@ def _attend(core: Core, given: _Operands, path: str) -> str:
     query, key, value = given.taken(path)
     if graph.multiplies_steps and slots is not None:
         worth = logits_worth(slots.query_quantizer, slots.key_quantizer, core.scale, head_dim)
-        sums = _sums_of_steps(query, key, worth.largest, f"{path}.logits")
-        logits = _worth(sums, worth)
+        sums = sums_of_steps(query, key, worth.largest, f"{path}.logits")
+        logits = worth_of_sums(sums, worth)
     else:
         logits = graph.node("MatMul", [query.name, key.name], f"{path}.logits")
     logits = _placed(graph, logits, given.terms, f"{path}.logits")
@@ -236,12 +236,12 @@ def _attend(core: Core, given: _Operands, path: str) -> str:
     if isinstance(softmax, AdaptiveGranularityQuantizer):
         cut = (worth.largest, keys, values.grid.largest_step)
         sums = _sums_of_points(graph, softmax, shares, value.name, cut, path, parts)
-        return _worth(sums, worth)
+        return worth_of_sums(sums, worth)
     weights = quantize(graph, shares, softmax, inner)
     if graph.multiplies_steps:
         most = keys * softmax.grid.largest_step * values.grid.largest_step
         steps = value.new(steps_of(graph, weights, f"{path}.softmax"), shape)
-        return _worth(_sums_of_steps(steps, value, min(worth.largest, most), path), worth)
+        return worth_of_sums(sums_of_steps(steps, value, min(worth.largest, most), path), worth)
     factors = [dequantize(graph, weights, f"{path}.softmax"), value.name]
     attended = graph.node("MatMul", factors, f"{path}.attended")
     # Apart, or ONNX Runtime quantizes sums by one quotient of scales: other codes at halves.
@@ -275,7 +275,7 @@ def _softmax(logits: Traced, quantized: bool, keys: int) -> str:
     return portable.softmax(logits).name
 
 
-def _sums_of_steps(left: Traced, right: Traced, largest: float, path: str) -> Traced:
+def sums_of_steps(left: Traced, right: Traced, largest: float, path: str) -> Traced:
     """Sums of products of two activations in steps, each at most `largest`.
 
     Where float32 would round them they are those of two digits of the right ones: OpenVINO may
@@ -316,6 +316,7 @@ def _sums_of_points(
     return rounded_sum(sums)
 
 
-def _worth(sums: Traced, worth: Whole) -> str:
+def worth_of_sums(sums: Traced, worth: Whole) -> str:
+    """The name of what sums of steps are worth."""
     # Apart, or OpenVINO multiplies one of the operands with what the sums are worth.
     return apart(apart(sums) * float(worth.step)).name

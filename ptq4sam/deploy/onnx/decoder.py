@@ -20,7 +20,7 @@ _PATH = "mask_decoder"
 def decoder_graph(sam: Sam, dialect: Dialect) -> Graph:
     """The prompt encoder and the mask decoder, float or quantized, for prompts on one picture.
 
-    Inputs, float32 unless said otherwise, in pixels of the encoder's (resized) input:
+    Inputs, float32 unless said otherwise, in pixels of the square of prompts:
 
     - `embedding` [1, channels, rows, columns], the encoder's output.
     - `points` [prompts, n, 2] (x, y) and `labels` [prompts, n] int64: 1 object, 0 background, -1

@@ -123,6 +123,26 @@ def _item(x: Traced, index: Any) -> Traced:
     return x.moved(*cuts, Reshape(tuple(shape)))
 
 
+@lowers("index_select")
+def _picked(x: Traced, dim: int, index: Tensor) -> Traced:
+    places = x.graph.integers(*index.tolist())
+    shape = [len(index) if axis == dim % x.ndim else side for axis, side in enumerate(x.shape)]
+    return x.node("Gather", places, shape=shape, axis=dim)
+
+
+@lowers("interpolate")
+def _interpolated(x: Traced, size: Any, mode: str = "nearest", **options: Any) -> Traced:
+    if mode != "bicubic" or options.get("align_corners") or isinstance(size, int):
+        raise refused(x, f"resizes by {mode}")
+    shape = (*x.shape[:2], *size)
+    how = {
+        "mode": "cubic",
+        "cubic_coeff_a": -0.75,
+        "coordinate_transformation_mode": "half_pixel",
+    }
+    return x.node("Resize", "", "", x.graph.integers(*shape), shape=shape, exact=False, **how)
+
+
 @lowers("pad")
 def _pad(
     x: Traced, pad: Sequence[int], mode: str = "constant", value: float | None = None

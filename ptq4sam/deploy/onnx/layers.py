@@ -36,7 +36,7 @@ from ptq4sam.operators.convolution import (
 from ptq4sam.operators.linear import QuantizedLinear
 from ptq4sam.operators.norm import LayerNorm2d, PortableLayerNorm, PortableLayerNorm2d
 from ptq4sam.quantization.base import Quantizer
-from ptq4sam.quantization.portable import apart, gelu, of_digits, rounded_sum
+from ptq4sam.quantization.portable import apart, gelu, gelu_tanh, of_digits, rounded_sum
 from ptq4sam.quantization.portable import layer_norm as layer_norm_of
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d | QuantizedConv2d | PortableConv2d
@@ -293,5 +293,5 @@ def patches(graph: Graph, layer: PortableConv2d, x: Traced) -> Traced:
 def portable_gelu(graph: Graph, module: PortableGELU, x: Traced) -> Traced:
     """GELU by operations that all runtimes round alike."""
     if graph.portable:
-        return gelu(x).portable(x)
-    return cast(Traced, F.gelu(cast(Tensor, x)))
+        return (gelu if module.approximate == "none" else gelu_tanh)(x).portable(x)
+    return cast(Traced, F.gelu(cast(Tensor, x), approximate=module.approximate))

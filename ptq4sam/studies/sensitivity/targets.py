@@ -20,7 +20,7 @@ MODEL = "model"
 GRAINS = (MODEL, "network", "block", "unit", "quantizer")
 """How large the parts are: all of it, encoder or decoder, a block, a unit, a single quantizer."""
 
-ROLES = ("weights", "activations", "inputs", "query", "key", "value", "softmax")
+ROLES = ("weights", "activations", "inputs", "query", "key", "value", "softmax", "state")
 """What a quantizer is for; `activations` are all but weights."""
 
 _ROLE_OF = {
@@ -30,6 +30,7 @@ _ROLE_OF = {
     "key_quantizer": "key",
     "value_quantizer": "value",
     "softmax_quantizer": "softmax",
+    "state_quantizer": "state",
 }
 
 

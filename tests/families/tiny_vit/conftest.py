@@ -1,9 +1,8 @@
-"""MobileSAM's golden vectors, and weights by the rule that they were recorded with."""
+"""MobileSAM's golden vectors."""
 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.golden_weights import official_weights
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -19,25 +20,6 @@ GOLDEN = Path(__file__).parent / "golden"
 def _without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def official_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Each tensor depends on its name and shape alone."""
-    return {name: _by_rule(name, shape) for name, shape in shapes.items()}
-
-
-def _by_rule(name: str, shape: tuple[int, ...]) -> Tensor:
-    if name.endswith("num_batches_tracked"):
-        return torch.zeros((), dtype=torch.int64)
-    random = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    if name.endswith("running_var"):
-        random = 1 + 0.1 * np.abs(random)
-    elif name.endswith(("running_mean", "bias")):
-        random = 0.1 * random
-    elif name.endswith("weight"):
-        many = len(shape) > 1
-        random = random / np.sqrt(np.prod(shape[1:])) if many else 1 + 0.1 * random
-    return torch.from_numpy(np.asarray(random, np.float32))
 
 
 @pytest.fixture(scope="session")
