@@ -107,7 +107,8 @@ def test_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["download", "--list", "--root", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(ASSETS)
-    assert re.match(r"sam-vit-b +there +375 MB +Apache-2.0 +ckpt/sam_vit_b", lines[1])
-    assert re.match(r"sam-vit-l +missing +about 1.2 GB ", lines[2])
+    shown = {line.split()[0]: line for line in lines[1:]}
+    assert re.match(r"sam-vit-b +there +375 MB +Apache-2.0 +ckpt/sam_vit_b", shown["sam-vit-b"])
+    assert re.match(r"sam-vit-l +missing +about 1.2 GB ", shown["sam-vit-l"])
     assert main(["download"]) == 2
     assert "--list" in capsys.readouterr().err
