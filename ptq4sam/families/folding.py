@@ -7,6 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+_PARTS = ("weight", "bias", "running_mean", "running_var")
+"""Of a normalisation."""
+
 
 def fold_norms(
     state: Mapping[str, Tensor], convolution: str, norm: str, eps: float
@@ -28,40 +31,29 @@ def fold_norms(
     folded: dict[str, Tensor] = {}
     for name, value in state.items():
         unit = name.removesuffix(weight_name)
-        if name.endswith(weight_name) and (parts := _norm_of(state, unit, weight_name, norm_name)):
-            folded |= _fold(unit + weight_name.removesuffix(".weight"), value, *parts, eps)
-        elif not (
-            norm_name in name
-            and _norm_of(state, name.rpartition(norm_name)[0], weight_name, norm_name)
+        if name.endswith(weight_name) and _is_normalised(state, unit, weight_name, norm_name):
+            parts = [state[f"{unit}{norm_name}{part}"].double() for part in _PARTS]
+            weight, bias = _fold(value.double(), *parts, eps=eps)
+            folded[name] = weight.float()
+            folded[f"{name.removesuffix('weight')}bias"] = bias.float()
+        elif norm_name not in name or not _is_normalised(
+            state, name.rpartition(norm_name)[0], weight_name, norm_name
         ):
             folded[name] = value
     return folded
 
 
-def _norm_of(
+def _is_normalised(
     state: Mapping[str, Tensor], unit: str, weight_name: str, norm_name: str
-) -> tuple[Tensor, ...] | None:
-    """All tensors of a convolution's normalisation; None unless all are there, and fit it."""
-    names = ("weight", "bias", "running_mean", "running_var")
-    parts = [state.get(f"{unit}{norm_name}{name}") for name in names]
+) -> bool:
+    """Whether a convolution and all of its normalisation are there, with shapes that fit."""
     weight = state.get(unit + weight_name)
-    found = tuple(p for p in parts if weight is not None and p is not None)
-    if weight is None or len(found) < len(names):
-        return None
-    return found if all(p.shape == weight.shape[:1] for p in found) else None
+    parts = [state.get(f"{unit}{norm_name}{name}") for name in _PARTS]
+    return weight is not None and all(p is not None and p.shape == weight.shape[:1] for p in parts)
 
 
 def _fold(
-    path: str,
-    weight: Tensor,
-    gain: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-) -> dict[str, Tensor]:
-    factor = gain.double() / torch.sqrt(variance.double() + eps)
-    return {
-        f"{path}.weight": (weight.double() * factor[:, None, None, None]).float(),
-        f"{path}.bias": (bias.double() - mean.double() * factor).float(),
-    }
+    weight: Tensor, gain: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    factor = gain / torch.sqrt(variance + eps)
+    return weight * factor[:, None, None, None], bias - mean * factor

@@ -63,11 +63,6 @@ _FAMILIES = tuple(
             r"maskmem_tpos_enc|no_memory_embedding|vision_encoder\.backbone\.",
             _OTHER,
         ),
-        (
-            "an EfficientViT-SAM",
-            r"image_encoder\.backbone\.stages\.|image_encoder\.neck\.input_ops\.",
-            _OTHER,
-        ),
     )
 )
 

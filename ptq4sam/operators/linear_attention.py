@@ -123,7 +123,9 @@ class QuantizedReluLinearAttention(QuantizedOperator):
         total = key.sum(-2, keepdim=True).transpose(-1, -2) * unit
         state = self.state_quantizer(torch.cat([self.key_value(key, value), total], dim=-1))
         sums = self.query_state(query, state)
-        return sums[..., :-1] / sums[..., -1:].clamp(min=self._smallest_share()) * unit
+        shares = sums[..., -1:].clamp(min=self._smallest_share())
+        attended: Tensor = sums[..., :-1] / shares * unit
+        return attended
 
     @whole_numbers
     def _forward_whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -137,7 +139,8 @@ class QuantizedReluLinearAttention(QuantizedOperator):
         total = key.sum(-2, keepdim=True, dtype=torch.float64).float().transpose(-1, -2) * worth
         state = torch.cat([self.key_value(key, value, first), total], dim=-1)
         sums = self.query_state(query, self.state_quantizer(state, steps=True), second)
-        return quotients(sums[..., :-1], sums[..., -1:], unit)
+        attended: Tensor = quotients(sums[..., :-1], sums[..., -1:], unit)
+        return attended
 
     def worths(
         self, places: int, head_dim: int, exact: bool = False

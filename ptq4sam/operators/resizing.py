@@ -74,7 +74,8 @@ def _along(x: Tensor, axis: int, wanted: int) -> Tensor:
         apart(x.index_select(axis, place.to(x.device)) * weight.reshape(shape).to(x.device))
         for place, weight in zip(places, weights, strict=True)
     ]
-    return (terms[0] + terms[1]) + (terms[2] + terms[3])
+    total: Tensor = (terms[0] + terms[1]) + (terms[2] + terms[3])
+    return total
 
 
 def cubic_taps(given: int, wanted: int) -> Taps:

@@ -239,7 +239,10 @@ def test_changed_sams_are_named(state: State, tmp_path: Path, kind: str) -> None
         (("image_encoder.trunk.pos_embed", "sam_mask_decoder.iou_token.weight"), "a SAM 2,"),
         (("vision_encoder.backbone.pos_embed", "no_memory_embedding"), "a SAM 2,"),
         (("image_encoder.patch_embed.seq.0.c.weight",), "ask for mobile_sam or tinysam"),
-        (("image_encoder.backbone.stages.0.op_list.0.conv.weight",), "an EfficientViT-SAM,"),
+        (
+            ("image_encoder.backbone.stages.0.op_list.0.conv.weight",),
+            "ask for efficientvit_sam_l0 or",
+        ),
         (
             ("image_encoder.patch_embed.seq.0.c.weight", "mask_decoder.hf_token.weight"),
             "a SAM-HQ,",
@@ -256,7 +259,7 @@ def test_key_lists_of_other_families_are_named(tmp_path: Path) -> None:
     folder = Path(__file__).resolve().parents[3] / "shared" / "families" / "keys"
     if not folder.is_dir():
         pytest.skip("the key lists of other families are not at hand")
-    kinds = {"sam2": "SAM 2", "sam_hq": "SAM-HQ", "eff": "EfficientViT"}
+    kinds = {"sam2": "SAM 2", "sam_hq": "SAM-HQ", "eff": "efficientvit_sam_l0 or"}
     for file in folder.glob("*.txt"):
         state = {line.split()[0]: torch.ones(1) for line in file.read_text().splitlines()}
         kind = next((k for start, k in kinds.items() if file.name.startswith(start)), "mobile_sam")

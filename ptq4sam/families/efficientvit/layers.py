@@ -142,7 +142,7 @@ class LiteMLA(nn.Module):
         both = torch.cat([qkv, *(mix(qkv) for mix in self.aggreg)], dim=1)
         # Of each head its query, key and value, one behind the other.
         heads = both.reshape(batch, -1, 3 * self.head_dim, rows * columns).transpose(-1, -2)
-        query, key, value = heads.split(self.head_dim, dim=-1)
+        query, key, value = heads.tensor_split(3, dim=-1)
         attended = self.core(query, key, value).transpose(-1, -2)
         projected: Tensor = self.proj(attended.reshape(batch, -1, rows, columns))
         return projected
