@@ -124,7 +124,7 @@ class AqerMethod(Method[Aqer]):
     def after_ranges(self, calibration: Calibration) -> Sequence[str]:
         """Correct weights and set their ranges anew."""
         changed = []
-        for group in _groups(calibration.sam):
+        for group in layer_groups(calibration.sam):
             products = {name: InputProducts.of(layer) for name, layer in group}
             with quantizer_mode(calibration.sam, Mode.FLOAT), ExitStack() as hooks:
                 for name, layer in group:
@@ -152,14 +152,19 @@ def _see(products: InputProducts, layer: QuantizedLayer, inputs: tuple[Tensor, .
     products.add(layer, inputs)
 
 
-def _groups(sam: nn.Module) -> Iterator[list[tuple[str, QuantizedLayer]]]:
-    """Linear layers with weights that can be corrected, as many at once as memory holds."""
+def layer_groups(sam: nn.Module, matrices: int = 2) -> Iterator[list[tuple[str, QuantizedLayer]]]:
+    """Linear layers whose weights can have corrections, as many at once as memory holds.
+
+    Args:
+        sam: the model.
+        matrices: [in, in] in float64, that each needs.
+    """
     group: list[tuple[str, QuantizedLayer]] = []
     held = 0
     for name, layer in quantized_layers(sam):
         if not isinstance(layer.weight_quantizer, FixedQuantizer) or layer.weight.dim() != 2:
             continue
-        needed = 2 * 8 * layer.weight.shape[1] ** 2
+        needed = matrices * 8 * layer.weight.shape[1] ** 2
         if group and held + needed > _BYTES:
             yield group
             group, held = [], 0

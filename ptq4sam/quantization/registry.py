@@ -159,6 +159,7 @@ METHODS: Registry[MethodKind] = Registry(
     "method",
     {
         "bimodal-integration": "ptq4sam.methods.bimodal",
+        "acnr": "ptq4sam.methods.acnr",
         "aqer": "ptq4sam.methods.aqer",
         "key-centring": "ptq4sam.methods.key_centring",
         "mac": "ptq4sam.methods.mac",
