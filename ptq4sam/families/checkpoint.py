@@ -74,7 +74,7 @@ def _read(variant: Variant, checkpoint: str | Path | None) -> tuple[FoundState, 
     path = _locate(variant, checkpoint)
     origin = str(path)
     found = find_state(_content(variant, path), origin, partial(_check_family, variant))
-    found = replace(found, tensors=variant.family.fold(found.tensors))
+    found = replace(found, tensors=variant.remake(variant.family.fold(found.tensors)))
     return found, variant.side_of(found.tensors, origin), origin
 
 

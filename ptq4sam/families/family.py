@@ -118,6 +118,7 @@ class Variant:
         side_of: side of the input that a state dict (after `fold`) was trained for; takes the state
             and its origin, for messages.
         fit: a tensor as this variant holds it; takes name, tensor and the model's own.
+        remake: from another variant's state dict (after `fold`), whose weights it shares.
     """
 
     name: str
@@ -127,3 +128,4 @@ class Variant:
     weights: Weights
     side_of: Callable[[Mapping[str, Tensor], str], int]
     fit: Callable[[str, Tensor, Tensor], Tensor] = lambda _name, tensor, _own: tensor
+    remake: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict

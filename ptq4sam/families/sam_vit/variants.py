@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from ptq4sam.families.family import Variant, Weights, require_side
 from ptq4sam.families.sam_vit.description import ENCODER, FAMILY
 from ptq4sam.families.sam_vit.image_encoder import ImageEncoderViT
 from ptq4sam.families.sam_vit.sizes import SIZES, SamVariant
+from ptq4sam.families.sam_vit.two_peaks import with_two_peaks
 from ptq4sam.operators.bias import table_of_size
 from ptq4sam.sam.assembling import DecoderSizes, assemble
 from ptq4sam.sam.model import Sam
@@ -69,6 +71,10 @@ VARIANTS = (
     _official("vit_l", "sam_vit_l_0b3195.pth"),
     _official("vit_h", "sam_vit_h_4b8939.pth"),
     variant("vit_nano", SIZES["vit_nano"], Weights("vit_nano.safetensors")),
+    replace(
+        variant("vit_nano_bimodal", SIZES["vit_nano"], Weights("vit_nano.safetensors")),
+        remake=partial(with_two_peaks, description=FAMILY.description),
+    ),
 )
 
 
