@@ -2,9 +2,9 @@
 
 A softmax does not see what all logits of a query have in common. With c the same for all keys,
 q (k_j + c) = q k_j + q c, and so a constant may be added to the bias of a key projection: float
-outputs stay as they are, but for rounding. Constants of one size and of either sign put each channel
-of the keys into one of two peaks, as the keys of the published SAMs are (PTQ4SAM, Lv et al. 2024,
-figure 1).
+outputs stay as they are, but for rounding. Constants of one size and of either sign put each
+channel of the keys into one of two peaks, as the keys of the published SAMs are (PTQ4SAM, Lv et al.
+2024, figure 1).
 """
 
 from __future__ import annotations
