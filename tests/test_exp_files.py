@@ -52,6 +52,18 @@ def test_every_scheme_file_is_tested() -> None:
     assert names == rows | {"w8a8"}
 
 
+def test_schemes_of_a_study_differ_in_what_stays_float() -> None:
+    folder = ROOT / "exp" / "efficientvit_sam"
+    assert {path.stem for path in folder.glob("*")} == {"int8", "mix-dwsc", "mix-mbc-neck"}
+    whole = scheme("efficientvit_sam/int8")
+    assert set(whole.units) == {"mask_decoder.transformer"}
+    for name in ("mix-dwsc", "mix-mbc-neck"):
+        read = scheme(f"efficientvit_sam/{name}")
+        assert replace(read, units=whole.units) == whole
+        assert set(read.units) > set(whole.units)
+        assert set(read.units.values()) == {"float"}
+
+
 @pytest.mark.parametrize("bits", ["44", "66"])
 def test_relations_between_rows(bits: str) -> None:
     large = scheme("ptq4sam-l" + bits)

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["unit"],
         metavar="GRAIN",
-        help="what is switched together: model, network, block, unit (the default), quantizer; "
+        help="what is switched together: model, network, block, unit (the default), layer (by its "
+        "address), quantizer; "
         "several are possible",
     )
     parser.add_argument(
@@ -35,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="these only, as 'image_encoder.*', '*.attn:softmax' or 'mask_decoder.*'",
+        help="these only, as 'image_encoder.*', '*.attn:softmax', 'mask_decoder.*' or, of layers, "
+        "'any:stage3:all:depthwise'",
     )
     parser.add_argument(
         "--measure",

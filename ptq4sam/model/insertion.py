@@ -7,7 +7,7 @@ scheme lists.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -30,6 +30,7 @@ from ptq4sam.quantization.registry import METHODS
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.quantization.slots import require_roles
 from ptq4sam.records import FieldError, unknown_key
+from ptq4sam.sam.addresses import Address, is_address, select
 from ptq4sam.sam.description import ENCODER, TRANSFORMER, Description, Projected, network_of
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.stages import Stage
@@ -43,9 +44,9 @@ class QuantizerFactory:
 
     scheme: Scheme
 
-    def of_unit(self, name: str) -> QuantizerFactory | None:
-        """The factory for one unit, by its path in the model; None for one that stays float."""
-        scheme = self.scheme.of_unit(name)
+    def at_level(self, level: int | str | None) -> QuantizerFactory | None:
+        """The factory for what has a level of its own (see `Scheme.at_level`); None of float."""
+        scheme = self.scheme.at_level(level)
         return None if scheme is None else QuantizerFactory(scheme)
 
     def make(self, slot: str, roles: frozenset[str]) -> Quantizer:
@@ -76,6 +77,37 @@ class QuantizedSam(Sam):
         self.encoder_quantized = encoder_quantized
         self.folded: list[str] = []
         self.applied: dict[str, list[str]] = {}
+        self._exceptions: tuple[Scheme, dict[str, int | str]] | None = None
+
+    def addresses(self) -> dict[str, Address]:
+        """Addresses of operators, by path."""
+        found = ((name, self.description.address_of(name)) for name, _ in self.named_modules())
+        return {name: address for name, address in found if address is not None}
+
+    @property
+    def exceptions(self) -> dict[str, int | str]:
+        """Levels of what the scheme does not quantize as the rest, by path of unit or operator.
+
+        Raises:
+            FieldError: it names an address that there is not.
+        """
+        if self._exceptions is None or self._exceptions[0] is not self.scheme:
+            known, found = self.addresses(), dict[str, int | str]()
+            for name, level in self.scheme.units.items():
+                for path in select(name, self.name, known) if is_address(name) else [name]:
+                    # The last of several is the last in order too.
+                    found.pop(path, None)
+                    found[path] = level
+            self._exceptions = self.scheme, found
+        return self._exceptions[1]
+
+    def level_of(self, path: str) -> int | str | None:
+        """The level of something in the model, where the scheme makes an exception of it."""
+        level = None
+        for name, its in self.exceptions.items():
+            if path == name or path.startswith(f"{name}."):
+                level = its
+        return level
 
     def foldable(self) -> dict[str, tuple[nn.Linear, nn.Linear]]:
         """Query and key projections whose signs may be flipped, by name in the transformer."""
@@ -159,9 +191,7 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
     _check_operators(quantized)
     _check_roles(quantized)
     for name in [name for name, _ in model_units(quantized)]:
-        factory = QuantizerFactory(scheme).of_unit(name)
-        if factory is not None:
-            insert_into(quantized, name, sam.description, factory)
+        insert_into(quantized, name, sam.description, QuantizerFactory(scheme), quantized.level_of)
     make_portable(quantized, sam.description, quantize_encoder)
     name_quantizers(quantized)
     if scheme.float_weights == "float16":
@@ -171,10 +201,19 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
 
 
 def _check_units(sam: QuantizedSam) -> None:
-    known = [name for name, _ in model_units(sam)]
+    known = [*(name for name, _ in model_units(sam)), ENCODER, TRANSFORMER]
+    addresses = sam.addresses()
     for name in sam.scheme.units:
-        if name not in known:
-            raise unknown_key(name, known).within("units")
+        if not is_address(name):
+            if name not in known:
+                raise unknown_key(name, known).within("units")
+            continue
+        try:
+            paths = select(name, sam.name, addresses)
+        except FieldError as error:
+            raise error.within("units") from None
+        if paths and not any(sam.description.place_of(path) for path in paths):
+            raise FieldError(f"units.{name}", f"{paths[0]} stays float in every scheme")
 
 
 def _check_roles(sam: QuantizedSam) -> None:
@@ -207,7 +246,11 @@ def name_quantizers(module: nn.Module) -> None:
 
 
 def insert_into(
-    root: nn.Module, path: str, description: Description, factory: QuantizerFactory
+    root: nn.Module,
+    path: str,
+    description: Description,
+    factory: QuantizerFactory,
+    level_of: Callable[[str], int | str | None] = lambda _path: None,
 ) -> None:
     """Replace what is to be quantized below a path by its quantized form, in place.
 
@@ -216,12 +259,14 @@ def insert_into(
         path: of a unit or a network.
         description: of the SAM.
         factory: makes quantizers.
+        level_of: what has a level of its own, by path.
 
     Raises:
         ConfigError: an operator has no quantized form.
     """
     for name, operator in _below(root, path):
-        if description.place_of(name) is None:
+        own = factory.at_level(level_of(name))
+        if description.place_of(name) is None or own is None:
             continue
         form = QUANTIZED.get(type(operator))
         if form is None:
@@ -231,8 +276,8 @@ def insert_into(
                 f"form: {known} have one"
             )
 
-        def make(slot: str, name: str = name) -> Quantizer:
-            return factory.make(slot, description.roles(name, slot))
+        def make(slot: str, name: str = name, own: QuantizerFactory = own) -> Quantizer:
+            return own.make(slot, description.roles(name, slot))
 
         try:
             _put(root, name, form.of(operator, make))

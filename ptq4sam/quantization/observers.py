@@ -153,6 +153,25 @@ class MinMaxObserver(Observer):
         return low, high
 
 
+@OBSERVERS.register("MovingMinMaxObserver")
+class MovingMinMaxObserver(MinMaxObserver):
+    """Moving averages of the smallest and largest values of batches, which begin at the first's.
+
+    A batch counts `momentum`, so that of few batches the first one tells most.
+    """
+
+    momentum: ClassVar[float] = 0.01
+
+    def merge(self, low: Tensor, high: Tensor) -> None:
+        """Move both ends towards a batch's."""
+        if self.batches == 0:
+            super().merge(low, high)
+            return
+        self.minimum = self.minimum + (low - self.minimum) * self.momentum
+        self.maximum = self.maximum + (high - self.maximum) * self.momentum
+        self.batches += 1
+
+
 @OBSERVERS.register("AvgMinMaxObserver")
 class AvgMinMaxObserver(MinMaxObserver):
     """Mean over batches of their smallest and largest values."""

@@ -108,6 +108,7 @@ OBSERVERS: Registry[type[Observer]] = Registry(
     "observer",
     (
         "MinMaxObserver",
+        "MovingMinMaxObserver",
         "AvgMinMaxObserver",
         "MSEObserver",
         "AvgMSEObserver",

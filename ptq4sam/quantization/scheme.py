@@ -217,9 +217,10 @@ class Scheme(Record):
             (position embedding, patch embedding, upscaling, ...) to half precision before
             calibration, so that what is evaluated is what the file holds; this takes 2.5 % of the
             float32 file's size off that of a quantized ViT-B. "float32" leaves them exact.
-        units: ours; units that are not quantized as the rest, by their path in the model: bits of
-            their weights and activations (4), both apart ("w4a8"), or "float". Accuracy control
-            and `ptq4sam mixed` write them.
+        units: ours; units that are not quantized as the rest, by their path in the model,
+            all of a network by its path, or single layers by their address (`sam.addresses`): bits
+            of their weights and activations (4), both apart ("w4a8"), or "float"; of several the
+            last counts. Accuracy control and `ptq4sam mixed` write them.
         slots: ours; what single kinds of slots have instead, by slot and role, as
             `input@after-gelu: {grid: hybrid}`: a grid of GRIDS with its settings and perhaps `bit`,
             or for an affine one other fields of its format. See `quantization.slots`.
@@ -278,13 +279,20 @@ class Scheme(Record):
             )
 
     def of_unit(self, name: str) -> Scheme | None:
-        """The scheme of one unit, without exceptions; None for a unit that stays float.
+        """The scheme of one unit, without exceptions; None for a unit that stays float."""
+        return self.at_level(self.units.get(name))
+
+    def at_level(self, level: int | str | None) -> Scheme | None:
+        """The scheme of what `units` says a level of, without exceptions; None of float.
 
         Bits of a unit are those of all its slots.
+
+        Args:
+            level: None of what is quantized as the rest.
         """
-        if name not in self.units:
+        if level is None:
             return replace(self, units={}) if self.units else self
-        bits = bits_of_level(self.units[name])
+        bits = bits_of_level(level)
         if bits is None:
             return None
         slots: dict[str, object] = {

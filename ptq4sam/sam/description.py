@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from ptq4sam.sam.addresses import Address, Addressed
+
 ENCODER = "image_encoder"
 TRANSFORMER = "mask_decoder.transformer"
 """Paths in a SAM of the networks whose units are quantized."""
@@ -143,6 +145,7 @@ class Description:
         foldable: see there.
         projected: see there.
         normalized: see there.
+        addressed: operators with addresses; see `sam.addresses`.
         origin: names of tensors that no quantization changes, by which models of one float model
             are told.
     """
@@ -157,6 +160,7 @@ class Description:
     foldable: tuple[Foldable, ...] = ()
     projected: tuple[Projected, ...] = ()
     normalized: tuple[Normalized, ...] = ()
+    addressed: tuple[Addressed, ...] = ()
     origin: tuple[str, ...] = ()
 
     def __add__(self, other: Description) -> Description:
@@ -167,6 +171,17 @@ class Description:
     def place_of(self, path: str) -> Place | None:
         """The place among the quantized ones of a module; None for any other."""
         return next((p for p in self.quantized if re.fullmatch(p.pattern, path)), None)
+
+    def address_of(self, path: str) -> Address | None:
+        """The address of an operator; None where it has none."""
+        for entry in self.addressed:
+            if found := re.fullmatch(entry.pattern, path):
+                groups = found.groupdict()
+                block = entry.block + int(groups.get("block", 0))
+                return Address(
+                    entry.stage.format(groups.get("stage")), block, entry.layer, entry.kind
+                )
+        return None
 
     def may_multiply(self, path: str) -> bool:
         """Whether a module that is not quantized may have products."""

@@ -7,7 +7,7 @@ from ptq4sam.errors import CalibrationError, ConfigError
 from ptq4sam.quantization.grid import Grid, fake_quantize
 from ptq4sam.quantization.observers import OBSERVERS, MSEObserver, PCTObserver
 
-PER_CHANNEL = ["MinMaxObserver", "MSEObserver", "MSEFastObserver"]
+PER_CHANNEL = ["MinMaxObserver", "MovingMinMaxObserver", "MSEObserver", "MSEFastObserver"]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ptq4sam.families.efficientvit.sizes import L0, EfficientViTSize
 from ptq4sam.families.efficientvit.weights import fold_state
 from ptq4sam.families.family import DECODER, Description, Family, Place
+from ptq4sam.sam.addresses import Addressed
 
 _ENCODER = r"image_encoder"
 _STAGES = rf"{_ENCODER}\.backbone\.stages"
@@ -70,7 +71,50 @@ def describe_encoder(size: EfficientViTSize) -> Description:
             (rf"{_ENCODER}\.", "image encoder"),
         ),
         blocks=(_BLOCK, rf"{_NECK}\.middle\.op_list\.\d+", rf"{_NECK}\.(input|output)_ops\.\d+"),
+        addressed=_addresses(size),
         origin=("image_encoder.backbone.stages.0.op_list.0.conv.weight",),
+    )
+
+
+def _addresses(size: EfficientViTSize) -> tuple[Addressed, ...]:
+    """Addresses as Bengs and Ryhede Bengtsson (2024) count them.
+
+    A block's layers are counted from 0; the aggregations of an attention share the address of its
+    qkv. The neck's blocks are its joins, the fused blocks behind them, and its output.
+    """
+    block = rf"{_STAGES}\.(?P<stage>\d+)\.op_list\.(?P<block>\d+)"
+    attention, local = rf"{block}\.context_module\.main", rf"{block}\.local_module\.main"
+    joins = len(size.neck_stages)
+    fused = rf"{_NECK}\.middle\.op_list\.(?P<block>\d+)\.main"
+    is_fused = "|".join(str(stage) for stage, kind in enumerate(size.kinds) if kind == "fused")
+    of_fused = block.replace(r"(?P<stage>\d+)", f"(?P<stage>{is_fused})")
+    mixing = ("inverted_conv", "expand"), ("depth_conv", "depthwise"), ("point_conv", "project")
+    return (
+        Addressed(rf"{_STAGES}\.(?P<stage>0)\.op_list\.0\.conv", "stem"),
+        *(Addressed(rf"{block}\.main\.conv{n + 1}\.conv", "residual", layer=n) for n in (0, 1)),
+        *(
+            Addressed(rf"{of_fused}\.main\.{part}_conv\.conv", "fused", layer=n)
+            for n, part in enumerate(("spatial", "point"))
+        ),
+        *(
+            Addressed(rf"{within}\.{part}\.conv", kind, layer=first + n)
+            for within, first in ((rf"{block}\.main", 0), (local, 3))
+            for n, (part, kind) in enumerate(mixing)
+        ),
+        Addressed(rf"{attention}\.(qkv\.conv|aggreg\.0\.[01])", "qkv"),
+        Addressed(rf"{attention}\.core", "product", layer=1),
+        Addressed(rf"{attention}\.proj\.conv", "proj", layer=2),
+        Addressed(rf"{_NECK}\.input_ops\.(?P<block>\d+)\.op_list\.0\.conv", "join", "neck"),
+        *(
+            Addressed(rf"{fused}\.{part}_conv\.conv", "fused", "neck", n, joins)
+            for n, part in enumerate(("spatial", "point"))
+        ),
+        Addressed(
+            rf"{_NECK}\.output_ops\.0\.op_list\.0\.conv",
+            "output",
+            "neck",
+            block=joins + size.neck_depth,
+        ),
     )
 
 

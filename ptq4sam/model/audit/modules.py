@@ -16,7 +16,7 @@ from ptq4sam.operators.base import (
 )
 from ptq4sam.quantization.observers import Observer
 from ptq4sam.quantization.quantizers import Quantizer
-from ptq4sam.quantization.scheme import FLOAT, Scheme
+from ptq4sam.quantization.scheme import FLOAT
 from ptq4sam.sam.description import network_of
 
 DECODER = "mask_decoder"
@@ -54,7 +54,7 @@ def must_be_quantized(name: str, sam: QuantizedSam) -> bool:
     """Whether the list has this operator as a quantized one, and the scheme excepts it not."""
     listed = sam.description.place_of(name) is not None
     counts = sam.encoder_quantized or network_of(name) != "encoder"
-    return listed and counts and exception(name, sam.scheme) != FLOAT
+    return listed and counts and sam.level_of(name) != FLOAT
 
 
 def may_multiply_floats(name: str, sam: QuantizedSam) -> bool:
@@ -62,19 +62,6 @@ def may_multiply_floats(name: str, sam: QuantizedSam) -> bool:
     if sam.description.may_multiply(name):
         return True
     return sam.description.place_of(name) is not None and not must_be_quantized(name, sam)
-
-
-def unit_of(name: str, scheme: Scheme) -> str:
-    """The unit that something belongs to, where the scheme makes an exception of it; else ""."""
-    for unit in scheme.units:
-        if name == unit or name.startswith(f"{unit}."):
-            return unit
-    return ""
-
-
-def exception(name: str, scheme: Scheme) -> int | str | None:
-    """What the scheme says of the unit that something belongs to, where it is an exception."""
-    return scheme.units.get(unit_of(name, scheme))
 
 
 def slot_of(quantizer: str, sam: QuantizedSam) -> tuple[str, frozenset[str]]:

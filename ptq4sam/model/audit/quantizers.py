@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ptq4sam.methods.assignment import make_quantizer
-from ptq4sam.model.audit.modules import slot_of, unit_of
+from ptq4sam.model.audit.modules import slot_of
 from ptq4sam.model.audit.report import Finding
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.operators.base import QuantizedLayer, quantized_layers, weight_quantizers
@@ -28,7 +28,7 @@ def other_than_the_scheme(sam: QuantizedSam) -> Iterator[Finding]:
     weights = {id(quantizer) for quantizer in weight_quantizers(sam)}
     channels = {id(q.weight_quantizer): len(q.weight) for _, q in quantized_layers(sam)}
     for name, quantizer in quantizers(sam):
-        scheme = sam.scheme.of_unit(unit_of(name, sam.scheme))
+        scheme = sam.scheme.at_level(sam.level_of(name))
         if scheme is None:
             yield Finding(name, f"has {quantizer.grid.bits} bits where the scheme says float")
             continue

@@ -1,7 +1,7 @@
 """What a study switches on and off: parts of a model by network, block, unit, quantizer and role.
 
 A target is named by the path of a part, or by the path and a role, as `image_encoder.UNIT:softmax`.
-Patterns with `*` and `?` name several.
+Patterns with `*` and `?` name several; a layer is named by its address.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from ptq4sam.errors import ConfigError
 from ptq4sam.model.insertion import QuantizedSam, model_units
 from ptq4sam.quantization.modes import quantizers
-from ptq4sam.records import unknown_key
+from ptq4sam.records import FieldError, unknown_key
+from ptq4sam.sam.addresses import is_address, label, select
 from ptq4sam.sam.description import Description, network_path
 
 MODEL = "model"
-GRAINS = (MODEL, "network", "block", "unit", "quantizer")
-"""How large the parts are: all of it, encoder or decoder, a block, a unit, a single quantizer."""
+LAYER = "layer"
+GRAINS = (MODEL, "network", "block", "unit", LAYER, "quantizer")
+"""How large the parts are: all of it, encoder or decoder, a block, a unit, what shares an address
+(`sam.addresses`), a single quantizer."""
 
 ROLES = ("weights", "activations", "inputs", "query", "key", "value", "softmax", "state")
 """What a quantizer is for; `activations` are all but weights."""
@@ -98,23 +101,29 @@ def targets_of(
         if grain in grains:
             parts: dict[str, list[tuple[str, str]]] = {}
             for unit, quantizer in units:
-                parts.setdefault(_part(sam.description, grain, unit, quantizer), []).append(
-                    (unit, quantizer)
-                )
+                parts.setdefault(_part(sam, grain, unit, quantizer), []).append((unit, quantizer))
+            # What has no address is no layer.
+            parts.pop("", None)
             for path, members in parts.items():
-                place = _place(sam.description, path)
+                place = _place(sam.description, path, members[0][1])
                 found.extend(_split(path, place, grain, members, roles))
-    return _matching(found, patterns)
+    return _matching(sam, found, patterns)
 
 
-def _part(networks: Description, grain: str, unit: str, quantizer: str) -> str:
-    """Path of the part of a grain that a quantizer belongs to."""
+def _part(sam: QuantizedSam, grain: str, unit: str, quantizer: str) -> str:
+    """Path of the part of a grain that a quantizer belongs to; empty where it is in none."""
     if grain in (MODEL, "unit", "quantizer"):
         return {MODEL: MODEL, "unit": unit, "quantizer": quantizer}[grain]
-    return network_path(unit) if grain == "network" else networks.block_of(unit)
+    if grain == LAYER:
+        address = sam.description.address_of(quantizer.rpartition(".")[0])
+        return "" if address is None else f"{label(sam.name)}:{address}"
+    return network_path(unit) if grain == "network" else sam.description.block_of(unit)
 
 
-def _place(networks: Description, path: str) -> tuple[str, str, str]:
+def _place(networks: Description, path: str, member: str) -> tuple[str, str, str]:
+    if is_address(path):
+        _, stage, block, layer = path.split(":")
+        return network_path(member), f"{stage}:{block}", layer
     network = network_path(path)
     if path in (network, MODEL):
         return network, "", ""
@@ -144,15 +153,19 @@ def _split(
             yield Target(path, role, grain, those, chosen[0][0], place)
 
 
-def _matching(found: Sequence[Target], patterns: Sequence[str]) -> list[Target]:
+def _matching(sam: QuantizedSam, found: Sequence[Target], patterns: Sequence[str]) -> list[Target]:
     """Targets that a pattern names; a pattern without role names those of all roles too."""
     kept: set[str] = set()
     for pattern in patterns:
-        names = {
-            target.name
-            for target in found
-            if fnmatch.fnmatchcase(target.name if ":" in pattern else target.path, pattern)
-        }
+        names = (
+            _addressed(sam, found, pattern)
+            if pattern.count(":") >= 3
+            else {
+                target.name
+                for target in found
+                if fnmatch.fnmatchcase(target.name if ":" in pattern else target.path, pattern)
+            }
+        )
         if not names:
             known = [target.name if ":" in pattern else target.path for target in found]
             error = unknown_key(pattern, dict.fromkeys(known))
@@ -161,3 +174,24 @@ def _matching(found: Sequence[Target], patterns: Sequence[str]) -> list[Target]:
             )
         kept |= names
     return [target for target in found if target.name in kept] if patterns else list(found)
+
+
+def _addressed(sam: QuantizedSam, found: Sequence[Target], pattern: str) -> set[str]:
+    """Names of the layers that an address names, perhaps with a role behind it.
+
+    Raises:
+        ConfigError: there is none, or layers are not asked for.
+    """
+    if not any(target.grain == LAYER for target in found):
+        raise ConfigError(f"target {pattern}: addresses are of layers: ask for --by {LAYER}")
+    address, role = ":".join(pattern.split(":")[:4]), ":".join(pattern.split(":")[4:])
+    known = sam.addresses()
+    try:
+        paths = select(address, sam.name, known)
+    except FieldError as error:
+        raise ConfigError(f"target {error.key}: {error.problem}") from error
+    layers = {f"{label(sam.name)}:{known[path]}" for path in paths}
+    names = {t.name for t in found if t.path in layers and role in ("", t.role)}
+    if not names:
+        raise ConfigError(f"target {pattern}: names no layer that is quantized")
+    return names
