@@ -1,6 +1,6 @@
 """Seconds of a range search: ours against the naive one, which tries one range after the other.
 
-    python benchmarks/observers.py [--side 768] [--bits 8] [--keys 4096]
+    python benchmarks/observers.py [--side 768] [--bits 8] [--keys 4096] [--device cpu]
 
 First the MSE observer on a weight: the naive search quantizes it once for each of 100 widths and
 2^bits zero points. Then the granularity of a softmax output of SAM-B's size, which the published
@@ -19,6 +19,7 @@ from ptq4sam.allocator import keep_freed_memory
 
 # isort: split
 import torch
+from devices import add_device, finish
 from torch import Tensor
 
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
@@ -44,16 +45,20 @@ def naive_search(x: Tensor, grid: Grid) -> tuple[float, float]:
     return best[1], best[2]
 
 
-def timed(work: Callable[[], tuple[float, float]]) -> tuple[float, tuple[float, float]]:
+def timed(
+    work: Callable[[], tuple[float, float]], device: str
+) -> tuple[float, tuple[float, float]]:
     """Seconds, and what was found."""
+    finish(device)
     started = time.perf_counter()
     found = work()
+    finish(device)
     return time.perf_counter() - started, found
 
 
 def searched_granularity(attention: Tensor, value: Tensor, exact: bool) -> tuple[float, float]:
     """Tau and scale of one batch."""
-    quantizer = AdaptiveGranularityQuantizer(Grid(4), exact)
+    quantizer = AdaptiveGranularityQuantizer(Grid(4), exact).to(attention.device)
     with torch.no_grad():
         quantizer.observe(attention, value)
     return float(quantizer.tau), float(quantizer.scale.detach())
@@ -65,7 +70,9 @@ def main(write: Callable[[str], object] = sys.stdout.write) -> None:
     parser.add_argument("--side", type=int, default=768, help="rows and columns of the weight")
     parser.add_argument("--bits", type=int, default=8)
     parser.add_argument("--keys", type=int, default=4096, help="tokens of the attention")
+    add_device(parser)
     arguments = parser.parse_args()
+    device = arguments.device
     keep_freed_memory()
     torch.manual_seed(0)
     write("| search | other s | ours s | faster | other found | ours found |\n")
@@ -74,14 +81,17 @@ def main(write: Callable[[str], object] = sys.stdout.write) -> None:
     def row(
         name: str, other: Callable[[], tuple[float, float]], ours: Callable[[], tuple[float, float]]
     ) -> None:
-        ours_seconds, ours_found = timed(ours)
-        seconds, found = timed(other)
+        ours_seconds, ours_found = timed(ours, device)
+        seconds, found = timed(other, device)
         write(
             f"| {name} | {seconds:.3g} | {ours_seconds:.3g} | {seconds / ours_seconds:.1f} "
             f"| {found[0]:.5g}, {found[1]:.5g} | {ours_found[0]:.5g}, {ours_found[1]:.5g} |\n"
         )
 
-    weight, grid = 0.02 * torch.randn(arguments.side, arguments.side), Grid(arguments.bits)
+    weight, grid = (
+        0.02 * torch.randn(arguments.side, arguments.side, device=device),
+        Grid(arguments.bits),
+    )
 
     def our_search() -> tuple[float, float]:
         low, high = grid_search(weight.reshape(1, -1), grid, Side.BOTH)
@@ -92,10 +102,10 @@ def main(write: Callable[[str], object] = sys.stdout.write) -> None:
         lambda: naive_search(weight, grid),
         our_search,
     )
-    logits = 3 * torch.randn(_HEADS, arguments.keys, arguments.keys)
+    logits = 3 * torch.randn(_HEADS, arguments.keys, arguments.keys, device=device)
     attention = logits.softmax(-1)
     del logits
-    value = torch.randn(_HEADS, arguments.keys, _HEAD_DIM)
+    value = torch.randn(_HEADS, arguments.keys, _HEAD_DIM, device=device)
     row(
         f"granularity of {_HEADS}x{arguments.keys}x{arguments.keys} at 4 bits, against exact",
         lambda: searched_granularity(attention, value, exact=True),

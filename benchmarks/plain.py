@@ -107,9 +107,11 @@ def calibrate_blindly(module: nn.Module) -> None:
     observe_weights(module)
     for _, quantizer in quantizers(module):
         if isinstance(quantizer, AdaptiveGranularityQuantizer):
-            quantizer.merge((torch.full((3,), 0.5), torch.tensor([2.0, 1.0, 2.0])))
+            scale = quantizer.scale.detach()
+            quantizer.merge((scale.new_full((3,), 0.5), scale.new_tensor([2.0, 1.0, 2.0])))
         elif not quantizer.is_calibrated:
-            quantizer.merge((torch.tensor(-3.0), torch.tensor(3.0)))
+            ends = quantizer.scale.detach().new_tensor([-3.0, 3.0])
+            quantizer.merge((ends[0], ends[1]))
 
 
 def reconstruct_plainly(

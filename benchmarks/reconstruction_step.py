@@ -1,11 +1,13 @@
 """Seconds a reconstruction step and peak memory: ours against a plain eager loop.
 
     python benchmarks/reconstruction_step.py [--steps 5] [--units attention mlp decoder]
+                                             [--device cpu] [--precision float32]
 
 Units of a SAM-B at 1024 px with random weights, W4A4 with adaptive granularity, on random
 activations of the real shapes; the same calibrated unit and the same activations for both. The
 plain loop (benchmarks/plain.py) runs with the C library's default allocator, ours with what the
-commands set. Each side runs in a process of its own, since a peak can never be taken back.
+commands set. Each side runs in a process of its own, since a peak can never be taken back. On a GPU
+peaks are those of its memory.
 
 A unit's inputs and targets have to be captured before its steps: by the plain loop from the image
 each time, through the float and the quantized model up to the unit; by ours from the cached output
@@ -22,7 +24,6 @@ import argparse
 import functools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from devices import add_device, finish, peak_mib
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,7 +62,8 @@ PICTURES = 32
 class Clock:
     """Wraps the steps of a loop and keeps the seconds of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device
         self.seconds: list[float] = []
 
     def __call__(self, steps: Iterable[int]) -> Iterator[int]:
@@ -67,6 +71,7 @@ class Clock:
         for step in steps:
             started = time.perf_counter()
             yield step
+            finish(self._device)
             self.seconds.append(time.perf_counter() - started)
 
 
@@ -85,7 +90,9 @@ def four_bits(steps: int, precision: str) -> dict[str, object]:
     }
 
 
-def measure(side: str, name: str, steps: int, threads: int, precision: str) -> dict[str, float]:
+def measure(
+    side: str, name: str, steps: int, threads: int, precision: str, device: str
+) -> dict[str, float]:
     """Reconstruct one unit in this process."""
     import torch
 
@@ -106,9 +113,9 @@ def measure(side: str, name: str, steps: int, threads: int, precision: str) -> d
     path, shapes = SHAPES[name]
     scheme = Scheme.from_dict(four_bits(steps, precision))
     settings = scheme.recon
-    sam = insert_quantizers(build_sam("vit_b"), scheme)
+    sam = insert_quantizers(build_sam("vit_b").to(device), scheme)
     unit = sam.get_submodule(path)
-    exact = [tuple(torch.randn(shape) for shape in shapes)]
+    exact = [tuple(torch.randn(shape, device=device) for shape in shapes)]
     inputs = [tuple(x + 0.05 * torch.randn_like(x) for x in exact[0])]
     with torch.no_grad():
         with observing_activations(unit):
@@ -116,7 +123,7 @@ def measure(side: str, name: str, steps: int, threads: int, precision: str) -> d
         observe_weights(unit)
         with quantizer_mode(unit, Mode.FLOAT):
             targets = [unit(*exact[0])]
-    clock = Clock()
+    clock = Clock(device)
     if side == "ours":
         losses = reconstruct_unit(
             name,
@@ -124,31 +131,31 @@ def measure(side: str, name: str, steps: int, threads: int, precision: str) -> d
             [(layer.weight, layer.weight_quantizer) for _, layer in quantized_layers(unit)],
             UnitData(inputs, exact, [(targets[0],)]),
             settings,
-            torch.Generator().manual_seed(0),
+            torch.Generator(device).manual_seed(0),
             clock,
         )
         after = losses.after
-        search = seconds_of_search(unit)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        capture = seconds_of_passes(unit, inputs[0])
+        search = seconds_of_search(unit, device)
+        peak = peak_mib(device)
+        capture = seconds_of_passes(unit, inputs[0], device)
     else:
         from plain import make_plain, reconstruct_plainly
 
-        search = seconds_of_plain_search(unit)
+        search = seconds_of_plain_search(unit, device)
         make_plain(unit)
         after = reconstruct_plainly(unit, inputs, exact, targets, settings, clock(range(steps)))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        capture = seconds_from_image(sam, unit)
+        peak = peak_mib(device)
+        capture = seconds_from_image(sam, unit, device)
     return {
         "seconds": statistics.median(clock.seconds[1:]),
-        "peak": peak / 2**20,
+        "peak": peak / 2**10,
         "loss": after,
         "capture": capture,
         "search": search,
     }
 
 
-def seconds_of_search(unit: nn.Module) -> float:
+def seconds_of_search(unit: nn.Module, device: str) -> float:
     """Our search of the ranges of the unit's weights."""
     from ptq4sam.operators.base import quantized_layers
     from ptq4sam.quantization.observers import OBSERVERS
@@ -156,10 +163,11 @@ def seconds_of_search(unit: nn.Module) -> float:
     started = time.perf_counter()
     for _, layer in quantized_layers(unit):
         OBSERVERS["MSEObserver"](layer.weight_quantizer.grid, 0).range_of(layer.weight.detach())
+    finish(device)
     return time.perf_counter() - started
 
 
-def seconds_of_plain_search(unit: nn.Module) -> float:
+def seconds_of_plain_search(unit: nn.Module, device: str) -> float:
     """The plain search of the ranges of the unit's weights, channel by channel of each at once."""
     import torch
 
@@ -179,11 +187,12 @@ def seconds_of_plain_search(unit: nn.Module) -> float:
             codes = (torch.round(rows / scale) + zero).clamp(grid.qmin, grid.qmax)
             loss = (((codes - zero) * scale - rows).abs() ** POWER).mean(1)
             best = torch.minimum(best, loss)
+        finish(device)
         seconds += (time.perf_counter() - started) * grid.levels
     return seconds
 
 
-def seconds_of_passes(unit: nn.Module, arguments: tuple[Tensor, ...]) -> float:
+def seconds_of_passes(unit: nn.Module, arguments: tuple[Tensor, ...], device: str) -> float:
     """Our capture of a picture: one float pass of the unit, three quantized ones."""
     import torch
 
@@ -196,10 +205,11 @@ def seconds_of_passes(unit: nn.Module, arguments: tuple[Tensor, ...]) -> float:
             unit(*arguments)
         for _ in range(3):
             unit(*arguments)
+    finish(device)
     return time.perf_counter() - started
 
 
-def seconds_from_image(sam: QuantizedSam, unit: nn.Module) -> float:
+def seconds_from_image(sam: QuantizedSam, unit: nn.Module, device: str) -> float:
     """The plain capture of a picture: float and quantized model, from the image to the unit."""
     import torch
     from plain import calibrate_blindly, make_plain
@@ -210,20 +220,21 @@ def seconds_from_image(sam: QuantizedSam, unit: nn.Module) -> float:
 
     calibrate_blindly(sam)
     make_plain(sam)
-    float_sam = build_sam("vit_b").eval()
-    boxes = torch.tensor([[100.0, 100, 400, 500]])
+    float_sam = build_sam("vit_b").to(device).eval()
+    boxes = torch.tensor([[100.0, 100, 400, 500]], device=device)
     if unit in set(sam.mask_decoder.modules()):
         boxes = boxes.expand(100, 4)
-    item = CalibrationItem(torch.randn(1, 3, 1024, 1024), boxes)
+    item = CalibrationItem(torch.randn(1, 3, 1024, 1024, device=device), boxes)
     path = next(name for name, module in sam.named_modules() if module is unit)
     started = time.perf_counter()
     for model in (float_sam, sam):
         capture_call(model.get_submodule(path), functools.partial(run_item, model, item))
+    finish(device)
     return time.perf_counter() - started
 
 
 def measure_apart(
-    side: str, name: str, steps: int, threads: int, precision: str
+    side: str, name: str, steps: int, threads: int, precision: str, device: str
 ) -> dict[str, float]:
     """Run `measure` in a fresh process."""
     root = str(Path(__file__).resolve().parents[1])
@@ -233,6 +244,7 @@ def measure_apart(
     environment.setdefault("PTQ4SAM_COMPILE", "1")
     command = [sys.executable, __file__, "--side", side, "--units", name, "--steps", str(steps)]
     command += ["--threads", str(threads), "--precision", precision]
+    command += ["--device", device]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout))
 
@@ -243,23 +255,26 @@ def main(write: Callable[[str], object] = sys.stdout.write) -> None:
     parser.add_argument("--units", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "tf32"])
+    add_device(parser)
     parser.add_argument("--side", choices=SIDES, help="measure this one alone, as JSON")
     arguments = parser.parse_args()
     steps, threads, precision = arguments.steps, arguments.threads, arguments.precision
+    given = steps, threads, precision, arguments.device
     if arguments.side:
-        figures = measure(arguments.side, arguments.units[0], steps, threads, precision)
+        figures = measure(arguments.side, arguments.units[0], *given)
         write(json.dumps(figures))
         return
     write(
-        f"SAM-B at 1024 px, {steps} steps, {threads} thread(s), ours in {precision}; "
+        f"SAM-B at 1024 px on {arguments.device}, {steps} steps, {threads} thread(s), ours in "
+        f"{precision}; "
         "seconds are medians\n"
     )
     write("| unit | plain s | ours s | faster | plain GiB | ours GiB | loss ours / plain |\n")
     write("|---|---|---|---|---|---|---|\n")
     measured = {}
     for name in arguments.units:
-        plain, ours = (measure_apart(side, name, steps, threads, precision) for side in SIDES)
+        plain, ours = (measure_apart(side, name, *given) for side in SIDES)
         measured[name] = plain, ours
         write(
             f"| {name} | {plain['seconds']:.2f} | {ours['seconds']:.2f} "

@@ -4,16 +4,17 @@
     python tools/gpu_check.py --out FOLDER --minutes 4  # the short list
     python tools/gpu_check.py --out FOLDER --device cpu # a dry run in small, anywhere
 
-Needs torch, numpy, scipy, pillow, PyYAML, rich, safetensors, psutil, filelock and pycocotools, no
-network and no data; what a machine lacks of these can lie beside the checkout as wheels. Each check
-is a process of its own with a deadline of its own: none stops another. Findings are written as they
-come, a JSON line each (`gpu_check.jsonl`); at the end a table for docs/benchmarks.md
-(`gpu_check.md`).
+Needs no network and no data. Packages that a machine lacks are installed from wheels in the folder
+`wheels` of the checkout, for these checks alone; where they are not there either, it says which are
+missing and how to get them. Each check is a process of its own with a deadline of its own: none
+stops another. Findings are written as they come, a JSON line each (`gpu_check.jsonl`); at the end a
+table for docs/benchmarks.md (`gpu_check.md`).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -30,6 +31,23 @@ TOOLS = Path(__file__).resolve().parent
 _PATIENCE = 4
 """Times longer that a check may take in a dry run, which a busy machine may do."""
 TABLE, LINES = "gpu_check.md", "gpu_check.jsonl"
+NEEDED = {
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "PIL": "pillow",
+    "yaml": "PyYAML",
+    "rich": "rich",
+    "markdown_it": "markdown-it-py",
+    "mdurl": "mdurl",
+    "pygments": "pygments",
+    "safetensors": "safetensors",
+    "psutil": "psutil",
+    "filelock": "filelock",
+    "pycocotools": "pycocotools",
+}
+"""Modules that the checks import, with the packages that have them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +82,7 @@ CHECKS = (
         {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
     ),
     Check("steps", 110, True, "gpu_checks_speed:steps"),
-    Check("same again", 60, False, "gpu_checks_model:same_again"),
+    Check("same again", 80, False, "gpu_checks_model:same_again"),
     Check("calibration", 70, False, "gpu_checks_speed:calibration"),
     Check("evaluation", 60, False, "gpu_checks_speed:evaluation"),
     Check("limits", 40, False, "gpu_checks_model:limits"),
@@ -88,6 +106,32 @@ class Finding:
     value: float | int | str
     unit: str = ""
     passed: bool | None = None
+
+
+def missing() -> list[str]:
+    """Packages that are not here."""
+    return [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
+
+
+def install(packages: list[str], wheels: Path) -> str:
+    """Install packages from wheels, where processes started from now on find them.
+
+    Returns:
+        Why that could not be; else nothing.
+    """
+    if not any(wheels.glob("*.whl")):
+        return (
+            f"missing: {', '.join(packages)}, and no wheels in {wheels}: get them where there is a "
+            f"network, for this machine's Python, by\n    pip download --no-deps --dest wheels "
+            f"{' '.join(packages)}"
+        )
+    target = tempfile.mkdtemp(prefix="gpu_check.")
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet"]
+    command += ["--find-links", str(wheels), "--target", target, *packages]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    paths = filter(None, [target, os.environ.get("PYTHONPATH")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    return done.stderr.strip() if done.returncode else ""
 
 
 def run_here(check: Check, device: str, small: bool) -> None:
@@ -149,11 +193,12 @@ def table(findings: list[Finding]) -> str:
 
 
 def main() -> int:
-    """Run what fits into the time; 1 where anything is not as it must be."""
+    """Run what fits into the time; 1 where anything is not as it must be, 2 if nothing can run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--wheels", type=Path, default=TOOLS.parent / "wheels")
     parser.add_argument("--only", nargs="+", choices=[check.name for check in CHECKS])
     parser.add_argument("--small", action="store_true", help="small sizes; always on a CPU")
     parser.add_argument("--run", choices=[check.name for check in CHECKS], help=argparse.SUPPRESS)
@@ -162,6 +207,11 @@ def main() -> int:
     if arguments.run:
         run_here(next(c for c in CHECKS if c.name == arguments.run), arguments.device, small)
         return 0
+    lacking = missing()
+    problem = install(lacking, arguments.wheels) if lacking else ""
+    if problem:
+        sys.stderr.write(f"{problem}\n")
+        return 2
     chosen = [check for check in CHECKS if check.short or arguments.minutes > 4]
     if arguments.only:
         chosen = [check for check in CHECKS if check.name in arguments.only]

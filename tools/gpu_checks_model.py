@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -32,6 +34,12 @@ from ptq4sam.sam.predictor import Predictor
 T = TypeVar("T")
 Found = Iterator[tuple[Any, ...]]
 _ROOT = Path(__file__).resolve().parents[1]
+_FAST = (
+    "ptq4sam.methods.graphs",
+    "ptq4sam.quantization.fused",
+    "ptq4sam.quantization.whole",
+)
+"""Loggers that say where something has to go a slower way."""
 _BOXES = np.array([[20.0, 20, 120, 140], [60, 30, 200, 180]])
 
 
@@ -58,7 +66,7 @@ def environment(device: str, _small: bool) -> Found:
 def smoke(device: str, small: bool) -> Found:
     """vit_nano all the way: calibrate, reconstruct, freeze, audit, save, load on a CPU, segment."""
     steps = _NoWaiting(torch.device(device))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _slower_ways() as slower:
         quantized = _quantized(device, Path(folder), 5 if small else 20, steps)
         elsewhere = {
             name
@@ -71,7 +79,15 @@ def smoke(device: str, small: bool) -> Found:
             "",
             not elsewhere,
         )
-        yield "steps that made the host wait", steps.waited or "none", "", not steps.waited
+        on_gpu = torch.device(device).type == "cuda"
+        enough = steps.watched > 0 if on_gpu else None
+        yield "steps watched, of which none made the host wait", steps.watched, "", enough
+        yield (
+            "kernels or graphs that had to be given up",
+            "; ".join(slower) or "none",
+            "",
+            not slower,
+        )
         report = audit_model(quantized)
         yield "audit", report.lines()[0], "", report.passed
         file = Path(folder, "model.safetensors")
@@ -101,22 +117,26 @@ def same_again(device: str, small: bool) -> Found:
     found = set()
     for _ in range(3 if small else 10):
         neck.zero_grad()
-        layer(neck(x)).square().mean().backward()
+        torch.autograd.backward(layer(neck(x)).square().mean())
         found.add(_digest([neck.weight.grad]))
     yield "gradients of the neck and the upscaling", len(found), "different", len(found) == 1
-    digests = {_scale_gradient_apart(device, sizes) for sizes in ("20 24", "24")}
-    if not small:
-        yield (
-            "scale gradients, compiled for another size first",
-            len(digests),
-            "different",
-            len(digests) == 1,
-        )
+    last = 12 if small else 24
+    digests = {_scale_gradient_apart(device, powers) for powers in ((last - 4, last), (last,))}
+    yield (
+        "scale gradients, compiled for another size first",
+        len(digests),
+        "different",
+        len(digests) == 1,
+    )
+    # The last one of them without, so that these are known to change nothing.
+    ways = (True, False) if small else (True, True, False)
     with tempfile.TemporaryDirectory() as folder:
-        models = [_quantized(device, Path(folder), 5 if small else 50) for _ in range(2)]
-        states = {_digest(list(model.state_dict().values())) for model in models}
-        yield "quantized models of two runs", len(states), "different", len(states) == 1
-        failed = [n for n in range(2 if small else 20) if not audit_model(models[0]).passed]
+        steps = 3 if small else 50
+        models = [_quantized(device, Path(folder), steps, graphs=graphs) for graphs in ways]
+        states = [_digest(list(model.state_dict().values())) for model in models]
+        others = [number for number, state in enumerate(states) if state != states[0]]
+        yield "runs with another result (the last without CUDA graphs)", str(others), "", not others
+        failed = [n for n in range(1 if small else 20) if not audit_model(models[0]).passed]
         yield "audits that failed", len(failed), "", not failed
 
 
@@ -158,36 +178,65 @@ def limits(device: str, small: bool) -> Found:
 
 
 class _NoWaiting:
-    """Progress that lets CUDA refuse what makes the host wait, within all steps but the last."""
+    """Progress that lets CUDA refuse what makes the host wait, within all steps but the last.
+
+    Attributes:
+        watched: steps that were; one that waits ends the check with CUDA's own error.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._watching = device.type == "cuda"
-        self.waited = ""
+        self.watched = 0
 
     def __call__(self, steps: Sequence[T], description: str) -> Iterable[T]:
         """The steps themselves."""
         for number, step in enumerate(steps):
             inside = description.startswith("reconstructing") and 2 <= number < len(steps) - 1
-            if self._watching and inside:
-                torch.cuda.set_sync_debug_mode("error")
+            if not (self._watching and inside):
+                yield step
+                continue
+            torch.cuda.set_sync_debug_mode("error")
             try:
                 yield step
-            except RuntimeError as error:
-                self.waited = f"{description}: {error}"[:200]
-                raise
             finally:
-                if self._watching:
-                    torch.cuda.set_sync_debug_mode("default")
+                torch.cuda.set_sync_debug_mode("default")
+            self.watched += 1
+
+
+@contextlib.contextmanager
+def _slower_ways() -> Iterator[list[str]]:
+    """What is said within the `with` block of what a device could not do the fast way."""
+    said: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    handler = Handler(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in _FAST]
+    try:
+        for logger in loggers:
+            logger.addHandler(handler)
+        yield said
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def _quantized(
-    device: str, folder: Path, steps: int, progress: Any = ptq4sam.progress.silent
+    device: str,
+    folder: Path,
+    steps: int,
+    progress: Any = ptq4sam.progress.silent,
+    graphs: bool = True,
 ) -> QuantizedSam:
     """vit_nano by PTQ4SAM-L at 4 bits, from two scenes."""
     data = ptq4sam.CocoDataset(*write_scenes(folder, 2, seed=0))
     scheme = Scheme.from_yaml(_ROOT / "exp" / "ptq4sam-l44.yaml")
     # The search for the ranges of weights takes longest, and is timed by another check.
-    quick = scheme.with_overrides("calibrate=2", "w_qconfig.observer=MinMaxObserver")
+    quick = scheme.with_overrides(
+        "calibrate=2", "w_qconfig.observer=MinMaxObserver", f"recon.cuda_graphs={graphs}"
+    )
     sam = ptq4sam.load_sam("vit_nano", device=device)
     return ptq4sam.quantize(sam, data, quick.with_steps(steps), progress=progress)
 
@@ -200,14 +249,19 @@ def _logits(sam: Any) -> torch.Tensor:
 
 def _digest(tensors: Sequence[torch.Tensor | None]) -> str:
     found = hashlib.sha256()
-    for tensor in filter(None.__ne__, tensors):
+    for tensor in tensors:
+        if tensor is None:
+            raise ValueError("there is no gradient")
         found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
-def _scale_gradient_apart(device: str, sizes: str) -> str:
-    command = [sys.executable, str(Path(__file__)), device, *sizes.split()]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+def _scale_gradient_apart(device: str, powers: Sequence[int]) -> str:
+    command = [sys.executable, str(Path(__file__)), device, *map(str, powers)]
+    paths = filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return done.stdout.strip()
 
 
 def _scale_gradient(device: str, powers: Sequence[int]) -> str:
@@ -217,7 +271,8 @@ def _scale_gradient(device: str, powers: Sequence[int]) -> str:
         generator = torch.Generator("cpu").manual_seed(0)
         x = torch.randn(2**power, generator=generator, device="cpu").to(device)
         scale = torch.tensor(0.1, device=device, requires_grad=True)
-        fake_quantize(x, scale, torch.tensor(8.0, device=device), Grid(4)).sum().backward()
+        found = fake_quantize(x, scale, torch.tensor(8.0, device=device), Grid(4))
+        torch.autograd.backward(found.sum())
         digest = _digest([scale.grad])
     return digest
 

@@ -44,12 +44,19 @@ _SMALL_UNITS: dict[str, tuple[str, list[tuple[int, ...]]]] = {
 }
 
 
+_WAYS = {
+    "float32": (),
+    "float32 without graphs": ("recon.cuda_graphs=false",),
+    "bfloat16": ("recon.precision=bfloat16",),
+}
+
+
 def steps(device: str, small: bool) -> Found:
     """Milliseconds of a step and peak memory of each kind of unit, W4A4, all that is learned."""
-    for precision in ("float32", "bfloat16"):
-        sam = _four_bits("vit_nano" if small else "vit_b", device, precision, 4 if small else 50)
+    for way, more in _WAYS.items():
+        sam = _four_bits("vit_nano" if small else "vit_b", device, 5 if small else 50, *more)
         for name, (path, shapes) in (_SMALL_UNITS if small else _UNITS).items():
-            yield from _step(f"{name}, {precision}", sam, path, shapes, None)
+            yield from _step(f"{name}, {way}", sam, path, shapes, None)
     if not small:
         name, (path, shapes) = next(reversed(_UNITS.items()))
         yield from _step(f"{name}, out of host memory", sam, path, shapes, 0)
@@ -115,7 +122,7 @@ def calibration(device: str, small: bool) -> Found:
     x = torch.randn(4096 * 8 if small else 4096 * 3072, device=device)
     for name in ("AvgMSEObserver", "AvgMSEFastObserver"):
         observer = OBSERVERS[name](Grid(4)).to(device)
-        seconds = _seconds(lambda observer=observer: observer.range_of(x), device, 1)
+        seconds = _seconds(functools.partial(observer.range_of, x), device, 1)
         yield f"{name} of {x.numel()} values", seconds, "s"
     heads, tokens = (2, 64) if small else (12, 4096)
     attention = torch.randn(heads, tokens, tokens, device=device).softmax(-1)
@@ -131,7 +138,7 @@ def evaluation(device: str, small: bool) -> Found:
     name, boxes = ("vit_nano", 4) if small else ("vit_b", 100)
     torch.manual_seed(0)
     sam = build_sam(name).to(device).requires_grad_(False)
-    quantized = _four_bits(name, device, "float32", 0)
+    quantized = _four_bits(name, device, 0)
     picture = np.random.default_rng(0).integers(0, 256, (768, 1024, 3), dtype=np.uint8)
     asked = _boxes(boxes)
     for kind, model in (("float", sam), ("quantized", quantized)):
@@ -139,7 +146,7 @@ def evaluation(device: str, small: bool) -> Found:
         if isinstance(model, QuantizedSam):
             _calibrated(model, predictor, picture)
         repeat = 1 if small else 5
-        seconds = _seconds(lambda p=predictor: p.embed(picture), device, repeat)
+        seconds = _seconds(functools.partial(predictor.embed, picture), device, repeat)
         yield f"{kind} encoder of {name}", 1000 * seconds, "ms"
         ask = functools.partial(predictor.predict, boxes=asked, embedding=predictor.embed(picture))
         yield f"{kind} decoder, {boxes} boxes", 1000 * _seconds(ask, device, repeat), "ms"
@@ -160,17 +167,21 @@ def evaluation(device: str, small: bool) -> Found:
     product = lambda: linear(x.float())  # noqa: E731
     yield "an exact product of the MLP's size", 1000 * _seconds(product, device, 3), "ms"
     if torch.device(device).type == "cuda":
-        whole = lambda: torch._int_mm(x.char(), weight.char().t())  # noqa: E731
+        whole = functools.partial(_int8_product, x, weight)
         yield "the same as int8", 1000 * _seconds(whole, device, 3), "ms"
         same = torch.equal(whole().float(), product())
         yield "int8 and exact products are equal", str(same), "", same
 
 
-def _four_bits(name: str, device: str, precision: str, iterations: int) -> QuantizedSam:
+def _int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch._int_mm(x.to(torch.int8), weight.to(torch.int8).t())
+
+
+def _four_bits(name: str, device: str, iterations: int, *more: str) -> QuantizedSam:
     scheme = Scheme.from_yaml(_SCHEME).with_overrides(
         "w_qconfig.observer=MinMaxObserver",
         f"recon.iters={max(1, iterations)}",
-        f"recon.precision={precision}",
+        *more,
     )
     torch.manual_seed(0)
     return insert_quantizers(build_sam(name).to(device), scheme)
@@ -202,4 +213,4 @@ def _seconds(run: Callable[[], object], device: str, repeat: int) -> float:
 
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        getattr(torch, device.type).synchronize()

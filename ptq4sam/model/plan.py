@@ -134,7 +134,7 @@ def _timed(unit: nn.Module, arguments: State) -> tuple[Tensor, float]:
     started = time.perf_counter()
     answer: Tensor = unit(*arguments)
     if answer.device.type in ("cuda", "xpu", "mps"):
-        torch.accelerator.synchronize()
+        getattr(torch, answer.device.type).synchronize()
     return answer, time.perf_counter() - started
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import gpu_check
 import pytest
 import torch
-from gpu_check import CHECKS, LINES, TABLE, Check, Finding, run_apart, table
+from gpu_check import CHECKS, LINES, TABLE, Check, Finding, install, run_apart, table
 from gpu_checks_numbers import awkward, unequal
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
@@ -69,3 +71,34 @@ def test_the_table_says_what_is_not_as_it_must_be() -> None:
     rows = table([Finding("a", "b | c", 0.123456, "s"), Finding("a", "d", "no", passed=False)])
     assert "| a | b | c | 0.1235 s |  |" in rows
     assert rows.strip().endswith("| a | d | no | **no** |")
+
+
+def test_what_is_missing_is_named_with_the_way_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert gpu_check.missing() == []
+    monkeypatch.setitem(gpu_check.NEEDED, "no_such_module", "such-package")
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--wheels", str(tmp_path)])
+    assert gpu_check.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"missing: such-package, and no wheels in {tmp_path}")
+    assert said.endswith("pip download --no-deps --dest wheels such-package\n")
+
+
+def test_what_is_missing_comes_from_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("pip")
+    described = "such_package-1.dist-info"
+    with zipfile.ZipFile(tmp_path / "such_package-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("no_such_module.py", "value = 7")
+        wheel.writestr(
+            f"{described}/METADATA", "Metadata-Version: 2.1\nName: such-package\nVersion: 1"
+        )
+        wheel.writestr(
+            f"{described}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any"
+        )
+        wheel.writestr(f"{described}/RECORD", "")
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert install(["such-package"], tmp_path) == ""
+    asked = [sys.executable, "-c", "import no_such_module; print(no_such_module.value)"]
+    assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == "7\n"
+    assert "another-package" in install(["another-package"], tmp_path)
