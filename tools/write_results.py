@@ -1,4 +1,4 @@
-"""Measure vit_nano, float and quantized, and write docs/results.md.
+"""Measure vit_nano, float and quantized, and write docs/results.md and the table of README.md.
 
     python tools/write_results.py --steps 400 --out docs/results.md \
         --coco-mini DIR --yolox yolox_nano.onnx
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from data_sets import Data, data_sets, machine
+from write_readme import README, with_table
 
-from ptq4sam.files import replacing
+from ptq4sam.files import replacing, write_text
 from ptq4sam.quantization.scheme import Scheme
 
 _log = logging.getLogger("write_results")
@@ -197,6 +198,9 @@ def main() -> None:
     versions = next(iter(measured.values()))[0].truth["versions"]
     with replacing(arguments.out) as temporary:
         temporary.write_text(page(sections, arguments, versions))
+    if arguments.out == _ROOT / "docs" / "results.md":
+        readme = with_table(README.read_text(encoding="utf-8"), arguments.out.read_text())
+        write_text(readme, README)
 
 
 if __name__ == "__main__":

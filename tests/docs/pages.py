@@ -32,6 +32,7 @@ _SMALL = (
     (r"points_per_side=\d+", "points_per_side=2"),
     (r"calibrate=\d+", "calibrate=2"),
     (r"limit=\d+", "limit=1"),
+    (r'scheme="[\w-]+"', 'scheme="minmax44"'),
 )
 
 

@@ -14,10 +14,12 @@ from ptq4sam.quantization import fused
 from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
 from tests.docs.pages import blocks, run
 from tests.tiny_runs import REPOSITORY
+from tools.write_readme import readme_table, with_table
 
 DOCS = REPOSITORY / "docs"
 PAGES = (
     "first-run",
+    "commands",
     "reproduce-the-table",
     "your-own-sam",
     "extending",
@@ -46,6 +48,18 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     for name in [name for name in sys.modules if name.startswith(("ptq4sam_extension_", "plain_"))]:
         del sys.modules[name]
+
+
+def test_readme_runs(checkout: Path) -> None:
+    run(REPOSITORY / "README.md")
+
+
+def test_readme_has_the_measured_results() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    results = (DOCS / "results.md").read_text(encoding="utf-8")
+    assert len(readme_table(results)) >= 9
+    # Otherwise: python tools/write_readme.py --table-only
+    assert with_table(readme, results) == readme
 
 
 @pytest.mark.parametrize("name", PAGES)
