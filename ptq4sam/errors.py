@@ -44,7 +44,16 @@ class DependencyError(Ptq4samError):
 
 
 class MissingError(CheckpointError, DataError, DependencyError):
-    """Files or packages that a request needs are not there; the message names all of them."""
+    """Files or packages that a request needs are not there; the message names all of them.
+
+    Args:
+        message: all of it in one line.
+        listing: the same for a terminal, in several.
+    """
+
+    def __init__(self, message: str, listing: str = "") -> None:
+        super().__init__(message)
+        self.listing = listing or message
 
 
 class ResourceError(Ptq4samError):

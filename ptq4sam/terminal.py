@@ -8,7 +8,13 @@ import os
 import sys
 from collections.abc import Callable
 
-from ptq4sam.errors import Ptq4samError, gpu_memory_advice, in_one_line, is_out_of_memory
+from ptq4sam.errors import (
+    MissingError,
+    Ptq4samError,
+    gpu_memory_advice,
+    in_one_line,
+    is_out_of_memory,
+)
 
 
 def guarded(action: Callable[[], int], verbose: bool = False) -> int:
@@ -34,6 +40,9 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
         status = action()
         sys.stdout.flush()
         return status
+    except MissingError as error:
+        sys.stderr.write(f"error: {error.listing}\n")
+        return 2
     except Ptq4samError as error:
         return _refuse(str(error))
     except OSError as error:

@@ -20,10 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
+    from ptq4sam.columns import terminal_width
     from ptq4sam.downloads.terminal import download, listing
 
     if parsed.list:
-        sys.stdout.write("\n".join(listing(parsed.root)) + "\n")
+        sys.stdout.write("\n".join(listing(parsed.root, terminal_width())) + "\n")
         return 0
     if not parsed.names:
         raise ConfigError("ptq4sam download needs names: ptq4sam download --list shows them")

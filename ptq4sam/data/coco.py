@@ -78,6 +78,8 @@ class CocoDataset(ImageSet):
         limit: use the first pictures only.
         masks: whether every object needs a mask, as for scores; without, as for calibration, a box
             is enough.
+        enough: if so many of the first annotated pictures are there, the rest may be missing; it is
+            not used then. None: every picture has to be there.
 
     Raises:
         DataError: a file is missing or damaged or not in COCO format; a picture is missing or an
@@ -91,6 +93,7 @@ class CocoDataset(ImageSet):
         skip_bad: bool = False,
         limit: int | None = None,
         masks: bool = True,
+        enough: int | None = None,
     ) -> None:
         super().__init__(skip_bad)
         images, annotations = Path(images), Path(annotations)
@@ -102,9 +105,12 @@ class CocoDataset(ImageSet):
         file = InstancesFile(content, annotations)
         self.category_names = file.categories()
         entries = file.images()
-        self.images = self._present(entries, images, limit)
+        written = file.annotations()
+        finder = PictureFinder(images, [entry.file_name for entry in entries])
+        needed = entries if enough is None else _needed(entries, written, enough, finder)
+        self.images = self._present(needed, finder, limit)
         objects = AnnotatedObjects(annotations, self.category_names, masks)
-        self._annotations = self._usable(file.annotations(), {e.id for e in entries}, objects)
+        self._annotations = self._usable(written, {e.id for e in entries}, objects)
         if file.text_number is not None:
             _log.info(TEXT_NUMBERS, annotations, file.text_number)
         objects.tell()
@@ -160,10 +166,9 @@ class CocoDataset(ImageSet):
         return coco_index(self, annotations)
 
     def _present(
-        self, entries: Sequence[ImageEntry], folder: Path, limit: int | None
+        self, entries: Sequence[ImageEntry], finder: PictureFinder, limit: int | None
     ) -> list[ImageRecord]:
         """The first `limit` pictures whose files are there."""
-        finder = PictureFinder(folder, [entry.file_name for entry in entries])
         present: list[ImageRecord] = []
         missing: list[ImageEntry] = []
         damaged: list[str] = []
@@ -244,6 +249,23 @@ class CocoDataset(ImageSet):
         if record is not None:
             where += f" ({record.path.name})"
         return f"{self.path}: annotation id {annotation['id']} of {where}: {problem}"
+
+
+def _needed(
+    entries: Sequence[ImageEntry],
+    annotations: Sequence[dict[str, Any]],
+    enough: int,
+    finder: PictureFinder,
+) -> Sequence[ImageEntry]:
+    """The first `enough` annotated entries, if they are there and some other is not; else all."""
+    annotated = {annotation["image_id"] for annotation in annotations}
+    first = [entry for entry in entries if entry.id in annotated][:enough]
+    if not first or any(finder.find(entry.file_name) is None for entry in first):
+        return entries
+    if all(finder.find(entry.file_name) is not None for entry in entries):
+        return entries
+    _log.info("%s: of its pictures the first %d annotated are used", finder.folder, len(first))
+    return first
 
 
 def _absent(missing: Sequence[ImageEntry], finder: PictureFinder) -> list[str]:

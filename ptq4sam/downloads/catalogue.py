@@ -44,6 +44,11 @@ class Asset:
         about: bytes of copies that others keep of it, to plan by; None where none was found.
         unpacked: folder that a ZIP archive is unpacked into, or None.
         makes: files or folders that unpacking makes, below `unpacked`.
+        of: an instances file: what is fetched are the first annotated pictures in it,
+            CALIBRATION_PICTURES of them, into the folder `pictures`; `url` is that of the
+            publisher's folder, `path` the list of what came.
+        pictures: see `of`.
+        needs: name of the asset that has to be there before, or None.
     """
 
     name: str
@@ -55,6 +60,9 @@ class Asset:
     about: int | None = None
     unpacked: Path | None = None
     makes: tuple[Path, ...] = ()
+    of: Path | None = None
+    pictures: Path | None = None
+    needs: str | None = None
 
     @property
     def places(self) -> tuple[Path, ...]:
@@ -65,7 +73,8 @@ class Asset:
 
     def place_of(self, path: Path) -> Path:
         """The one of `places` that a file or folder of that name would be."""
-        return next(place for place in self.places if place.name == path.name)
+        places = self.places if self.pictures is None else (self.pictures, *self.places)
+        return next(place for place in places if place.name == path.name)
 
     @property
     def size_text(self) -> str:
@@ -81,7 +90,7 @@ class Asset:
         What an archive holds is fetched and checked by the command, hardly by hand.
         """
         known = [] if self.size_text == "?" else [self.size_text]
-        if self.unpacked is None:
+        if self.unpacked is None and self.of is None:
             known.append("no checksum" if self.digest is None else str(self.digest))
             known.append(self.url)
         return ", ".join(known)
@@ -93,6 +102,9 @@ def _decimal(size: int) -> str:
         return f"{size / 1e9:.1f} GB"
     return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
 
+
+CALIBRATION_PICTURES = 32
+"""How many pictures of train2017 the published calibration takes: the first with annotations."""
 
 _CKPT = Path("ckpt")
 _FAMILIES = Path(__file__).resolve().parents[1] / "families"
@@ -224,6 +236,18 @@ _EVERY = (
         "train2017",
         about=19_300_000_000,
     ),
+    # The publisher states a checksum of the archive of all pictures, of single ones neither
+    # checksum nor size: this is 32 times the archive's mean.
+    Asset(
+        "coco-calibration",
+        _COCO / "calibration_pictures.txt",
+        _COCO_SITE + "train2017/",
+        _COCO_TERMS,
+        about=CALIBRATION_PICTURES * 19_300_000_000 // 118_287,
+        of=_COCO / "annotations/instances_train2017.json",
+        pictures=_COCO / "train2017",
+        needs="coco-annotations",
+    ),
     _coco(
         "coco-annotations",
         _COCO_SITE + "annotations/annotations_trainval2017.zip",
@@ -251,13 +275,21 @@ def find_asset(name: str) -> Asset:
     raise ConfigError(f"asked to download {name!r}, which is not known: {hint}")
 
 
-def asset_at(path: Path) -> Asset | None:
+def asset_at(path: Path, enough: int | None = None) -> Asset | None:
     """The asset that a missing file or folder would be part of, or None.
 
     Weights are known by their file's name, parts of a data set by the names behind "data/".
+
+    Args:
+        path: the file or folder.
+        enough: of a folder of pictures: how many of the first annotated ones are needed; None for
+            all of them.
     """
-    for asset in ASSETS.values():
-        for place in asset.places:
+    few = enough is not None and enough <= CALIBRATION_PICTURES
+    every = ASSETS.values()
+    for asset in sorted(every, key=lambda one: one.of is None) if few else every:
+        places = asset.places if not few or asset.pictures is None else (asset.pictures,)
+        for place in places:
             known = place.parts[1:]
             if path.parts[-len(known) :] == known:
                 return asset

@@ -18,6 +18,7 @@ from ptq4sam.contents import otherwise
 from ptq4sam.downloads.catalogue import Asset
 from ptq4sam.errors import DownloadError
 from ptq4sam.files import naming
+from ptq4sam.locks import one_after_another
 
 _CHUNK = 2**20
 _TIMEOUT = 30.0
@@ -38,7 +39,11 @@ class State(enum.Enum):
 
 def state_of(asset: Asset, root: Path) -> State:
     """Whether an asset is below `root`; an unpacked archive need not be kept."""
-    if all((root / place).exists() for place in asset.places):
+    places = [root / place for place in asset.places]
+    if asset.pictures is not None and places[0].exists():
+        names = places[0].read_text(encoding="utf-8").splitlines()
+        places += [root / asset.pictures / name for name in names]
+    if all(place.exists() for place in places):
         return State.THERE
     started = _partial(root / asset.path).exists() or (root / asset.path).exists()
     return State.PARTIAL if started else State.MISSING
@@ -54,7 +59,8 @@ def fetch(
     """Download an asset to its place below `root`, and unpack it if it is an archive.
 
     What was begun goes on; a connection that is cut is tried again. The file takes its name only
-    once it is whole and its checksum is right.
+    once it is whole and its checksum is right. Who comes while another process fetches the same
+    waits for it.
 
     Args:
         asset: what.
@@ -70,10 +76,17 @@ def fetch(
         DownloadError: no network, no such file, another file than the publisher's, no room.
     """
     target = root / asset.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with one_after_another(target):
+        return _fetch(asset, root, on_bytes, attempts, pause)
+
+
+def _fetch(asset: Asset, root: Path, on_bytes: OnBytes, attempts: int, pause: float) -> Path:
+    """The same for the only one who fetches this file."""
+    target = root / asset.path
     if state_of(asset, root) is State.THERE:
         return target if asset.unpacked is None else root / asset.unpacked
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(target)
         _receive(asset, partial, on_bytes, attempts, pause)
         _check(asset, partial)

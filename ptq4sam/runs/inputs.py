@@ -57,7 +57,9 @@ class Inputs:
         prompts = calibration_prompts(settings)
         size, prompting = settings.scheme.calibrate, settings.prompting
         with self._context.phases.phase("calibration boxes"):
-            dataset, source = self._opened(settings.calibration, None, prompts, masks=False)
+            dataset, source = self._opened(
+                settings.calibration, None, prompts, masks=False, enough=size
+            )
             key = (settings.float_model, settings.checkpoint, sam.device, settings.calibration)
             return self._context.opened.get(
                 "calibration pictures",
@@ -101,19 +103,31 @@ class Inputs:
         )
 
     def _opened(
-        self, data: DataSettings, limit: int | None, prompts: str, masks: bool = True
+        self,
+        data: DataSettings,
+        limit: int | None,
+        prompts: str,
+        masks: bool = True,
+        enough: int | None = None,
     ) -> tuple[ImageSet, PromptSource]:
-        """A data set, with or without a need of masks, and its boxes."""
+        """A data set, with or without a need of masks and of all its pictures, and its boxes."""
 
         def open_both() -> tuple[ImageSet, PromptSource]:
-            dataset = self._dataset(data, limit, masks)
+            dataset = self._dataset(data, limit, masks, enough)
             return dataset, self._source(prompts, dataset)
 
-        key = (data, limit, prompts, masks, self._settings.skip_bad, self._context.device)
+        key = (data, limit, prompts, masks, enough, self._settings.skip_bad, self._context.device)
         return self._context.opened.get("pictures", key, open_both)
 
-    def _dataset(self, data: DataSettings, limit: int | None, masks: bool = True) -> ImageSet:
-        return data.open(skip_bad=self._settings.skip_bad, limit=limit, masks=masks)
+    def _dataset(
+        self,
+        data: DataSettings,
+        limit: int | None,
+        masks: bool = True,
+        enough: int | None = None,
+    ) -> ImageSet:
+        skip_bad = self._settings.skip_bad
+        return data.open(skip_bad=skip_bad, limit=limit, masks=masks, enough=enough)
 
     def _source(self, prompts: str, dataset: ImageSet) -> PromptSource:
         kind = parse_spec(prompts).kind

@@ -38,7 +38,8 @@ def require_inputs(settings: RunSettings) -> None:
     look_for_sam(missing, settings.model, settings.float_checkpoint)
     look_for_data(missing, settings.data)
     if settings.scheme is not None:
-        look_for_data(missing, settings.calibration, "calibration ")
+        enough = settings.scheme.calibrate
+        look_for_data(missing, settings.calibration, "calibration ", enough)
     look_for_validation(missing, settings.accuracy)
     missing.report(otherwise)
 
@@ -55,16 +56,19 @@ def look_for_sam(missing: Missing, model: str | None, checkpoint: Path | None) -
     missing.look_for("SAM", checkpoint, advice)
 
 
-def look_for_data(missing: Missing, data: DataSettings | None, whose: str = "") -> None:
+def look_for_data(
+    missing: Missing, data: DataSettings | None, whose: str = "", enough: int | None = None
+) -> None:
     """Note pictures and annotations that are not there.
 
     Args:
         missing: is told.
         data: the data set.
         whose: "calibration " or the like, for the message.
+        enough: how many of the first annotated pictures are needed; None for all.
     """
     if data is not None:
-        missing.look_for(f"{whose}pictures", data.images)
+        missing.look_for(f"{whose}pictures", data.images, enough=enough)
         missing.look_for(f"{whose}annotations", data.annotations)
 
 

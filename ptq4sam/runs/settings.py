@@ -38,13 +38,18 @@ class DataSettings:
     limit: int | None = None
 
     def open(
-        self, *, skip_bad: bool = False, limit: int | None = None, masks: bool = True
+        self,
+        *,
+        skip_bad: bool = False,
+        limit: int | None = None,
+        masks: bool = True,
+        enough: int | None = None,
     ) -> ImageSet:
         """The data set; arguments and errors are those of `CocoDataset` and `ImageFolder`."""
         limit = self.limit if limit is None else limit
         if self.annotations is None:
             return ImageFolder(self.images, skip_bad, limit, self.recursive)
-        return CocoDataset(self.images, self.annotations, skip_bad, limit, masks)
+        return CocoDataset(self.images, self.annotations, skip_bad, limit, masks, enough)
 
 
 Metric = Literal["mean_iou", "AP"]

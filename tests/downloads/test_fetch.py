@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import http.server
 import io
+import logging
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,7 +95,7 @@ def test_a_file_comes_once(url: str, behaviour: Behaviour, tmp_path: Path) -> No
     assert path == tmp_path / "ckpt/file.bin"
     assert path.read_bytes() == CONTENT
     assert seen[-1] == (len(CONTENT), len(CONTENT))
-    assert [file.name for file in path.parent.iterdir()] == ["file.bin"]
+    assert [file.name for file in path.parent.glob("[!.]*")] == ["file.bin"]
     assert state_of(what, tmp_path) is State.THERE
     get(what, tmp_path)
     assert len(behaviour.asked) == 1
@@ -161,7 +163,7 @@ def test_a_wrong_file_is_deleted(url: str, behaviour: Behaviour, tmp_path: Path)
     behaviour.content = CONTENT[::-1]
     with pytest.raises(DownloadError, match=r"a wrong file came and was deleted .*sha256"):
         get(asset(url), tmp_path)
-    assert list((tmp_path / "ckpt").iterdir()) == []
+    assert list((tmp_path / "ckpt").glob("[!.]*")) == []
 
 
 def test_a_page_that_is_sent_as_weights_is_deleted(
@@ -171,7 +173,7 @@ def test_a_page_that_is_sent_as_weights_is_deleted(
     unknown = dataclasses.replace(asset(url), path=Path("a.pth"), size=None, digest=None)
     with pytest.raises(DownloadError, match=r'was deleted \(it is a web page \("Sign in"\)'):
         get(unknown, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("[!.]*")) == []
 
 
 @pytest.mark.parametrize(
@@ -236,3 +238,23 @@ def test_what_is_no_archive(url: str, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="is no ZIP archive"):
         get(what, tmp_path)
     assert state_of(what, tmp_path) is State.PARTIAL
+
+
+def test_two_downloads_at_once_do_not_mix(
+    url: str, behaviour: Behaviour, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    others: list[threading.Thread] = []
+
+    def join_in(done: int, total: int | None) -> None:
+        if not others:
+            others.append(threading.Thread(target=get, args=(asset(url), tmp_path)))
+            others[0].start()
+            time.sleep(0.3)
+
+    with caplog.at_level(logging.INFO, "ptq4sam"):
+        path = get(asset(url), tmp_path, join_in)
+        others[0].join()
+    assert path.read_bytes() == CONTENT
+    # The second waited, and found the file.
+    assert len(behaviour.asked) == 1
+    assert "waiting for it" in caplog.text

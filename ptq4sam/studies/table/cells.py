@@ -188,15 +188,30 @@ class Table:
         file = located(self._root / CONFIGS / path)
         config = ExperimentConfig.from_file(file, *candidate.options)
         data = None if candidate.generated else self._data(config)
-        needed = [config.detector.checkpoint, config.sam.checkpoint]
-        for one in data or ():
-            needed += [one.images, one.annotations]
-        missing = [_missing(p) for p in dict.fromkeys(needed) if p is not None and not p.exists()]
+        # With how many pictures of a folder are enough.
+        needed: list[tuple[Path | None, int | None]] = [
+            (config.detector.checkpoint, None),
+            (config.sam.checkpoint, None),
+        ]
+        if data is not None:
+            scored, calibrated = data
+            needed += [(scored.images, None), (scored.annotations, None)]
+            needed += [(calibrated.images, self._calibrate), (calibrated.annotations, None)]
+        missing = [
+            _missing(path, enough)
+            for path, enough in dict.fromkeys(needed)
+            if path is not None and not path.exists()
+        ]
         packages, install = PACKAGES.get(parse_spec(config.detector.prompts).kind, ((), ""))
         absent = ", ".join(name for name in packages if find_spec(name) is None)
         if absent:
             missing.insert(0, MissingInput(absent, remedy=f"{absent}: {install}"))
         return _Found(candidate, config, tuple(dict.fromkeys(missing)), data)
+
+    @property
+    def _calibrate(self) -> int:
+        """How many calibration pictures there are."""
+        return self._scheme(f"minmax{BITS[0]}{BITS[0]}").calibrate
 
     def _data(self, config: ExperimentConfig) -> tuple[Pictures, Pictures]:
         asked = self.request
@@ -259,6 +274,6 @@ def _annotated(data: DataConfig | None) -> Pictures:
     return Pictures(data.images, data.annotations)
 
 
-def _missing(path: Path) -> MissingInput:
-    asset = asset_at(path)
+def _missing(path: Path, enough: int | None) -> MissingInput:
+    asset = asset_at(path, enough)
     return MissingInput(str(path), None if asset is None else asset.name)

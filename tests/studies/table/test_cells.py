@@ -35,7 +35,7 @@ def test_the_table_has_every_cell() -> None:
 def test_cells_name_the_downloads_that_they_lack() -> None:
     asked = Request(detectors=["hdetr"], models=["vit_l"], bits=[4], methods=["qdrop"])
     float_cell, cell = Table(asked).cells()
-    lacks = ["hdetr-r50", "sam-vit-l", "coco-val", "coco-annotations", "coco-train"]
+    lacks = ["hdetr-r50", "sam-vit-l", "coco-val", "coco-annotations", "coco-calibration"]
     assert float_cell.lacks == cell.lacks == ", ".join(lacks)
     assert (cell.name, float_cell.name) == ("hdetr vit_l qdrop W4A4", "hdetr vit_l float")
 
