@@ -15,6 +15,7 @@ from ptq4sam.runs.configs.experiment import ExperimentConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ["minmax", "percentile", "omse", "ptq4sam-s", "adaround", "brecq", "qdrop", "ptq4sam-l"]
+NEWER = ["saq-sam", "ahcptq", "ahcq-sam", "car-sam"]
 PUBLISHED_EXPERIMENTS = [
     f"{stem}-{size}.py"
     for stem in (
@@ -48,7 +49,7 @@ def test_scheme_of_each_row(row: str, bits: int) -> None:
 
 def test_every_scheme_file_is_tested() -> None:
     names = {path.stem for path in (ROOT / "exp").glob("*.yaml")}
-    rows = {f"{row}{bits}{bits}" for row in ["config", *ROWS] for bits in (4, 6)}
+    rows = {f"{row}{bits}{bits}" for row in ["config", *ROWS, *NEWER] for bits in (4, 6)}
     assert names == rows | {"w8a8"}
 
 
@@ -78,6 +79,24 @@ def test_relations_between_rows(bits: str) -> None:
     assert brecq.recon is not None
     assert (brecq.recon.learn_scale, brecq.recon.drop_prob) == (False, 0)
     assert scheme("adaround" + bits) == brecq.with_overrides("recon.granularity=layer")
+
+
+@pytest.mark.parametrize("bits", ["44", "66"])
+def test_newer_rows_add_to_earlier_ones(bits: str) -> None:
+    assert scheme("saq-sam" + bits) == scheme("ptq4sam-s" + bits).with_overrides("methods=[pcc]")
+    behind = "input@after-gelu: {grid: hybrid}, input@after-relu: {grid: hybrid}"
+    before = "input@before-attention: {grid: grouped}, input@before-mlp: {grid: grouped}"
+    ahcptq = scheme("ahcptq" + bits)
+    large = scheme("ptq4sam-l" + bits)
+    assert ahcptq == large.with_overrides(f"slots={{{before}, {behind}}}")
+    assert scheme("ahcq-sam" + bits) == large.with_overrides(
+        "ptq4sam.AGQ=false",
+        f"slots={{{before}, {behind}, softmax: {{grid: lnq}}}}",
+        "methods=[acnr]",
+    )
+    assert scheme("car-sam" + bits) == scheme("qdrop" + bits).with_overrides(
+        "recon.granularity=joint", "methods=[mac]"
+    )
 
 
 @pytest.mark.parametrize("bits", ["44", "66"])

@@ -2,7 +2,7 @@
 
 Inputs of the decoder's projections, an image or tokens with their positions, have channels that lie
 far apart. Here each channel has 2^bits evenly spaced points that need not be around zero, and
-channels that are alike share them: by k-means of the channels' ends as shares of the whole range.
+channels that are alike share them: by k-means of the ends of channels, which are in one unit.
 Published groups are by scale and zero point, of which the latter is up to hundreds of times the
 former, and their scales are any numbers, so that each group needs a product of its own.
 
@@ -223,7 +223,7 @@ def grouped_points(
     bottom, extent = min(0.0, float(low.min())), float(max(0.0, high.max()) - min(0.0, low.min()))
     if extent == 0:
         return 1.0, np.zeros(len(low)), np.ones(len(low))
-    for place in _members(np.stack([low, high], axis=1) / extent, groups):
+    for place in _members(np.stack([low, high], axis=1), groups):
         low, high = low.copy(), high.copy()
         low[place], high[place] = low[place].min(), high[place].max()
     last, widest = 2**bits - 1, 2 ** (MOST_BITS - bits)

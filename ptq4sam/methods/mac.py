@@ -173,9 +173,15 @@ def _add_values(sums: Sums, call: Call) -> None:
     attention = call.attention()
     error = call.exact_attention() @ call.exact[VALUE] - attention @ call.projected(VALUE)
     for x, weighs, rest in zip(call.moved_input(VALUE), attention, error, strict=True):
-        seen = weighs @ x
+        queries, keys = weighs.shape[-2:]
+        if keys < queries:
+            # Of an image that looks at tokens, the product with inputs would be large.
+            squares, right = x.mT @ (weighs.mT @ weighs) @ x, x.mT @ (weighs.mT @ rest)
+        else:
+            seen = weighs @ x
+            squares, right = seen.mT @ seen, seen.mT @ rest
         unit = torch.eye(rest.shape[-1], device=x.device).expand(len(rest), -1, -1)
-        sums.add((seen.mT @ seen)[None], unit[None], (seen.mT @ rest)[None])
+        sums.add(squares[None], unit[None], right[None])
 
 
 def layer_of(parts: AttentionParts, role: str) -> QuantizedLayer:

@@ -315,12 +315,17 @@ def _put(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), last, module)
 
 
-def model_units(sam: QuantizedSam) -> list[tuple[str, nn.Module]]:
-    """All units of a model in execution order, with their paths in it."""
+def model_units(sam: QuantizedSam, *, joint: bool = False) -> list[tuple[str, nn.Module]]:
+    """All units of a model in execution order, with their paths in it.
+
+    Args:
+        sam: the model.
+        joint: cross attentions of a decoder's block are one unit (recon.granularity).
+    """
     parts: list[tuple[str, list[Stage]]] = []
     if sam.encoder_quantized:
         parts.append((ENCODER, sam.image_encoder.stages()))
-    parts.append((TRANSFORMER, sam.mask_decoder.transformer.stages()))
+    parts.append((TRANSFORMER, sam.mask_decoder.transformer.stages(joint=joint)))
     return [(f"{path}.{stage.name}", stage.unit) for path, stages in parts for stage in stages]
 
 

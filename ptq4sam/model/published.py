@@ -66,8 +66,8 @@ def keep_published_defects(sam: QuantizedSam, seed: int) -> None:
 
 def _reconstructed(sam: QuantizedSam, settings: Reconstruction) -> Iterator[nn.Module]:
     """What is learned at once: units, or each of their layers."""
-    for _, unit in model_units(sam):
-        if settings.granularity == "unit":
+    for _, unit in model_units(sam, joint=settings.granularity == "joint"):
+        if settings.granularity != "layer":
             yield unit
         else:
             yield from (layer for _, layer in quantized_layers(unit))

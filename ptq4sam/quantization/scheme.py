@@ -264,8 +264,6 @@ class Scheme(Record):
             self._check_learning(self.recon)
 
     def _check_learning(self, recon: Reconstruction) -> None:
-        if recon.granularity == "joint" and self.compat == "published":
-            raise FieldError("recon.granularity", "joint given, which nothing published has")
         if recon.learn_rounding and self.w_qconfig.quantizer != ADAROUND:
             raise FieldError(
                 "recon.learn_rounding",

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ptq4sam.evaluation.bootstrap import paired_difference
 from ptq4sam.report.figures import (
     FLOAT,
     INK,
@@ -191,6 +192,18 @@ def _scores_section(metrics: Mapping[str, Any], record: RunRecord | None) -> Sec
         "Mask AP and AR as COCO defines them, in percent; mean IoU and agreement from 0 to 1. "
         "Agreement is the mean IoU of the masks with the float model's for the same boxes."
     )
+    pairs = [
+        (one.iou, one.float_iou, one.masks)
+        for one in (() if record is None else record.scores)
+        if one.iou is not None and one.float_iou is not None and one.masks
+    ]
+    if pairs:
+        first, second, counts = zip(*pairs, strict=True)
+        said = paired_difference(first, second, counts)
+        intro += (
+            f" Mean IoU against the float model, in points, with the interval of a paired "
+            f"bootstrap over {said.pictures:,} pictures: {said}."
+        )
     return Section("scores", "Scores", blocks, intro)
 
 

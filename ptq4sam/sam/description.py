@@ -264,8 +264,12 @@ DECODER = Description(
     quantized=(
         Place(rf"{_TO_IMAGE}\.core", _BIMODAL),
         Place(rf"{_ATTENTION}\.core"),
-        Place(rf"{_ATTENTION}\.(q_proj|k_proj|v_proj|out_proj)"),
-        Place(r"mask_decoder\.transformer\.layers\.\d+\.mlp\.lin1", {"input": ("after-norm",)}),
+        Place(rf"{_ATTENTION}\.(q_proj|k_proj|v_proj)", {"input": ("before-attention",)}),
+        Place(rf"{_ATTENTION}\.out_proj"),
+        Place(
+            r"mask_decoder\.transformer\.layers\.\d+\.mlp\.lin1",
+            {"input": ("after-norm", "before-mlp")},
+        ),
         Place(r"mask_decoder\.transformer\.layers\.\d+\.mlp\.lin2", {"input": ("after-relu",)}),
     ),
     stays_float=(

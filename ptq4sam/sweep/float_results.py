@@ -60,15 +60,25 @@ class FloatResults:
 
 @dataclass
 class Agreement:
-    """Mean IoU of a model's masks with the float model's; to be called with each picture."""
+    """Mean IoU of a model's masks with the float model's; to be called with each picture.
+
+    Attributes:
+        reference: what the float model gave.
+        ious: of all masks.
+        pictures: mean and number of masks of each picture, by its id.
+    """
 
     reference: FloatResults
     ious: list[float] = field(default_factory=list)
+    pictures: dict[int, tuple[float, int]] = field(default_factory=dict)
 
     def __call__(self, picture: Picture) -> None:
         """Compare a picture's masks, one by one."""
         expected = _decode(self.reference.masks[picture.record.id])
-        self.ious.extend(mask_ious(picture.segmented.masks, expected).tolist())
+        found = mask_ious(picture.segmented.masks, expected).tolist()
+        self.ious.extend(found)
+        if found:
+            self.pictures[picture.record.id] = (float(np.mean(found)), len(found))
 
     @property
     def mean(self) -> float:

@@ -125,6 +125,7 @@ class Worker:
         return {
             **evaluation.metrics,
             "agreement": agreement.mean,
+            "by_picture": agreement.pictures,
             "pictures": evaluation.pictures,
             "masks": evaluation.masks,
             "folded": quantized.folded,

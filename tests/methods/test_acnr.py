@@ -42,16 +42,25 @@ def published(weight: NDArray[np.float64], error: NDArray[np.float64], times: in
     return torch.from_numpy(weight)
 
 
-@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
-def test_one_decomposition_gives_what_two_hundred_give(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "values"),
+    [
+        ((6, 10), np.geomspace(5, 0.01, 6)),
+        ((10, 6), np.geomspace(5, 0.01, 6)),
+        # The last one to stay is below the mean.
+        ((8, 8), np.array([2, 0.82, 0.81, 0.8, 0.79, 0.78, 0.77, 0.005])),
+    ],
+)
+def test_one_decomposition_gives_what_two_hundred_give(
+    shape: tuple[int, int], values: NDArray[np.float64]
+) -> None:
     random = np.random.default_rng(sum(shape))
     inputs, outputs = shape
     left = np.linalg.qr(random.standard_normal((inputs, inputs)))[0]
     right = np.linalg.qr(random.standard_normal((outputs, outputs)))[0]
     few = min(shape)
-    values = np.geomspace(5, 0.01, few)
     weight = left[:, :few] @ np.diag(values) @ right[:few]
-    error = random.standard_normal((40, inputs)) * np.geomspace(2, 0.1, inputs)
+    error = random.standard_normal((40, inputs)) * np.geomspace(1, 0.1, inputs)
     errors = InputErrors(torch.from_numpy(error.T @ error), 40)
     found = conditioned(torch.from_numpy(weight.T), errors, Acnr())
     assert found is not None

@@ -141,7 +141,11 @@ def test_a_correction_leaves_the_least_error_of_logits(role: str) -> None:
         np.testing.assert_allclose(found[head], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_values_are_corrected_by_ridge_regression() -> None:
+@pytest.mark.parametrize("queries", [7, 4])
+def test_values_are_corrected_by_ridge_regression(
+    queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOKENS, "query", queries)
     call, parts = call_of(3, exact_inputs=False)
     found = sums_of(call, "value").solution(SOLVED).numpy()
     x = parts.value.input_quantizer(call._inputs["value"]).double().numpy()

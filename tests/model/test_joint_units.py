@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq4sam.errors import ConfigError
 from ptq4sam.methods.reconstruction import output_error
 from ptq4sam.model import engine
 from ptq4sam.model.audit import audit
@@ -102,6 +101,16 @@ def test_all_of_a_joint_unit_is_learned_at_once(
     assert audit(quantized, lambda: forward(quantized)).findings == ()
 
 
-def test_published_code_has_no_joint_units(make_scheme: Callable[..., Scheme]) -> None:
-    with pytest.raises(ConfigError, match=r"recon\.granularity: joint given, which nothing"):
-        make_scheme(4, 3, recon={"granularity": "joint"}, compat="published")
+def test_defects_of_published_code_are_those_of_a_joint_unit(
+    sam: Sam, items: list[CalibrationItem], make_scheme: Callable[..., Scheme]
+) -> None:
+    scheme = make_scheme(4, 3, recon={"granularity": "joint"}, compat="published")
+    scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
+    quantized = quantize_sam(sam, items[:2], scheme)
+    block = quantized.mask_decoder.transformer.layers[0]
+    # Only the first layer of what is learned at once is rounded hard.
+    soft = [n for n, q in quantizers(block) if getattr(q, "rounding", "") == "soft"]
+    hard = [n for n, q in quantizers(block) if getattr(q, "rounding", "") == "hard"]
+    first = ("self_attn.q_proj", "cross_attn_token_to_image.q_proj")
+    assert hard == [f"{name}.weight_quantizer" for name in first]
+    assert len(soft) == 3 * 4 + 2 - 2

@@ -67,6 +67,8 @@ def test_what_a_page_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert page.count('class="picture"') == 3
     first, second = (page.index(f"{number}. {number - 1:012}.jpg") for number in (1, 2))
     assert first < second
+    # IoUs of the float model are mostly a tenth higher, of all pictures.
+    assert re.search(r"over \d+ pictures: -\d\.\d \(95%: -[\d.]+ to -[\d.]+\): a difference", page)
     assert "chosen τ = 2" in page
     assert "has not ended" not in page
     # The formula of `ptq4sam cost`, which has tests of its own.

@@ -126,6 +126,11 @@ def test_a_trial_finds_what_a_run_of_its_own_finds(tiny: Tiny, tmp_path: Path) -
     assert {key: record.metrics[key] for key in expected} == expected
     assert record.metrics["float"]["AP"] == alone["float"]["AP"]
     assert record.metrics["audit"] is True
+    pairs = list(record.metrics["by_picture"].values())
+    masks = sum(count for _, count in pairs)
+    assert masks == record.metrics["masks"]
+    mean = sum(mean * count for mean, count in pairs) / masks
+    assert mean == pytest.approx(record.metrics["agreement"])
     own = {"quantize", "audit", "evaluate"}
     assert {*own, "data", "load", "shared results"} <= set(record.phases)
     assert "reconstructed mask_decoder.transformer.layers.0.self_attn" in record.log

@@ -15,9 +15,9 @@ _SMALL = "biases and layer norms"
 ENCODER = Description(
     quantized=(
         Place(rf"{_BLOCK}\.attn\.core"),
-        Place(rf"{_BLOCK}\.attn\.qkv", {"input": ("after-norm",)}),
+        Place(rf"{_BLOCK}\.attn\.qkv", {"input": ("after-norm", "before-attention")}),
         Place(rf"{_BLOCK}\.attn\.proj"),
-        Place(rf"{_BLOCK}\.mlp\.lin1", {"input": ("after-norm",)}),
+        Place(rf"{_BLOCK}\.mlp\.lin1", {"input": ("after-norm", "before-mlp")}),
         Place(rf"{_BLOCK}\.mlp\.lin2", {"input": ("after-gelu",)}),
         Place(r"image_encoder\.neck\.0"),
         Place(r"image_encoder\.neck\.2", {"input": ("after-norm",)}),

@@ -22,8 +22,12 @@ METHODS = {
     "brecq": "BRECQ",
     "qdrop": "QDrop",
     "ptq4sam-l": "PTQ4SAM-L",
+    "saq-sam": "SAQ-SAM (PCC)",
+    "ahcptq": "AHCPTQ",
+    "ahcq-sam": "AHCQ-SAM",
+    "car-sam": "CAR-SAM",
 }
-"""Titles of the table's methods by their names in exp/, in the paper's order."""
+"""Titles of the table's methods by their names in exp/, in PTQ4SAM's order, newer ones behind."""
 
 BITS = (6, 4)
 """Of weights and activations."""

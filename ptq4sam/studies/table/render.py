@@ -14,7 +14,7 @@ from ptq4sam.columns import aligned, wrapped
 from ptq4sam.errors import ConfigError
 from ptq4sam.files import write_text
 from ptq4sam.studies.table.published import MARKS, METHODS
-from ptq4sam.studies.table.rows import MissingInput, Row
+from ptq4sam.studies.table.rows import MissingInput, Row, comparisons
 
 _INFLATED = "*"
 _TITLES = (
@@ -110,7 +110,13 @@ def legend(rows: Sequence[Row]) -> list[str]:
         )
     if any(row.cell.published.inflated for row in rows):
         lines.append(f"{_INFLATED}: half of the activations were float when it was measured.")
-    return lines
+    compared = list(comparisons(rows))
+    if compared:
+        lines.append(
+            "agreement: mean IoU with the float model's masks, in points, with the interval of a "
+            "paired bootstrap over pictures:"
+        )
+    return lines + compared
 
 
 def how_to_get(missing: Iterable[MissingInput]) -> list[str]:

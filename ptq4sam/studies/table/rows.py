@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from ptq4sam.studies.table.published import FLOAT, Published
+from ptq4sam.evaluation.bootstrap import paired_difference
+from ptq4sam.studies.table.published import FLOAT, METHODS, Published
 from ptq4sam.sweep.float_results import FloatResults
 from ptq4sam.sweep.grid import Sweep, Trial
 from ptq4sam.sweep.scheduler import State
@@ -99,6 +100,7 @@ class Row:
         seconds: that it took.
         problem: the error, or what is missing.
         versions: of packages, and the machine.
+        by_picture: mean IoU with the float model's masks, and how many, of each picture by its id.
     """
 
     cell: Cell
@@ -108,6 +110,7 @@ class Row:
     seconds: float | None = None
     problem: str = ""
     versions: str = ""
+    by_picture: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
     @property
     def change(self) -> float | None:
@@ -155,7 +158,30 @@ def _row(cell: Cell, record: TrialRecord | None) -> Row:
     if record.status != "done":
         return Row(cell, "failed", seconds=record.seconds, problem=record.error, versions=versions)
     ap, float_ap = record.metrics.get("AP"), record.metrics.get(FLOAT, {}).get("AP")
-    return Row(cell, "done", ap, float_ap, record.seconds, versions=versions)
+    by_picture = {str(key): pair for key, pair in record.metrics.get("by_picture", {}).items()}
+    return Row(cell, "done", ap, float_ap, record.seconds, "", versions, by_picture)
+
+
+def comparisons(found: Sequence[Row]) -> Iterator[str]:
+    """Of each method against the one above it: whether they agree differently with the float model.
+
+    By the same pictures; those of rows that have no scores of pictures are left out.
+    """
+    above: dict[str, Row] = {}
+    for row in found:
+        block = f"{row.cell.boxes} {row.cell.model} {row.cell.width}"
+        if not row.by_picture:
+            continue
+        if block in above:
+            other = above[block]
+            both = [key for key in row.by_picture if key in other.by_picture]
+            means = [[one.by_picture[key][0] for key in both] for one in (row, other)]
+            counts = [row.by_picture[key][1] for key in both]
+            if both:
+                names = (METHODS[one.cell.method] for one in (row, other))
+                said = paired_difference(means[0], means[1], counts)
+                yield f"{block}, agreement of {' against '.join(names)}: {said}."
+        above[block] = row
 
 
 def _float_row(cell: Cell, failed: Mapping[str, str], folder: Folder) -> Row:

@@ -14,7 +14,7 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.studies.table import render
 from ptq4sam.studies.table.published import METHODS, Figure, Published, published
-from ptq4sam.studies.table.rows import Cell, MissingInput, Row
+from ptq4sam.studies.table.rows import Cell, MissingInput, Row, comparisons
 from ptq4sam.sweep.settings import TrialSettings
 from tests.tiny_runs import SCHEMES
 
@@ -54,6 +54,11 @@ ROWS = [
         (("yolox", "vit_b", 4, "adaround"), "- M"),
         (("faster-rcnn", "vit_l", 6, "minmax"), "32.9 S"),
         (("faster-rcnn", "vit_b", 6, "brecq"), "24.1 M"),
+        (("dino", "vit_b", 4, "saq-sam"), "3.5 S"),
+        (("dino", "vit_h", 6, "saq-sam"), "48.2 S"),
+        (("dino", "vit_l", 4, "ahcptq"), "36.6 P"),
+        (("yolox", "vit_b", 4, "ahcptq"), "13.4 S"),
+        (("faster-rcnn", "vit_b", 4, "ahcq-sam"), "17.9 S"),
     ],
 )
 def test_figures(cell: tuple[str, str, int | None, str], figure: str) -> None:
@@ -63,6 +68,8 @@ def test_figures(cell: tuple[str, str, int | None, str], figure: str) -> None:
 def test_what_no_paper_has() -> None:
     assert published("hdetr", "vit_b", 4, "qdrop") == Published()
     assert published("dino", "vit_b", 6, "omse") == Published()
+    assert published("yolox", "vit_l", 4, "car-sam") == Published()
+    assert published("dino", "vit_b", 4, "ahcptq") == Published()
     assert published("scenes", "vit_nano", 4, "qdrop") == Published()
 
 
@@ -79,6 +86,30 @@ def test_a_corrected_figure_goes_before_the_published_one() -> None:
     other = replace(CELL, published=published("yolox", "vit_l", 4, "ptq4sam-l"))
     assert Row(other, "done", 30.0, 37.0).difference == pytest.approx(30.0 - 31.6)
     assert ROWS[2].difference is None
+
+
+def test_methods_are_compared_by_the_same_pictures() -> None:
+    scores = {str(n): (0.5 + 0.01 * (n % 7), 1 + n % 3) for n in range(40)}
+    better = {key: (mean + 0.1, count) for key, (mean, count) in scores.items() if key != "3"}
+    nothing = {key: (mean, count) for key, (mean, count) in better.items()}
+    rows = [
+        Row(replace(CELL, method=method), "done", 5.0, 37.0, by_picture=found)
+        for method, found in (
+            ("minmax", scores),
+            ("omse", {}),
+            ("ptq4sam-s", better),
+            ("ptq4sam-l", nothing),
+        )
+    ]
+    block = "YOLOX-L, 100% & more vit_b W4A4, agreement of"
+    compared = list(comparisons([*rows, replace(rows[0], cell=replace(CELL, bits=6))]))
+    assert compared == [
+        f"{block} PTQ4SAM-S against MinMax: +10.0 (95%: +10.0 to +10.0): a difference.",
+        f"{block} PTQ4SAM-L against PTQ4SAM-S: +0.0 (95%: +0.0 to +0.0): no difference beyond "
+        "the choice of pictures.",
+    ]
+    assert render.legend(rows)[-2:] == compared
+    assert list(comparisons(ROWS)) == []
 
 
 def test_every_form_shows_the_same_rows(tmp_path: Path) -> None:
