@@ -86,6 +86,6 @@ def test_errands_in_an_empty_folder(unpacked: Path, tmp_path: Path) -> None:
     assert ends == [f"=== {name}: {status}" for name, status in [*expected, ("published", 2)]], (
         done.stdout + done.stderr
     )
-    assert "204 cells" in done.stdout
+    assert "300 cells" in done.stdout
     assert "ptq4sam download yolox-l sam-vit-b" in done.stderr
     assert (tmp_path / "q.safetensors").exists()

@@ -24,11 +24,11 @@ def _elsewhere(elsewhere: Path) -> None:
 
 def test_the_table_has_every_cell() -> None:
     cells = list(Table(Request()).cells())
-    assert len(cells) == 4 * 3 * (1 + 2 * 8)
+    assert len(cells) == 4 * 3 * (1 + 2 * 12)
     assert len({cell.name for cell in cells}) == len(cells)
     assert all(cell.missing for cell in cells)
     nano = list(Table(Request("nano")).cells())
-    assert len(nano) == 2 * (1 + 2 * 8)
+    assert len(nano) == 2 * (1 + 2 * 12)
     assert {cell.detector for cell in nano if not cell.missing} == {"scenes"}
 
 
@@ -149,7 +149,7 @@ def test_a_dry_run_lists_cells_and_downloads(capsys: pytest.CaptureFixture[str])
     assert main(["table", "coco", "--dry-run", "--detectors", "dino", "--bits", "6"]) == 0
     told = capsys.readouterr().out
     assert "dino vit_h qdrop W6A6: missing focalnet-dino-l, sam-vit-h, coco-val" in told
-    assert "27 cells, 0 of them can run" in told
+    assert "39 cells, 0 of them can run" in told
     assert "missing: ptq4sam download focalnet-dino-l sam-vit-b" in told
     assert not Path("work_dirs").exists()
 
