@@ -16,6 +16,7 @@ group takes those it needs. That is exact in the same integer product as a hybri
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -248,6 +249,9 @@ def _members(points: NDArray[np.float64], groups: int) -> Iterator[NDArray[np.in
     while len(centres) < groups:
         distances = [((points - centre) ** 2).sum(1) for centre in centres]
         centres.append(points[np.argmax(np.min(distances, axis=0))])
-    _, found = kmeans2(points, np.stack(centres), iter=_ROUNDS, minit="matrix", missing="warn")
+    with warnings.catch_warnings():
+        # A group may lose all of its channels to others.
+        warnings.simplefilter("ignore", UserWarning)
+        _, found = kmeans2(points, np.stack(centres), iter=_ROUNDS, minit="matrix")
     for group in np.unique(found):
         yield np.flatnonzero(found == group)
