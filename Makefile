@@ -1,17 +1,26 @@
 # make demo: the main job on the embedded model and generated scenes.  make test: lint and tests.
+# make docs: the pages as a site, served on this machine.
 # PYTHON=... names the interpreter, VENV=... the folder of the environment.
 SHELL := bash
 export VENV ?= .venv
 bin := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint site docs clean
 
 demo:
 	./environment.sh
 	$(bin)/ptq4sam demo
 
-test: lint
+test: lint site
 	$(bin)/pytest
+
+# Every page, link, anchor and docstring that the site shows is there: anything else is an error.
+site:
+	./environment.sh docs
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --quiet
+
+docs: site
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs serve
 
 lint:
 	./environment.sh test dev

@@ -33,6 +33,7 @@ _SMALL = (
     (r"calibrate=\d+", "calibrate=2"),
     (r"limit=\d+", "limit=1"),
     (r'scheme="[\w-]+"', 'scheme="minmax44"'),
+    (r", \d+, seed=", ", 2, seed="),
 )
 
 
@@ -79,11 +80,11 @@ def run(page: Path) -> None:
         elif block.file is not None:
             Path(block.file).write_text(block.text)
         else:
-            exec(compile(_small(block.text), page.name, "exec"), names)
+            exec(compile(small(block.text), page.name, "exec"), names)
 
 
 def _run_command(command: str, only_read: bool) -> None:
-    words = shlex.split(command if only_read else _small(command))
+    words = shlex.split(command if only_read else small(command))
     variables = {}
     while "=" in words[0]:
         name, _, variables[name] = words.pop(0).partition("=")
@@ -110,7 +111,8 @@ def _quick(words: list[str]) -> list[str]:
     return [words[0], "--decoder-only", *words[1:]]
 
 
-def _small(text: str) -> str:
+def small(text: str) -> str:
+    """The same code or command with numbers that run in seconds."""
     for long, short in _SMALL:
         text = re.sub(long, short, text)
     return text
