@@ -18,6 +18,7 @@ from ptq4sam.sam.description import (
     Normalized,
     Place,
     Projected,
+    Scaled,
 )
 from ptq4sam.sam.model import Sam
 
@@ -32,6 +33,7 @@ __all__ = [
     "Normalized",
     "Place",
     "Projected",
+    "Scaled",
     "Variant",
     "Weights",
     "require_side",

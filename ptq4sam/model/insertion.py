@@ -17,6 +17,7 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.methods.assignment import make_quantizer
 from ptq4sam.methods.pcc import AttentionParts
 from ptq4sam.model.float_weights import round_float_weights
+from ptq4sam.operators.activation import PortableChannelGELU
 from ptq4sam.operators.base import (
     PORTABLE,
     QUANTIZED,
@@ -78,6 +79,18 @@ class QuantizedSam(Sam):
         self.folded: list[str] = []
         self.applied: dict[str, list[str]] = {}
         self._exceptions: tuple[Scheme, dict[str, int | str]] | None = None
+
+    def scaled_layers(self) -> dict[str, PortableChannelGELU]:
+        """Activations with factors, by path of the convolution that alone reads each."""
+        found = {}
+        for path, owner in self.named_modules():
+            pair = self.description.scaled_at(path)
+            if pair is None or pair.activation not in dict(owner.named_modules()):
+                continue
+            activation = owner.get_submodule(pair.activation)
+            if isinstance(activation, PortableChannelGELU):
+                found[f"{path}.{pair.layer}"] = activation
+        return found
 
     def addresses(self) -> dict[str, Address]:
         """Addresses of operators, by path."""

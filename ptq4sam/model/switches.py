@@ -41,7 +41,7 @@ class Switches:
         self._quantizers = dict(quantizers(sam))
         self.names = frozenset(self._quantizers)
         folded = set(folded_layers(sam))
-        norms = sam.normalized_layers()
+        norms, scaled = sam.normalized_layers(), sam.scaled_layers()
         self._weights: dict[str, tuple[QuantizedLayer, Tensor, Tensor]] = {}
         for name, layer in quantized_layers(sam):
             source = float_sam.get_submodule(name)
@@ -51,6 +51,8 @@ class Switches:
             if name in norms:
                 both = (model.get_submodule(norms[name]) for model in (sam, float_sam))
                 weight = weight * folded_scales(*both)
+            if name in scaled:
+                weight = weight / scaled[name].factors
             quantizer = f"{name}.{WEIGHT_QUANTIZER}"
             self._weights[quantizer] = (layer, layer.weight.detach(), weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ptq4sam.operators.arithmetic import whole_numbers
@@ -34,6 +35,44 @@ class PortableGELU(PortableOperator):
     @whole_numbers
     def _forward_portable(self, x: Tensor) -> Tensor:
         return _gelu(x) if self.approximate == "none" else _gelu_tanh(x)
+
+
+class ChannelGELU(nn.GELU):
+    """A GELU of [batch, channels, height, width], whose channels get factors where it is quantized.
+
+    Args:
+        channels: how many there are.
+        approximate: as for nn.GELU.
+    """
+
+    def __init__(self, channels: int, approximate: str = "none") -> None:
+        super().__init__(approximate)
+        self.channels = channels
+
+
+@portable_form(ChannelGELU)
+class PortableChannelGELU(PortableGELU):
+    """The same, each channel times a power of two: a product that rounds nothing.
+
+    Attributes:
+        factors: [channels, 1, 1].
+    """
+
+    factors: Tensor
+
+    def __init__(self, channels: int, approximate: str = "none") -> None:
+        super().__init__(approximate)
+        self.register_buffer("factors", torch.ones(channels, 1, 1))
+
+    @classmethod
+    def of(cls, source: nn.GELU) -> PortableChannelGELU:
+        """Made of a float one, with factors of 1."""
+        assert isinstance(source, ChannelGELU)
+        return cls(source.channels, source.approximate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activate each element; shape and dtype stay."""
+        return super().forward(x) * self.factors.to(x.dtype)
 
 
 @unwatched()

@@ -165,6 +165,7 @@ METHODS: Registry[MethodKind] = Registry(
         "key-centring": "ptq4sam.methods.key_centring",
         "mac": "ptq4sam.methods.mac",
         "norm-scales": "ptq4sam.methods.norm_scales",
+        "channel-scales": "ptq4sam.methods.channel_scales",
         "pcc": "ptq4sam.methods.pcc",
         "qwt-v2": "ptq4sam.methods.qwt",
     },

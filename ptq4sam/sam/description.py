@@ -129,6 +129,21 @@ class Normalized:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """Activations whose channels get factors, and the convolutions that alone read them.
+
+    Attributes:
+        pattern: of the module that owns both.
+        activation: below it.
+        layer: below it, 1x1.
+    """
+
+    pattern: str
+    activation: str
+    layer: str
+
+
+@dataclass(frozen=True)
 class Description:
     """A network, or several.
 
@@ -145,6 +160,7 @@ class Description:
         foldable: see there.
         projected: see there.
         normalized: see there.
+        scaled: see there.
         addressed: operators with addresses; see `sam.addresses`.
         origin: names of tensors that no quantization changes, by which models of one float model
             are told.
@@ -160,6 +176,7 @@ class Description:
     foldable: tuple[Foldable, ...] = ()
     projected: tuple[Projected, ...] = ()
     normalized: tuple[Normalized, ...] = ()
+    scaled: tuple[Scaled, ...] = ()
     addressed: tuple[Addressed, ...] = ()
     origin: tuple[str, ...] = ()
 
@@ -171,6 +188,10 @@ class Description:
     def place_of(self, path: str) -> Place | None:
         """The place among the quantized ones of a module; None for any other."""
         return next((p for p in self.quantized if re.fullmatch(p.pattern, path)), None)
+
+    def scaled_at(self, path: str) -> Scaled | None:
+        """Where channels below an owner get factors; None where they do not."""
+        return next((s for s in self.scaled if re.fullmatch(s.pattern, path)), None)
 
     def address_of(self, path: str) -> Address | None:
         """The address of an operator; None where it has none."""

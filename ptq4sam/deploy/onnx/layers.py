@@ -24,7 +24,7 @@ from ptq4sam.deploy.onnx.values import (
     steps_of,
 )
 from ptq4sam.errors import DeployError
-from ptq4sam.operators.activation import PortableGELU
+from ptq4sam.operators.activation import PortableChannelGELU, PortableGELU
 from ptq4sam.operators.base import QuantizedLayer, step_of_sums
 from ptq4sam.operators.convolution import (
     PortableConv2d,
@@ -295,3 +295,13 @@ def portable_gelu(graph: Graph, module: PortableGELU, x: Traced) -> Traced:
     if graph.portable:
         return (gelu if module.approximate == "none" else gelu_tanh)(x).portable(x)
     return cast(Traced, F.gelu(cast(Tensor, x), approximate=module.approximate))
+
+
+@operator(PortableChannelGELU)
+def portable_channel_gelu(graph: Graph, module: PortableChannelGELU, x: Traced) -> Traced:
+    """GELU, and factors that are powers of two, which no runtime rounds."""
+    activated = portable_gelu(graph, module, x)
+    if bool((module.factors == 1).all()):
+        return activated
+    scaled = apart(activated) * module.factors
+    return scaled.portable(activated)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ptq4sam.families.efficientvit.sizes import L0, EfficientViTSize
 from ptq4sam.families.efficientvit.weights import fold_state
-from ptq4sam.families.family import DECODER, Description, Family, Place
+from ptq4sam.families.family import DECODER, Description, Family, Place, Scaled
 from ptq4sam.sam.addresses import Addressed
 
 _ENCODER = r"image_encoder"
@@ -43,7 +43,7 @@ def describe_encoder(size: EfficientViTSize) -> Description:
             Place(rf"{_NECK}\.(input|output)_ops\.\d+\.op_list\.0\.conv"),
         ),
         stays_float=(rf"{_STEM}\.conv",),
-        tables=(rf"{_ENCODER}\.norm",),
+        tables=(rf"{_ENCODER}\.norm", rf"{_MBCONV}\.depth_conv\.act"),
         portable=(
             rf"{_STEM}\.conv",
             rf"{_ENCODER}\..*\.act",
@@ -71,6 +71,7 @@ def describe_encoder(size: EfficientViTSize) -> Description:
             (rf"{_ENCODER}\.", "image encoder"),
         ),
         blocks=(_BLOCK, rf"{_NECK}\.middle\.op_list\.\d+", rf"{_NECK}\.(input|output)_ops\.\d+"),
+        scaled=(Scaled(_MBCONV, "depth_conv.act", "point_conv.conv"),),
         addressed=_addresses(size),
         origin=("image_encoder.backbone.stages.0.op_list.0.conv.weight",),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ptq4sam.operators.activation import ChannelGELU
 from ptq4sam.operators.linear_attention import ReluLinearAttention
 
 NORM_EPS = 1e-6
@@ -29,6 +30,7 @@ class ConvNorm(nn.Module):
         groups: of the convolution.
         bias: whether one without normalisation has a bias; None for one with a normalisation.
         activated: whether a GELU, approximated by a tangent, is behind it.
+        scaled: whether channels behind that get factors where it is quantized.
         folded: whether the normalisation is in the convolution.
     """
 
@@ -42,6 +44,7 @@ class ConvNorm(nn.Module):
         *,
         bias: bool | None = None,
         activated: bool = False,
+        scaled: bool = False,
         folded: bool = True,
     ) -> None:
         super().__init__()
@@ -56,7 +59,8 @@ class ConvNorm(nn.Module):
             bias=folded if normalized else bool(bias),
         )
         self.norm = nn.BatchNorm2d(channels, NORM_EPS) if normalized and not folded else None
-        self.act = nn.GELU(approximate="tanh") if activated else None
+        act = ChannelGELU(channels, "tanh") if scaled else nn.GELU(approximate="tanh")
+        self.act = act if activated else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, in_channels, height, width] to [batch, channels, height', width']."""
@@ -106,7 +110,7 @@ class MBConv(nn.Module):
         hidden = round(dim * expansion)
         self.inverted_conv = ConvNorm(dim, hidden, bias=True, activated=True)
         self.depth_conv = ConvNorm(
-            hidden, hidden, 3, stride, groups=hidden, bias=True, activated=True
+            hidden, hidden, 3, stride, groups=hidden, bias=True, activated=True, scaled=True
         )
         self.point_conv = ConvNorm(hidden, out_dim, folded=folded)
 
