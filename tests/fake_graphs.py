@@ -1,7 +1,8 @@
 """CUDA graphs without a GPU: operations are written down, and made again in the same memory.
 
 As on a GPU, numbers of Python stay what they were when a step was recorded, nothing of a step is
-done while it is recorded, and whatever reads a number of a tensor cannot be.
+done while it is recorded, and neither what reads a number of a tensor nor what makes a tensor of
+numbers of the host can be.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_FROM_HOST = (torch.tensor, torch.as_tensor, torch.from_numpy, Tensor.new_tensor)
 _WAITING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
 
 
@@ -42,7 +45,7 @@ class FakeGraphs:
         drawn = self._generator.get_state()
         operations = _Operations()
         try:
-            with operations:
+            with _NoHostData(), operations:
                 result = work()
         finally:
             operations.take_back()
@@ -56,6 +59,17 @@ class FakeGraphs:
             operations.repeat()
 
         return result, replay
+
+
+class _NoHostData(TorchFunctionMode):
+    """What is copied from the host's ordinary memory cannot be recorded."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _FROM_HOST:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        return func(*args, **(kwargs or {}))
 
 
 class _Operations(TorchDispatchMode):

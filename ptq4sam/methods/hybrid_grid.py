@@ -61,8 +61,8 @@ def log_codes(bits: int, log_share: float, knee_rate: float) -> int:
 
 
 @functools.cache
-def whole_pairs(bits: int, logarithmic: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All that knee and even steps may be, as whole numbers of steps.
+def whole_pairs(bits: int, logarithmic: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """All that knee and even steps may be, as whole numbers of steps; on a device from then on.
 
     Returns:
         Knees, even steps, and ratios of even step and knee in ascending order: [n] float64 each.
@@ -75,8 +75,8 @@ def whole_pairs(bits: int, logarithmic: int) -> tuple[Tensor, Tensor, Tensor]:
             # Of one ratio the largest pair: a fine step leaves the lowest value where it is.
             pairs[step / knee] = (knee, step)
     ratios = sorted(pairs)
-    whole = torch.tensor([pairs[ratio] for ratio in ratios], dtype=torch.float64, device="cpu")
-    return whole[:, 0], whole[:, 1], torch.tensor(ratios, dtype=torch.float64, device="cpu")
+    whole = torch.tensor([pairs[ratio] for ratio in ratios], dtype=torch.float64, device=device)
+    return whole[:, 0], whole[:, 1], torch.tensor(ratios, dtype=torch.float64, device=device)
 
 
 X = TypeVar("X", bound=Arithmetic)
@@ -115,9 +115,9 @@ def hybrid_numbers(
 ) -> HybridNumbers:
     """Snap a knee and an even step, values above the lowest one, to whole multiples of a step.
 
-    Nothing is read by the host: learning on a GPU does this in every step.
+    Nothing is read by the host, nor copied from it: learning on a GPU does this in every step.
     """
-    knees, steps, ratios = (x.to(knee.device) for x in whole_pairs(bits, logarithmic))
+    knees, steps, ratios = whole_pairs(bits, logarithmic, knee.device)
     even = 2**bits - logarithmic - 1
     ratio = even_scale.double() / knee.double()
     nearest = (ratios - ratio).abs().argmin().reshape(1)

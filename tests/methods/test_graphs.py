@@ -25,7 +25,7 @@ class Counting:
         self.generator = torch.Generator().manual_seed(0)
         self.calls = 0
 
-    def __call__(self, kind: bool, tensors: list[Tensor]) -> Tensor:
+    def __call__(self, kind: bool, tensors: Sequence[Tensor]) -> Tensor:
         self.calls += 1
         drawn = torch.rand(3, generator=self.generator)
         total = tensors[0] + drawn
@@ -77,14 +77,27 @@ def test_so_many_recordings_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None
     assert recorder.recorded == 2
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    class Asking(Counting):
-        def __call__(self, kind: bool, tensors: list[Tensor]) -> Tensor:
-            assert self.state.sum() < 1e9
-            return super().__call__(kind, tensors)
+class Asking(Counting):
+    """Reads a number."""
 
+    def __call__(self, kind: bool, tensors: Sequence[Tensor]) -> Tensor:
+        assert self.state.sum() < 1e9
+        return super().__call__(kind, tensors)
+
+
+class Telling(Counting):
+    """Makes a tensor of a number of the host."""
+
+    def __call__(self, kind: bool, tensors: Sequence[Tensor]) -> Tensor:
+        return super().__call__(kind, [tensors[0] * self.state.new_tensor([1.0])])
+
+
+@pytest.mark.parametrize("kind_of_step", [Asking, Telling])
+def test_what_cannot_be_recorded_runs_as_it_is(
+    kind_of_step: type[Counting], caplog: pytest.LogCaptureFixture
+) -> None:
     graphs._tell.cache_clear()
-    plain, recorded = Counting(), Asking()
+    plain, recorded = Counting(), kind_of_step()
     recorder = FakeGraphs(recorded.generator)
     with caplog.at_level(logging.WARNING), repeated(recorded, recorder) as run:
         for x in numbers(6):

@@ -23,7 +23,7 @@ def test_on_a_cpu_nothing_is_loaded_ahead() -> None:
     assert [float(batch[0][0]) for batch in batches] == [1.0, 2.0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_one_item_is_loaded_ahead_and_arrives_whole() -> None:
     device = torch.device("cuda")
     host = [torch.full((2**22,), float(number)).pin_memory() for number in range(8)]

@@ -5,18 +5,27 @@ On the meta device, and there alone, a tensor elsewhere shows on any machine.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ptq4sam.deploy.cost import storage
 from ptq4sam.deploy.operations import operations
 from ptq4sam.families import build_sam
-from ptq4sam.model.calibration import CalibrationItem
+from ptq4sam.methods.reconstruction import output_error
+from ptq4sam.model.calibration import CalibrationItem, calibrate, run_item
+from ptq4sam.model.capture import capture_call
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
 from ptq4sam.model.plan import make_plan
+from ptq4sam.operators.arithmetic import learning
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
@@ -71,3 +80,55 @@ def test_the_walk_finds_what_is_elsewhere() -> None:
     assert isinstance(model, Sam)
     assert not isinstance(model, QuantizedSam)
     assert elsewhere(model) == ["forgotten"]
+
+
+class FromHost(TorchDispatchMode):
+    """Counts copies from the host to the meta device, for each of which a GPU's host waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if any(not x.is_meta and x.dim() > 0 for x in given) and any(x.is_meta for x in made):
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("hybrid", [False, True], ids=["even", "hybrid"])
+def test_a_step_copies_nothing_from_the_host(
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: MakeScheme,
+    hybrid: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # torch knows no autocast for the meta device.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _kind: False)
+    weights = {"quantizer": "AdaRoundFakeQuantize", "observer": "MinMaxObserver", "ch_axis": 0}
+    slots = {"input@after-gelu": {"grid": "hybrid"}, "softmax": {"grid": "hybrid"}}
+    methods = {"BIG": True, "AGQ": True, "exact": False, "taus": [2]}
+    more = {"slots": slots} if hybrid else {"ptq4sam": methods}
+    scheme = make_scheme(4, 1, w_qconfig={**weights, "bit": 4}, **more)
+    model = insert_quantizers(sam, scheme)
+    calibrate(model, items[:1])
+    for name, unit in model_units(model):
+        run = functools.partial(run_item, model, items[0])
+        with torch.no_grad():
+            inputs, target = capture_call(unit, run)
+        for _, layer in quantized_layers(unit):
+            layer.weight_quantizer.begin_learning(layer.weight)
+        there = copy.deepcopy(unit).to(META)
+        arguments, wanted = [x.to(META).requires_grad_() for x in inputs], target.to(META)
+        for again in (False, True):
+            with learning(there), FromHost() as watch:
+                output_error(there(*arguments), wanted).backward()
+            # What the first step brings is kept.
+            assert not (again and watch.found), name
+        for _, layer in quantized_layers(unit):
+            layer.weight_quantizer.finish_learning()

@@ -13,7 +13,8 @@ from ptq4sam.methods import graphs, reconstruction
 from ptq4sam.methods.reconstruction import UnitData, UnitLosses, reconstruct_unit
 from ptq4sam.model.calibration import CalibrationItem, calibrate, run_item
 from ptq4sam.model.capture import capture_call
-from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
+from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
+from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.scheme import Reconstruction, Scheme
 from ptq4sam.sam.model import Sam
@@ -142,3 +143,33 @@ def test_a_unit_is_learned_the_same_by_cuda_graphs(
         first, again = (learned(model, name, data, cuda_graphs=on) for on in (True, False))
         assert first[1] == again[1]
         assert all(torch.equal(value, again[0][key]) for key, value in first[0].items())
+
+
+LSQ_PLUS = {"quantizer": "LSQPlusFakeQuantize", "observer": "AvgMinMaxObserver", "bit": 4}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"a_qconfig": LSQ_PLUS},
+        {"slots": {"input@after-gelu": {"grid": "hybrid"}, "softmax": {"grid": "hybrid"}}},
+        {"recon": {"granularity": "layer", "batch_size": 2}},
+    ],
+    ids=["lsq", "lsq-plus", "hybrid", "layers"],
+)
+def test_steps_of_every_unit_can_be_recorded(
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
+    fakes: Fakes,
+    caplog: pytest.LogCaptureFixture,
+    more: dict[str, object],
+) -> None:
+    weights = {"quantizer": "AdaRoundFakeQuantize", "observer": "MinMaxObserver", "ch_axis": 0}
+    methods = {} if "slots" in more else {"BIG": True, "AGQ": True, "exact": False, "taus": [2]}
+    given = {"w_qconfig": {**weights, "bit": 4}, "ptq4sam": methods, **more}
+    quantized = quantize_sam(sam, items[:1], make_scheme(4, 8, **given))
+    assert len(fakes) >= len(model_units(quantized))
+    assert {fake.recorded for fake in fakes} == {1}
+    assert "could not be recorded" not in caplog.text
