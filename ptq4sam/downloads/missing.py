@@ -94,6 +94,8 @@ class Missing:
         advice = [f"run {' and '.join(commands)}", *rest] if commands else rest
         found = f"not there: {', '.join(self._items.values())}"
         message = f"{found}: {'; '.join(advice)}" if advice else found
+        if len(self._items) == 1 and not self._downloads:
+            raise MissingError(message)  # short enough for a line
         raise MissingError(message, "\n".join(self._lines(commands, rest)))
 
     def _lines(self, commands: Sequence[str], rest: Sequence[str]) -> list[str]:
