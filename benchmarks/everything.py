@@ -5,24 +5,144 @@
 Both find masks in one picture of noise with the same random weights, every mask kept until
 suppression, each in a process of its own. "Above weights" is the peak less what the process held
 before the picture, in MiB.
+
+    python benchmarks/everything.py --images DIR --annotations FILE [--limit 40]
+
+compares the plain grid with hierarchical ones on the pictures of a data set instead, with one
+float, quantized or exported model (`--name`, `--checkpoint`) under `--options`: the ways take turns
+on each picture. Recall is the share of annotated objects that one of the masks fits with an IoU of
+0.5 or more.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from sam_memory import ALLOCATORS, resident_mib
 
+if TYPE_CHECKING:
+    from ptq4sam.everything import EverythingSettings
+    from ptq4sam.sam.model import PromptableModel
+
 MODELS = ("ptq4sam", "segment-anything")
+
+WAYS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "published points": {"grid": "published"},
+    "two rounds": {},
+    "two rounds, relative": {"relative": True, "high_score_thresh": 0.9},
+    "batches, relative": {"relative": True, "high_score_thresh": 0.9, "batch": 64},
+    "batches until two find nothing": {
+        "relative": True,
+        "high_score_thresh": 0.9,
+        "batch": 64,
+        "patience": 2,
+    },
+}
+"""Settings of the hierarchical mode, by the name of a row; None for the plain one."""
+
+
+@dataclass
+class Row:
+    """What one way found on all pictures so far."""
+
+    seconds: list[float] = field(default_factory=list)
+    points: int = 0
+    calls: int = 0
+    masks: int = 0
+    best: list[float] = field(default_factory=list)
+
+
+def compare(
+    sam: PromptableModel, images: Path, annotations: Path, limit: int, options: Sequence[str]
+) -> dict[str, Row]:
+    """Find masks in each picture by each way, in turns."""
+    from ptq4sam.data import CocoDataset
+    from ptq4sam.data.segmentation import encode_masks
+    from ptq4sam.evaluation.overlap import best_ious
+    from ptq4sam.everything import EverythingSettings, Hierarchical, MaskGenerator
+    from ptq4sam.sam.predictor import Predictor
+
+    plain = EverythingSettings().with_overrides(*options)
+    settings: dict[str, EverythingSettings] = {
+        name: plain if way is None else replace(plain, hierarchical=Hierarchical(**way))
+        for name, way in WAYS.items()
+    }
+    rows = {name: Row() for name in WAYS}
+    dataset = CocoDataset(images, annotations)
+    predictor = Predictor(sam)
+    for number, record in enumerate(dataset.annotated_images()[:limit]):
+        image = dataset.load(record)
+        objects = encode_masks(np.stack([one.mask for one in dataset.instances(record)]))
+        names = list(WAYS)
+        # No way is always the first on a picture.
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            generator, row = MaskGenerator(predictor, settings[name]), rows[name]
+            with counted_decodes(sam) as calls:
+                started = time.perf_counter()
+                found = generator.generate(image)
+                row.seconds.append(time.perf_counter() - started)
+            row.points += generator.tally.points
+            row.calls += calls[0]
+            row.masks += len(found)
+            row.best += best_ious(objects, found.segmentations).tolist()
+    return rows
+
+
+@contextlib.contextmanager
+def counted_decodes(sam: PromptableModel) -> Iterator[list[int]]:
+    """A list of one number, which grows with each call of the decoder."""
+    decode, calls = sam.decode, [0]
+
+    def counting(*arguments: Any) -> Any:
+        calls[0] += 1
+        return decode(*arguments)
+
+    sam.decode = counting  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        sam.decode = decode  # type: ignore[method-assign]
+
+
+def open_model(name: str | None, checkpoint: Path | None) -> PromptableModel:
+    """The model whose ways are compared."""
+    from ptq4sam.deploy.backends import choose_backend
+    from ptq4sam.runs import models
+
+    checkpoint, backend = choose_backend(checkpoint, None)
+    return models.open_model(name, checkpoint, torch.device("cpu"), backend)
+
+
+def write_comparison(rows: dict[str, Row]) -> None:
+    """The table of `compare`, shares of the plain way beside it."""
+    write, plain = sys.stdout.write, rows["plain"]
+    write(
+        "| points | s a picture | of plain | points a picture | decoder calls | masks | recall | "
+    )
+    write("mean best IoU |\n|---|---|---|---|---|---|---|---|\n")
+    for name, row in rows.items():
+        pictures = len(row.seconds)
+        recall = np.mean(np.array(row.best) >= 0.5)
+        write(f"| {name} | {np.mean(row.seconds):.2f} | ")
+        write(f"{sum(row.seconds) / sum(plain.seconds):.3f} | {row.points / pictures:.0f} | ")
+        write(f"{row.calls / pictures:.1f} | {row.masks / pictures:.1f} | {recall:.4f} | ")
+        write(f"{np.mean(row.best):.4f} |\n")
+    write(f"{len(plain.seconds)} pictures, {len(plain.best)} objects, ")
+    write(f"{torch.get_num_threads()} thread(s)\n")
 
 
 def measure(model: str, name: str, points: int, size: tuple[int, int]) -> dict[str, float]:
@@ -58,14 +178,25 @@ def measure(model: str, name: str, points: int, size: tuple[int, int]) -> dict[s
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", default="vit_b", choices=("vit_b", "vit_l", "vit_h"))
+    parser.add_argument("--name", help="of the SAM: vit_b, or on a data set the checkpoint's own")
     parser.add_argument("--points", type=int, default=16, help="points a side")
     parser.add_argument("--picture", type=int, nargs=2, default=(1536, 2048), metavar=("H", "W"))
     parser.add_argument("--model", choices=MODELS, help="measure this one alone, as JSON")
+    parser.add_argument("--images", type=Path, help="compare ways on these pictures")
+    parser.add_argument("--annotations", type=Path, help="of these objects")
+    parser.add_argument("--limit", type=int, default=40, help="pictures")
+    parser.add_argument("--checkpoint", type=Path, help="of the model whose ways are compared")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="of each way")
     given = parser.parse_args()
+    if (given.images is None) != (given.annotations is None):
+        parser.error("--images and --annotations go together")
     write = sys.stdout.write
+    if given.images:
+        sam = open_model(given.name, given.checkpoint)
+        write_comparison(compare(sam, given.images, given.annotations, given.limit, given.options))
+        return
     if given.model:
-        found = measure(given.model, given.name, given.points, tuple(given.picture))
+        found = measure(given.model, given.name or "vit_b", given.points, tuple(given.picture))
         write(json.dumps(found))
         return
     write("| generator | masks | seconds | peak MiB | above weights MiB |\n|---|---|---|---|---|\n")

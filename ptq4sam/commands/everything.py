@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ptq4sam.commands.flags import (
     add_backend_arguments,
@@ -15,6 +16,10 @@ from ptq4sam.commands.flags import (
     add_set,
     add_skip_bad,
 )
+from ptq4sam.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ptq4sam.everything import EverythingSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "lists them",
         old="--options",
     )
+    parser.add_argument(
+        "--hierarchical",
+        action="store_true",
+        help="ask a sparse grid of points first, then where no mask is confident (TinySAM); its "
+        "settings are options too: hierarchical.high_score_thresh=7 hierarchical.batch=64",
+    )
     parser.add_argument("--memory-budget", metavar="SIZE", help="of the decoder, as 512MiB")
     add_limit(parser, "the first N pictures only")
     add_skip_bad(parser)
@@ -42,7 +53,6 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam import parallel
     from ptq4sam.deploy.backends import check_backend, choose_backend
     from ptq4sam.downloads import Missing
-    from ptq4sam.everything import EverythingSettings
     from ptq4sam.progress import bars
     from ptq4sam.runs.everything import open_pictures, segment_everything
     from ptq4sam.runs.models import open_model
@@ -50,7 +60,7 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam.runs.settings import find_device
     from ptq4sam.sizes import parse_bytes
 
-    settings = EverythingSettings().with_overrides(*parsed.set)
+    settings = _settings(parsed.set, parsed.hierarchical)
     checkpoint, backend = choose_backend(parsed.checkpoint, parsed.backend)
     check_backend(backend, parsed.precision)
     budget = None if parsed.memory_budget is None else parse_bytes(parsed.memory_budget)
@@ -77,3 +87,18 @@ def run(parsed: argparse.Namespace) -> int:
             )
             sys.stdout.write("\n".join(found.tally.lines(settings)) + "\n")
     return 0
+
+
+def _settings(options: list[str], hierarchical: bool) -> EverythingSettings:
+    """Settings of flags.
+
+    Raises:
+        ConfigError: an option is not one, or is one of a way that was not asked for.
+    """
+    from ptq4sam.everything import EverythingSettings, Hierarchical
+
+    of_hierarchy = [option for option in options if option.startswith("hierarchical.")]
+    if of_hierarchy and not hierarchical:
+        raise ConfigError(f"option {of_hierarchy[0]} was given without --hierarchical: add it")
+    chosen = EverythingSettings(hierarchical=Hierarchical() if hierarchical else None)
+    return chosen.with_overrides(*options)

@@ -2,7 +2,7 @@
 
 from ptq4sam.everything.generator import MaskGenerator
 from ptq4sam.everything.masks import FoundMasks
-from ptq4sam.everything.settings import EverythingSettings
+from ptq4sam.everything.settings import EverythingSettings, Hierarchical
 from ptq4sam.everything.tally import Tally
 
-__all__ = ["EverythingSettings", "FoundMasks", "MaskGenerator", "Tally"]
+__all__ = ["EverythingSettings", "FoundMasks", "Hierarchical", "MaskGenerator", "Tally"]

@@ -7,6 +7,7 @@ segment-anything's SamAutomaticMaskGenerator, whose masks it gives.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ptq4sam.data.segmentation import encode_masks
-from ptq4sam.everything.crops import Crop, grid_of, make_crops
+from ptq4sam.everything.crops import Crop, make_crops
 from ptq4sam.everything.filters import (
     cut_off,
     mask_boxes,
@@ -23,6 +24,7 @@ from ptq4sam.everything.filters import (
     without_small_regions,
 )
 from ptq4sam.everything.masks import FoundMasks
+from ptq4sam.everything.points import points_of
 from ptq4sam.everything.settings import EverythingSettings
 from ptq4sam.everything.tally import (
     CROP_DUPLICATES,
@@ -42,9 +44,9 @@ _MASK_BYTES = 64 * 2**20
 class MaskGenerator:
     """Finds masks of everything in a picture with a SAM, float or quantized.
 
-    A crop is encoded once. The decoder takes as many points at once as the predictor's memory
-    budget allows, and masks that stay are held as run lengths, so that memory does not grow with
-    the number of points.
+    A crop is encoded once, and its points are asked in rounds (see `points`). The decoder takes as
+    many points at once as the predictor's memory budget allows, and masks that stay are held as
+    run lengths, so that memory does not grow with the number of points.
 
     Attributes:
         predictor: of the SAM.
@@ -86,6 +88,7 @@ class MaskGenerator:
         points: NDArray[np.float64],
         crop: Crop,
         size: tuple[int, int],
+        see: Callable[[Tensor], None] = lambda _logits: None,
     ) -> FoundMasks:
         """The good masks of some points, with duplicates.
 
@@ -94,17 +97,22 @@ class MaskGenerator:
             points: [n, 2] (x, y) in pixels of the crop.
             crop: where it lies.
             size: (height, width) of the picture.
+            see: gets the logits [masks, *crop.size] of the good masks, some at a time.
         """
         at_once = self.predictor.prompts_at_once
         pieces = (points[first : first + at_once] for first in range(0, len(points), at_once))
         return FoundMasks.joined(
-            [part for piece in pieces for part in self._decode(embedding, piece, crop, size)]
+            [part for piece in pieces for part in self._decode(embedding, piece, crop, size, see)]
         )
 
     def _in_crop(self, image: NDArray[np.uint8], crop: Crop) -> FoundMasks:
         embedding = self.predictor.embed(np.ascontiguousarray(crop.of(image)))
-        points = grid_of(crop, self.settings)
-        masks = self.at_points(embedding, points, crop, (image.shape[0], image.shape[1]))
+        size = (image.shape[0], image.shape[1])
+        source = points_of(crop, self.settings)
+        masks = FoundMasks.none()
+        while len(points := source.ask(masks)):
+            found = self.at_points(embedding, points, crop, size, source.see)
+            masks = FoundMasks.joined([found, masks])
         kept = without_duplicates(masks.boxes, masks.predicted_ious, self.settings.box_nms_thresh)
         self.tally.dropped[DUPLICATES] += len(masks) - len(kept)
         return masks.take(kept)
@@ -115,6 +123,7 @@ class MaskGenerator:
         points: NDArray[np.float64],
         crop: Crop,
         size: tuple[int, int],
+        see: Callable[[Tensor], None],
     ) -> list[FoundMasks]:
         """The good masks of points that are decoded at once."""
         prediction = self.predictor.predict(
@@ -141,6 +150,7 @@ class MaskGenerator:
                 prompts[piece],
                 crop,
                 size,
+                see,
             )
             for piece in (
                 slice(first, first + at_once) for first in range(0, len(low_res), at_once)
@@ -154,6 +164,7 @@ class MaskGenerator:
         points: NDArray[np.float64],
         crop: Crop,
         size: tuple[int, int],
+        see: Callable[[Tensor], None],
     ) -> FoundMasks:
         """The masks among logits [n, *crop.size] that are stable and not cut off."""
         scores = stability(logits, self.settings.stability_score_offset)
@@ -163,6 +174,8 @@ class MaskGenerator:
         stable = scores >= self.settings.stability_score_thresh
         good = stable & ~cut_off(boxes, crop, size)
         self._count_examined(scores, stable, good)
+        if good.any():
+            see(logits[good])
         chosen = good.cpu().numpy()
         canvas = np.zeros((int(chosen.sum()), *size), np.bool_)
         canvas[:, top:bottom, left:right] = masks[good].cpu().numpy()

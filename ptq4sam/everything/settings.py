@@ -3,8 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ptq4sam.records import Record
+
+
+@dataclass(frozen=True)
+class Hierarchical(Record):
+    """Ask a sparse grid of points first, then where no mask is confident.
+
+    Names and defaults are TinySAM's (Shu et al., 2023, section 3.4) where it has them.
+
+    Attributes:
+        coarser: the sparse grid has so many times fewer points a side than the whole one.
+        high_score_thresh: a point is not asked where the logit of a mask found before is higher.
+        relative: the threshold is a share of each mask's highest logit instead.
+        grid: "plain" for a sparse and a dense grid that together are that of the plain mode;
+            "published" for the points of the release.
+        batch: after the sparse grid, ask so many points at a time, the least covered first, and
+            look at what they found; 0 asks them all at once, as published.
+        patience: stop after so many batches in a row that found no further mask; 0 for never.
+    """
+
+    coarser: int = 4
+    high_score_thresh: float = 8.5
+    relative: bool = False
+    grid: Literal["plain", "published"] = "plain"
+    batch: int = 0
+    patience: int = 0
+
+    def _validate(self) -> None:
+        self._require(self.coarser >= 2, "coarser", "2 or more")
+        if self.relative:
+            allowed = "0 to 1, a share of the highest logit, where it is relative"
+            self._require(0 <= self.high_score_thresh <= 1, "high_score_thresh", allowed)
+        self._require(self.batch >= 0, "batch", "0 or more")
+        self._require(self.patience >= 0, "patience", "0 or more")
+        self._require(
+            self.patience == 0 or self.batch > 0, "patience", "0 where points are asked at once"
+        )
 
 
 @dataclass(frozen=True)
@@ -25,6 +62,8 @@ class EverythingSettings(Record):
             shorter side; half of that in the next layer, and so on.
         crop_n_points_downscale_factor: each layer has so many times fewer points a side.
         min_mask_region_area: holes and islands of a mask with fewer pixels are removed; 0 for none.
+        hierarchical: of each crop's grid ask only the points that a sparse one leaves unclear; None
+            asks all.
     """
 
     points_per_side: int = 32
@@ -37,6 +76,7 @@ class EverythingSettings(Record):
     crop_overlap_ratio: float = 512 / 1500
     crop_n_points_downscale_factor: int = 1
     min_mask_region_area: int = 0
+    hierarchical: Hierarchical | None = None
 
     def _validate(self) -> None:
         self._require(self.points_per_side >= 1, "points_per_side", "1 or more")

@@ -48,7 +48,12 @@ def test_deployed_models_score_as_the_simulation(
 
 @pytest.mark.parametrize("named", ["", "encoder.xml"])
 def test_an_exported_folder_needs_no_backend(
-    named: str, deployed: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    named: str,
+    deployed: Path,
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint = deployed.with_suffix("") / named
@@ -58,6 +63,11 @@ def test_an_exported_folder_needs_no_backend(
     options = ("--options", "points_per_side=2", "--limit", 1)
     run("everything", "--checkpoint", checkpoint, "--images", tiny.images(), "--out", "o", *options)
     assert (tmp_path / "o" / "masks.json").is_file()
+    sparse = ("points_per_side=4", "hierarchical.coarser=2", "hierarchical.high_score_thresh=-1000")
+    hierarchical = ("--hierarchical", "--options", "pred_iou_thresh=0", "stability_score_thresh=0")
+    asked = ("everything", "--checkpoint", checkpoint, "--images", tiny.images(), "--limit", 1)
+    run(*asked, "--out", "h", *hierarchical, *sparse)
+    assert "4 points, 12 masks proposed" in capsys.readouterr().out
 
 
 def test_files_are_small(deployed: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ PAGES = (
     "memory-and-time",
     "differences",
     "tiny-vit",
+    "everything",
 )
 
 

@@ -58,10 +58,32 @@ def test_one_picture_and_a_quantized_model(
     ]
 
 
+@pytest.mark.parametrize("quantize", [False, True], ids=["float", "quantized"])
+def test_a_sparse_grid_first(
+    tiny: Tiny,
+    quantized: Quantized,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    quantize: bool,
+) -> None:
+    """With everything confident, only the sparse grid's four points of 16 are asked."""
+    model = ["--checkpoint", quantized.path] if quantize else []
+    few = ["points_per_side=4", "pred_iou_thresh=0", "stability_score_thresh=0"]
+    asked = ["everything", "--images", tiny.images(), "--limit", 1, *model, "--hierarchical"]
+    for threshold, points in ((-1000.0, 4), (1000.0, 16)):
+        options = ["hierarchical.coarser=2", f"hierarchical.high_score_thresh={threshold}"]
+        run(*asked, "--out", tmp_path, "--options", *few, *options)
+        assert f"{points} points, {3 * points} masks proposed" in capsys.readouterr().out
+        content = json.loads((tmp_path / "masks.json").read_text())
+        assert content["info"]["settings"]["hierarchical"]["high_score_thresh"] == threshold
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
         (["--options", "points=3"], "known are points_per_side"),
+        (["--options", "hierarchical.batch=3"], "given without --hierarchical: add it"),
+        (["--hierarchical", "--options", "hierarchical.bach=3"], "did you mean 'batch'"),
         (["--images", "nowhere"], "not there: pictures nowhere"),
         (["--limit", "0"], "1 or more"),
         (["--device", "tpu9"], "asked for device"),
