@@ -101,7 +101,7 @@ class _Hierarchy:
         order = self._confidence.argsort(stable=True)
         # The order of the grid within a batch, so that all at once are asked as published.
         first, rest = order[:at_once].sort().values, order[at_once:].sort().values
-        asked = self._waiting[first.numpy()]
+        asked: Points = self._waiting[first.numpy()]
         self._waiting, self._confidence = self._waiting[rest.numpy()], self._confidence[rest]
         return asked
 
