@@ -13,6 +13,8 @@ from ptq4sam.pickles import UNREADABLE, load_pickle, refused_name, short_reason
 
 SAVE_AGAIN = "torch.save(model.state_dict(), 'weights.pth')"
 """How a file is written that holds nothing but weights."""
+_RELEASED_MODULE = "tinysam_w8a8.pth"
+"""TinySAM's quantized model, which was published as a pickled module."""
 
 
 def read_file(path: Path) -> object:
@@ -41,6 +43,12 @@ def read_file(path: Path) -> object:
 
 def _problem(path: Path, error: Exception) -> str:
     name = refused_name(error)
+    if name is not None and (path.name == _RELEASED_MODULE or name.startswith("tinysam.")):
+        return (
+            f"is a pickled module of TinySAM (a {name}), no weights, and reading that could run "
+            "code; use its float weights instead (ptq4sam download tinysam), which exp/tinysam/ "
+            "quantizes in the same way"
+        )
     if name is not None:
         return (
             f"holds more than tensors (a {name}), and reading that could run code; save the "

@@ -80,17 +80,19 @@ def check_calibration(items: Sequence[CalibrationItem]) -> None:
 
 @torch.no_grad()
 def run_item(sam: Sam, item: CalibrationItem) -> None:
-    """One picture through the image encoder and the decoder's transformer."""
+    """One picture through the image encoder and what of the decoder is quantized."""
     run_decoder(sam, sam.embed(item.pixels.to(sam.device))[0], item.boxes)
 
 
 @torch.no_grad()
 def run_decoder(sam: Sam, features: Tensor, boxes: Tensor) -> None:
-    """The boxes of one picture [n, 4] through the decoder's transformer."""
+    """The boxes of one picture [n, 4] through what of the decoder is quantized."""
     positions = sam.prompt_encoder.dense_positions()
+    to_masks = isinstance(sam, QuantizedSam) and sam.scheme.upscaling == "quantized"
+    decode = sam.mask_decoder.predict_all if to_masks else sam.mask_decoder.attend
     for group in box_groups(boxes):
         sparse, dense = sam.prompt_encoder(boxes=group.to(sam.device))
-        sam.mask_decoder.attend(features.to(sam.device), positions, sparse, dense)
+        decode(features.to(sam.device), positions, sparse, dense)
 
 
 def box_groups(boxes: Tensor) -> tuple[Tensor, ...]:

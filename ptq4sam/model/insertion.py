@@ -23,6 +23,7 @@ from ptq4sam.operators.base import (
     QUANTIZED,
     SOFTMAX,
     QuantizedLayer,
+    kinds,
     quantized_operators,
 )
 from ptq4sam.quantization.modes import quantizers
@@ -32,7 +33,14 @@ from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.quantization.slots import require_roles
 from ptq4sam.records import FieldError, unknown_key
 from ptq4sam.sam.addresses import Address, is_address, select
-from ptq4sam.sam.description import ENCODER, TRANSFORMER, Description, Projected, network_of
+from ptq4sam.sam.description import (
+    ENCODER,
+    TRANSFORMER,
+    UPSCALING,
+    Description,
+    Projected,
+    network_of,
+)
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.stages import Stage
 
@@ -72,7 +80,10 @@ class QuantizedSam(Sam):
 
     def __init__(self, sam: Sam, scheme: Scheme, encoder_quantized: bool) -> None:
         parts = (sam.image_encoder, sam.prompt_encoder, sam.mask_decoder)
-        super().__init__(sam.name, *parts, sam.geometry, sam.description)
+        description = sam.description
+        if scheme.upscaling == "quantized":
+            description = description.with_upscaling()
+        super().__init__(sam.name, *parts, sam.geometry, description)
         self.to(sam.device)
         self.scheme = scheme
         self.encoder_quantized = encoder_quantized
@@ -203,9 +214,13 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
     _check_units(quantized)
     _check_operators(quantized)
     _check_roles(quantized)
+    description = quantized.description
     for name in [name for name, _ in model_units(quantized)]:
-        insert_into(quantized, name, sam.description, QuantizerFactory(scheme), quantized.level_of)
-    make_portable(quantized, sam.description, quantize_encoder)
+        insert_into(quantized, name, description, QuantizerFactory(scheme), quantized.level_of)
+    if scheme.upscaling == "quantized":
+        factory = QuantizerFactory(scheme)
+        insert_into(quantized, UPSCALING, description, factory, quantized.level_of)
+    make_portable(quantized, description, quantize_encoder)
     name_quantizers(quantized)
     if scheme.float_weights == "float16":
         round_float_weights(quantized)
@@ -231,7 +246,7 @@ def _check_units(sam: QuantizedSam) -> None:
 
 def _check_roles(sam: QuantizedSam) -> None:
     """Selectors of the scheme, and those that its methods bring."""
-    known = sam.description.known_roles()
+    known = sam.description.known_roles() | kinds()
     require_roles(sam.scheme.slots, known)
     for name in sam.scheme.method_settings:
         try:
@@ -289,8 +304,10 @@ def insert_into(
                 f"form: {known} have one"
             )
 
-        def make(slot: str, name: str = name, own: QuantizerFactory = own) -> Quantizer:
-            return own.make(slot, description.roles(name, slot))
+        def make(
+            slot: str, name: str = name, own: QuantizerFactory = own, kind: str = form.kind
+        ) -> Quantizer:
+            return own.make(slot, description.roles(name, slot) | {kind})
 
         try:
             _put(root, name, form.of(operator, make))

@@ -191,6 +191,7 @@ class QuantizedSoftmaxAttention(QuantizedOperator):
     """
 
     slot_names = (QUERY, KEY, VALUE, SOFTMAX)
+    kind = "attention"
     query_quantizer: Quantizer
     key_quantizer: Quantizer
     value_quantizer: Quantizer

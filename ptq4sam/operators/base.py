@@ -54,6 +54,8 @@ class QuantizedOperator(Operator):
     slot_names: ClassVar[tuple[str, ...]]
     wide_slots: ClassVar[frozenset[str]] = frozenset()
     """Those that may have up to 16 bits on a device, which cuts them into digits."""
+    kind: ClassVar[str] = ""
+    """A role of all its slots, beside those that a model's description gives them."""
 
     @classmethod
     def of(cls, source: Any, make: MakeQuantizer) -> QuantizedOperator:
@@ -157,6 +159,12 @@ QUANTIZED: dict[type[nn.Module], type[QuantizedOperator]] = {}
 PORTABLE: dict[type[nn.Module], type[_Portable]] = {}
 WORK: dict[type[nn.Module], Worker] = {}
 """Quantized and portable form, and work, by the exact type of an operator."""
+
+
+def kinds() -> frozenset[str]:
+    """Roles that slots have by the kind of their operator."""
+    return frozenset(form.kind for form in QUANTIZED.values() if form.kind)
+
 
 Q = TypeVar("Q", bound=type[QuantizedOperator])
 F = TypeVar("F", bound=type[_Portable])

@@ -57,6 +57,8 @@ def windows_of(layer: nn.Conv2d) -> Windows:
 class QuantizedConv2d(QuantizedLayer):
     """A convolution on quantized input and weight; parameter names stay those of nn.Conv2d."""
 
+    kind = "convolution"
+
     def __init__(
         self, source: nn.Conv2d, weight_quantizer: Quantizer, input_quantizer: Quantizer
     ) -> None:
@@ -91,6 +93,60 @@ class QuantizedConv2d(QuantizedLayer):
         weight: Tensor = self.weight_quantizer(self.weight, steps=True)
         bounds = self.input_quantizer.step_bounds
         return WholeConvolution(weight, *bounds, self.windows), step_of_sums(self)
+
+
+@quantizes(nn.ConvTranspose2d)
+class QuantizedConvTranspose2d(QuantizedConv2d):
+    """A transposed convolution whose windows do not overlap, on quantized input and weight.
+
+    Each of its outputs has one input. So it is a convolution of 1 x 1, with an output channel for
+    each output channel and place of the kernel, whose outputs are then laid out in squares. Weight
+    [out_channels * side^2, in_channels, 1, 1] and bias are held, quantized and exported as such:
+    where there is a scale a channel, each place of a kernel has its own.
+
+    Raises:
+        ConfigError: windows overlap or are no squares, or there are groups.
+    """
+
+    def __init__(
+        self, source: nn.ConvTranspose2d, weight_quantizer: Quantizer, input_quantizer: Quantizer
+    ) -> None:
+        super().__init__(as_convolution(source), weight_quantizer, input_quantizer)
+        self.side = int(source.kernel_size[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [batch, in_channels, height, width] to [batch, out_channels, ...], `side` times."""
+        return F.pixel_shuffle(super().forward(x), self.side)
+
+
+@torch.no_grad()
+def as_convolution(source: nn.ConvTranspose2d) -> nn.Conv2d:
+    """The convolution of 1 x 1 whose outputs, laid out in squares, are those of a transposed one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    side = source.kernel_size[0]
+    plain = (
+        source.kernel_size == source.stride == (side, side)
+        and source.padding == source.output_padding == (0, 0)
+        and source.dilation == (1, 1)
+        and source.groups == 1
+    )
+    if not plain:
+        raise ConfigError(
+            f"a transposed convolution of {source.kernel_size} has steps of {source.stride}, "
+            f"padding {source.padding} and {source.groups} group(s): only square ones whose "
+            "windows lie side by side, without padding or groups, can be quantized"
+        )
+    outputs = source.out_channels * side * side
+    has_bias = source.bias is not None
+    same = nn.Conv2d(source.in_channels, outputs, 1, bias=has_bias, device="meta")
+    weight = source.weight.permute(1, 2, 3, 0).reshape(outputs, source.in_channels, 1, 1)
+    same.weight = nn.Parameter(weight.contiguous())
+    if source.bias is not None:
+        same.bias = nn.Parameter(source.bias.repeat_interleave(side * side))
+    return same
 
 
 @portable_form(nn.Conv2d)
@@ -158,7 +214,7 @@ def digit_weights(weights: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     return [torch.cat(weights[:count][::-1], 1) for count in (1, 2, 3)]
 
 
-@work(nn.Conv2d, QuantizedConv2d, PortableConv2d)
+@work(nn.Conv2d, QuantizedConv2d, PortableConv2d, QuantizedConvTranspose2d)
 def _work(
     layer: nn.Conv2d | QuantizedConv2d | PortableConv2d,
     inputs: tuple[Tensor, ...],

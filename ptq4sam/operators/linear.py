@@ -27,6 +27,8 @@ from ptq4sam.quantization.whole import WholeLinear, rescaled
 class QuantizedLinear(QuantizedLayer):
     """A linear layer on quantized input and weight; parameter names stay those of nn.Linear."""
 
+    kind = "linear"
+
     def __init__(
         self, source: nn.Linear, weight_quantizer: Quantizer, input_quantizer: Quantizer
     ) -> None:

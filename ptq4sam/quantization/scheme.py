@@ -221,6 +221,8 @@ class Scheme(Record):
             all of a network by its path, or single layers by their address (`sam.addresses`): bits
             of their weights and activations (4), both apart ("w4a8"), or "float"; of several the
             last counts. Accuracy control and `ptq4sam mixed` write them.
+        upscaling: ours; "quantized" quantizes the mask decoder's upscaling too, by statistics
+            alone, so that there can be no `recon`.
         slots: ours; what single kinds of slots have instead, by slot and role, as
             `input@after-gelu: {grid: hybrid}`: a grid of GRIDS with its settings and perhaps `bit`,
             or for an affine one other fields of its format. See `quantization.slots`.
@@ -238,6 +240,7 @@ class Scheme(Record):
     ptq4sam: Methods = field(default_factory=Methods)
     float_weights: Literal["float16", "float32"] = "float16"
     units: dict[str, int | str] = field(default_factory=dict)
+    upscaling: Literal["float", "quantized"] = "float"
     slots: dict[str, object] = field(default_factory=dict)
     methods: dict[str, object] | tuple[str, ...] = field(default_factory=dict)
     compat: Literal["faithful", "published"] = "faithful"
@@ -262,6 +265,12 @@ class Scheme(Record):
             )
         if self.recon is not None:
             self._check_learning(self.recon)
+            if self.upscaling != FLOAT:
+                raise FieldError(
+                    "upscaling",
+                    "quantized given with recon, whose units end at the decoder's transformer: "
+                    "leave one of them away",
+                )
 
     def _check_learning(self, recon: Reconstruction) -> None:
         if recon.learn_rounding and self.w_qconfig.quantizer != ADAROUND:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from ptq4sam.sam.addresses import Address, Addressed
@@ -16,7 +16,10 @@ from ptq4sam.sam.addresses import Address, Addressed
 ENCODER = "image_encoder"
 TRANSFORMER = "mask_decoder.transformer"
 """Paths in a SAM of the networks whose units are quantized."""
-_NETWORKS = {ENCODER: "encoder", TRANSFORMER: "decoder"}
+UPSCALING = "mask_decoder.output_upscaling"
+"""Path of what brings the decoder's features to the size of masks: quantized where a scheme asks
+for it."""
+_NETWORKS = {ENCODER: "encoder", TRANSFORMER: "decoder", UPSCALING: "decoder"}
 
 
 class Normalization(NamedTuple):
@@ -164,6 +167,8 @@ class Description:
         addressed: operators with addresses; see `sam.addresses`.
         origin: names of tensors that no quantization changes, by which models of one float model
             are told.
+        upscaling: as `quantized`, where a scheme quantizes the upscaling too.
+        upscaling_portable: as `portable`, there.
     """
 
     quantized: tuple[Place, ...] = ()
@@ -179,11 +184,23 @@ class Description:
     scaled: tuple[Scaled, ...] = ()
     addressed: tuple[Addressed, ...] = ()
     origin: tuple[str, ...] = ()
+    upscaling: tuple[Place, ...] = ()
+    upscaling_portable: tuple[str, ...] = ()
 
     def __add__(self, other: Description) -> Description:
         """Both together."""
         mine, theirs = vars(self), vars(other)
         return Description(**{name: value + theirs[name] for name, value in mine.items()})
+
+    def with_upscaling(self) -> Description:
+        """The same networks, with the upscaling among what is quantized."""
+        return replace(
+            self,
+            quantized=self.quantized + self.upscaling,
+            portable=self.portable + self.upscaling_portable,
+            upscaling=(),
+            upscaling_portable=(),
+        )
 
     def place_of(self, path: str) -> Place | None:
         """The place among the quantized ones of a module; None for any other."""
@@ -329,5 +346,10 @@ DECODER = Description(
     foldable=(Foldable(_TO_IMAGE, "q_proj", "k_proj"),),
     projected=(Projected(_ATTENTION, "q_proj", "k_proj", "v_proj"),),
     origin=("mask_decoder.mask_tokens.weight",),
+    upscaling=(
+        Place(r"mask_decoder\.output_upscaling\.0"),
+        Place(r"mask_decoder\.output_upscaling\.3", {"input": ("after-gelu",)}),
+    ),
+    upscaling_portable=(r"mask_decoder\.output_upscaling\.2",),
 )
 """The prompt encoder and the mask decoder of all families."""

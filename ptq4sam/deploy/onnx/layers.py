@@ -29,6 +29,7 @@ from ptq4sam.operators.base import QuantizedLayer, step_of_sums
 from ptq4sam.operators.convolution import (
     PortableConv2d,
     QuantizedConv2d,
+    QuantizedConvTranspose2d,
     digit_weights,
     pixel_digits,
     weight_digits,
@@ -160,6 +161,19 @@ def convolution(graph: Graph, layer: Convolution, x: Traced) -> Traced:
             inputs.append(graph.constant(f"{path}.bias", array(layer.bias)))
         name = graph.node(kind, inputs, path, **_geometry(layer))
     return Traced(graph, name, shape, exact=exact)
+
+
+@operator(QuantizedConvTranspose2d)
+def transposed_convolution(graph: Graph, layer: QuantizedConvTranspose2d, x: Traced) -> Traced:
+    """The convolution of 1 x 1 that it is, and its outputs in squares."""
+    path, side = graph.path, layer.side
+    found = convolution(graph, layer, x)
+    laid_out = graph.node(
+        "DepthToSpace", [found.name], f"{path}.squares", blocksize=side, mode="CRD"
+    )
+    batch, channels, rows, columns = found.shape
+    shape = (batch, channels // side**2, rows * side, columns * side)
+    return Traced(graph, laid_out, shape, exact=found.exact)
 
 
 def _windows(layer: nn.Module) -> Any:

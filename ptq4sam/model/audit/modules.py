@@ -68,7 +68,9 @@ def slot_of(quantizer: str, sam: QuantizedSam) -> tuple[str, frozenset[str]]:
     """Slot and roles of a quantizer by its path."""
     owner, _, name = quantizer.rpartition(".")
     slot = name.removesuffix("_quantizer")
-    return slot, sam.description.roles(owner, slot)
+    operator = sam.get_submodule(owner)
+    kind = {operator.kind} if isinstance(operator, QuantizedOperator) else set()
+    return slot, sam.description.roles(owner, slot) | kind
 
 
 def expected_activations(sam: QuantizedSam) -> int:

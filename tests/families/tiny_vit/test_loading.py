@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,11 +137,32 @@ def test_unfit_tensors_are_refused(
     assert part in refusal("tiny_vit_nano", tmp_path / "nano.pth")
 
 
+@pytest.mark.parametrize("named", ["tinysam_w8a8.pth", "renamed.pth"])
+def test_the_released_quantized_module_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """It is a pickled module of classes in `tinysam`; what to use instead is said, in one line."""
+
+    class Module(nn.Sequential):
+        pass
+
+    module: Any = types.ModuleType("tinysam.modeling.sam")
+    module.Sam, Module.__module__, Module.__qualname__ = Module, module.__name__, "Sam"
+    for name in ("tinysam", "tinysam.modeling"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.save(Module(nn.Linear(2, 2)), tmp_path / named)
+    message = refusal("tinysam", tmp_path / named)
+    assert "pickled module of TinySAM" in message
+    assert "ptq4sam download tinysam" in message
+    assert "exp/tinysam/" in message
+    assert "\n" not in message
+
+
 def test_a_pickled_module_is_refused(tmp_path: Path) -> None:
-    """As TinySAM's tinysam_w8a8.pth is one."""
     pickled: Any = nn.Sequential(nn.Linear(2, 2))
-    torch.save(pickled, tmp_path / "tinysam_w8a8.pth")
-    message = refusal("tinysam", tmp_path / "tinysam_w8a8.pth")
+    torch.save(pickled, tmp_path / "model.pth")
+    message = refusal("tinysam", tmp_path / "model.pth")
     assert "Sequential" in message
     assert "state_dict" in message
 
