@@ -156,7 +156,22 @@ class HybridQuantizer(Quantizer):
         self._low += (float(low) - self._low) / self._batches
         self._high += (float(high) - self._high) / self._batches
         self._errors = [a + b for a, b in zip(self._errors, errors.tolist(), strict=True)]
-        rate, share = self._pairs[self._errors.index(min(self._errors))]
+        self.use_pair(self._errors.index(min(self._errors)))
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of a knee and a share of logarithmic codes there are to choose from."""
+        return len(self._pairs)
+
+    def use_pair(self, index: int) -> None:
+        """Use one of them, for the range that was observed.
+
+        Raises:
+            CalibrationError: none was.
+        """
+        if self._batches == 0:
+            raise CalibrationError(f"{self._label()} was to use a knee before it had a range")
+        rate, share = self._pairs[index]
         codes = log_codes(self.grid.bits, share, rate)
         extent = torch.tensor(self._high - self._low, dtype=torch.float64, device="cpu")
         knee, even_scale = self._scales(extent, rate, codes)

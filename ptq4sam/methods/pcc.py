@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ptq4sam.methods.method import METHODS, Calibration, Method
+from ptq4sam.methods.task_gradients import squared_gradients
 from ptq4sam.operators.base import INPUT, KEY, QUERY, SOFTMAX, QuantizedLayer, QuantizedOperator
 from ptq4sam.quantization.base import AffineQuantizer
 from ptq4sam.quantization.modes import quantizer_mode
@@ -41,11 +43,14 @@ class Pcc(Record):
         share: of a query's largest attention, above which a place counts.
         passes: over all attentions.
         percentiles: that are tried.
+        metric: "overlap" of the masks, as published, or "hessian": squared errors of the
+            attention's output, weighed by what they do to masks (`task_gradients`).
     """
 
     share: float = 0.5
     passes: int = 2
     percentiles: tuple[float, ...] = _PERCENTILES
+    metric: Literal["overlap", "hessian"] = "overlap"
 
     def _validate(self) -> None:
         self._require(0 < self.share < 1, "share", "between 0 and 1")
@@ -135,37 +140,71 @@ class PccMethod(Method[Pcc]):
         with quantizer_mode(calibration.sam, Mode.FLOAT):
             given = _first_inputs(transformer, calibration)
             seen = _run(transformer, given, parts)
-            masks = {name: mask_of(seen[name].attention(), self.settings.share) for name in seen}
+            weights = self._weights(calibration, parts, len(given[0]))
+            goals = {
+                name: _Goal(
+                    mask_of(one.attention(), self.settings.share), one.output, weights.get(name)
+                )
+                for name, one in seen.items()
+            }
             for _ in range(self.settings.passes):
                 for name, attention in parts.items():
                     seen = _run(transformer, given, {name: attention})
-                    for slot in self._choose(attention, seen[name], masks[name]):
+                    for slot in self._choose(attention, seen[name], goals[name]):
                         changed[f"{name}: {slot}"] = None
         return list(changed)
 
-    def _choose(self, parts: AttentionParts, seen: _Seen, mask: Tensor) -> Iterator[str]:
+    def _weights(
+        self, calibration: Calibration, parts: dict[str, AttentionParts], boxes: int
+    ) -> dict[str, Tensor]:
+        """What errors of the outputs weigh, for the first boxes; nothing where masks overlap."""
+        if self.settings.metric == "overlap":
+            return {}
+        item = calibration.items[0]
+        owners = {name: part.owner for name, part in parts.items()}
+        return squared_gradients(calibration.sam, item.pixels, item.boxes[:boxes], owners, seed=0)
+
+    def _choose(self, parts: AttentionParts, seen: _Seen, goal: _Goal) -> Iterator[str]:
         """Choose the ranges of one attention and leave them on; yields slots that changed."""
         for slot, quantizer in parts.slots().items():
             quantizer.mode = Mode.FLOAT
             values = _input_of(parts.owner, seen.inputs, quantizer)
             quantizer.mode = Mode.QUANTIZE
             kept = best = (quantizer.scale.detach().clone(), quantizer.zero_point.detach().clone())
-            least = self._loss(parts, seen.inputs, mask)
+            least = self._loss(parts, seen.inputs, goal)
             for low, high in percentile_ranges(values, self.settings.percentiles):
                 tried = quantizer.grid.affine_parameters(low, high)
                 quantizer.set_parameters(*tried)
-                loss = self._loss(parts, seen.inputs, mask)
+                loss = self._loss(parts, seen.inputs, goal)
                 if loss < least:
                     least, best = loss, tried
             quantizer.set_parameters(*best)
             if best is not kept:
                 yield slot
 
-    def _loss(self, parts: AttentionParts, inputs: tuple[Tensor, ...], mask: Tensor) -> float:
+    def _loss(self, parts: AttentionParts, inputs: tuple[Tensor, ...], goal: _Goal) -> float:
         seen = _Seen()
         with _watching(parts, seen):
             parts.owner(*inputs)
-        return mask_loss(mask_of(seen.attention(), self.settings.share), mask)
+        if goal.weights is None:
+            return mask_loss(mask_of(seen.attention(), self.settings.share), goal.mask)
+        errors = (seen.output - goal.output).square() * goal.weights
+        return float(errors.sum(dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What an attention of the float model gives.
+
+    Attributes:
+        mask: of its softmax outputs.
+        output: behind its last projection.
+        weights: of squared errors of the output, in its shape; None where masks are compared.
+    """
+
+    mask: Tensor
+    output: Tensor
+    weights: Tensor | None
 
 
 @dataclass
@@ -176,11 +215,13 @@ class _Seen:
         inputs: of its owner.
         pieces: softmax outputs [batch, heads, n, m] in pieces: rows within heads.
         queries: how many there are in all.
+        output: of its owner.
     """
 
     inputs: tuple[Tensor, ...] = ()
     pieces: list[Tensor] = field(default_factory=list)
     queries: int = 0
+    output: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
 
     def attention(self) -> Tensor:
         """All pieces together."""
@@ -208,8 +249,13 @@ def _watching(parts: AttentionParts, seen: _Seen) -> Iterator[None]:
         if calls == 1:
             seen.pieces.append(inputs[0].detach())
 
+    def end(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if calls == 1:
+            seen.output = output
+
     handles = [
         parts.owner.register_forward_pre_hook(begin),
+        parts.owner.register_forward_hook(end),
         parts.weighs.register_forward_pre_hook(keep),
     ]
     try:

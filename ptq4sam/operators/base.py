@@ -106,6 +106,10 @@ class QuantizedLayer(QuantizedOperator):
         """Input times weight."""
         return (Product("", self, INPUT, WEIGHT),)
 
+    def by_output(self, output: Tensor) -> Tensor:
+        """What it gives [..., outputs], with the outputs of its weight's rows first."""
+        return output.movedim(-1, 0)
+
     @property
     def sources(self) -> tuple[Tensor, ...]:
         """What a forward on whole numbers depends on but for its input."""

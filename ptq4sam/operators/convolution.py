@@ -76,6 +76,10 @@ class QuantizedConv2d(QuantizedLayer):
         weight = self.weight_quantizer(self.weight)
         return F.conv2d(self.input_quantizer(x), weight, self.bias, *self.windows.of_torch)
 
+    def by_output(self, output: Tensor) -> Tensor:
+        """What it gives, with the outputs of its weight's rows first."""
+        return output.movedim(1, 0)
+
     @whole_numbers
     def _forward_whole(self, x: Tensor) -> Tensor:
         steps = self.input_quantizer(x, steps=True)
@@ -117,6 +121,10 @@ class QuantizedConvTranspose2d(QuantizedConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, in_channels, height, width] to [batch, out_channels, ...], `side` times."""
         return F.pixel_shuffle(super().forward(x), self.side)
+
+    def by_output(self, output: Tensor) -> Tensor:
+        """What it gives, with the outputs of its weight's rows first: places of squares apart."""
+        return super().by_output(F.pixel_unshuffle(output, self.side))
 
 
 @torch.no_grad()

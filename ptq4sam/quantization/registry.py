@@ -167,6 +167,7 @@ METHODS: Registry[MethodKind] = Registry(
         "norm-scales": "ptq4sam.methods.norm_scales",
         "channel-scales": "ptq4sam.methods.channel_scales",
         "pcc": "ptq4sam.methods.pcc",
+        "range-search": "ptq4sam.methods.range_search",
         "qwt-v2": "ptq4sam.methods.qwt",
     },
 )

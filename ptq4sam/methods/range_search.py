@@ -1,0 +1,359 @@
+"""Ranges by what they do to the output of each product, and to masks (TinySAM, section 3.3).
+
+Product after product in the order of execution, with all before it quantized: of its two operands
+(the input and the weight of a layer; query and key, softmax and value of an attention) one has its
+range chosen while the other keeps its own, in turns. Ranges are shares of the widest one. The error
+is that of the product's output, each number of it squared and weighed by what it does to masks
+(`task_gradients`), or squared alone. Where a weight has a scale for each output channel, each
+channel has its own choice. The paper says as much; what it leaves open is in docs/tinysam.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ptq4sam.methods.hybrid import HybridQuantizer
+from ptq4sam.methods.method import METHODS, Calibration, Method
+from ptq4sam.methods.task_gradients import squared_gradients
+from ptq4sam.operators.arithmetic import learning
+from ptq4sam.operators.base import (
+    WEIGHT,
+    Product,
+    QuantizedLayer,
+    QuantizedOperator,
+    quantized_operators,
+)
+from ptq4sam.quantization.base import AffineQuantizer, Mode, Quantizer
+from ptq4sam.quantization.grid import MIN_SCALE, Grid
+from ptq4sam.quantization.modes import quantizer_mode
+from ptq4sam.records import Record
+
+HESSIAN, ERROR = "hessian", "error"
+
+
+@dataclass(frozen=True)
+class RangeSearch(Record):
+    """Settings; defaults are TinySAM's where it says them.
+
+    Attributes:
+        metric: "hessian" weighs squared errors by squared gradients, "error" does not.
+        lowest: share of the widest range that is tried first.
+        highest: share that is tried last.
+        steps: how many are tried.
+        rounds: how often both operands have their turn.
+        pictures: of those for calibration, the first so many.
+        boxes: of each picture, the first so many.
+        rows: of a linear layer's inputs on a picture, and of an attention's queries, about so many
+            are looked at.
+    """
+
+    metric: Literal["hessian", "error"] = "hessian"
+    lowest: float = 0.01
+    highest: float = 1.2
+    steps: int = 100
+    rounds: int = 3
+    pictures: int = 8
+    boxes: int = 16
+    rows: int = 512
+
+    def _validate(self) -> None:
+        self._require(0 < self.lowest <= self.highest, "lowest", "above 0, up to highest")
+        for name in ("steps", "rounds", "pictures", "boxes", "rows"):
+            self._require(getattr(self, name) >= 1, name, "1 or more")
+
+    def shares(self) -> list[float]:
+        """Of the widest range, all that are tried."""
+        return torch.linspace(self.lowest, self.highest, self.steps).tolist()
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A product with its operands' quantizers.
+
+    Attributes:
+        name: path in the model.
+        operator: that makes it.
+        product: of it.
+        rows: of the first operand on a picture that are looked at.
+    """
+
+    name: str
+    operator: QuantizedOperator
+    product: Product
+    rows: int
+
+    @property
+    def turns(self) -> tuple[str, str]:
+        """Slots in the order of their turns: a weight goes before its input."""
+        first, second = self.product.first, self.product.second
+        return (second, first) if second == WEIGHT else (first, second)
+
+    def some(self, x: Tensor) -> Tensor:
+        """Of the first operand, or of what belongs to it in the output, what is looked at."""
+        if self.operator.kind == "linear":
+            x = x.flatten(0, -2)
+            return x[:: -(-len(x) // self.rows)]
+        return x[..., :: -(-x.shape[-2] // self.rows), :] if self._has_queries else x
+
+    @property
+    def _has_queries(self) -> bool:
+        return self.operator.kind == "attention"
+
+    def output(self, operands: Sequence[Tensor]) -> Tensor:
+        """What the product is, with both quantizers as they are."""
+        if self.product.second == WEIGHT:
+            found: Tensor = self.operator(operands[0])
+            return found
+        slots = (self.product.first, self.product.second)
+        given = [self.operator.quantizer(s)(x) for s, x in zip(slots, operands, strict=True)]
+        return self.product.module(*given)  # type: ignore[no-any-return]
+
+    def error(self, seen: Sequence[Seen], channels: bool) -> Tensor:
+        """Weighed squared errors of the output over all pictures: [] or one a channel, float64."""
+        total = torch.zeros((), dtype=torch.float64, device=seen[0].target.device)
+        for picture in seen:
+            errors = (self.output(picture.operands) - picture.target).square()
+            errors = errors if picture.weights is None else errors * picture.weights
+            if channels:
+                assert isinstance(self.operator, QuantizedLayer)
+                total = total + self.operator.by_output(errors).flatten(1).double().sum(1)
+            else:
+                total = total + errors.sum(dtype=torch.float64)
+        return total
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a product saw on one picture.
+
+    Attributes:
+        operands: that are looked at; of a layer the input alone.
+        ends: smallest and largest number of each, of all of it.
+        target: the output of these, without quantization.
+        weights: of its squared errors, in its shape; None for 1.
+    """
+
+    operands: tuple[Tensor, ...]
+    ends: tuple[tuple[Tensor, Tensor], ...]
+    target: Tensor
+    weights: Tensor | None
+
+
+class Choices(Protocol):
+    """What a quantizer can be, in an order."""
+
+    count: int
+
+    def use(self, index: int) -> None:
+        """Be one of them."""
+
+    def settle(self, best: Tensor) -> None:
+        """Be the best, [] or [channels]."""
+
+
+class _Ranges:
+    """Shares of the widest range of an affine quantizer; the one that it has is the first."""
+
+    def __init__(
+        self, quantizer: AffineQuantizer, low: Tensor, high: Tensor, shares: Sequence[float]
+    ) -> None:
+        self._quantizer = quantizer
+        own = (quantizer.scale.detach().clone(), quantizer.zero_point.detach().clone())
+        found = [parameters_of(quantizer.grid, low * share, high * share) for share in shares]
+        shape = own[0].shape
+        self._scales, self._zeros = (
+            torch.stack([own[place], *(pair[place].expand(shape) for pair in found)])
+            for place in (0, 1)
+        )
+        self.count = len(self._scales)
+
+    def use(self, index: int) -> None:
+        self._quantizer.set_parameters(self._scales[index].clone(), self._zeros[index].clone())
+
+    def settle(self, best: Tensor) -> None:
+        chosen = best.expand(self._scales.shape[1:])[None]
+        scale, zero_point = (x.gather(0, chosen)[0] for x in (self._scales, self._zeros))
+        self._quantizer.set_parameters(scale.clone(), zero_point.clone())
+
+
+class _Pairs:
+    """What a hybrid grid chooses from: knees and numbers of logarithmic codes."""
+
+    def __init__(self, quantizer: HybridQuantizer) -> None:
+        self._quantizer = quantizer
+        self.count = quantizer.pairs
+
+    def use(self, index: int) -> None:
+        self._quantizer.use_pair(index)
+
+    def settle(self, best: Tensor) -> None:
+        self._quantizer.use_pair(int(best))
+
+
+def parameters_of(grid: Grid, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a range; on a symmetric grid the largest size by 2^(bits - 1)."""
+    if not grid.symmetric:
+        return grid.affine_parameters(low, high)
+    scale = torch.maximum(low.abs(), high.abs()) / grid.largest_step
+    return scale.clamp(min=MIN_SCALE), torch.zeros_like(scale)
+
+
+def choices_of(searched: Searched, slot: str, seen: Sequence[Seen], shares: Sequence[float]) -> Any:
+    """What the quantizer of a slot can be; None where its grid has no ranges to choose."""
+    quantizer = searched.operator.quantizer(slot)
+    if isinstance(quantizer, HybridQuantizer):
+        return _Pairs(quantizer)
+    if not isinstance(quantizer, AffineQuantizer):
+        return None
+    if slot == WEIGHT:
+        assert isinstance(searched.operator, QuantizedLayer)
+        rows = searched.operator.weight.flatten(1)
+        low, high = torch.aminmax(rows, dim=1)
+        if not has_channels(quantizer):
+            low, high = low.amin(), high.amax()
+    else:
+        place = 0 if slot == searched.product.first else 1
+        low = torch.stack([picture.ends[place][0] for picture in seen]).amin()
+        high = torch.stack([picture.ends[place][1] for picture in seen]).amax()
+    return _Ranges(quantizer, low, high, shares)
+
+
+def has_channels(quantizer: Quantizer) -> bool:
+    """Whether it has a scale for each channel."""
+    return quantizer.scale.dim() > 0
+
+
+@METHODS.register("range-search")
+class RangeSearchMethod(Method[RangeSearch]):
+    """Of all products, with affine and hybrid grids; others keep what they have."""
+
+    settings_type = RangeSearch
+
+    def after_ranges(self, calibration: Calibration) -> Sequence[str]:
+        """Choose the ranges of both operands of each product."""
+        sam, settings = calibration.sam, self.settings
+        pictures = [
+            _Picture(sam, item.pixels, item.boxes[: settings.boxes])
+            for item in calibration.items[: settings.pictures]
+        ]
+        changed = []
+        with quantizer_mode(sam, Mode.FLOAT), learning(sam):
+            products = {one.name: one for one in _in_order(sam, pictures[0], settings.rows)}
+            weights: list[dict[str, Tensor]] = [{} for _ in pictures]
+            if settings.metric == HESSIAN:
+                weights = [p.squared_gradients(products, seed) for seed, p in enumerate(pictures)]
+            for name, searched in products.items():
+                seen = [
+                    picture.seen(searched, found.pop(name, None))
+                    for picture, found in zip(pictures, weights, strict=True)
+                ]
+                changed += list(self._choose(searched, seen))
+        return changed
+
+    def _choose(self, searched: Searched, seen: Sequence[Seen]) -> Iterator[str]:
+        """Choose the ranges of one product and leave them on; yields slots that changed."""
+        quantizers = {slot: searched.operator.quantizer(slot) for slot in searched.turns}
+        for quantizer in quantizers.values():
+            quantizer.mode = Mode.QUANTIZE
+        shares = self.settings.shares()
+        choices = {slot: choices_of(searched, slot, seen, shares) for slot in quantizers}
+        best: dict[str, Tensor] = {}
+        for _ in range(self.settings.rounds):
+            before = dict(best)
+            for slot, options in choices.items():
+                if options is not None:
+                    channels = slot == WEIGHT and has_channels(quantizers[slot])
+                    best[slot] = self._best(searched, seen, options, channels)
+                    options.settle(best[slot])
+            if best and all(s in before and torch.equal(best[s], before[s]) for s in best):
+                break
+        yield from (f"{searched.name}: {slot}" for slot, found in best.items() if found.any())
+
+    def _best(
+        self, searched: Searched, seen: Sequence[Seen], options: Choices, channels: bool
+    ) -> Tensor:
+        """The first of the least error, [] or [channels]."""
+        errors = []
+        for index in range(options.count):
+            options.use(index)
+            errors.append(searched.error(seen, channels))
+        return torch.stack(errors).argmin(0)
+
+
+class _ReachedError(Exception):
+    """A forward pass came to where it was to end."""
+
+
+class _Picture:
+    """A calibration picture, passed through a model that is quantized bit by bit."""
+
+    def __init__(self, sam: Any, pixels: Tensor, boxes: Tensor) -> None:
+        self._sam, self._pixels, self._boxes = sam, pixels, boxes
+        self._features: tuple[Tensor, ...] | None = None
+
+    def forward(self) -> None:
+        """Pass it through. What the encoder gave once is kept: it has all its ranges by then."""
+        if self._features is None:
+            self._features = self._sam.embed(self._pixels.to(self._sam.device))
+        self._sam.decode(self._features, None, self._boxes.to(self._sam.device), None, True)
+
+    def forget(self) -> None:
+        """Begin with the picture again."""
+        self._features = None
+
+    def squared_gradients(self, products: dict[str, Searched], seed: int) -> dict[str, Tensor]:
+        """By the outputs of products, of what is looked at."""
+
+        def keep(name: str, x: Tensor) -> Tensor:
+            return products[name].some(x).clone()
+
+        modules = {name: one.product.module for name, one in products.items()}
+        return squared_gradients(self._sam, self._pixels, self._boxes, modules, seed, keep)
+
+    def seen(self, searched: Searched, weights: Tensor | None) -> Seen:
+        """What a product sees, and what it gives without quantization."""
+        (inputs,) = first_inputs(searched.product.module, self)
+        count = 1 if searched.product.second == WEIGHT else 2
+        ends = tuple(torch.aminmax(x) for x in inputs[:count])
+        operands = (searched.some(inputs[0]).clone(), *(x.clone() for x in inputs[1:count]))
+        return Seen(operands, ends, searched.output(operands), weights)
+
+
+def first_inputs(module: nn.Module, picture: _Picture) -> list[tuple[Tensor, ...]]:
+    """What comes to a module when a picture is passed through: of its first call."""
+    found: list[tuple[Tensor, ...]] = []
+
+    def reach(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs)
+        raise _ReachedError
+
+    handle = module.register_forward_pre_hook(reach)
+    try:
+        with contextlib.suppress(_ReachedError):
+            picture.forward()
+    finally:
+        handle.remove()
+    return found
+
+
+def _in_order(sam: Any, picture: _Picture, rows: int) -> list[Searched]:
+    """All products in the order in which a forward pass makes them."""
+    every = {
+        product.module: Searched(f"{name}.{product.name}".rstrip("."), operator, product, rows)
+        for name, operator in quantized_operators(sam)
+        for product in operator.products()
+    }
+    order: dict[nn.Module, None] = {}
+    with contextlib.ExitStack() as hooks:
+        for module in every:
+            hook = module.register_forward_pre_hook(lambda m, _inputs: order.setdefault(m))
+            hooks.callback(hook.remove)
+        picture.forward()
+    picture.forget()
+    return [every[module] for module in order]
