@@ -69,7 +69,8 @@ class RangeSearch(Record):
 
     def shares(self) -> list[float]:
         """Of the widest range, all that are tried."""
-        return torch.linspace(self.lowest, self.highest, self.steps).tolist()
+        step = (self.highest - self.lowest) / max(1, self.steps - 1)
+        return [self.lowest + step * place for place in range(self.steps)]
 
 
 @dataclass(frozen=True)
