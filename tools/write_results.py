@@ -37,6 +37,9 @@ METHODS = {
     "QDrop, W4A4": ("4 / 4", "qdrop44.yaml"),
     "PTQ4SAM-L, W4A4": ("4 / 4", "ptq4sam-l44.yaml"),
 }
+CLICKED = ("float", "PTQ4SAM-S, W6A6", "PTQ4SAM-S, W4A4", "PTQ4SAM-L, W4A4")
+"""Methods that are scored by clicks too."""
+CLICKS = 5
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Row:
     method: str
     truth: dict[str, Any]
     detected: dict[str, Any]
+    clicked: dict[str, Any] | None = None
 
 
 def measure(benchmark: Benchmark, method: str, arguments: argparse.Namespace) -> Row:
@@ -79,11 +83,14 @@ def measure(benchmark: Benchmark, method: str, arguments: argparse.Namespace) ->
             options += ["--output", str(model), "--work-dir", str(folder / "quantize")]
             _ptq4sam("quantize", *options)
         checkpoint = ["--checkpoint", str(model)]
-    scores = [
-        _evaluate(benchmark, prompts, folder / name, checkpoint)
-        for prompts, name in (("ground-truth", "truth"), (benchmark.detector, "detected"))
-    ]
-    return Row(method, *scores)
+    prompts = {"truth": "ground-truth", "detected": benchmark.detector}
+    if method in CLICKED:
+        prompts["clicked"] = f"clicks:{CLICKS}"
+    scores = {
+        name: _evaluate(benchmark, source, folder / name, checkpoint)
+        for name, source in prompts.items()
+    }
+    return Row(method, **scores)
 
 
 def _evaluate(
@@ -130,7 +137,23 @@ def table(benchmark: Benchmark, rows: list[Row]) -> list[str]:
             *(f"{row.detected[key]:.1f}" for key in ("AP", "AP50", "APs", "APm", "APl")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    return [*lines, *_clicks(rows), ""]
+
+
+def _clicks(rows: list[Row]) -> list[str]:
+    """Mean IoU by number of clicks, and how far predicted IoUs are from true ones."""
+    counts = range(1, CLICKS + 1)
+    heads = ["method", *(f"{count} click{'s'[: count - 1]}" for count in counts)]
+    heads += ["1 click, best of three", "IoU off, boxes", f"IoU off, {CLICKS} clicks"]
+    lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        if row.clicked is None:
+            continue
+        found = [row.clicked[f"mean_iou_clicks_{count}"] for count in counts]
+        found += [row.clicked["mean_iou_best_of_three"]]
+        found += [row.truth["iou_error"], row.clicked["iou_error"]]
+        lines.append("| " + " | ".join([row.method, *(f"{x:.3f}" for x in found)]) + " |")
+    return lines
 
 
 _INTRODUCTION = """\
@@ -143,9 +166,10 @@ do not compare with those of the official SAM.
 Mean IoU and agreement (mean IoU with the float model's masks) are with ground-truth boxes; change
 is in points of mean IoU. QDrop and PTQ4SAM-L reconstruct {steps} steps a unit with learning rates
 raised to match (published: 20,000 steps); {calibration} calibration pictures; the image encoder is
-quantized too. Each row is one run, of one seed: figures that lie a few tenths apart, or AP a point,
-may change their order with another (docs/experiments.md has deviations over three seeds). Every
-quantized model passed the audit.
+quantized too. Clicks are made as in interactive segmentation (docs/prompts.md), with the mean IoU
+after each; "IoU off" is how far predicted IoUs are from true ones, on average. Each row is one run,
+of one seed: figures that lie a few tenths apart, or AP a point, may change their order with another
+(docs/experiments.md has deviations over three seeds). Every quantized model passed the audit.
 """
 
 
