@@ -1,6 +1,7 @@
 """Automatic masks: seconds and peak memory of ours against the segment-anything package.
 
     python benchmarks/everything.py [--name vit_b] [--points 16] [--picture 1536 2048]
+                                     [--device cpu]
 
 Both find masks in one picture of noise with the same random weights, every mask kept until
 suppression, each in a process of its own. "Above weights" is the peak less what the process held
@@ -20,7 +21,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from devices import add_device, finish, peak_mib
 from sam_memory import ALLOCATORS, resident_mib
 
 if TYPE_CHECKING:
@@ -118,13 +119,13 @@ def counted_decodes(sam: PromptableModel) -> Iterator[list[int]]:
         sam.decode = decode  # type: ignore[method-assign]
 
 
-def open_model(name: str | None, checkpoint: Path | None) -> PromptableModel:
+def open_model(name: str | None, checkpoint: Path | None, device: str) -> PromptableModel:
     """The model whose ways are compared."""
     from ptq4sam.deploy.backends import choose_backend
     from ptq4sam.runs import models
 
     checkpoint, backend = choose_backend(checkpoint, None)
-    return models.open_model(name, checkpoint, torch.device("cpu"), backend)
+    return models.open_model(name, checkpoint, torch.device(device), backend)
 
 
 def write_comparison(rows: dict[str, Row]) -> None:
@@ -145,14 +146,16 @@ def write_comparison(rows: dict[str, Row]) -> None:
     write(f"{torch.get_num_threads()} thread(s)\n")
 
 
-def measure(model: str, name: str, points: int, size: tuple[int, int]) -> dict[str, float]:
+def measure(
+    model: str, name: str, points: int, size: tuple[int, int], device: str
+) -> dict[str, float]:
     """Find masks with one of the two in this process."""
     from ptq4sam.everything import EverythingSettings, MaskGenerator
     from ptq4sam.families import build_sam
     from ptq4sam.sam.predictor import Predictor
 
     torch.manual_seed(0)
-    sam = build_sam(name)
+    sam = build_sam(name).to(device)
     options = {"points_per_side": points, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     if model == "ptq4sam":
@@ -165,13 +168,14 @@ def measure(model: str, name: str, points: int, size: tuple[int, int]) -> dict[s
         reference.load_state_dict(sam.state_dict())
         del sam
         generate = SamAutomaticMaskGenerator(
-            reference.eval(), **options, output_mode="uncompressed_rle"
+            reference.eval().to(device), **options, output_mode="uncompressed_rle"
         ).generate
-    before = resident_mib()
+    before = resident_mib() if device == "cpu" else peak_mib(device)
     started = time.perf_counter()
     found = generate(image)
+    finish(device)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = peak_mib(device)
     return {"masks": len(found), "seconds": seconds, "peak": peak, "above": peak - before}
 
 
@@ -187,16 +191,18 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40, help="pictures")
     parser.add_argument("--checkpoint", type=Path, help="of the model whose ways are compared")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="of each way")
+    add_device(parser)
     given = parser.parse_args()
     if (given.images is None) != (given.annotations is None):
         parser.error("--images and --annotations go together")
     write = sys.stdout.write
     if given.images:
-        sam = open_model(given.name, given.checkpoint)
+        sam = open_model(given.name, given.checkpoint, given.device)
         write_comparison(compare(sam, given.images, given.annotations, given.limit, given.options))
         return
     if given.model:
-        found = measure(given.model, given.name or "vit_b", given.points, tuple(given.picture))
+        size = tuple(given.picture)
+        found = measure(given.model, given.name or "vit_b", given.points, size, given.device)
         write(json.dumps(found))
         return
     write("| generator | masks | seconds | peak MiB | above weights MiB |\n|---|---|---|---|---|\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,14 +70,23 @@ def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _along(x: Tensor, axis: int, wanted: int) -> Tensor:
-    places, weights = cubic_taps(x.shape[axis], wanted)
+    places, weights = _taps_on(x.shape[axis], wanted, x.device)
     shape = (-1, 1) if axis == -2 else (-1,)
     terms = [
-        apart(x.index_select(axis, place.to(x.device)) * weight.reshape(shape).to(x.device))
+        apart(x.index_select(axis, place) * weight.reshape(shape))
         for place, weight in zip(places, weights, strict=True)
     ]
     total: Tensor = (terms[0] + terms[1]) + (terms[2] + terms[3])
     return total
+
+
+@functools.lru_cache(maxsize=64)
+def _taps_on(given: int, wanted: int, device: torch.device) -> Taps:
+    """Those of `cubic_taps`, copied to a device once: a forward waits for no copy."""
+    # Not as tensors of inference, which a later step that learns could not keep.
+    with torch.inference_mode(False):
+        places, weights = cubic_taps(given, wanted)
+        return places.to(device), weights.to(device)
 
 
 def cubic_taps(given: int, wanted: int) -> Taps:

@@ -38,6 +38,9 @@ def test_metrics_are_returned_and_written(settings: RunSettings) -> None:
     metrics = Run(settings).execute()
     written = read_metrics(settings.work_dir)
     assert written["mean_iou"] == metrics["mean_iou"]
+    assert written["arithmetic"]["device"] == "cpu"
+    assert written["arithmetic"]["float32 products"] == "ieee"
+    assert written["arithmetic"]["kernels"] in ("compiled", "one by one")
     # Nothing large is annotated in some scenes: NaN here, null in the file.
     assert [key for key, value in written.items() if value is None] == [
         key for key, value in metrics.items() if isinstance(value, float) and np.isnan(value)
