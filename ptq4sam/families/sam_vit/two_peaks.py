@@ -35,7 +35,7 @@ def with_two_peaks(state: Mapping[str, Tensor], description: Description) -> dic
             continue
         length = state[f"{owner}.{projection}.weight"].float().norm(dim=1).mean()
         # Neighbours differ, so that each head has channels of both signs.
-        signs = 1.0 - 2.0 * (torch.arange(len(bias)) % 2)
+        signs = 1.0 - 2.0 * (torch.arange(len(bias), device=bias.device) % 2)
         # Wider than the halves that weights ship as, which would round every channel otherwise.
-        changed[name] = bias.float() + DISTANCE * length * signs.to(bias.device)
+        changed[name] = bias.float() + DISTANCE * length * signs
     return changed

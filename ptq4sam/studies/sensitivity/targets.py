@@ -183,7 +183,7 @@ def _addressed(sam: QuantizedSam, found: Sequence[Target], pattern: str) -> set[
         ConfigError: there is none, or layers are not asked for.
     """
     if not any(target.grain == LAYER for target in found):
-        raise ConfigError(f"target {pattern}: addresses are of layers: ask for --by {LAYER}")
+        raise ConfigError(f"target {pattern}: addresses are of layers: ask for the grain {LAYER}")
     address, role = ":".join(pattern.split(":")[:4]), ":".join(pattern.split(":")[4:])
     known = sam.addresses()
     try:
