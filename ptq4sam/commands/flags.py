@@ -13,16 +13,8 @@ SOURCES = (
 """Where boxes come from."""
 
 MODELS = (
-    *(
-        "vit_nano",
-        "vit_nano_bimodal",
-        "vit_b",
-        "vit_l",
-        "vit_h",
-        "mobile_sam",
-        "tinysam",
-        "tiny_vit_nano",
-    ),
+    *("vit_nano", "vit_nano_bimodal", "tiny_vit_nano"),
+    *("vit_b", "vit_l", "vit_h", "mobile_sam", "tinysam"),
     *(f"efficientvit_sam_{size}" for size in ("l0", "l1", "l2", "xl0", "xl1")),
 )
 """SAMs by name, as `families.VARIANTS` has them, for help that does not wait for torch."""
