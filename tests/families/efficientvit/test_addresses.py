@@ -169,7 +169,7 @@ def test_targets_are_layers(tiny: Sam) -> None:
     assert qkv.place == ("image_encoder", "stage4:1", "0")
     (weights,) = targets_of(found, ("layer",), ("weights",), ["any:stage4:1:qkv:weights"])
     assert len(weights.quantizers) == 3
-    with pytest.raises(ConfigError, match="--by layer"):
+    with pytest.raises(ConfigError, match="ask for the grain layer"):
         targets_of(found, ("unit",), (), ["any:all:all:all"])
     with pytest.raises(ConfigError, match="names no layer that is quantized"):
         targets_of(found, ("layer",), (), ["any:stage0:0:0"])
