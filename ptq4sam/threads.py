@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
 
@@ -77,3 +82,18 @@ def suited_threads(model: object, side: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def suited_to_model(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Let a function compute with `suited_threads`; its first argument is a SAM, of any kind.
+
+    For all that calibrates, learns and evaluates: a number that comes of two ways of doing the same
+    has the same bits.
+    """
+
+    @functools.wraps(function)
+    def run(sam: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        with suited_threads(sam, sam.geometry.encoder_side):
+            return function(sam, *args, **kwargs)
+
+    return run

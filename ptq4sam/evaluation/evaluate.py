@@ -24,6 +24,7 @@ from ptq4sam.prompts import CocoResults, GroundTruth, Prompts, PromptSource
 from ptq4sam.prompts.record import warn_of_categories
 from ptq4sam.sam.model import PromptableModel
 from ptq4sam.sam.predictor import Predictor
+from ptq4sam.threads import suited_to_model
 
 AFTER_CLICK = "mean_iou_clicks_"
 """Metrics of clicks: the mean IoU after so many."""
@@ -132,6 +133,7 @@ def require_truth(dataset: ImageSet, annotations: Path | None) -> CocoDataset:
     return dataset
 
 
+@suited_to_model
 def evaluate_sam(
     sam: PromptableModel,
     dataset: ImageSet,

@@ -28,6 +28,7 @@ from ptq4sam.quantization.modes import merge_recorded, quantizer_mode, recording
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
+from ptq4sam.threads import suited_to_model
 
 _log = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ def box_groups(boxes: Tensor) -> tuple[Tensor, ...]:
     return torch.tensor_split(boxes, -(-len(boxes) // BOXES_AT_ONCE))
 
 
+@suited_to_model
 def calibrate(
     sam: QuantizedSam,
     items: Sequence[CalibrationItem],

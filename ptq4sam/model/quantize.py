@@ -21,8 +21,10 @@ from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
+from ptq4sam.threads import suited_to_model
 
 
+@suited_to_model
 def quantize_sam(
     sam: Sam,
     items: Sequence[CalibrationItem],

@@ -14,7 +14,6 @@ from ptq4sam.runs.models import RunModels
 from ptq4sam.runs.pictures import PictureWriter
 from ptq4sam.runs.record import PictureRecord, PictureScore
 from ptq4sam.runs.recording import PictureRecorder
-from ptq4sam.threads import suited_threads
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +47,7 @@ def evaluate_run(
         if writer is not None:
             writer(picture)
 
-    threads = suited_threads(models.sam, models.sam.geometry.encoder_side)
-    with context.phases.phase("evaluate"), threads:
+    with context.phases.phase("evaluate"):
         evaluation = evaluate_sam(
             models.sam,
             dataset,

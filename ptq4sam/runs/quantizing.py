@@ -26,7 +26,6 @@ from ptq4sam.runs.record import UnitRecord, unit_records
 from ptq4sam.runs.settings import AccuracySettings
 from ptq4sam.runs.validation import Validation
 from ptq4sam.sam.model import Sam
-from ptq4sam.threads import suited_threads
 
 _log = logging.getLogger(__name__)
 
@@ -105,19 +104,18 @@ class Quantizing:
         # A calibration of before without a reconstruction leaves nothing to lose.
         if parallel.is_first() and (self._calibrated is None or scheme.recon is not None):
             journal = self._journal(settings.work_dir / folder, scheme)
-        with suited_threads(self._sam, self._sam.geometry.encoder_side):
-            quantized = quantize_sam(
-                self._sam,
-                self._items,
-                scheme,
-                quantize_encoder=settings.quantize_encoder,
-                seed=settings.seed,
-                progress=self._context.progress,
-                cache=self._context.cache,
-                journal=journal,
-                plan=self._plan,
-                calibrated=self._calibrated,
-            )
+        quantized = quantize_sam(
+            self._sam,
+            self._items,
+            scheme,
+            quantize_encoder=settings.quantize_encoder,
+            seed=settings.seed,
+            progress=self._context.progress,
+            cache=self._context.cache,
+            journal=journal,
+            plan=self._plan,
+            calibrated=self._calibrated,
+        )
         if journal is not None and folder == JOURNAL:
             self.units = unit_records(journal.parts)
         return quantized
