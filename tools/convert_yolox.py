@@ -48,19 +48,6 @@ def _max_pool(
     return x.node("MaxPool", shape=shape, pads=pair(padding) * 2, **sides)
 
 
-@lowers("interpolate")
-def _interpolated(x: Traced, size: Any = None, mode: str = "nearest", **more: Any) -> Traced:
-    """Whole multiples of the sides, by the nearest element."""
-    shape = F.interpolate(torch.empty(x.shape, device="meta"), size, mode=mode, **more).shape
-    sides = list(zip(x.shape, shape, strict=True))
-    if mode != "nearest" or any(after % before for before, after in sides):
-        raise refused(x, "resizes otherwise than by repeating")
-    factors = np.array([after // before for before, after in sides], np.float32)
-    scales = x.graph.constant(f"{x.graph.path}.scales", factors)
-    how: Any = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    return x.node("Resize", "", scales, shape=shape, mode="nearest", **how)
-
-
 def convert_yolox(source: Path, target: Path, side: int | None = None) -> None:
     """Write the ONNX file of a YOLOX .pth file, at once or not at all.
 

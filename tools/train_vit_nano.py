@@ -11,10 +11,12 @@ shares each batch between two processes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +114,17 @@ def rate_at(phase: Phase, step: int) -> float:
     return float(warm * (phase.final_rate + (phase.peak_rate - phase.final_rate) * cosine))
 
 
+@contextlib.contextmanager
+def _one_order(device: torch.device) -> Iterator[None]:
+    """Add in one order what is scattered: threads of a CPU add it as they come."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or device.type == "cpu")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 class Trainer:
     """Model, optimiser and moving average of one phase."""
 
@@ -188,7 +201,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.step)
         loss = self.loss(batch.to(self.device), generator)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with _one_order(self.device):
+            loss.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -10,8 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ptq4sam.deploy.onnx.moves import UNKNOWN, Cut, Pad, Permute, Reshape
 from ptq4sam.deploy.onnx.traced import FUNCTIONS, Traced, first_traced, refused
@@ -131,16 +133,28 @@ def _picked(x: Traced, dim: int, index: Tensor) -> Traced:
 
 
 @lowers("interpolate")
-def _interpolated(x: Traced, size: Any, mode: str = "nearest", **options: Any) -> Traced:
-    if mode != "bicubic" or options.get("align_corners") or isinstance(size, int):
-        raise refused(x, f"resizes by {mode}")
-    shape = (*x.shape[:2], *size)
-    how = {
-        "mode": "cubic",
-        "cubic_coeff_a": -0.75,
-        "coordinate_transformation_mode": "half_pixel",
-    }
-    return x.node("Resize", "", "", x.graph.integers(*shape), shape=shape, exact=False, **how)
+def _interpolated(
+    x: Traced, size: Any = None, scale_factor: Any = None, mode: str = "nearest", **options: Any
+) -> Traced:
+    """By a cubic kernel to given sides, or whole multiples of the sides by the nearest element."""
+    numberless = _numberless(x)
+    shape = F.interpolate(numberless, size, scale_factor, mode, **options).shape
+    if mode == "bicubic" and not (options.get("align_corners") or scale_factor):
+        how: dict[str, Any] = {
+            "mode": "cubic",
+            "cubic_coeff_a": -0.75,
+            "coordinate_transformation_mode": "half_pixel",
+        }
+        sides = x.graph.integers(*shape)
+        return x.node("Resize", "", "", sides, shape=tuple(shape), exact=False, **how)
+    if mode != "nearest" or any(
+        after % before for before, after in zip(x.shape, shape, strict=True)
+    ):
+        raise refused(x, "resizes otherwise than by repeating, or by a cubic kernel")
+    factors = [after // before for before, after in zip(x.shape, shape, strict=True)]
+    scales = x.graph.constant(f"{x.graph.path}.scales", np.array(factors, np.float32))
+    how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    return x.node("Resize", "", scales, shape=tuple(shape), mode="nearest", **how)
 
 
 @lowers("pad")
