@@ -37,7 +37,7 @@ METHODS = {
     "QDrop, W4A4": ("4 / 4", "qdrop44.yaml"),
     "PTQ4SAM-L, W4A4": ("4 / 4", "ptq4sam-l44.yaml"),
 }
-CLICKED = ("float", "PTQ4SAM-S, W6A6", "PTQ4SAM-S, W4A4", "PTQ4SAM-L, W4A4")
+CLICKED = ("float", "PTQ4SAM-S, W6A6", "PTQ4SAM-S, W4A4")
 """Methods that are scored by clicks too."""
 CLICKS = 5
 
