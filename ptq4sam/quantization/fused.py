@@ -39,7 +39,7 @@ FEWEST_ELEMENTS = 2**18
 """Smallest tensor worth a compiled kernel."""
 LARGEST_UNCOMPILED = 2**24
 """Smallest tensor whose kernel is compiled at once: one by one it needs its memory many times."""
-WORTH_COMPILING = 2.0
+WORTH_COMPILING = 4.5
 """Seconds that a function may take one by one on large tensors of a CPU before it is compiled.
 
 About what compiling takes, so that no run takes twice as long as it would by the better choice.
