@@ -191,7 +191,8 @@ def test_small_tensors_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_kernel_is_made_when_the_time_it_takes_was_spent(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.5, 10.0, 10.6])
+    worth = fused.WORTH_COMPILING
+    clock = iter([0.0, 0.75 * worth, 10.0, 10.0 + 0.3 * worth])
     monkeypatch.setattr(fused.time, "thread_time", lambda: next(clock))
     monkeypatch.setattr(torch, "compile", lambda function, **_options: lambda x: -function(x))
     monkeypatch.setattr(fused, "_compiler", usable_compiler())
