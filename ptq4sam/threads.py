@@ -92,7 +92,7 @@ def suited_to_model(function: Callable[Concatenate[Any, P], R]) -> Callable[Conc
     """
 
     @functools.wraps(function)
-    def run(sam: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+    def run(sam: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with suited_threads(sam, sam.geometry.encoder_side):
             return function(sam, *args, **kwargs)
 
