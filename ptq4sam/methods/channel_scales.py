@@ -17,39 +17,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ptq4sam.methods.channel_sizes import Seen, Strengths, inputs_seen
 from ptq4sam.methods.method import METHODS, Calibration, Method
-from ptq4sam.methods.norm_scales import Seen
 from ptq4sam.operators.base import QuantizedLayer, observe_weights
 from ptq4sam.quantization.modes import quantizer_mode, quantizers
 from ptq4sam.quantization.quantizers import Mode
-from ptq4sam.records import Record
 
-_ROWS = 2048
-"""Of a layer's inputs that errors are measured on."""
 _LARGEST_EXPONENT = 12.0
 """Of a factor: half precision holds it."""
-
-
-@dataclass(frozen=True)
-class ChannelScales(Record):
-    """Settings.
-
-    Attributes:
-        strengths: what a is chosen from, beside 0.
-    """
-
-    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-
-    def _validate(self) -> None:
-        good = len(self.strengths) > 0 and all(0 < a <= 1 for a in self.strengths)
-        self._require(good, "strengths", "some above 0, up to 1")
 
 
 def factors_of(seen: Seen, strength: float) -> Tensor:
@@ -84,36 +64,22 @@ def output_error(layer: QuantizedLayer, seen: Seen, factors: Tensor) -> float:
 
 
 @METHODS.register("channel-scales")
-class ChannelScalesMethod(Method[ChannelScales]):
+class ChannelScalesMethod(Method[Strengths]):
     """Of the activations that the model's description names."""
 
-    settings_type = ChannelScales
+    settings_type = Strengths
 
     def before_ranges(self, calibration: Calibration) -> Sequence[str]:
         """Set factors; the float output stays as it is."""
         activations = calibration.sam.scaled_layers()
         layers = {name: calibration.sam.get_submodule(name) for name in activations}
         layers = {n: layer for n, layer in layers.items() if isinstance(layer, QuantizedLayer)}
-        few = -(-_ROWS // len(calibration.items))
-        seen = {name: Seen(few) for name in layers}
-
-        def look(layer: nn.Module, inputs: tuple[Tensor, ...], name: str) -> None:
-            seen[name].add(layer, (inputs[0].movedim(1, -1),))
-
-        with ExitStack() as hooks:
-            for name, layer in layers.items():
-                handle = layer.register_forward_pre_hook(partial(look, name=name))
-                hooks.callback(handle.remove)
-            for item in calibration.items:
-                calibration.run(item)
         changed = []
-        for name, layer in layers.items():
-            tried = [factors_of(seen[name], a) for a in self.settings.strengths]
-            every = [torch.ones_like(tried[0]), *tried]
-            errors = [output_error(layer, seen[name], factors) for factors in every]
-            best = every[errors.index(min(errors))]
-            if bool((best != 1).any()):
-                activations[name].factors.copy_(best[:, None, None])
-                layer.weight.div_(best[:, None, None])
+        for name, seen in inputs_seen(calibration, layers, axis=1).items():
+            error = partial(output_error, layers[name], seen)
+            factors = self.settings.best(partial(factors_of, seen), error)
+            if factors is not None:
+                activations[name].factors.copy_(factors[:, None, None])
+                layers[name].weight.div_(factors[:, None, None])
                 changed.append(name)
         return changed

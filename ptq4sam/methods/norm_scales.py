@@ -19,65 +19,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ptq4sam.methods.channel_sizes import Seen, Strengths, inputs_seen
 from ptq4sam.methods.method import METHODS, Calibration, Method
 from ptq4sam.operators.base import QuantizedLayer, observe_weights
 from ptq4sam.quantization.modes import quantizer_mode, quantizers
 from ptq4sam.quantization.quantizers import Mode
-from ptq4sam.records import Record
-
-_ROWS = 2048
-"""Of a layer's inputs that errors are measured on."""
-
-
-@dataclass(frozen=True)
-class NormScales(Record):
-    """Settings.
-
-    Attributes:
-        strengths: what a is chosen from, beside 0.
-    """
-
-    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-
-    def _validate(self) -> None:
-        good = len(self.strengths) > 0 and all(0 < a <= 1 for a in self.strengths)
-        self._require(good, "strengths", "some above 0, up to 1")
-
-
-@dataclass
-class Seen:
-    """Inputs of a layer.
-
-    Attributes:
-        few: rows that are kept of a picture.
-        rows: [few, in] of each picture.
-        ends: [2, in] smallest and largest number of each channel, of each picture.
-    """
-
-    few: int
-    rows: list[Tensor] = field(default_factory=list)
-    ends: list[Tensor] = field(default_factory=list)
-
-    def add(self, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Take the input of a call into account: a hook."""
-        x = inputs[0].flatten(0, -2)
-        self.rows.append(x[:: -(-len(x) // self.few)].clone())
-        self.ends.append(torch.stack(torch.aminmax(x, dim=0)))
-
-    def scales(self, strength: float) -> Tensor:
-        """Scales of all channels [in]; channels that are always 0 keep theirs."""
-        sizes = torch.stack(self.ends).abs().amax((0, 1)).double()
-        used = sizes > 0
-        logs = torch.where(used, sizes.clamp(min=1e-30).log(), 0.0)
-        middle = logs.sum() / used.sum().clamp(min=1)
-        scales = torch.where(used, ((logs - middle) * strength).exp(), 1.0)
-        return scales.to(self.rows[0].dtype)
 
 
 def output_error(layer: QuantizedLayer, seen: Seen, scales: Tensor) -> float:
@@ -120,36 +71,20 @@ def folded_scales(norm: nn.Module, source: nn.Module) -> Tensor:
 
 
 @METHODS.register("norm-scales")
-class NormScalesMethod(Method[NormScales]):
+class NormScalesMethod(Method[Strengths]):
     """Of linear layers that alone read what a norm gives, as the model's description says."""
 
-    settings_type = NormScales
+    settings_type = Strengths
 
     def before_ranges(self, calibration: Calibration) -> Sequence[str]:
         """Fold scales; the float output stays as it is."""
         norms: dict[str, str] = calibration.sam.normalized_layers()
         layers = {name: calibration.sam.get_submodule(name) for name in norms}
-        few = -(-_ROWS // len(calibration.items))
-        seen = {name: Seen(few) for name in norms}
-        with ExitStack() as hooks:
-            for name, layer in layers.items():
-                hooks.callback(layer.register_forward_pre_hook(seen[name].add).remove)
-            for item in calibration.items:
-                calibration.run(item)
         changed = []
-        for name, layer in layers.items():
-            scales = self._best(layer, seen[name])
+        for name, seen in inputs_seen(calibration, layers).items():
+            error = partial(output_error, layers[name], seen)
+            scales = self.settings.best(seen.scales, error)
             if scales is not None:
-                fold(calibration.sam.get_submodule(norms[name]), layer, scales)
+                fold(calibration.sam.get_submodule(norms[name]), layers[name], scales)
                 changed.append(name)
         return changed
-
-    def _best(self, layer: QuantizedLayer, seen: Seen) -> Tensor | None:
-        """The scales of the least error; None where it is that of none."""
-        best, least = None, output_error(layer, seen, seen.scales(0.0))
-        for strength in self.settings.strengths:
-            scales = seen.scales(strength)
-            error = output_error(layer, seen, scales)
-            if error < least:
-                best, least = scales, error
-        return best

@@ -92,7 +92,7 @@ def tell(sweep: Sweep, found: Sequence[Row], console: Console, width: int | None
         width: of the terminal; None for no limit.
     """
     for line in float_lines(found):
-        console.print(line)
+        console.print(line, markup=False, highlight=False)
     averaged = table_over_seeds(sweep, found, brief=True)
     console.print(_shown(table(sweep, found, brief=True), len(sweep.axes), width))
     if averaged:

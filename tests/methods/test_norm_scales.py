@@ -17,7 +17,8 @@ from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import ConfigError
 from ptq4sam.families import build_sam
 from ptq4sam.methods import norm_scales
-from ptq4sam.methods.norm_scales import NormScales, Seen, fold, folded_scales, output_error
+from ptq4sam.methods.channel_sizes import Seen, Strengths
+from ptq4sam.methods.norm_scales import fold, folded_scales, output_error
 from ptq4sam.model.audit import audit
 from ptq4sam.model.calibration import CalibrationItem, apply_methods, run_item
 from ptq4sam.model.insertion import insert_quantizers
@@ -241,4 +242,4 @@ def test_norms_of_tiny_vit(make_scheme: MakeScheme) -> None:  # noqa: F811
 def test_settings_are_checked() -> None:
     for wrong in ((), (0.0,), (1.5,)):
         with pytest.raises(ConfigError, match="allowed"):
-            NormScales(strengths=wrong)
+            Strengths(strengths=wrong)

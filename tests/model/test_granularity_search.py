@@ -43,14 +43,14 @@ def searched(scheme: Scheme) -> tuple[dict[str, tuple[float, float]], Seen]:
 
 @pytest.mark.parametrize("bits", [4, 6])
 def test_quick_search_is_as_good_as_the_exact_one(bits: int, make_scheme: MakeScheme) -> None:
-    """The error is flat around its least: scales may be some percent apart, errors may not."""
+    """Scales of one picture; means over several hide, where the error is flat, which was worse."""
     (quick, seen), (exact, _) = (
         searched(make_scheme(bits, ptq4sam={"AGQ": True, "exact": flag})) for flag in (False, True)
     )
     assert len(exact) == 6
     for name, (tau, scale) in exact.items():
         assert quick[name][0] == tau, name
-        assert quick[name][1] == pytest.approx(scale, rel=0.1), name
+        assert quick[name][1] == pytest.approx(scale, rel=0.02), name
         search = ScaleSearch(*seen[name], levels=2**bits, tolerance=0.0)
         errors = [search.error(int(tau), chosen) for chosen in (quick[name][1], scale)]
         assert errors[0] < 1.01 * errors[1], name

@@ -137,7 +137,7 @@ def test_a_unit_is_learned_the_same_by_cuda_graphs(
     model: QuantizedSam, items: list[CalibrationItem]
 ) -> None:
     model = model.to("cuda")
-    moved = [CalibrationItem(item.pixels.cuda(), item.boxes.cuda()) for item in items]
+    moved = [CalibrationItem(item.pixels.to("cuda"), item.boxes.to("cuda")) for item in items]
     for name in UNITS:
         data = seen(model, name, moved)
         first, again = (learned(model, name, data, cuda_graphs=on) for on in (True, False))

@@ -13,7 +13,7 @@ import ptq4sam
 from ptq4sam.deploy.onnx.encoder import encoder_graph
 from ptq4sam.families import VARIANTS
 from ptq4sam.methods.channel_scales import factors_of
-from ptq4sam.methods.norm_scales import Seen
+from ptq4sam.methods.channel_sizes import Seen
 from ptq4sam.model.audit import audit
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
