@@ -6,7 +6,9 @@ that group in the folder of --golden-dir; put "golden" into its name, so that -k
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import ptq4sam  # noqa: F401 before torch, which then knows how its threads wait
@@ -73,3 +75,14 @@ def shared_dir() -> Path:
     if not _SHARED.is_dir():
         pytest.skip(f"no shared folder at {_SHARED} (set PTQ4SAM_SHARED)")
     return _SHARED
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_before() -> Iterator[None]:
+    """Take back what a command set up for its log: a test must not see another's level."""
+    logger = logging.getLogger("ptq4sam")
+    level, handlers, propagate = logger.level, logger.handlers[:], logger.propagate
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+    logger.propagate = propagate

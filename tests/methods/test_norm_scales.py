@@ -212,6 +212,7 @@ def test_the_least_error_is_chosen_and_what_is_not_better_stays(
     # Where no norm precedes anything.
     none = dataclasses.replace(quantized.description, normalized=())
     monkeypatch.setattr(quantized, "description", none)
+    caplog.clear()
     with caplog.at_level("INFO", logger="ptq4sam.model.calibration"):
         apply_methods(quantized, items[:1], "before_ranges")
     said = [r.message for r in caplog.records if r.name.startswith("ptq4sam")]
