@@ -11,8 +11,9 @@ demo:
 	./environment.sh
 	$(bin)/ptq4sam demo
 
+# A process for each core, up to four (tests/conftest.py).
 test: lint site
-	$(bin)/pytest
+	$(bin)/pytest -n auto --dist worksteal
 
 # Every page, link, anchor and docstring that the site shows is there: anything else is an error.
 site:

@@ -18,7 +18,12 @@ import pytest
 import torch
 
 from ptq4sam.allocator import keep_freed_memory
+from ptq4sam.machine import cores
+from ptq4sam.threads import COUNTS
 from tests import golden_cases
+
+_MOST_WORKERS = 4
+"""Each holds more than a GiB of memory."""
 
 _TESTS = Path(__file__).parent
 _SHARED = Path(os.environ.get("PTQ4SAM_SHARED", _TESTS.parent.parent / "shared"))
@@ -33,8 +38,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What -n auto means: the cores that are ours, those of a second thread included."""
+    return min(cores(), _MOST_WORKERS)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     keep_freed_memory()
+    if workers := config.getoption("numprocesses", None):
+        # They share the cores, also with processes that their tests start.
+        for name in COUNTS:
+            os.environ.setdefault(name, str(max(1, cores() // workers)))
     config.addinivalue_line(
         "markers", "golden(*groups): run the test once for each golden case of these groups"
     )
