@@ -31,6 +31,7 @@ lint:
 	$(bin)/mypy
 	$(bin)/mypy --platform win32 --cache-dir .mypy_cache/win32
 	$(bin)/mypy --platform darwin --cache-dir .mypy_cache/darwin
+	$(bin)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	! command -v actionlint || actionlint
 
 clean:

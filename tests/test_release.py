@@ -16,6 +16,8 @@ from tests.tiny_runs import REPOSITORY
 
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
 PROJECT = (REPOSITORY / "pyproject.toml").read_text()
+MAKEFILE = (REPOSITORY / "Makefile").read_text()
+RULES = set(re.findall(r"^(\w+):", MAKEFILE, re.MULTILINE))
 
 
 def read(name: str) -> Any:
@@ -40,11 +42,31 @@ def test_every_python_of_the_package_is_tested_on_linux() -> None:
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflows_call_what_is_there(path: Path) -> None:
     text = path.read_text()
-    rules = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"\bmake (\w+)", text)) <= rules
+    assert set(re.findall(r"\bmake (\w+)", text)) <= RULES
     extras = set(re.findall(r"^(\w+) = \[", PROJECT, re.MULTILINE))
     for asked in re.findall(r'-e "\.\[(.*?)\]"', text):
         assert set(asked.split(",")) <= extras
+
+
+def test_hooks_are_commands_of_make_lint() -> None:
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
+    assert recipe is not None
+    linted = [line.removeprefix("\t$(bin)/") for line in recipe[1].splitlines()]
+    (local,) = read(".pre-commit-config.yaml")["repos"]
+    hooks = [hook["entry"].removesuffix(" --fix") for hook in local["hooks"]]
+    assert len(hooks) > 2
+    for hook in hooks:
+        assert any(line.startswith(f"{hook} ") for line in linted), hook
+
+
+def test_contributing_names_rules_that_are_there_and_the_tests_are_run_as_it_says() -> None:
+    said = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^    make (\w+)", said, re.MULTILINE))
+    assert {"lint", "test", "docs"} <= named <= RULES
+    tests = re.search(r"^\t\$\(bin\)/(pytest .+)$", MAKEFILE, re.MULTILINE)
+    assert tests is not None
+    assert f"python -m {tests[1]}\n" in WORKFLOWS[0].read_text(encoding="utf-8")
+    assert "make test" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(shutil.which("actionlint") is None, reason="actionlint is not installed")

@@ -7,7 +7,9 @@ from ptq4sam.errors import CalibrationError, ConfigError
 from ptq4sam.quantization.grid import Grid, fake_quantize
 from ptq4sam.quantization.observers import OBSERVERS, MSEObserver, PCTObserver
 
-PER_CHANNEL = ["MinMaxObserver", "MovingMinMaxObserver", "MSEObserver", "MSEFastObserver"]
+PER_CHANNEL = [
+    name for name, kind in OBSERVERS.items() if not (kind.per_tensor_only or kind.averages)
+]
 
 
 @pytest.fixture
