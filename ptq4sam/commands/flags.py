@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 SOURCES = (
-    "boxes.json, ground-truth, clicks[:N], scene-detector, onnx:FILE, yolox:FILE.pth, hdetr:FILE, "
-    "focalnet-dino:FILE, torchvision:NAME[:FILE], transformers:FOLDER or mmdet:CONFIG:FILE "
-    "(docs/prompts.md)"
+    "boxes.json, ground-truth[:all], clicks[:N], scene-detector, onnx:FILE, yolox:FILE.pth, "
+    "hdetr:FILE, focalnet-dino:FILE, torchvision:NAME[:FILE], transformers:FOLDER or "
+    "mmdet:CONFIG:FILE (docs/prompts.md)"
 )
 """Where boxes come from."""
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ptq4sam import parallel
 from ptq4sam.data import CocoDataset, ImageRecord, ImageSet
 from ptq4sam.errors import ConfigError, DataError
-from ptq4sam.evaluation import MaskScores, mask_ious, mask_results
+from ptq4sam.evaluation import MaskScores, mask_ious, mask_results, mean_iou_by_size
 from ptq4sam.evaluation.clicks import segment_by_clicks
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import Segmented, segment
@@ -61,7 +61,8 @@ class Evaluation:
 
     Attributes:
         metrics: AP, AP50, AP75, APs, APm, APl, AR in percent; where prompts are ground truth
-            mean_iou, and iou_error, the mean absolute error of the predicted IoUs; with clicks
+            mean_iou, the same by size as mean_iou_small, _medium and _large, and iou_error, the
+            mean absolute error of the predicted IoUs; with clicks
             also mean_iou_clicks_N after each click and mean_iou_best_of_three after the first;
             agreement where there is a float model to agree with. Without annotations only
             agreement.
@@ -84,6 +85,7 @@ class Scored:
     Attributes:
         results: masks in the COCO results format.
         ious: of each mask with the truth, where prompts are ground truth.
+        areas: of these objects, in pixels, as annotated.
         predicted: the model's own estimates of those.
         by_click: IoUs of each object after each click.
         best_of_three: IoU of the best mask of each object's first click.
@@ -91,6 +93,7 @@ class Scored:
 
     results: list[dict[str, Any]]
     ious: list[float]
+    areas: list[float] = field(default_factory=list)
     predicted: list[float] = field(default_factory=list)
     by_click: list[list[float]] = field(default_factory=list)
     best_of_three: list[float] = field(default_factory=list)
@@ -184,8 +187,8 @@ def evaluate_sam(
             outcomes.append(_Outcome())
             continue
         # Annotated boxes all score 1, so that what `select` leaves are the first ones.
-        truth = source.truth(record)[: len(prompts)] if isinstance(source, GroundTruth) else None
-        asked = _Asked(record, image, prompts, truth, prompting, getattr(source, "count", 0))
+        truth, areas = _truth(source, record, len(prompts))
+        asked = _Asked(record, image, prompts, truth, areas, prompting, getattr(source, "count", 0))
         outcome, picture = _compare(asked, predictor, reference_predictor)
         outcomes.append(outcome)
         if on_picture is not None:
@@ -210,6 +213,7 @@ class _Asked:
     image: NDArray[np.uint8]
     prompts: Prompts
     truth: NDArray[np.bool_] | None
+    areas: Sequence[float]
     prompting: Prompting
     clicks: int
 
@@ -218,13 +222,25 @@ class _Asked:
         embedding = predictor.embed(self.image)
         if self.clicks and self.truth is not None:
             clicked = segment_by_clicks(predictor, embedding, self.truth, self.clicks)
-            scored = score_picture(self.record, self.prompts, clicked.segmented, self.truth)
+            scored = self._scored(clicked.segmented)
             by_click, best = clicked.ious.tolist(), clicked.best_of_three.tolist()
             scored = dataclasses.replace(scored, by_click=by_click, best_of_three=best)
             return clicked.segmented, scored
         prompts = self.prompts
         found = segment(predictor, embedding, prompts.boxes, prompts.scores, self.prompting)
-        return found, score_picture(self.record, prompts, found, self.truth)
+        return found, self._scored(found)
+
+    def _scored(self, found: Segmented) -> Scored:
+        return score_picture(self.record, self.prompts, found, self.truth, self.areas)
+
+
+def _truth(
+    source: PromptSource, record: ImageRecord, count: int
+) -> tuple[NDArray[np.bool_] | None, Sequence[float]]:
+    """The first true masks of a picture and their areas; None and nothing without ground truth."""
+    if not isinstance(source, GroundTruth):
+        return None, ()
+    return source.truth(record)[:count], source.areas(record)[:count]
 
 
 def _compare(
@@ -276,7 +292,9 @@ def metrics_of(dataset: ImageSet, parts: Sequence[Scored]) -> dict[str, float]:
     metrics = scores.summarize()
     ious = [iou for part in parts for iou in part.ious]
     if ious:
-        metrics["mean_iou"] = float(np.mean(ious))
+        areas = [area for part in parts for area in part.areas]
+        known = mean_iou_by_size(ious, areas) if areas else {"mean_iou": float(np.mean(ious))}
+        metrics.update(known)
     predicted = [value for part in parts for value in part.predicted]
     if predicted:
         metrics["iou_error"] = float(np.mean(np.abs(np.subtract(predicted, ious))))
@@ -290,7 +308,11 @@ def metrics_of(dataset: ImageSet, parts: Sequence[Scored]) -> dict[str, float]:
 
 
 def score_picture(
-    record: ImageRecord, prompts: Prompts, segmented: Segmented, truth: NDArray[np.bool_] | None
+    record: ImageRecord,
+    prompts: Prompts,
+    segmented: Segmented,
+    truth: NDArray[np.bool_] | None,
+    areas: Sequence[float] = (),
 ) -> Scored:
     """What the masks of one picture add to the scores.
 
@@ -299,9 +321,10 @@ def score_picture(
         prompts: its boxes.
         segmented: a mask for each.
         truth: the true mask for each, bool [n, height, width], where prompts are ground truth.
+        areas: of these objects, in pixels; without them the mean IoU is not told by size.
     """
     results = mask_results(record, segmented.masks, segmented.scores, prompts.category_ids)
     if truth is None:
         return Scored(results, [])
     ious = mask_ious(segmented.masks, truth).tolist()
-    return Scored(results, ious, segmented.predicted_ious.tolist())
+    return Scored(results, ious, list(areas), segmented.predicted_ious.tolist())

@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+MEAN_IOU = "mean_iou"
+SMALL, LARGE = 32**2, 96**2
+"""Limits of the sizes of objects in pixels of area, as COCO has them."""
+SIZES = {"small": (0, SMALL), "medium": (SMALL, LARGE), "large": (LARGE, math.inf)}
+
+
+def mean_iou_by_size(ious: ArrayLike, areas: ArrayLike) -> dict[str, float]:
+    """Mean IoU of all objects and of those of each size.
+
+    As EfficientViT-SAM and the study of its quantization count (Bengs and Ryhede Bengtsson, 2024):
+    every object weighs the same, and both limits of a size belong to it, so that one of exactly
+    1024 or 9216 pixels is of two sizes.
+
+    Args:
+        ious: of the objects' masks with the truth, [n] in 0-1.
+        areas: of the objects as annotated, in pixels [n].
+
+    Returns:
+        mean_iou, mean_iou_small, mean_iou_medium, mean_iou_large in 0-1; NaN where there is none.
+
+    Raises:
+        ValueError: there are not as many areas as IoUs.
+    """
+    values, pixels = np.asarray(ious, np.float64), np.asarray(areas, np.float64)
+    if values.shape != pixels.shape:
+        raise ValueError(f"{values.size} IoUs of objects with {pixels.size} areas")
+    groups = {MEAN_IOU: values}
+    for size, (low, high) in SIZES.items():
+        groups[f"{MEAN_IOU}_{size}"] = values[(pixels >= low) & (pixels <= high)]
+    return {name: float(group.mean()) if group.size else math.nan for name, group in groups.items()}
 
 
 def mask_ious(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ from ptq4sam.prompts.detr import DETR_VARIANTS, DetrDetector
 from ptq4sam.prompts.ground_truth import Clicks, GroundTruth
 from ptq4sam.prompts.mmdet_detector import MmdetDetector
 from ptq4sam.prompts.record import PromptSource
-from ptq4sam.prompts.spec import Spec, parse_spec
+from ptq4sam.prompts.spec import ALL, Spec, parse_spec
 from ptq4sam.prompts.torchvision_detector import TorchvisionDetector
 from ptq4sam.prompts.transformers_detector import TransformersDetector
 from ptq4sam.prompts.yolox import YoloxOnnx, YoloxTorch
@@ -36,7 +36,7 @@ def open_prompts(
         spec = parse_spec(spec)
     kind, name, file = spec.kind, spec.name, spec.file
     if kind == "ground-truth":
-        return GroundTruth(dataset)
+        return GroundTruth(dataset, crowds=name == ALL)
     if kind == "clicks":
         return Clicks(dataset, int(name))
     if kind == "scene-detector":

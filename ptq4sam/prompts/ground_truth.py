@@ -14,20 +14,26 @@ from ptq4sam.prompts.record import Prompts, clean
 class GroundTruth:
     """Prompt source: annotated boxes with score 1, in file order; crowd regions are left out.
 
+    Args:
+        dataset: annotated pictures.
+        crowds: as EfficientViT-SAM is evaluated: crowd regions too, and no object of less than one
+            pixel.
+
     Raises:
         DataError: the data set has no annotations.
     """
 
     name = "ground truth"
 
-    def __init__(self, dataset: ImageSet) -> None:
+    def __init__(self, dataset: ImageSet, crowds: bool = False) -> None:
         if not isinstance(dataset, CocoDataset) or not dataset.annotated_images():
             raise DataError("prompts from ground truth need a data set with annotations")
         self._dataset = dataset
+        self._crowds = crowds
 
     def fingerprint(self) -> str:
         """Identifies the annotations."""
-        return self._dataset.fingerprint()
+        return self._dataset.fingerprint() + ("-crowds" if self._crowds else "")
 
     def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:
         """The annotated boxes of a picture; the pixels are not looked at."""
@@ -43,9 +49,14 @@ class GroundTruth:
             mask[:] = item.mask
         return masks
 
+    def areas(self, record: ImageRecord) -> list[float]:
+        """Areas of the objects as annotated, in pixels, in the order of `prompts`."""
+        return [item.area for item in self._usable(record)[1]]
+
     def _usable(self, record: ImageRecord) -> tuple[Prompts, list[Instance]]:
         """Boxes that can prompt, and their objects."""
-        objects = [item for item in self._dataset.instances(record) if not item.iscrowd]
+        every = self._dataset.instances(record)
+        objects = [item for item in every if (item.area >= 1 if self._crowds else not item.iscrowd)]
         boxes = np.array([item.box for item in objects], np.float32).reshape(-1, 4)
         # Places stand for categories, so that one sees which boxes are left.
         places = np.arange(len(objects))

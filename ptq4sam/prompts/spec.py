@@ -15,7 +15,7 @@ BOXES = "boxes"
 
 FORMS = {
     BOXES: "BOXES.json",
-    "ground-truth": "ground-truth",
+    "ground-truth": "ground-truth[:all]",
     "clicks": "clicks[:N]",
     "scene-detector": "scene-detector",
     "onnx": "onnx:FILE",
@@ -32,6 +32,8 @@ _PAIR = re.compile(r"(.+?):((?:[A-Za-z]:[\\/])?[^:]+)")
 """Two names; the second may begin with a drive of Windows."""
 
 _ALONE = ("ground-truth", "scene-detector")
+ALL = "all"
+"""Of ground truth: crowd regions too."""
 _MOST_CLICKS = 20
 
 PACKAGES = {
@@ -49,7 +51,7 @@ class Spec:
     Attributes:
         kind: a key of `FORMS`.
         name: of the model in torchvision, the configuration for mmdet, the folder for transformers,
-            how many clicks.
+            how many clicks, `ALL` of ground truth.
         file: boxes or weights; None where there are none, or torchvision's own are meant.
     """
 
@@ -67,6 +69,8 @@ def parse_spec(text: str) -> Spec:
     kind, _, rest = text.partition(":")
     if text in _ALONE:
         return Spec(text)
+    if text == f"ground-truth:{ALL}":
+        return Spec(kind, ALL)
     if kind == "clicks":
         return Spec(kind, str(_clicks(text, rest)))
     if kind in FORMS and kind not in (BOXES, *_ALONE):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ptq4sam.columns import aligned
 from ptq4sam.evaluation.evaluate import AFTER_CLICK
+from ptq4sam.evaluation.overlap import MEAN_IOU, SIZES
 
 COLUMNS = (
     ("AP", "AP"),
@@ -51,6 +53,7 @@ def summary_table(metrics: dict[str, Any], width: int | None = None) -> str:
         lines.append(
             f"{metrics['model']}: {metrics['masks']} masks on {metrics['pictures']} pictures"
         )
+    lines.extend(_by_size(name, row) for name, row in rows if f"{MEAN_IOU}_small" in row)
     lines.extend(_clicks(name, row) for name, row in rows if _AFTER_FIRST in row)
     if "accuracy_control" in metrics:
         control = metrics["accuracy_control"]
@@ -66,6 +69,17 @@ def summary_table(metrics: dict[str, Any], width: int | None = None) -> str:
     if "warning" in metrics:
         lines.append(f"warning: {metrics['warning']}")
     return "\n".join(lines)
+
+
+def _by_size(name: str, row: dict[str, Any]) -> str:
+    """One line: mean IoUs of small, medium and large objects; "none" where there is none."""
+    found = {size: row[f"{MEAN_IOU}_{size}"] for size in SIZES}
+    # metrics.json has null for what is no number.
+    told = (
+        f"{size} {'none' if iou is None or math.isnan(iou) else f'{iou:.3f}'}"
+        for size, iou in found.items()
+    )
+    return f"{name}, mean IoU by size: {', '.join(told)}"
 
 
 def _clicks(name: str, row: dict[str, Any]) -> str:

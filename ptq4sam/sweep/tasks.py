@@ -19,7 +19,7 @@ from ptq4sam.sweep.settings import TrialSettings, digest, with_extensions
 
 Kind = Literal["boxes", "calibration boxes", "float", "calibration", "trial"]
 
-_WITHOUT_DETECTOR = ("ground-truth",)
+_WITHOUT_DETECTOR = ("ground-truth", "ground-truth:all")
 
 
 @dataclass(frozen=True)

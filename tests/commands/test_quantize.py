@@ -20,7 +20,8 @@ def test_quantizing_reports_agreement_audit_and_scheme(quantized: Quantized) -> 
     assert (metrics["encoder"], metrics["encoder_quantized"]) == ("quantized", True)
     assert 0 <= metrics["agreement"] <= 1
     assert {*AP, "mean_iou"} <= metrics.keys()
-    assert {*AP, "mean_iou", "iou_error"} == metrics["float"].keys()
+    by_size = {f"mean_iou_{size}" for size in ("small", "medium", "large")}
+    assert {*AP, "mean_iou", *by_size, "iou_error"} == metrics["float"].keys()
     assert {"calibration boxes", "quantize", "audit", "save", "evaluate"} <= set(metrics["phases"])
     scheme = Scheme.from_yaml(quantized.work_dir / "scheme.yaml")
     asked = Scheme.from_yaml(SCHEMES / "ptq4sam-s44.yaml").with_overrides(*QUICK, "calibrate=2")

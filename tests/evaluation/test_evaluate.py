@@ -44,6 +44,15 @@ def test_mean_iou_compares_each_mask_with_its_own_object(sam: Sam, tiny: Tiny) -
         ious += mask_ious(picture.segmented.masks, truth).tolist()
     assert evaluation.metrics["mean_iou"] == pytest.approx(np.mean(ious))
     assert evaluation.masks == len(evaluation.results) == 4
+    areas = [
+        item.area
+        for picture in seen
+        for item in [i for i in dataset.instances(picture.record) if not i.iscrowd][:2]
+    ]
+    for size, low, high in (("small", 0, 1024), ("medium", 1024, 9216), ("large", 9216, np.inf)):
+        chosen = [iou for iou, area in zip(ious, areas, strict=True) if low <= area <= high]
+        expected = np.mean(chosen) if chosen else np.nan
+        assert evaluation.metrics[f"mean_iou_{size}"] == pytest.approx(expected, nan_ok=True)
 
 
 def test_boxes_that_are_used() -> None:

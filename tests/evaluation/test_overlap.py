@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptq4sam.evaluation import best_ious, encode_masks, mask_ious
+from ptq4sam.evaluation import best_ious, encode_masks, mask_ious, mean_iou_by_size
 
 
 def _square(x: int, y: int, side: int) -> np.ndarray:
@@ -46,3 +46,27 @@ def test_objects_have_the_iou_of_the_mask_that_fits_best() -> None:
     assert found.tolist() == pytest.approx([6 / 8, 1 / 3])
     assert best_ious(encode_masks(objects), []).tolist() == [0, 0]
     assert best_ious([], encode_masks(masks)).tolist() == []
+
+
+def test_mean_iou_by_size_counts_an_object_on_a_limit_twice() -> None:
+    """By hand: 1024 and 9216 pixels are the limits, and belong to both sizes beside them."""
+    areas = [1, 1023.5, 1024, 1025, 9215, 9216, 9216.5, 40000]
+    ious = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9]
+    found = mean_iou_by_size(ious, areas)
+    assert found == pytest.approx(
+        {
+            "mean_iou": 3.7 / 8,
+            "mean_iou_small": (0.1 + 0.2 + 0.3) / 3,
+            "mean_iou_medium": (0.3 + 0.4 + 0.5 + 0.6) / 4,
+            "mean_iou_large": (0.6 + 0.7 + 0.9) / 3,
+        }
+    )
+
+
+def test_a_size_without_objects_has_no_mean() -> None:
+    found = mean_iou_by_size([0.5, 1], [10, 20])
+    assert found["mean_iou"] == found["mean_iou_small"] == 0.75
+    assert np.isnan([found["mean_iou_medium"], found["mean_iou_large"]]).all()
+    assert np.isnan(list(mean_iou_by_size([], []).values())).all()
+    with pytest.raises(ValueError, match="2 IoUs of objects with 1 areas"):
+        mean_iou_by_size([0.5, 1], [10])

@@ -25,6 +25,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("text", "expected"),
     [
         ("ground-truth", Spec("ground-truth")),
+        ("ground-truth:all", Spec("ground-truth", "all")),
         ("scene-detector", Spec("scene-detector")),
         ("b/boxes.json", Spec("boxes", file=Path("b/boxes.json"))),
         ("onnx:a.onnx", Spec("onnx", file=Path("a.onnx"))),
@@ -46,8 +47,9 @@ def test_names_are_taken_apart(text: str, expected: Spec) -> None:
 @pytest.mark.parametrize(
     ("text", "form"),
     [
-        ("ground_truth", "ground-truth"),
-        ("groundtruth", "ground-truth"),
+        ("ground_truth", "ground-truth[:all]"),
+        ("ground-truth:every", "ground-truth[:all]"),
+        ("groundtruth", "ground-truth[:all]"),
         ("scene_detektor", "scene-detector"),
         ("onxx:/a/long/path/to/yolox_nano.onnx", "onnx:FILE"),
         ("torchvison:ssd300_vgg16", "torchvision:NAME[:FILE]"),

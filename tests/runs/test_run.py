@@ -125,5 +125,8 @@ def test_summary_of_two_models_and_of_none() -> None:
     assert audit == "audit passed"
     del metrics["audit"]
     assert summary_table({**metrics, "encoder": "float"}).endswith("\nimage encoder float")
+    sizes = {"mean_iou_small": 0.25, "mean_iou_medium": None, "mean_iou_large": float("nan")}
+    told = summary_table({**metrics, **sizes}).splitlines()[-1]
+    assert told == "quantized, mean IoU by size: small 0.250, medium none, large none"
     unscored = {"model": "vit_b", "masks": 7, "pictures": 2}
     assert summary_table(unscored) == "vit_b: 7 masks on 2 pictures"
