@@ -15,6 +15,7 @@ from ptq4sam.runs.configs.experiment import ExperimentConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ["minmax", "percentile", "omse", "ptq4sam-s", "adaround", "brecq", "qdrop", "ptq4sam-l"]
+MIXED = ("mix-dwsc", "mix-mbc-neck")
 NEWER = ["saq-sam", "ahcptq", "ahcq-sam", "car-sam"]
 PUBLISHED_EXPERIMENTS = [
     f"{stem}-{size}.py"
@@ -64,14 +65,18 @@ def test_the_recipe_has_nothing_of_more_bits_and_learns_nothing() -> None:
 
 def test_schemes_of_a_study_differ_in_what_stays_float() -> None:
     folder = ROOT / "exp" / "efficientvit_sam"
-    assert {path.stem for path in folder.glob("*")} == {"int8", "mix-dwsc", "mix-mbc-neck"}
-    whole = scheme("efficientvit_sam/int8")
-    assert set(whole.units) == {"mask_decoder.transformer"}
-    for name in ("mix-dwsc", "mix-mbc-neck"):
-        read = scheme(f"efficientvit_sam/{name}")
-        assert replace(read, units=whole.units) == whole
-        assert set(read.units) > set(whole.units)
-        assert set(read.units.values()) == {"float"}
+    names = {f"{form}{name}" for form in ("", "study-") for name in ("int8", *MIXED)}
+    assert {path.stem for path in folder.glob("*")} == names | {"w8a8"}
+    assert scheme("efficientvit_sam/w8a8").units == scheme("efficientvit_sam/int8").units
+    for form, compat in (("", "faithful"), ("study-", "study")):
+        whole = scheme(f"efficientvit_sam/{form}int8")
+        assert set(whole.units) == {"mask_decoder.transformer"}
+        assert whole.compat == compat
+        for name in MIXED:
+            read = scheme(f"efficientvit_sam/{form}{name}")
+            assert replace(read, units=whole.units) == whole
+            assert set(read.units) > set(whole.units)
+            assert set(read.units.values()) == {"float"}
 
 
 @pytest.mark.parametrize("bits", ["44", "66"])

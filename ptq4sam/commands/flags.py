@@ -15,7 +15,7 @@ SOURCES = (
 MODELS = (
     *("vit_nano", "vit_nano_bimodal", "tiny_vit_nano"),
     *("vit_b", "vit_l", "vit_h", "mobile_sam", "tinysam"),
-    *(f"efficientvit_sam_{size}" for size in ("l0", "l1", "l2", "xl0", "xl1")),
+    *(f"efficientvit_sam_{size}" for size in ("l0", "l1", "l2", "xl0", "xl1", "nano")),
 )
 """SAMs by name, as `families.VARIANTS` has them, for help that does not wait for torch."""
 

@@ -18,7 +18,7 @@ from ptq4sam.families import build_sam
 from ptq4sam.model.float_weights import float_weights
 from ptq4sam.model.insertion import insert_quantizers
 from ptq4sam.operators.base import quantized_layers
-from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.quantization.scheme import STUDY, Scheme
 from ptq4sam.sam.model import Sam
 
 _HALF_BITS = 16
@@ -149,7 +149,7 @@ def meta_sam(
 ) -> Sam:
     """A SAM without values, float or with quantizers; arguments as for `count`."""
     with torch.device("meta"):
-        sam = build_sam(name, image_size)
+        sam = build_sam(name, image_size, folded=scheme is None or scheme.compat != STUDY)
         if scheme is None:
             return sam
         return insert_quantizers(sam, scheme, quantize_encoder)

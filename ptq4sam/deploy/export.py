@@ -25,6 +25,7 @@ from ptq4sam.errors import ConfigError, DependencyError, DeployError
 from ptq4sam.files import temporary_folder
 from ptq4sam.locks import alone_in
 from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.quantization.scheme import SIMULATIONS
 from ptq4sam.sam.model import Sam
 from ptq4sam.version import __version__
 
@@ -124,10 +125,11 @@ def _check_form(sam: Sam, form: Format, fast: bool, products: Products | None) -
             f"asked for {products} products of codes in {'a fast' if fast else 'an'} export as "
             f"{form}: exact exports as {known}"
         )
-    if isinstance(sam, QuantizedSam) and sam.scheme.compat == "published":
+    compat = sam.scheme.compat if isinstance(sam, QuantizedSam) else "faithful"
+    if why := SIMULATIONS.get(compat):
         raise DeployError(
-            "asked to export a model with compat: published, which is not on its grid: quantize "
-            "with compat: faithful"
+            f"asked to export a model with compat: {compat}, which {why}: quantize with compat: "
+            "faithful"
         )
     if sam.geometry.resizing != "longest side":
         raise DeployError(

@@ -30,7 +30,7 @@ from ptq4sam.families import build_sam
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.operators.base import QuantizedLayer, quantized_layers
 from ptq4sam.quantization.modes import quantizers
-from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.quantization.scheme import SIMULATIONS, Scheme
 from ptq4sam.sam.description import SAM_NORMALIZATION, Normalization
 from ptq4sam.version import __version__
 
@@ -45,14 +45,14 @@ def save(sam: QuantizedSam, path: str | Path) -> None:
     """Write a frozen quantized model, atomically.
 
     Raises:
-        ConfigError: the model keeps the published defects; it is no quantized model.
+        ConfigError: the model is a simulation alone (`SIMULATIONS`).
         DeployError: a weight does not lie on its grid.
         CalibrationError: a quantizer has no scale.
     """
-    if sam.scheme.compat == "published":
+    if why := SIMULATIONS.get(sam.scheme.compat):
         raise ConfigError(
-            "asked to save a model with compat: published, which is not on its grid: "
-            "quantize with compat: faithful to get a file"
+            f"asked to save a model with compat: {sam.scheme.compat}, which {why}: quantize with "
+            "compat: faithful to get a file"
         )
     tensors = _kept(sam)
     weights: dict[str, Any] = {}

@@ -26,6 +26,8 @@ def load_sam(
     name: str,
     checkpoint: str | Path | None = None,
     device: str | torch.device = "cpu",
+    *,
+    folded: bool = True,
 ) -> Sam:
     """Load a float SAM, ready for inference, in float32.
 
@@ -39,12 +41,14 @@ def load_sam(
             with a ViT also the directory of a Hugging Face SamModel. None: the weights that ship
             with the package, which only vit_nano has.
         device: where the model shall live.
+        folded: fold batch normalisations, as for inference; with them is what `compat: study`
+            simulates.
 
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError: the name is unknown, or it has no batch normalisations to be left.
         CheckpointError: the weights are missing, damaged, unsafe to read or another model's.
     """
-    variant = variant_of(name)
+    variant = variant_of(name, folded)
     found, side, origin = _read(variant, checkpoint)
     with torch.device("meta"):
         skeleton = variant.build(side)

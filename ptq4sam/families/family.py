@@ -121,6 +121,8 @@ class Variant:
             and its origin, for messages.
         fit: a tensor as this variant holds it; takes name, tensor and the model's own.
         remake: from another variant's state dict (after `fold`), whose weights it shares.
+        unfolded: the same with batch normalisations where the family folds them and a published
+            study simulates it; None for no such form.
     """
 
     name: str
@@ -131,3 +133,4 @@ class Variant:
     side_of: Callable[[Mapping[str, Tensor], str], int]
     fit: Callable[[str, Tensor, Tensor], Tensor] = lambda _name, tensor, _own: tensor
     remake: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    unfolded: Variant | None = None

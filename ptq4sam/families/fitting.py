@@ -23,7 +23,7 @@ _LEVELS = 255
 def fit_state(
     variant: Variant, state: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str
 ) -> dict[str, Tensor]:
-    """Check tensors against the model that was asked for and copy them to float32.
+    """Check tensors against the model that was asked for and copy them to float32, or counts.
 
     Args:
         variant: that was asked for.
@@ -40,13 +40,15 @@ def fit_state(
     fitted = {}
     for key, reference in expected.items():
         tensor = state[key]
-        if not tensor.is_floating_point():
+        counts = not reference.is_floating_point()
+        if not counts and not tensor.is_floating_point():
             raise CheckpointError(
                 f"{origin}: {name} needs {key} in floating point, but found {tensor.dtype}; "
                 "give the float weights"
             )
         # A copy, since the file is mapped into memory and may be replaced while the model lives.
-        copied = tensor.detach().to(torch.float32, copy=True).contiguous()
+        kind = reference.dtype if counts else torch.float32
+        copied = tensor.detach().to(kind, copy=True).contiguous()
         copied = variant.fit(key, copied, reference)
         if copied.shape != reference.shape:
             raise CheckpointError(

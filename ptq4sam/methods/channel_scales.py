@@ -1,11 +1,12 @@
-"""A factor for each channel between a depthwise and a projecting convolution.
+"""A factor for each channel between an activation and the 1x1 convolution that alone reads it.
 
-Behind a depthwise convolution channels are of very different size, and one even grid for all of
-them gives most of them few codes. A GELU lies before the grid, so that no scale can be folded into
-the depthwise convolution itself; but behind the GELU channel c can be multiplied by f_c, and the
-column of the projecting weight that reads it divided. On a device the product is the scale, channel
-by channel, by which the result of the GELU becomes codes; sums of codes stay as they are (Nagel et
-al., "Data-Free Quantization", 2019, section 4.1, has it for ReLUs, across which it commutes).
+Behind a depthwise convolution, and behind the wide one of a fused block, channels are of very
+different size, and one even grid for all of them gives most of them few codes. A GELU lies before
+the grid, so that no scale can be folded into that convolution itself; but behind the GELU channel c
+can be multiplied by f_c, and the column of the projecting weight that reads it divided. On a device
+the product is the scale, channel by channel, by which the result of the GELU becomes codes; sums of
+codes stay as they are (Nagel et al., "Data-Free Quantization", 2019, section 4.1, has it for ReLUs,
+across which it commutes).
 
 f_c is the power of two next to (r / r_c)^a, r_c being the largest size of channel c and r the
 geometric mean: products with powers of two round nothing, so that the float model stays what it is,

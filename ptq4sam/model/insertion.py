@@ -26,10 +26,11 @@ from ptq4sam.operators.base import (
     kinds,
     quantized_operators,
 )
+from ptq4sam.operators.simulated import SIMULATED
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import Quantizer
 from ptq4sam.quantization.registry import METHODS
-from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.quantization.scheme import STUDY, Scheme
 from ptq4sam.quantization.slots import require_roles
 from ptq4sam.records import FieldError, unknown_key
 from ptq4sam.sam.addresses import Address, is_address, select
@@ -208,8 +209,10 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
 
     Raises:
         ConfigError: the scheme makes an exception for a unit that there is not, or an operator has
-            no quantized form, or is in no list of its family's.
+            no quantized form, or is in no list of its family's, or `compat: study` has no batch
+            normalisations to simulate.
     """
+    _check_norms(sam, scheme)
     quantized = QuantizedSam(copy.deepcopy(sam), scheme, quantize_encoder)
     _check_units(quantized)
     _check_operators(quantized)
@@ -220,12 +223,22 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
     if scheme.upscaling == "quantized":
         factory = QuantizerFactory(scheme)
         insert_into(quantized, UPSCALING, description, factory, quantized.level_of)
-    make_portable(quantized, description, quantize_encoder)
+    if scheme.compat != STUDY:
+        make_portable(quantized, description, quantize_encoder)
     name_quantizers(quantized)
     if scheme.float_weights == "float16":
         round_float_weights(quantized)
     # Quantizers were made on torch's default device.
     return quantized.eval().requires_grad_(False).to(sam.device)
+
+
+def _check_norms(sam: Sam, scheme: Scheme) -> None:
+    normalized = any(isinstance(module, nn.BatchNorm2d) for module in sam.modules())
+    if scheme.compat == STUDY and not normalized:
+        raise ConfigError(
+            f"compat: study simulates batch normalisations, which this {sam.name} has not, or not "
+            "any more: load an EfficientViT-SAM by load_sam(..., folded=False)"
+        )
 
 
 def _check_units(sam: QuantizedSam) -> None:
@@ -296,9 +309,10 @@ def insert_into(
         own = factory.at_level(level_of(name))
         if description.place_of(name) is None or own is None:
             continue
-        form = QUANTIZED.get(type(operator))
+        forms = SIMULATED if own.scheme.compat == STUDY else QUANTIZED
+        form = forms.get(type(operator))
         if form is None:
-            known = ", ".join(sorted(kind.__name__ for kind in QUANTIZED))
+            known = ", ".join(sorted(kind.__name__ for kind in forms))
             raise ConfigError(
                 f"{name} is to be quantized, but a {type(operator).__name__} has no quantized "
                 f"form: {known} have one"

@@ -153,9 +153,8 @@ class MinMaxObserver(Observer):
         return low, high
 
 
-@OBSERVERS.register("MovingMinMaxObserver")
-class MovingMinMaxObserver(MinMaxObserver):
-    """Moving averages of the smallest and largest values of batches, which begin at the first's.
+class _Moving(Observer):
+    """Moving averages of the ends of batches, which begin at the first's.
 
     A batch counts `momentum`, so that of few batches the first one tells most.
     """
@@ -170,6 +169,11 @@ class MovingMinMaxObserver(MinMaxObserver):
         self.minimum = self.minimum + (low - self.minimum) * self.momentum
         self.maximum = self.maximum + (high - self.maximum) * self.momentum
         self.batches += 1
+
+
+@OBSERVERS.register("MovingMinMaxObserver")
+class MovingMinMaxObserver(_Moving, MinMaxObserver):
+    """Moving averages of the smallest and largest values of batches."""
 
 
 @OBSERVERS.register("AvgMinMaxObserver")
@@ -241,17 +245,21 @@ class PCTObserver(Observer):
     of fake quantization would contradict most of its recorded cases.
     """
 
-    per_tensor_only = True
     percentile: ClassVar[float] = 0.99999
 
     def batch_range(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantiles 1 - p and p of all values, interpolated linearly."""
-        values = rows[0]
-        position = (1 - self.percentile) * (values.numel() - 1)
+        """Quantiles 1 - p and p of each row, interpolated linearly."""
+        elements = rows.shape[1]
+        position = (1 - self.percentile) * (elements - 1)
         index = int(position)
-        depth = min(index + 2, values.numel())
+        depth = min(index + 2, elements)
         ends = []
         for largest in (False, True):
-            tail = values.topk(depth, largest=largest).values
-            ends.append(torch.lerp(tail[index], tail[depth - 1], position - index).reshape(1))
+            tail = rows.topk(depth, dim=1, largest=largest).values
+            ends.append(torch.lerp(tail[:, index], tail[:, depth - 1], position - index))
         return ends[0], ends[1]
+
+
+@OBSERVERS.register("MovingPCTObserver")
+class MovingPCTObserver(_Moving, PCTObserver):
+    """Moving averages of the percentiles of batches."""

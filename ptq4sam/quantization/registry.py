@@ -115,6 +115,7 @@ OBSERVERS: Registry[type[Observer]] = Registry(
         "MSEFastObserver",
         "AvgMSEFastObserver",
         "PCTObserver",
+        "MovingPCTObserver",
     ),
 )
 """Observers by their published names, and those from outside."""

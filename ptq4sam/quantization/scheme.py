@@ -32,12 +32,18 @@ PER_TENSOR_OBSERVER_NAMES = (
     "AvgMinMaxObserver",
     "AvgMSEObserver",
     "AvgMSEFastObserver",
-    "PCTObserver",
 )
 LEARNED_SCALE_QUANTIZER_NAMES = ("LSQFakeQuantize", "LSQPlusFakeQuantize")
 
 FLOAT: Literal["float"] = "float"
 """Instead of bits: a unit that stays as it is."""
+
+STUDY: Literal["study"] = "study"
+SIMULATIONS = {
+    "published": "is not on its grid",
+    STUDY: "quantizes results between float operations, as no device does",
+}
+"""What of a scheme's `compat` keeps a model from being saved, exported or deployed."""
 
 _BOTH_BITS = re.compile(r"w(\d+)a(\d+)")
 
@@ -230,7 +236,9 @@ class Scheme(Record):
             model before ranges, after ranges and after reconstruction, in this order.
         compat: ours; "published" leaves activations dropped and roundings soft after
             reconstruction, as the published implementation does, to reproduce its numbers; they
-            are not those of a quantized model.
+            are not those of a quantized model. "study" simulates a network of convolutions as a
+            published study does (`operators.simulated`): results are quantized too, between float
+            operations, and batch normalisations are not folded.
     """
 
     a_qconfig: TensorFormat
@@ -243,7 +251,7 @@ class Scheme(Record):
     upscaling: Literal["float", "quantized"] = "float"
     slots: dict[str, object] = field(default_factory=dict)
     methods: dict[str, object] | tuple[str, ...] = field(default_factory=dict)
-    compat: Literal["faithful", "published"] = "faithful"
+    compat: Literal["faithful", "published", "study"] = "faithful"
 
     def _validate(self) -> None:
         self._require(self.calibrate >= 1, "calibrate", "1 or more")
@@ -262,6 +270,10 @@ class Scheme(Record):
             allowed = ", ".join(name for name in QUANTIZERS.names if name != ADAROUND)
             raise FieldError(
                 "a_qconfig.quantizer", f"{ADAROUND} is for weights; allowed: {allowed}"
+            )
+        if self.compat == STUDY and (self.recon is not None or self.upscaling != FLOAT):
+            raise FieldError(
+                "compat", "study given, which simulates ranges alone: leave recon and upscaling out"
             )
         if self.recon is not None:
             self._check_learning(self.recon)
@@ -330,7 +342,7 @@ class Scheme(Record):
         formats.update(self.slot_formats)
         found = selected(formats, slot, roles)
         base = self.w_qconfig if slot == "weight" else self.a_qconfig
-        if slot == STATE:
+        if slot == STATE and self.compat != STUDY:
             # Sums of products of two activations, which have the bits of both.
             bits = min(2 * base.bit, _MOST_BITS)
             base = replace(base, bit=bits, symmetric=True)

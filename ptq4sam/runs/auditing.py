@@ -45,18 +45,14 @@ def audit_run(phases: Phases, sam: QuantizedSam) -> AuditReport:
     return report
 
 
-def is_published(sam: PromptableModel) -> bool:
-    """Whether a model has the defects of the published implementation, as its scheme asks."""
-    return isinstance(sam, QuantizedSam) and sam.scheme.compat == "published"
-
-
 def require_passed(report: AuditReport, sam: PromptableModel) -> None:
     """Refuse a model with findings, unless its scheme asked for them.
 
     Raises:
         CalibrationError: there are some.
     """
-    if report.passed or is_published(sam):
+    published = isinstance(sam, QuantizedSam) and sam.scheme.compat == "published"
+    if report.passed or published:
         return
     raise CalibrationError(
         f"the audit has {len(report.findings)} findings "

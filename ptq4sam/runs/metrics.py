@@ -10,8 +10,7 @@ from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.evaluation.evaluate import Evaluation
 from ptq4sam.model.audit import AuditReport, EncoderState
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.quantization.scheme import FLOAT
-from ptq4sam.runs.auditing import is_published
+from ptq4sam.quantization.scheme import FLOAT, SIMULATIONS
 from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.inputs import calibration_prompts
 from ptq4sam.runs.models import RunModels
@@ -62,8 +61,9 @@ def run_metrics(
         metrics["accuracy_control"] = models.accuracy.to_dict()
     if report is not None:
         metrics["audit"] = {"passed": report.passed, "report": report.lines()}
-    if is_published(sam):
-        metrics["warning"] = "compat: published; not the numbers of a quantized model"
+    compat = sam.scheme.compat if isinstance(sam, QuantizedSam) else None
+    if compat in SIMULATIONS:
+        metrics["warning"] = f"compat: {compat}; not the numbers of a quantized model"
     metrics["asked"] = _asked(settings)
     metrics["seed"] = settings.seed
     metrics["device"] = str(context.device)

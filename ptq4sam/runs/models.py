@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ptq4sam.families import variant_of
 from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.model.distributions import Distributions
 from ptq4sam.model.plan import Plan
+from ptq4sam.quantization.scheme import STUDY
 from ptq4sam.runs.accuracy import AccuracyReport
 from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.inputs import Inputs
@@ -89,9 +91,11 @@ class ModelOpener:
             CheckpointError: its file is not what it was taken for.
         """
         settings = self._settings
+        folded = settings.scheme is None or settings.scheme.compat != STUDY
         key = (settings.float_model, settings.checkpoint, self._context.device)
         with self._phases.phase("load"):
-            return self._context.opened.get("model", key, lambda: load_sam(*key))
+            load = partial(load_sam, *key, folded=folded)
+            return self._context.opened.get("model", (*key, folded), load)
 
     def _quantized(self, sam: Sam) -> RunModels:
         validation = self._inputs.validation()

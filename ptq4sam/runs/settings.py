@@ -14,7 +14,7 @@ from ptq4sam.deploy.backends import check_backend
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.numerics import require_float64
-from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.quantization.scheme import SIMULATIONS, Scheme
 from ptq4sam.records import Record
 
 DEFAULT_MODEL = "vit_nano"
@@ -210,10 +210,11 @@ class RunSettings:
                 f"asked to write the model to {self.save_model}: name it *.safetensors, which is "
                 "what it is"
             )
-        if self.scheme is not None and self.scheme.compat == "published":
+        compat = "faithful" if self.scheme is None else self.scheme.compat
+        if why := SIMULATIONS.get(compat):
             raise ConfigError(
-                "asked to save a model with compat: published, which is not on its grid: "
-                "quantize with compat: faithful to get a file"
+                f"asked to save a model with compat: {compat}, which {why}: quantize with compat: "
+                "faithful to get a file"
             )
 
     @property

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,6 +145,56 @@ def test_constant_channels(name: str) -> None:
     assert bool((scale > 0).all())
     # Bounded minimisation of a jagged function may end a little beside the value.
     assert float(scale[2]) * 15 == pytest.approx(0.7, rel=0.1 if "Fast" in name else 1e-2)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_percentiles_are_those_of_numpy(axis: int | None) -> None:
+    """Of weights by channel and activations by tensor alike; the moving ones go on from them."""
+    generator = np.random.RandomState(3)
+    batches = [generator.standard_t(2, (3, 4, 7_001)).astype(np.float32) for _ in range(3)]
+    plain, moving = (
+        OBSERVERS[name](Grid(8), axis) for name in ("PCTObserver", "MovingPCTObserver")
+    )
+    ends = []
+    for batch in batches:
+        plain.reset()
+        plain.observe(torch.from_numpy(batch))
+        moving.observe(torch.from_numpy(batch))
+        rows = (
+            batch.reshape(1, -1)
+            if axis is None
+            else np.moveaxis(batch, axis, 0).reshape(batch.shape[axis], -1)
+        )
+        expected = np.quantile(rows.astype(np.float64), [1 - 0.99999, 0.99999], axis=1)
+        ends.append(expected[:, 0] if axis is None else expected)
+        found = np.stack([plain.minimum.numpy(), plain.maximum.numpy()])
+        np.testing.assert_allclose(found, ends[-1], rtol=1e-5)
+    first, second, third = ends
+    moved = first + 0.01 * (second - first)
+    moved = moved + 0.01 * (third - moved)
+    found = np.stack([moving.minimum.numpy(), moving.maximum.numpy()])
+    np.testing.assert_allclose(found, moved, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_squared_errors_are_least_on_weights_and_activations(axis: int | None) -> None:
+    """Of OMSE's range against a hundred others, by the error of its own metric."""
+    x = torch.from_numpy(np.random.RandomState(4).standard_t(3, (3, 40)).astype(np.float32))
+    observer = OBSERVERS["MSEObserver"](Grid(4, symmetric=True), axis)
+    observer.observe(x)
+
+    def errors(scale: torch.Tensor) -> torch.Tensor:
+        quantized = fake_quantize(x, scale, torch.zeros_like(scale), observer.grid, axis)
+        lost = (quantized - x).abs() ** 2.4
+        if axis is None:
+            return lost.mean()
+        return lost.movedim(axis, 0).flatten(1).mean(1)
+
+    largest = x.abs().max() if axis is None else x.movedim(axis, 0).flatten(1).abs().amax(1)
+    least = torch.stack([errors(largest * k / 100 / 7.5) for k in range(10, 101)]).amin(0)
+    found = errors(observer.quantization_parameters()[0])
+    assert bool((found <= least * 1.02).all())
+    assert bool((found < errors(largest / 7.5)).any())
 
 
 def test_percentile_cuts_a_lone_outlier() -> None:

@@ -6,6 +6,8 @@ filter a channel too, and the linear attention.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ptq4sam.families.efficientvit.sizes import L0, EfficientViTSize
 from ptq4sam.families.efficientvit.weights import fold_state
 from ptq4sam.families.family import DECODER, Description, Family, Place, Scaled
@@ -23,7 +25,7 @@ _SMALL = "biases and layer norms"
 
 
 def describe_encoder(size: EfficientViTSize) -> Description:
-    """The description of the encoder of a size."""
+    """The description of the encoder of a size, its batch normalisations folded."""
     fused = "|".join(str(stage) for stage, kind in enumerate(size.kinds) if kind == "fused")
     fused_block = rf"({_STAGES}\.({fused})|{_NECK}\.middle)\.op_list\.\d+\.main"
     behind_stem = rf"{_STAGES}\.0\.op_list\.1\.main\.conv1\.conv"
@@ -43,7 +45,11 @@ def describe_encoder(size: EfficientViTSize) -> Description:
             Place(rf"{_NECK}\.(input|output)_ops\.\d+\.op_list\.0\.conv"),
         ),
         stays_float=(rf"{_STEM}\.conv",),
-        tables=(rf"{_ENCODER}\.norm", rf"{_MBCONV}\.depth_conv\.act"),
+        tables=(
+            rf"{_ENCODER}\.norm",
+            rf"{_MBCONV}\.depth_conv\.act",
+            rf"{fused_block}\.spatial_conv\.act",
+        ),
         portable=(
             rf"{_STEM}\.conv",
             rf"{_ENCODER}\..*\.act",
@@ -71,17 +77,45 @@ def describe_encoder(size: EfficientViTSize) -> Description:
             (rf"{_ENCODER}\.", "image encoder"),
         ),
         blocks=(_BLOCK, rf"{_NECK}\.middle\.op_list\.\d+", rf"{_NECK}\.(input|output)_ops\.\d+"),
-        scaled=(Scaled(_MBCONV, "depth_conv.act", "point_conv.conv"),),
-        addressed=_addresses(size),
+        scaled=(
+            Scaled(fused_block, "spatial_conv.act", "point_conv.conv"),
+            Scaled(_MBCONV, "depth_conv.act", "point_conv.conv"),
+        ),
+        addressed=_addresses(size, "conv"),
         origin=("image_encoder.backbone.stages.0.op_list.0.conv.weight",),
     )
 
 
-def _addresses(size: EfficientViTSize) -> tuple[Addressed, ...]:
+def describe_unfolded(size: EfficientViTSize) -> Description:
+    """The description of the encoder with its batch normalisations, for `compat: study`.
+
+    Beside each convolution, that of pixels too, the normalisation and the activation behind it are
+    quantized, and share its address.
+    """
+    each = "(conv|norm|act)"
+    return replace(
+        describe_encoder(size),
+        quantized=(
+            Place(rf"{_ENCODER}\.(backbone|neck)\..*\.{each}"),
+            Place(rf"{_ATTENTION}\.(core|aggreg\.0\.[01])"),
+        ),
+        stays_float=(),
+        tables=(rf"{_ENCODER}\.norm",),
+        portable=(),
+        scaled=(),
+        addressed=_addresses(size, each),
+    )
+
+
+def _addresses(size: EfficientViTSize, each: str) -> tuple[Addressed, ...]:
     """Addresses as Bengs and Ryhede Bengtsson (2024) count them.
 
     A block's layers are counted from 0; the aggregations of an attention share the address of its
     qkv. The neck's blocks are its joins, the fused blocks behind them, and its output.
+
+    Args:
+        size: of the encoder.
+        each: pattern of what has the address of a convolution.
     """
     block = rf"{_STAGES}\.(?P<stage>\d+)\.op_list\.(?P<block>\d+)"
     attention, local = rf"{block}\.context_module\.main", rf"{block}\.local_module\.main"
@@ -91,27 +125,27 @@ def _addresses(size: EfficientViTSize) -> tuple[Addressed, ...]:
     of_fused = block.replace(r"(?P<stage>\d+)", f"(?P<stage>{is_fused})")
     mixing = ("inverted_conv", "expand"), ("depth_conv", "depthwise"), ("point_conv", "project")
     return (
-        Addressed(rf"{_STAGES}\.(?P<stage>0)\.op_list\.0\.conv", "stem"),
-        *(Addressed(rf"{block}\.main\.conv{n + 1}\.conv", "residual", layer=n) for n in (0, 1)),
+        Addressed(rf"{_STAGES}\.(?P<stage>0)\.op_list\.0\.{each}", "stem"),
+        *(Addressed(rf"{block}\.main\.conv{n + 1}\.{each}", "residual", layer=n) for n in (0, 1)),
         *(
-            Addressed(rf"{of_fused}\.main\.{part}_conv\.conv", "fused", layer=n)
+            Addressed(rf"{of_fused}\.main\.{part}_conv\.{each}", "fused", layer=n)
             for n, part in enumerate(("spatial", "point"))
         ),
         *(
-            Addressed(rf"{within}\.{part}\.conv", kind, layer=first + n)
+            Addressed(rf"{within}\.{part}\.{each}", kind, layer=first + n)
             for within, first in ((rf"{block}\.main", 0), (local, 3))
             for n, (part, kind) in enumerate(mixing)
         ),
-        Addressed(rf"{attention}\.(qkv\.conv|aggreg\.0\.[01])", "qkv"),
+        Addressed(rf"{attention}\.(qkv\.{each}|aggreg\.0\.[01])", "qkv"),
         Addressed(rf"{attention}\.core", "product", layer=1),
-        Addressed(rf"{attention}\.proj\.conv", "proj", layer=2),
-        Addressed(rf"{_NECK}\.input_ops\.(?P<block>\d+)\.op_list\.0\.conv", "join", "neck"),
+        Addressed(rf"{attention}\.proj\.{each}", "proj", layer=2),
+        Addressed(rf"{_NECK}\.input_ops\.(?P<block>\d+)\.op_list\.0\.{each}", "join", "neck"),
         *(
-            Addressed(rf"{fused}\.{part}_conv\.conv", "fused", "neck", n, joins)
+            Addressed(rf"{fused}\.{part}_conv\.{each}", "fused", "neck", n, joins)
             for n, part in enumerate(("spatial", "point"))
         ),
         Addressed(
-            rf"{_NECK}\.output_ops\.0\.op_list\.0\.conv",
+            rf"{_NECK}\.output_ops\.0\.op_list\.0\.{each}",
             "output",
             "neck",
             block=joins + size.neck_depth,

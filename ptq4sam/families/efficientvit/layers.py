@@ -90,7 +90,9 @@ class FusedMBConv(nn.Module):
     def __init__(self, dim: int, out_dim: int, stride: int, expansion: float, folded: bool) -> None:
         super().__init__()
         hidden = round(dim * expansion)
-        self.spatial_conv = ConvNorm(dim, hidden, 3, stride, activated=True, folded=folded)
+        self.spatial_conv = ConvNorm(
+            dim, hidden, 3, stride, activated=True, scaled=True, folded=folded
+        )
         self.point_conv = ConvNorm(hidden, out_dim, folded=folded)
 
     def forward(self, x: Tensor) -> Tensor:

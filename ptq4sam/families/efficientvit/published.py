@@ -2,13 +2,59 @@
 
 from __future__ import annotations
 
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
+from torch import nn
 
 from ptq4sam.families.efficientvit.variants import SIZES, build_variant
 from ptq4sam.quantization.scheme import FLOAT, Scheme
-from ptq4sam.sam.addresses import is_address, select
+from ptq4sam.sam.addresses import is_address, label, select
 
-_MEGABYTE = 2**20
+MEGABYTE = 2**20
+
+FLOAT_MEAN_IOU = {"L0": 0.78509, "L1": 0.78835, "L2": 0.79130, "XL0": 0.79752, "XL1": 0.79930}
+"""Of the float models, which the study compares with."""
+
+_LAYERS = Path(__file__).with_name("published.csv")
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What the study measured of a model with one layer in INT8.
+
+    Attributes:
+        mean_iou: of masks of annotated boxes on COCO val2017, in 0-1.
+        mean_iou_large: of objects of 96^2 pixels or more.
+        mean_iou_medium: of those between.
+        mean_iou_small: of objects of 32^2 pixels or less.
+        megabytes_saved: by that layer, as `megabytes_saved` counts.
+    """
+
+    mean_iou: float
+    mean_iou_large: float
+    mean_iou_medium: float
+    mean_iou_small: float
+    megabytes_saved: float
+
+
+def layer_results(name: str) -> dict[str, LayerResult]:
+    """What the study measured layer by layer of a model, by address.
+
+    Its tables have 8 addresses of XL1 that there are not, and miss some of L2 and XL1.
+
+    Args:
+        name: of the model; of one that the study has not measured there is nothing.
+    """
+    found = {}
+    with _LAYERS.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(line for line in file if not line.startswith("#")):
+            if row["layer"].startswith(f"{label(name)}:"):
+                ious = (float(row[size]) / 100 for size in ("all", "large", "medium", "small"))
+                found[row["layer"]] = LayerResult(*ious, int(row["parameters"]) / MEGABYTE)
+    return found
 
 
 def megabytes_saved(name: str, scheme: Scheme) -> float:
@@ -31,4 +77,5 @@ def megabytes_saved(name: str, scheme: Scheme) -> float:
         paths = select(unit, name, known) if is_address(unit) else []
         left |= dict.fromkeys(paths, level == FLOAT)
     layers = [sam.get_submodule(path) for path in known if not left[path]]
-    return sum(p.numel() for layer in layers for p in layer.parameters()) / _MEGABYTE
+    weights = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    return sum(p.numel() for layer in weights for p in layer.parameters()) / MEGABYTE

@@ -1,4 +1,4 @@
-"""The sizes of EfficientViT SAMs: the five published ones."""
+"""The sizes of EfficientViT SAMs: the five published ones, and a small one for 256 pixels."""
 
 from __future__ import annotations
 
@@ -83,3 +83,17 @@ XL0 = EfficientViTSize(
     prompt_scale=1,
 )
 XL1 = replace(XL0, depths=(1, 2, 2, 4, 6, 6), neck_depth=12)
+NANO = EfficientViTSize(
+    widths=(16, 32, 64, 96, 128),
+    depths=(1, 1, 1, 2, 2),
+    expansions=(1, 4, 4, 4, 4),
+    neck_depth=2,
+    image_size=256,
+    prompt_scale=1,
+    prompt_dim=128,
+    decoder_mlp_dim=512,
+    decoder_heads=4,
+    iou_hidden_dim=128,
+)
+"""efficientvit_sam_nano's, stage by stage as L0: embeddings, decoder and the square of prompts are
+those of vit_nano, which it learns from."""

@@ -5,22 +5,36 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from ptq4sam.errors import CheckpointError
-from ptq4sam.families.efficientvit.description import FAMILY, describe_encoder
+from ptq4sam.families.efficientvit.description import (
+    FAMILY,
+    describe_encoder,
+    describe_unfolded,
+)
 from ptq4sam.families.efficientvit.encoder import EfficientViT
 from ptq4sam.families.efficientvit.layers import NORM_EPS
-from ptq4sam.families.efficientvit.sizes import L0, L1, L2, XL0, XL1, EfficientViTSize
+from ptq4sam.families.efficientvit.sizes import (
+    L0,
+    L1,
+    L2,
+    NANO,
+    XL0,
+    XL1,
+    EfficientViTSize,
+)
 from ptq4sam.families.family import Variant, Weights, require_side
 from ptq4sam.sam.assembling import DecoderSizes, assemble
 from ptq4sam.sam.model import Sam
 
-SIZES = {
+PUBLISHED = {
     f"efficientvit_sam_{name}": size
     for name, size in {"l0": L0, "l1": L1, "l2": L2, "xl0": XL0, "xl1": XL1}.items()
 }
+SIZES = {**PUBLISHED, "efficientvit_sam_nano": NANO}
 
 _BLOCK = re.compile(r"image_encoder\.backbone\.stages\.(\d+)\.op_list\.(\d+)\.")
 
@@ -40,24 +54,27 @@ def build_variant(name: str, size: EfficientViTSize, folded: bool = True) -> Sam
         norm_eps=NORM_EPS,
     )
     encoder = EfficientViT(size, folded)
-    return assemble(name, encoder, size.geometry, describe_encoder(size), decoder)
+    description = describe_encoder(size) if folded else describe_unfolded(size)
+    return assemble(name, encoder, size.geometry, description, decoder)
 
 
 def variant(name: str, size: EfficientViTSize, weights: Weights) -> Variant:
     """An EfficientViT SAM of a size."""
 
-    def build(side: int | None) -> Sam:
+    def build(folded: bool, side: int | None) -> Sam:
         if side is None:
-            return build_variant(name, size)
+            return build_variant(name, size, folded)
         require_side(name, side, size.stride, "last stage's")
-        return build_variant(name, replace(size, image_size=side))
+        return build_variant(name, replace(size, image_size=side), folded)
 
     def side_of(state: Mapping[str, Tensor], origin: str) -> int:
         # Nothing in the weights depends on the side.
         _check_depths(name, size, state, origin)
         return size.image_size
 
-    return Variant(name, FAMILY, size.geometry, build, weights, side_of)
+    own = Variant(name, FAMILY, size.geometry, partial(build, True), weights, side_of)
+    unfolded = replace(own, family=replace(FAMILY, fold=dict), build=partial(build, False))
+    return replace(own, unfolded=unfolded)
 
 
 def _published(name: str) -> Variant:
@@ -65,7 +82,17 @@ def _published(name: str) -> Variant:
     return variant(name, SIZES[name], Weights(f"{name}.pt", download, source))
 
 
-VARIANTS = tuple(map(_published, SIZES))
+VARIANTS = (
+    *map(_published, PUBLISHED),
+    variant(
+        "efficientvit_sam_nano",
+        NANO,
+        Weights(
+            "efficientvit_sam_nano.safetensors",
+            trained_by="ptq4sam distil --settings tools/efficientvit_sam_nano.yaml",
+        ),
+    ),
+)
 
 
 def _check_depths(

@@ -23,8 +23,9 @@ GRAINS = (MODEL, "network", "block", "unit", LAYER, "quantizer")
 """How large the parts are: all of it, encoder or decoder, a block, a unit, what shares an address
 (`sam.addresses`), a single quantizer."""
 
-ROLES = ("weights", "activations", "inputs", "query", "key", "value", "softmax", "state")
-"""What a quantizer is for; `activations` are all but weights."""
+ROLES = ("weights", "activations", "inputs", "query", "key", "value", "softmax", "state", "outputs")
+"""What a quantizer is for; `activations` are all but weights, `outputs` those of `compat: study`.
+"""
 
 _ROLE_OF = {
     "weight_quantizer": "weights",
@@ -34,6 +35,10 @@ _ROLE_OF = {
     "value_quantizer": "value",
     "softmax_quantizer": "softmax",
     "state_quantizer": "state",
+    "positive_query_quantizer": "query",
+    "positive_key_quantizer": "key",
+    "sums_quantizer": "outputs",
+    "output_quantizer": "outputs",
 }
 
 

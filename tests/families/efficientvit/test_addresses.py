@@ -12,7 +12,7 @@ import torch
 
 from ptq4sam.errors import ConfigError
 from ptq4sam.families.efficientvit.sizes import L0
-from ptq4sam.families.efficientvit.variants import SIZES, build_variant
+from ptq4sam.families.efficientvit.variants import PUBLISHED, build_variant
 from ptq4sam.model.audit import audit
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
@@ -28,12 +28,12 @@ from tests.tiny_runs import SCHEMES
 
 def addresses(name: str) -> dict[str, Address]:
     with torch.device("meta"):
-        sam = build_variant(name, SIZES[name])
+        sam = build_variant(name, PUBLISHED[name])
     found = ((path, sam.description.address_of(path)) for path, _ in sam.named_modules())
     return {path: address for path, address in found if address is not None}
 
 
-@pytest.mark.parametrize("name", list(SIZES))
+@pytest.mark.parametrize("name", list(PUBLISHED))
 def test_addresses_are_the_published_ones(name: str) -> None:
     """Of all convolutions; the attention's arithmetic has one too."""
     known = addresses(name)

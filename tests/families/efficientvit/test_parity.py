@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.families.efficientvit.sizes import L0, L1, L2, EfficientViTSize
-from ptq4sam.families.efficientvit.variants import SIZES, build_variant
+from ptq4sam.families.efficientvit.variants import PUBLISHED, build_variant
 from ptq4sam.families.efficientvit.weights import fold_state
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor
@@ -22,10 +22,10 @@ from tests.families.efficientvit.conftest import GOLDEN, golden, official_state
 TOLERANCE = 2e-5
 
 
-@pytest.mark.parametrize("name", list(SIZES))
+@pytest.mark.parametrize("name", list(PUBLISHED))
 def test_names_shapes_and_types_are_the_published_ones(name: str) -> None:
     with torch.device("meta"):
-        state = build_variant(name, SIZES[name], folded=False).state_dict()
+        state = build_variant(name, PUBLISHED[name], folded=False).state_dict()
     lines = [
         f"{key} {'x'.join(map(str, value.shape)) or 'scalar'} {str(value.dtype)[6:]}"
         for key, value in state.items()
@@ -39,8 +39,8 @@ def test_names_shapes_and_types_are_the_published_ones(name: str) -> None:
 def model(name: str) -> tuple[Sam, Mapping[str, Tensor]]:
     """A folded SAM with weights by the rule, and what the published program gives."""
     with torch.device("meta"):
-        shapes = build_variant(name, SIZES[name], folded=False)
-        sam = build_variant(name, SIZES[name])
+        shapes = build_variant(name, PUBLISHED[name], folded=False)
+        sam = build_variant(name, PUBLISHED[name])
     sam.load_state_dict(fold_state(official_state(shapes)), assign=True)
     real = sam.normalized_by(sam.normalization).eval()
     return real, golden(name)
@@ -65,7 +65,7 @@ def embedding(name: str) -> Tensor:
             state = stage.run(state)
             if stage.name in behind:
                 check(state[0], behind[stage.name], expected)
-    assert len(behind) == len(SIZES[name].widths) + 1
+    assert len(behind) == len(PUBLISHED[name].widths) + 1
     assert len(state) == 1
     assert list(state[0].shape) == expected["embedding_shape"].tolist()
     check_values(state[0][0, ::32, ::8, ::8], expected["embedding_sample"])

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from ptq4sam.families.efficientvit.published import megabytes_saved
+from ptq4sam.families.efficientvit.published import (
+    FLOAT_MEAN_IOU,
+    layer_results,
+    megabytes_saved,
+)
+from ptq4sam.families.efficientvit.variants import SIZES, build_variant
 from ptq4sam.model.audit import audit
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.quantize import quantize_sam
@@ -32,10 +37,42 @@ def study(name: str) -> Scheme:
     return Scheme.from_yaml(SCHEMES / "efficientvit_sam" / f"{name}.yaml")
 
 
+@pytest.mark.parametrize("form", ["", "study-"])
 @pytest.mark.parametrize("name", list(SAVED))
-def test_megabytes_saved_are_the_published_ones(name: str) -> None:
-    found = [megabytes_saved(f"efficientvit_sam_{size}", study(name)) for size in NAMES]
+def test_megabytes_saved_are_the_published_ones(name: str, form: str) -> None:
+    found = [megabytes_saved(f"efficientvit_sam_{size}", study(form + name)) for size in NAMES]
     assert [f"{value:.2f}" for value in found] == [f"{value:.2f}" for value in SAVED[name]]
+
+
+@pytest.mark.parametrize("size", NAMES)
+def test_layers_of_its_tables_are_those_of_the_model(size: str) -> None:
+    """But for eight of XL1 that there are not, and those that it never measured."""
+    name = f"efficientvit_sam_{size}"
+    with torch.device("meta"):
+        sam = build_variant(name, SIZES[name], folded=False)
+    counted: dict[str, int] = {}
+    for path, module in sam.named_modules():
+        address = sam.description.address_of(path)
+        if address is not None:
+            own = module.parameters() if isinstance(module, torch.nn.Conv2d) else ()
+            full = f"{size.upper()}:{address}"
+            counted[full] = counted.get(full, 0) + sum(p.numel() for p in own)
+    told = layer_results(name)
+    unknown = {layer for layer in told if layer not in counted}
+    assert len(unknown) == (8 if size == "xl1" else 0)
+    assert all(told[layer].megabytes_saved == 0 for layer in unknown)
+    missing = {layer.rpartition(":")[0] for layer in counted if layer not in told}
+    assert missing == {
+        "l2": {"L2:stage1:2", "L2:stage2:2"},
+        "xl1": {"XL1:stage4:5", "XL1:stage4:6"},
+    }.get(size, set())
+    for layer in told.keys() - unknown:
+        assert told[layer].megabytes_saved * 2**20 == counted[layer], layer
+        assert 0.1 < told[layer].mean_iou < FLOAT_MEAN_IOU[size.upper()] + 2e-3
+
+
+def test_nothing_is_known_of_others() -> None:
+    assert layer_results("vit_b") == layer_results("efficientvit_sam_nano") == {}
 
 
 def test_megabytes_by_kind() -> None:
