@@ -107,7 +107,8 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
     It must be a pure function of tensors and integers: no in-place changes of its arguments, no
     random numbers, numbers that change from call to call as tensors. Where all tensors have one
-    shape or are single numbers it sees them flat, so that one kernel serves all shapes.
+    shape or are single numbers it sees them flat, and as rows where some have one number for each
+    index of the first axis, so that one kernel serves all shapes: torch keeps a few of a function.
     """
     return _fused(function, None)
 
@@ -158,7 +159,7 @@ class _Kernel:
             result = self._function(*args)
             self._seconds += time.thread_time() - started
             return result
-        flat = _flattened(args)
+        flat = _flattened(args) or _by_rows(args) or args
         try:
             if kind not in self._compiled:
                 self._compiled[kind] = self._made(kind, flat)
@@ -230,21 +231,45 @@ def _compiler_errors() -> tuple[type[Exception], ...]:
     return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
 
 
-def _flattened(args: Arguments) -> Arguments:
+def _flattened(args: Arguments) -> Arguments | None:
     """Flat tensors where that is the same: all have one shape, or are single numbers."""
     shape = args[0].shape
     if any(isinstance(x, Tensor) and x.dim() > 0 and x.shape != shape for x in args):
-        return args
+        return None
     return tuple(x.reshape(-1) if isinstance(x, Tensor) and x.dim() > 0 else x for x in args)
 
 
-def _shaped(results: Any, shape: torch.Size, flat: torch.Size) -> Any:
-    """Results of flat tensors in the shape of the first one; single numbers stay so."""
-    if shape == flat:
+def _by_rows(args: Arguments) -> Arguments | None:
+    """Tensors as [rows, n], where others have one number for each index of the first axis.
+
+    Kernels are made anew for other numbers of axes, and for others of length 1: weights of
+    convolutions by groups, of 1 x 1 and of 3 x 3 have kinds of their own.
+    """
+    shape = args[0].shape
+    of_rows = (shape[0], *(1,) * (len(shape) - 1)) if shape else ()
+    tensors = [x for x in args if isinstance(x, Tensor) and x.dim() > 0]
+    if len(shape) < 2 or any(tuple(x.shape) not in (tuple(shape), of_rows) for x in tensors):
+        return None
+    return tuple(
+        x.reshape(len(x), -1) if isinstance(x, Tensor) and x.dim() > 0 else x for x in args
+    )
+
+
+def _shaped(results: Any, shape: torch.Size, seen: torch.Size) -> Any:
+    """Results as if the first tensor had not been flat, or rows; single numbers stay so.
+
+    Args:
+        results: of a kernel, a tensor or several.
+        shape: of the first tensor.
+        seen: its shape as the kernel saw it.
+    """
+    if shape == seen:
         return results
-    if isinstance(results, Tensor):
-        return results.reshape(shape) if results.dim() > 0 else results
-    return tuple(x.reshape(shape) if x.dim() > 0 else x for x in results)
+    if not isinstance(results, Tensor):
+        return tuple(_shaped(x, shape, seen) for x in results)
+    if results.dim() == 0:
+        return results
+    return results.reshape(shape if results.shape == seen else (-1, *(1,) * (len(shape) - 1)))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,45 @@ def test_one_kernel_serves_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(found, expected)
     # Far from the eight that torch keeps of a function.
     assert kernels["unique_graphs"] - before <= 2
+
+
+def test_weights_of_all_convolutions_have_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By groups, of 1 x 1 and of 3 x 3, and of linear layers, with a scale a channel."""
+    seen: set[tuple[tuple[bool, ...], ...]] = set()
+
+    def compile_of(function: Callable[..., Any], **_options: Any) -> Callable[..., Any]:
+        def kernel(*args: Any) -> Any:
+            kinds = (tuple(n == 1 for n in x.shape) for x in args if isinstance(x, Tensor))
+            seen.add(tuple(kinds))
+            return function(*args)
+
+        return kernel
+
+    monkeypatch.setattr(torch, "compile", compile_of)
+    monkeypatch.setattr(fused, "_compiler", usable_compiler())
+    work = fused.fused(grid._gradients.__wrapped__)
+    steps = fused.fused(grid._steps_from_zero.__wrapped__)
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(512, 512, 1, 1), (2**15, 1, 3, 3), (64, 512, 3, 3), (2**14, 32, 1, 1)]
+    for shape in [*shapes, (2**13, 32, 5, 1), (512, 512), (2**15, 1, 9)]:
+        x = torch.randn(shape, generator=generator)
+        gradient = torch.randn(shape, generator=generator)
+        scale = torch.rand(len(x), generator=generator).add(0.1).reshape(-1, *[1] * (x.dim() - 1))
+        zero = torch.zeros_like(scale)
+        expected = (x / scale).round().clamp(-8, 7)
+        found = steps(x, scale, zero, -8, 7)
+        assert found.shape == x.shape
+        assert found.equal(expected)
+        for_x, for_scale = work(x, gradient, scale, zero, -8, 7)
+        inside = ((x / scale).round() == expected).float()
+        assert for_x.equal(inside * gradient)
+        of_rows = ((expected - inside * x / scale) * gradient).double()
+        assert for_scale.shape == scale.shape
+        torch.testing.assert_close(
+            for_scale.flatten().double(), of_rows.flatten(1).sum(1), rtol=1e-5, atol=1e-4
+        )
+    # Of each function one.
+    assert len(seen) == 2
 
 
 def usable_compiler() -> fused._Compiler:
