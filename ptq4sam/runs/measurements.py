@@ -13,12 +13,15 @@ from ptq4sam.model.journal import require_same
 
 _log = logging.getLogger(__name__)
 
+_TOGETHER = 64
+"""Values in a file: all of it is written anew for each."""
+
 
 class Measurements:
-    """Values by name, in one JSON file; several processes (see `parallel`) share the first's.
+    """Values by name, in JSON files; several processes (see `parallel`) share the first's.
 
     Args:
-        path: the file; its folder is made where it is missing.
+        path: the first file, others are beside it; its folder is made where it is missing.
         fingerprint: what the values depend on, by name.
         resume: go on with what the file has; else it is written anew.
 
@@ -29,11 +32,24 @@ class Measurements:
     def __init__(self, path: Path, fingerprint: Mapping[str, str], *, resume: bool) -> None:
         self._path, self._fingerprint = path, dict(fingerprint)
         self._values: dict[str, Any] = {}
-        if parallel.is_first() and resume and path.exists():
-            content, _ = read_json(path, "file of measurements")
-            require_same(path, content["fingerprint"], self._fingerprint)
-            self._values = content["values"]
+        self._newest: dict[str, Any] = {}
+        self._full = 0
+        if not parallel.is_first():
+            return
+        while (file := self._file(self._full)).exists():
+            if resume:
+                content, _ = read_json(file, "file of measurements")
+                require_same(file, content["fingerprint"], self._fingerprint)
+                self._values |= content["values"]
+            else:
+                file.unlink()
+            self._full += 1
+        if resume and self._values:
             _log.info("going on after %d measurements in %s", len(self._values), path)
+        self._full = self._full if resume else 0
+
+    def _file(self, index: int) -> Path:
+        return self._path.with_suffix(f".{index}.json") if index else self._path
 
     def value(self, name: str, measure: Callable[[], Any]) -> Any:
         """The value of a name, measured where it is not known.
@@ -47,7 +63,9 @@ class Measurements:
             return known
         measured = measure()
         if parallel.is_first():
-            self._values[name] = measured
-            content = {"fingerprint": self._fingerprint, "values": self._values}
-            write_json(content, self._path, compact=True)
+            self._values[name] = self._newest[name] = measured
+            content = {"fingerprint": self._fingerprint, "values": self._newest}
+            write_json(content, self._file(self._full), compact=True)
+            if len(self._newest) == _TOGETHER:
+                self._newest, self._full = {}, self._full + 1
         return measured

@@ -266,6 +266,24 @@ def only_new(values: dict[str, Any]) -> Callable[..., Measurements]:
     return OnlyNew
 
 
+def test_many_measurements_are_in_several_files(tmp_path: Path) -> None:
+    """None of which is written again once it is full; a run with less leaves none of another."""
+    path = tmp_path / "measurements.json"
+    first = Measurements(path, {"seed": "1"}, resume=False)
+    for number in range(150):
+        assert first.value(f"x{number}", lambda number=number: number) == number
+    sizes = [len(json.loads(file.read_text())["values"]) for file in tmp_path.iterdir()]
+    assert sorted(sizes) == [22, 64, 64]
+    again = Measurements(path, {"seed": "1"}, resume=True)
+    assert [again.value(f"x{number}", fail) for number in range(150)] == list(range(150))
+    assert again.value("y", lambda: 7) == 7
+    last = Measurements(path, {"seed": "1"}, resume=True)
+    assert (last.value("x149", fail), last.value("y", fail)) == (149, 7)
+    fresh = Measurements(path, {"seed": "2"}, resume=False)
+    assert fresh.value("x0", lambda: 3) == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["measurements.json"]
+
+
 def test_measurements_of_another_run_are_not_taken(tmp_path: Path) -> None:
     path = tmp_path / "measurements.json"
     assert Measurements(path, {"seed": "1"}, resume=False).value("x", lambda: 0.1) == 0.1

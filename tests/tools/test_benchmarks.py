@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ptq4sam.families import VARIANTS
+from tests.families.efficientvit.conftest import TINY, TINY_VARIANT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,3 +38,35 @@ def test_a_table_comes_out(script: str, arguments: list[str], rows: int) -> None
         float(line.split("|")[-3 if rows == 1 else 2]) > 0
         for line in done.stdout.splitlines()[-rows:]
     )
+
+
+def test_uneven_channels_break_the_studys_int8_and_not_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = ROOT / "benchmarks" / "efficientvit_ranges.py"
+    spec = importlib.util.spec_from_file_location("efficientvit_ranges", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setitem(VARIANTS, "tiny_efficientvit", TINY_VARIANT)
+    with torch.random.fork_rng(), torch.no_grad():
+        even = benchmark.uneven_sam("tiny_efficientvit", 0.0, ["depthwise", "fused"])
+        whole = benchmark.uneven_sam("tiny_efficientvit", 1.5, ["depthwise", "fused"])
+        pixels = torch.randn(1, 3, TINY.image_size, TINY.image_size)
+        folded = benchmark.folded(whole).image_encoder(pixels)
+        torch.testing.assert_close(whole.image_encoder(pixels), folded, atol=1e-4, rtol=0)
+        sizes = [
+            sam.image_encoder.backbone.stages[3].op_list[1].main.depth_conv.conv.weight.abs()
+            for sam in (even, whole)
+        ]
+        # What was drawn behind it differs, so that only sizes are compared.
+        spread = [own.amax((1, 2, 3)).log().std() for own in sizes]
+        assert spread[1] > spread[0] + 0.7
+        found = benchmark.errors("tiny_efficientvit", 1.5, ["depthwise"])
+    assert list(found) == [title for title, *_ in benchmark.ROWS]
+    assert found["ours, W8A8"] < 0.5 * found["INT8 of the study"]
+    assert found["ours, W8A8"] < found["INT8, each tensor once"]
+    assert found["Mix-MBC-Neck of the study"] < found["INT8 of the study"]
+    assert found["ours, W8A8"] < found["ours, W4A8"] < found["ours, W4A4"]
+    assert capsys.readouterr().out.count("tiny_efficientvit, ") == len(benchmark.ROWS)

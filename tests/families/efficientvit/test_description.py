@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ptq4sam.deploy.cost import count
 from ptq4sam.families.efficientvit.sizes import XL0, EfficientViTSize
-from ptq4sam.families.efficientvit.variants import SIZES, build_variant
+from ptq4sam.families.efficientvit.variants import PUBLISHED, SIZES, build_variant
 from ptq4sam.operators.base import INPUT, PORTABLE, QUANTIZED, WORK
 from ptq4sam.operators.linear_attention import ReluLinearAttention
 from ptq4sam.sam.model import Sam
@@ -102,7 +102,7 @@ def test_roles_are_what_flows(depth: int) -> None:
 def test_geometry_is_what_the_encoder_gives() -> None:
     sam = tiny_sam()
     assert tuple(sam.image_encoder(torch.zeros(1, 3, 64, 64)).shape[1:]) == (32, 8, 8)
-    for size in SIZES.values():
+    for size in PUBLISHED.values():
         assert size.geometry.features == ((256, 64, 64),)
         assert size.geometry.prompt_side == 1024
 

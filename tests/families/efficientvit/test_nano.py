@@ -1,4 +1,4 @@
-"""efficientvit_sam_nano can learn from vit_nano: small, with embeddings and prompts of its shapes."""
+"""efficientvit_sam_nano can learn from vit_nano: small, of the same embeddings and prompts."""
 
 from __future__ import annotations
 
