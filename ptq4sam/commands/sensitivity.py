@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--roles",
         nargs="*",
         metavar="ROLE",
-        help="split each by weights, activations, inputs, query, key, value, softmax; default: all "
-        "of them; without a name: do not split",
+        help="split each by weights, activations, inputs, query, key, value, softmax, state, "
+        "outputs; default: all of them; without a name: do not split",
     )
     parser.add_argument(
         "--targets",
@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=10,
         metavar="N",
         help="measure the masks of the N worst (10); all have their errors measured",
+    )
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="as published studies do: measure each alone on all --pictures, and nothing with all "
+        "but it",
     )
     parser.add_argument(
         "--proxy-pictures", type=int, default=4, metavar="N", help="pictures for the errors (4)"
@@ -75,6 +81,7 @@ def run(parsed: argparse.Namespace) -> int:
         measure=parsed.measure,
         proxy_pictures=parsed.proxy_pictures,
         pictures=parsed.pictures,
+        alone=parsed.alone,
         metric=parsed.metric,
         resume=parsed.resume,
     )
@@ -102,5 +109,6 @@ def _show(found: Sensitivities) -> None:
     told += aligned(found.lines(), width=terminal_width())
     if found.hidden:
         told.append(f"{found.hidden} more targets are in the files")
-    told.append("dB: of the mask logits; * on the few pictures of the proxy only")
+    proxy = "; * on the few pictures of the proxy only" if found.quantized_on_proxy else ""
+    told.append(f"dB: of the mask logits{proxy}")
     sys.stdout.write("\n".join(told) + "\n")

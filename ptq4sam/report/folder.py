@@ -117,8 +117,8 @@ def _sensitivity(path: Path) -> Mapping[str, Any] | None:
     _require(content, path, "targets", "pictures")
     for target in _list(content["targets"], path):
         _require(target, path, "name", "grain", "rank", "only", "all_but")
-        for name in ("only", "all_but"):
-            _require(target[name], path, "agreement")
+        for effect in (target["only"], target["all_but"] or target["only"]):
+            _require(effect, path, "agreement")
     return content
 
 

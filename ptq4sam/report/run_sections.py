@@ -164,6 +164,7 @@ def _sensitivity_plot(targets: Sequence[Mapping[str, Any]], count: int, grain: s
             ("this alone quantized", QUANTIZED, "only"),
             ("all but this", FLOAT, "all_but"),
         )
+        if all(target[key] for target in targets)
     ]
     names = [target["name"].replace(f"{TRANSFORMER}.", "decoder.") for target in targets]
     names = [name.replace(f"{ENCODER}.", "encoder.") for name in names]
@@ -182,8 +183,8 @@ def _sensitivity_table(targets: Sequence[Mapping[str, Any]], grain: str) -> Tabl
         ("logits_sqnr_db", "mask logits, dB", 1),
     )
 
-    def cells(effect: Mapping[str, Any]) -> list[str]:
-        values = ((effect.get(key), digits) for key, _, digits in columns)
+    def cells(effect: Mapping[str, Any] | None) -> list[str]:
+        values = (((effect or {}).get(key), digits) for key, _, digits in columns)
         return ["" if value is None else f"{value:.{digits}f}" for value, digits in values]
 
     rows = [

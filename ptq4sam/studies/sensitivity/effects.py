@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptq4sam.evaluation import mean_iou_by_size
+
 METRICS = ("mean_iou", "AP", "agreement")
 """What masks are measured by: against the truth, in shares and in percent, and the float masks."""
 
@@ -37,6 +39,7 @@ class PictureEffect:
         embedding: error of the encoder's output, signal and noise.
         logits: error of the mask logits where the picture is, signal and noise.
         ious: of each mask with the truth; empty without.
+        areas: of the objects of these, in pixels.
         agreement: of each mask with the float one.
         results: masks in the COCO results format; empty where no AP is asked for.
     """
@@ -44,6 +47,7 @@ class PictureEffect:
     embedding: tuple[float, float]
     logits: tuple[float, float]
     ious: list[float] = field(default_factory=list)
+    areas: list[float] = field(default_factory=list)
     agreement: list[float] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
 
@@ -61,6 +65,9 @@ class Effect:
         agreement: mean IoU with the masks of the float model.
         mean_iou: with the truth; None where the truth is not known.
         AP: in percent; None where it was not measured.
+        mean_iou_large: as `mean_iou`, of large objects; None also where there is none.
+        mean_iou_medium: of those of medium size.
+        mean_iou_small: of small ones.
     """
 
     embedding_sqnr_db: float | None
@@ -70,6 +77,9 @@ class Effect:
     agreement: float
     mean_iou: float | None = None
     AP: float | None = None
+    mean_iou_large: float | None = None
+    mean_iou_medium: float | None = None
+    mean_iou_small: float | None = None
 
 
 def add_up(pictures: Sequence[PictureEffect], ap: float | None = None) -> Effect:
@@ -82,15 +92,17 @@ def add_up(pictures: Sequence[PictureEffect], ap: float | None = None) -> Effect
     embedding = _ratio([picture.embedding for picture in pictures])
     logits = _ratio([picture.logits for picture in pictures])
     ious = [iou for picture in pictures for iou in picture.ious]
+    areas = [area for picture in pictures for area in picture.areas]
     agreement = [iou for picture in pictures for iou in picture.agreement]
+    by_size = mean_iou_by_size(ious, areas) if ious else {}
     return Effect(
         _decibels(embedding),
         math.sqrt(embedding),
         _decibels(logits),
         math.sqrt(logits),
         float(np.mean(agreement)),
-        float(np.mean(ious)) if ious else None,
-        ap,
+        AP=ap,
+        **{name: None if math.isnan(value) else value for name, value in by_size.items()},
     )
 
 

@@ -9,7 +9,10 @@
 - `targets`, worst first: `name` (path, or path:role), `path`, `role` (empty: all), `grain`,
   `network`, `block`, `layer`, `bits` (of its quantizers, sorted), `quantizers` (paths), `rank`
   (from 1, of its grain), `measured` (whether on the larger set of pictures and with AP), and two
-  effects: `only` (it alone quantized) and `all_but` (all quantized but it).
+  effects: `only` (it alone quantized) and `all_but` (all quantized but it; null where each was
+  measured alone). `megabytes_saved` (2^20 bytes of its weights against float16), and `published`:
+  null, or what a published study measured of this layer alone, `mean_iou` by size and
+  `megabytes_saved`; `published_float` beside the targets has that of the float model.
 
 An effect has `embedding_sqnr_db` and `logits_sqnr_db` (null where there is no error),
 `embedding_relative_error` and `logits_relative_error`, `agreement` and `mean_iou` in shares (the
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptq4sam.families.efficientvit.published import LayerResult
 from ptq4sam.files import write_json, write_text
 from ptq4sam.studies.sensitivity.effects import Effect
 from ptq4sam.studies.sensitivity.targets import Target
@@ -36,6 +40,12 @@ COLUMNS = (
     ("mean_iou", "IoU", 3),
     ("AP", "AP", 1),
 )
+_BY_SIZE = (
+    ("mean_iou_large", "large", 3),
+    ("mean_iou_medium", "medium", 3),
+    ("mean_iou_small", "small", 3),
+)
+"""Of effects; the latter where each target was measured alone."""
 _SHOWN = 25
 """Targets on the terminal."""
 
@@ -48,17 +58,21 @@ class Row:
         target: what was switched.
         bits: of its quantizers, sorted.
         only: it alone quantized.
-        all_but: all quantized but it.
+        all_but: all quantized but it; None where that was not measured.
         measured: whether on the larger set of pictures.
         rank: of its grain, from 1.
+        megabytes_saved: by its weights against float16, of 2^20 bytes.
+        published: what a study measured of this layer alone; None where none did.
     """
 
     target: Target
     bits: tuple[int, ...]
     only: Effect
-    all_but: Effect
+    all_but: Effect | None
     measured: bool
     rank: int
+    megabytes_saved: float = 0.0
+    published: LayerResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -76,7 +90,9 @@ class Row:
             "rank": self.rank,
             "measured": self.measured,
             "only": dataclasses.asdict(self.only),
-            "all_but": dataclasses.asdict(self.all_but),
+            "all_but": _plain(self.all_but),
+            "megabytes_saved": self.megabytes_saved,
+            "published": _plain(self.published),
         }
 
 
@@ -88,14 +104,14 @@ class Sensitivities:
         about: what it is of; see the module.
         float_effect: of the float model.
         quantized: of the whole quantized model.
-        quantized_on_proxy: of the same on the proxy's pictures.
+        quantized_on_proxy: of the same on the proxy's pictures; None without a proxy.
         rows: worst first.
     """
 
     about: dict[str, Any]
     float_effect: Effect
     quantized: Effect
-    quantized_on_proxy: Effect
+    quantized_on_proxy: Effect | None
     rows: tuple[Row, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,7 +120,7 @@ class Sensitivities:
             **self.about,
             "float": dataclasses.asdict(self.float_effect),
             "quantized": dataclasses.asdict(self.quantized),
-            "quantized_on_proxy": dataclasses.asdict(self.quantized_on_proxy),
+            "quantized_on_proxy": _plain(self.quantized_on_proxy),
             "targets": [row.to_dict() for row in self.rows],
         }
 
@@ -117,6 +133,8 @@ class Sensitivities:
 
     def lines(self) -> list[list[str]]:
         """Cells of the table: titles, both whole models, then targets."""
+        if self.quantized_on_proxy is None:
+            return self._lines_alone()
         shown = [
             column
             for column in COLUMNS
@@ -138,14 +156,40 @@ class Sensitivities:
             lines.append([name, bits, *_cells(row.only, shown), *_cells(row.all_but, shown)])
         return lines
 
+    def _lines_alone(self) -> list[list[str]]:
+        """As `lines`, of targets that were measured alone, beside what was published of them."""
+        shown = [column for column in COLUMNS if column[0] != "AP"]
+        if self.float_effect.mean_iou is not None:
+            shown += _BY_SIZE
+        titles = ["target", "bits", *(title for _, title, _ in shown), "MB\nsaved"]
+        lines = [
+            ["float", "", *_cells(self.float_effect, shown), ""],
+            ["quantized", "", *_cells(self.quantized, shown), ""],
+        ]
+        for row in self.rows[:_SHOWN]:
+            bits = ", ".join(map(str, row.bits))
+            saved = f"{row.megabytes_saved:.2f}"
+            lines.append([row.target.name, bits, *_cells(row.only, shown), saved])
+        if any(row.published for row in self.rows):
+            titles.append("published\nIoU")
+            known = self.about.get("published_float", {}).get("mean_iou")
+            told = [None if row.published is None else row.published.mean_iou for row in self.rows]
+            for line, value in zip(lines, [known, None, *told], strict=False):
+                line.append("" if value is None else f"{value:.3f}")
+        return [titles, *lines]
+
     @property
     def hidden(self) -> int:
         """Targets that the table leaves out."""
         return max(0, len(self.rows) - _SHOWN)
 
 
-def _cells(effect: Effect, shown: Sequence[tuple[str, str, int]]) -> list[str]:
-    values = [(getattr(effect, key), digits) for key, _, digits in shown]
+def _plain(record: Effect | LayerResult | None) -> dict[str, Any] | None:
+    return None if record is None else dataclasses.asdict(record)
+
+
+def _cells(effect: Effect | None, shown: Sequence[tuple[str, str, int]]) -> list[str]:
+    values = [(getattr(effect, key, None), digits) for key, _, digits in shown]
     return ["-" if value is None else f"{value:.{digits}f}" for value, digits in values]
 
 
@@ -155,11 +199,15 @@ def _csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     names = [effect.name for effect in dataclasses.fields(Effect)]
     plain = ["name", "grain", "network", "block", "layer", "role", "bits", "rank", "measured"]
+    plain += ["megabytes_saved"]
     kinds = ("only", "all_but")
-    writer.writerow([*plain, *(f"{kind}.{name}" for kind in kinds for name in names)])
+    published = [result.name for result in dataclasses.fields(LayerResult)]
+    columns = [f"{kind}.{name}" for kind in kinds for name in names]
+    writer.writerow([*plain, *columns, *(f"published.{name}" for name in published)])
     for row in rows:
         content = row.to_dict()
         content["bits"] = " ".join(map(str, row.bits))
-        effects = [content[kind][name] for kind in kinds for name in names]
-        writer.writerow([*(content[name] for name in plain), *effects])
+        effects = [(content[kind] or {}).get(name) for kind in kinds for name in names]
+        known = [(content["published"] or {}).get(name) for name in published]
+        writer.writerow([*(content[name] for name in plain), *effects, *known])
     return text.getvalue()

@@ -12,12 +12,15 @@ from typing import Any
 from ptq4sam.deploy.cost import meta_sam
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.evaluate import has_truth
+from ptq4sam.families.efficientvit.published import FLOAT_MEAN_IOU, MEGABYTE, layer_results
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.switches import require_switchable
 from ptq4sam.numerics import reproducible
+from ptq4sam.operators.base import quantized_layers
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import GroundTruth
-from ptq4sam.quantization.modes import quantizers
+from ptq4sam.quantization.modes import WEIGHT_QUANTIZER, quantizers
+from ptq4sam.quantization.scheme import STUDY
 from ptq4sam.records import Record, unknown_key
 from ptq4sam.runs.measurements import Measurements
 from ptq4sam.runs.prepared import Preparation, Prepared, digest
@@ -25,10 +28,11 @@ from ptq4sam.runs.quantizing import JOURNAL
 from ptq4sam.runs.reproducibility import versions
 from ptq4sam.runs.settings import RunSettings
 from ptq4sam.runs.work_dir import working_in
+from ptq4sam.sam.addresses import label
 from ptq4sam.studies.sensitivity.effects import METRICS, Effect
 from ptq4sam.studies.sensitivity.report import Row, Sensitivities
 from ptq4sam.studies.sensitivity.study import ALL_BUT, FLOAT, ONLY, QUANTIZED, Key, Study
-from ptq4sam.studies.sensitivity.targets import ROLES, Target, targets_of
+from ptq4sam.studies.sensitivity.targets import MODEL, ROLES, Target, targets_of
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ class StudySettings(Record):
         measure: so many of the worst of each grain are measured on all pictures.
         proxy_pictures: pictures that all targets are compared on.
         pictures: pictures that the worst are measured on.
+        alone: as published studies do: each target alone is measured on all pictures, none with all
+            but it, and nothing before on the proxy's.
         metric: what orders those: "mean_iou", "AP" or "agreement"; None for the mean IoU where
             prompts are ground truth, else the AP where there is a truth, else the agreement.
         resume: go on with what a killed study has measured.
@@ -55,6 +61,7 @@ class StudySettings(Record):
     measure: int = 10
     proxy_pictures: int = 4
     pictures: int = 32
+    alone: bool = False
     metric: str | None = None
     resume: bool = False
 
@@ -78,18 +85,23 @@ def study_model(
     preparation = Preparation(settings, progress)
     with working_in(settings.work_dir):
         # Before hours of quantization: what is measured there, and what is not there at all.
-        metric = _metric(asked.metric, preparation)
+        metric = _metric(asked.metric, preparation, asked.alone)
         planned_targets(settings, asked)
         prepared = preparation.prepare()
         targets = targets_of(prepared.sam, asked.grains, asked.roles, asked.patterns)
         study = _study(settings, asked, prepared, progress)
-        found = _measure(study, targets, asked, metric)
+        measure = _measure_alone if asked.alone else _measure
+        found = measure(study, targets, asked, metric)
         about = {
             "model": prepared.sam.name,
             "scheme": prepared.sam.scheme.to_dict(),
             "metric": metric,
             "prompts": settings.prompts,
-            "pictures": {"proxy": asked.proxy_pictures, "measured": asked.pictures},
+            "pictures": {
+                "proxy": asked.pictures if asked.alone else asked.proxy_pictures,
+                "measured": asked.pictures,
+            },
+            "published_float": {"mean_iou": FLOAT_MEAN_IOU.get(label(prepared.sam.name))},
             "seed": settings.seed,
             "versions": versions(),
         }
@@ -116,9 +128,16 @@ def planned_targets(settings: RunSettings, asked: StudySettings) -> list[Target]
     return targets_of(sam, asked.grains, asked.roles, asked.patterns)
 
 
-def _metric(asked: str | None, preparation: Preparation) -> str:
+def _metric(asked: str | None, preparation: Preparation, alone: bool) -> str:
     dataset, source = preparation.pictures()
     truth = has_truth(dataset)
+    if alone and asked is None and not isinstance(source, GroundTruth):
+        return "agreement"
+    if alone and asked == "AP":
+        raise ConfigError(
+            "the AP of each target alone is not measured: order by mean_iou or agreement, or "
+            "measure the worst"
+        )
     if asked is None:
         return "mean_iou" if isinstance(source, GroundTruth) else "AP" if truth else "agreement"
     if asked == "mean_iou" and not isinstance(source, GroundTruth):
@@ -172,18 +191,56 @@ def _measure(
     return Sensitivities({}, effects[FLOAT, ""], effects[QUANTIZED, ""], proxy[QUANTIZED, ""], rows)
 
 
+def _measure_alone(
+    study: Study, targets: Sequence[Target], asked: StudySettings, metric: str
+) -> Sensitivities:
+    """The metric for each target alone, and for the whole model."""
+    (whole,) = targets_of(study.sam, (MODEL,), ())
+    others = [target for target in targets if target.name != whole.name]
+    effects = study.effects([whole, *others], asked.pictures, "each alone", kinds=(ONLY,))
+    ordered = sorted(targets, key=lambda target: _value(effects[ONLY, target.name], metric))
+    rows = _rows(study.sam, ordered, (), effects)
+    return Sensitivities({}, effects[FLOAT, ""], effects[ONLY, whole.name], None, rows)
+
+
 def _rows(
     sam: QuantizedSam, worst: Sequence[Target], rest: Sequence[Target], effects: dict[Key, Effect]
 ) -> tuple[Row, ...]:
     bits = {name: quantizer.grid.bits for name, quantizer in quantizers(sam)}
+    published = layer_results(sam.name)
     ranks: dict[str, int] = {}
     rows = []
     for target in [*worst, *rest]:
         rank = ranks[target.grain] = ranks.get(target.grain, 0) + 1
         own = tuple(sorted({bits[name] for name in target.quantizers}))
-        only, all_but = effects[ONLY, target.name], effects[ALL_BUT, target.name]
-        rows.append(Row(target, own, only, all_but, target in worst, rank))
+        rows.append(
+            Row(
+                target,
+                own,
+                effects[ONLY, target.name],
+                effects.get((ALL_BUT, target.name)),
+                target in worst,
+                rank,
+                _megabytes_saved(sam, target),
+                None if target.role else published.get(target.path),
+            )
+        )
     return tuple(rows)
+
+
+def _megabytes_saved(sam: QuantizedSam, target: Target) -> float:
+    """What the target's weights take less than in float16, in 2^20 bytes.
+
+    Under `compat: study` with biases, each of which it counts as a byte.
+    """
+    saved = 0.0
+    for name, layer in quantized_layers(sam):
+        if f"{name}.{WEIGHT_QUANTIZER}" in target.quantizers:
+            spared = (16 - layer.weight_quantizer.grid.bits) / 8
+            saved += spared * layer.weight.numel()
+            if sam.scheme.compat == STUDY and layer.bias is not None:
+                saved += layer.bias.numel()
+    return saved / MEGABYTE
 
 
 def _decibels(effect: Effect) -> float:

@@ -141,9 +141,11 @@ class Study:
         """What one picture shows."""
         image = self.dataset.load(record)
         prompts = self._prompts(record, image)
+        areas: list[float] = []
         truth = None
         if isinstance(self.source, GroundTruth):
             truth = self.source.truth(record)[: len(prompts)]
+            areas = self.source.areas(record)[: len(prompts)]
         size = (image.shape[0], image.shape[1])
         outputs = self._outputs(image, prompts, targets, kinds)
         _, exact, expected = next(outputs)
@@ -157,6 +159,7 @@ class Study:
                     Power.of(self._seen(expected, size), self._seen(segmented, size))
                 ),
                 part.ious,
+                areas,
                 mask_ious(segmented.masks, expected.masks).tolist(),
                 part.results if scored else [],
             )
