@@ -88,7 +88,7 @@ class QuantizedOperator(Operator):
 class QuantizedLayer(QuantizedOperator):
     """An operator with a weight of its own."""
 
-    slot_names = (WEIGHT, INPUT)
+    slot_names: ClassVar[tuple[str, ...]] = (WEIGHT, INPUT)
     weight: nn.Parameter
     bias: nn.Parameter | None
     weight_quantizer: Quantizer

@@ -52,8 +52,13 @@ def layer_results(name: str) -> dict[str, LayerResult]:
     with _LAYERS.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(line for line in file if not line.startswith("#")):
             if row["layer"].startswith(f"{label(name)}:"):
-                ious = (float(row[size]) / 100 for size in ("all", "large", "medium", "small"))
-                found[row["layer"]] = LayerResult(*ious, int(row["parameters"]) / MEGABYTE)
+                found[row["layer"]] = LayerResult(
+                    mean_iou=float(row["all"]) / 100,
+                    mean_iou_large=float(row["large"]) / 100,
+                    mean_iou_medium=float(row["medium"]) / 100,
+                    mean_iou_small=float(row["small"]) / 100,
+                    megabytes_saved=int(row["parameters"]) / MEGABYTE,
+                )
     return found
 
 
