@@ -15,7 +15,7 @@ from ptq4sam.numerics import reproducible, require_float64
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import GroundTruth, PromptSource, open_prompts
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.runs.calibration import calibration_pictures
+from ptq4sam.runs.calibration import calibration_pictures, order_seed
 from ptq4sam.sam.model import Sam
 
 
@@ -52,7 +52,13 @@ def quantize(
     if isinstance(calibration, ImageSet):
         source = prompts if prompts is not None else GroundTruth(calibration)
         calibration = calibration_pictures(
-            sam, calibration, source, scheme.calibrate, Prompting(), progress
+            sam,
+            calibration,
+            source,
+            scheme.calibrate,
+            Prompting(),
+            progress,
+            order_seed(scheme, seed),
         )
     return quantize_sam(
         sam,

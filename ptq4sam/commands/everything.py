@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,8 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam.runs.settings import find_device
     from ptq4sam.sizes import parse_bytes
 
-    settings = _settings(parsed.set, parsed.hierarchical)
+    # Before anything is loaded.
+    _settings(parsed.set, parsed.hierarchical)
     checkpoint, backend = choose_backend(parsed.checkpoint, parsed.backend)
     check_backend(backend, parsed.precision)
     budget = None if parsed.memory_budget is None else parse_bytes(parsed.memory_budget)
@@ -77,6 +79,7 @@ def run(parsed: argparse.Namespace) -> int:
         )
         device = parallel.local_device(find_device(parsed.device))
         sam = open_model(parsed.model, checkpoint, device, backend, parsed.precision)
+        settings = _settings(parsed.set, parsed.hierarchical, sam.name)
         found = segment_everything(
             sam, dataset, parsed.output, settings, memory_budget=budget, progress=bars
         )
@@ -89,8 +92,8 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(options: list[str], hierarchical: bool) -> EverythingSettings:
-    """Settings of flags.
+def _settings(options: list[str], hierarchical: bool, model: str = "") -> EverythingSettings:
+    """Settings of flags, else those that suit a model.
 
     Raises:
         ConfigError: an option is not one, or is one of a way that was not asked for.
@@ -100,5 +103,7 @@ def _settings(options: list[str], hierarchical: bool) -> EverythingSettings:
     of_hierarchy = [option for option in options if option.startswith("hierarchical.")]
     if of_hierarchy and not hierarchical:
         raise ConfigError(f"option {of_hierarchy[0]} was given without --hierarchical: add it")
-    chosen = EverythingSettings(hierarchical=Hierarchical() if hierarchical else None)
+    chosen = EverythingSettings.suited_to(model)
+    if hierarchical:
+        chosen = replace(chosen, hierarchical=Hierarchical())
     return chosen.with_overrides(*options)

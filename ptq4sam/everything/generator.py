@@ -50,13 +50,13 @@ class MaskGenerator:
 
     Attributes:
         predictor: of the SAM.
-        settings: how masks are found.
+        settings: how masks are found; those that suit the SAM where none are given.
         tally: what became of all masks that were proposed so far.
     """
 
     def __init__(self, predictor: Predictor, settings: EverythingSettings | None = None) -> None:
         self.predictor = predictor
-        self.settings = settings or EverythingSettings()
+        self.settings = settings or EverythingSettings.suited_to(predictor.sam.name)
         self.tally = Tally()
 
     def generate(self, image: NDArray[np.uint8]) -> FoundMasks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ptq4sam.families import VARIANTS
 from ptq4sam.records import Record
 
 
@@ -77,6 +78,12 @@ class EverythingSettings(Record):
     crop_n_points_downscale_factor: int = 1
     min_mask_region_area: int = 0
     hierarchical: Hierarchical | None = None
+
+    @classmethod
+    def suited_to(cls, name: str) -> EverythingSettings:
+        """Those of a SAM by its name: SAM's own, with what suits the variant's weights better."""
+        variant = VARIANTS.get(name)
+        return cls(**({} if variant is None else variant.everything))
 
     def _validate(self) -> None:
         self._require(self.points_per_side >= 1, "points_per_side", "1 or more")

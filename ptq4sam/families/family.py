@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -123,6 +123,8 @@ class Variant:
         remake: from another variant's state dict (after `fold`), whose weights it shares.
         unfolded: the same with batch normalisations where the family folds them and a published
             study simulates it; None for no such form.
+        everything: settings of automatic masks that suit its weights better than SAM's own, by the
+            names of `EverythingSettings`.
     """
 
     name: str
@@ -134,3 +136,4 @@ class Variant:
     fit: Callable[[str, Tensor, Tensor], Tensor] = lambda _name, tensor, _own: tensor
     remake: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
     unfolded: Variant | None = None
+    everything: Mapping[str, float] = field(default_factory=dict)

@@ -217,6 +217,8 @@ class Scheme(Record):
         a_qconfig: format of the activations, per tensor.
         w_qconfig: format of the weights.
         calibrate: number of calibration pictures.
+        calibrate_order: ours; "file" takes the first pictures, as published, so that by statistics
+            alone every seed gives the same model; "random" draws them by the run's seed.
         recon: reconstruction settings; None (no such section) calibrates by statistics only.
         ptq4sam: bimodal integration and adaptive granularity; without the section both are off.
         float_weights: ours; "float16" rounds the weights and tables that no quantizer touches
@@ -244,6 +246,7 @@ class Scheme(Record):
     a_qconfig: TensorFormat
     w_qconfig: TensorFormat
     calibrate: int = 32
+    calibrate_order: Literal["file", "random"] = "file"
     recon: Reconstruction | None = None
     ptq4sam: Methods = field(default_factory=Methods)
     float_weights: Literal["float16", "float32"] = "float16"

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import overload
 
+import numpy as np
 import torch
 
 from ptq4sam.data import CocoDataset, ImageRecord, ImageSet
@@ -15,6 +16,7 @@ from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import Prompts, PromptSource
+from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import resized_picture
 
@@ -55,6 +57,11 @@ class CalibrationPictures(Sequence[CalibrationItem]):
         return CalibrationItem(self._sam.preprocess(pixels), boxes)
 
 
+def order_seed(scheme: Scheme, seed: int) -> int | None:
+    """The seed of the order of calibration pictures, None where the scheme takes the file's."""
+    return seed if scheme.calibrate_order == "random" else None
+
+
 def calibration_pictures(
     sam: Sam,
     dataset: ImageSet,
@@ -62,15 +69,28 @@ def calibration_pictures(
     size: int,
     prompting: Prompting,
     progress: Progress = silent,
+    seed: int | None = None,
 ) -> CalibrationPictures:
-    """The first `size` pictures, in file order, for which the source has boxes.
+    """The first `size` pictures for which the source has boxes.
 
     Of a data set with annotations the annotated pictures are used.
+
+    Args:
+        sam: gives the size of its input.
+        dataset: of the pictures.
+        source: of the boxes.
+        size: number of pictures.
+        prompting: which of the boxes.
+        progress: shows how far it is.
+        seed: of the order that they are taken in; None for that of the file.
 
     Raises:
         CalibrationError: no picture has boxes.
     """
     records = dataset.annotated_images() if isinstance(dataset, CocoDataset) else dataset.images
+    if seed is not None:
+        order = np.random.default_rng(seed).permutation(len(records))
+        records = [records[place] for place in order]
     chosen: list[tuple[ImageRecord, Prompts]] = []
     without = 0
     for record in progress(records, "boxes of calibration pictures"):

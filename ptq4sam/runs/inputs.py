@@ -9,7 +9,7 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.evaluate import has_truth, require_truth
 from ptq4sam.prompts import CacheFolders, PromptSource, cached, open_prompts
 from ptq4sam.prompts.spec import is_boxes_file, parse_spec
-from ptq4sam.runs.calibration import CalibrationPictures, calibration_pictures
+from ptq4sam.runs.calibration import CalibrationPictures, calibration_pictures, order_seed
 from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.settings import DataSettings, RunSettings
 from ptq4sam.runs.validation import Validation
@@ -56,6 +56,7 @@ class Inputs:
             raise ValueError("RunSettings has a scheme and calibration data, or neither")
         prompts = calibration_prompts(settings)
         size, prompting = settings.scheme.calibrate, settings.prompting
+        seed = order_seed(settings.scheme, settings.seed)
         with self._context.phases.phase("calibration boxes"):
             dataset, source = self._opened(
                 settings.calibration, None, prompts, masks=False, enough=size
@@ -63,9 +64,9 @@ class Inputs:
             key = (settings.float_model, settings.checkpoint, sam.device, settings.calibration)
             return self._context.opened.get(
                 "calibration pictures",
-                (*key, settings.skip_bad, prompts, size, prompting),
+                (*key, settings.skip_bad, prompts, size, prompting, seed),
                 lambda: calibration_pictures(
-                    sam, dataset, source, size, prompting, self._context.progress
+                    sam, dataset, source, size, prompting, self._context.progress, seed
                 ),
             )
 

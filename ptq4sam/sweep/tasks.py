@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.runs.calibration import order_seed
 from ptq4sam.sweep.grid import Trial
 from ptq4sam.sweep.settings import TrialSettings, digest, with_extensions
 
@@ -135,12 +136,16 @@ def calibration_key(settings: TrialSettings) -> str:
     """Identifies a calibration."""
     part = settings.part("model", "checkpoint", "quantize_encoder", "calibration", "device")
     scheme = {**calibration_scheme(settings.scheme).to_dict(), **with_extensions()}
-    return digest(["calibration", part, _boxes_part(settings), scheme])
+    return digest(["calibration", part, _boxes_part(settings), scheme, _order(settings)])
 
 
 def calibration_scheme(scheme: Scheme) -> Scheme:
     """The part of a scheme that calibration depends on: all but the reconstruction."""
     return replace(scheme, recon=None, compat="faithful")
+
+
+def _order(settings: TrialSettings) -> int | None:
+    return order_seed(settings.scheme, settings.seed)
 
 
 def _boxes_part(settings: TrialSettings) -> list[Any]:
@@ -180,4 +185,4 @@ def _shared(trial: Trial, trials: Iterable[Trial]) -> Iterator[Task]:
 
 def _boxes_of(settings: TrialSettings) -> list[Any]:
     part = settings.part("calibration", "device")
-    return ["calibration boxes", part, _boxes_part(settings)]
+    return ["calibration boxes", part, _boxes_part(settings), _order(settings)]

@@ -78,3 +78,13 @@ def test_tallies_of_several_processes_are_one() -> None:
     both = Tally.joined([one, other])
     assert both == Tally(8, 24, Counter({"pred_iou_thresh": 14, "box_nms_thresh": 3}), 0.6, 0.8)
     assert both.kept == 7
+
+
+def test_thresholds_suit_the_model(embedded: Sam) -> None:
+    suited = EverythingSettings.suited_to("vit_nano")
+    assert MaskGenerator(Predictor(embedded)).settings == suited != EverythingSettings()
+    # SAM's own, and those of a SAM that no family has.
+    for name in ("vit_b", "mine"):
+        assert EverythingSettings.suited_to(name) == EverythingSettings()
+    given = EverythingSettings(points_per_side=3)
+    assert MaskGenerator(Predictor(embedded), given).settings == given

@@ -51,6 +51,19 @@ def test_slices_are_sequences_again(sam: Sam, dataset: CocoDataset) -> None:
     assert not np.array_equal(items[0].pixels, items[1].pixels)
 
 
+def test_a_seed_draws_the_order(sam: Sam, dataset: CocoDataset) -> None:
+    source = GroundTruth(dataset)
+    first, second = calibration_pictures(sam, dataset, source, 2, Prompting())
+    drawn = {}
+    for seed in range(8):
+        (one,) = calibration_pictures(sam, dataset, source, 1, Prompting(), seed=seed)
+        (again,) = calibration_pictures(sam, dataset, source, 1, Prompting(), seed=seed)
+        assert np.array_equal(one.pixels, again.pixels)
+        drawn[seed] = np.array_equal(one.pixels, second.pixels)
+        assert drawn[seed] or np.array_equal(one.pixels, first.pixels)
+    assert set(drawn.values()) == {True, False}
+
+
 def test_fewer_pictures_than_asked_for(
     sam: Sam, dataset: CocoDataset, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -170,6 +170,16 @@ def test_trials_and_calibrations_follow_the_files_of_extensions(
     assert len(set(trials)) == len(set(calibrations)) == 3
 
 
+def test_seeds_share_a_calibration_unless_they_draw_its_pictures(tmp_path: Path) -> None:
+    scheme = ROOT / "exp" / "ptq4sam-s44.yaml"
+    for order, calibrations in (("file", 1), ("random", 3)):
+        file = tmp_path / f"{order}.yaml"
+        base = f"{{scheme: {scheme}, scheme.calibrate_order: {order}}}"
+        file.write_text(f"base: {base}\ngrid: {{seed: [0, 1, 2]}}\n")
+        trials = read_sweep(file).trials
+        assert len({calibration_key(trial.settings) for trial in trials}) == calibrations
+
+
 def test_every_sweep_file_is_tested() -> None:
     assert {path.stem for path in (ROOT / "exp" / "sweeps").glob("*")} == set(TRIALS)
 
