@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -136,4 +137,4 @@ class Variant:
     fit: Callable[[str, Tensor, Tensor], Tensor] = lambda _name, tensor, _own: tensor
     remake: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
     unfolded: Variant | None = None
-    everything: Mapping[str, float] = field(default_factory=dict)
+    everything: Mapping[str, Any] = field(default_factory=dict)
