@@ -134,8 +134,9 @@ class Inputs:
         kind = parse_spec(prompts).kind
         if kind in ("ground-truth", "clicks") and not has_truth(dataset):
             raise ConfigError(
-                f"asked for prompts {prompts} on pictures without annotations: give annotations, "
-                "or boxes.json, onnx:FILE or another detector for prompts"
+                f"asked for prompts {prompts} on pictures without annotations: give annotations "
+                "(masks.json of ptq4sam everything are some), or boxes.json, onnx:FILE or another "
+                "detector for prompts"
             )
         source = open_prompts(prompts, dataset, device=self._context.device)
         return cached(source, dataset, self._kept)
