@@ -1,18 +1,24 @@
-"""Measure vit_nano, float and quantized, and write docs/results.md and the table of README.md.
+"""Measure small SAMs, float and quantized, and write docs/results.md and the table of README.md.
 
     python tools/write_results.py --steps 400 --out docs/results.md \
         --coco-mini DIR --yolox yolox_nano.onnx
+    python tools/write_results.py --model tiny_vit_nano --statistics-only ...
+    python tools/write_results.py --bimodal work_dirs/sweeps/two-peaks/sweep.csv
 
-Each row is a run of `ptq4sam quantize` and two of `ptq4sam evaluate`; what is finished in the work
-directory is not run again. Without --coco-mini only the generated scenes are measured.
+Each call writes its own part of the page, and leaves the others as they are. Each row is a run of
+`ptq4sam quantize` and two or three of `ptq4sam evaluate`; what is finished in the work directory is
+not run again. Without --coco-mini only the generated scenes are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import csv
 import json
 import logging
+import re
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,6 +28,7 @@ from typing import Any
 from data_sets import Data, data_sets, machine
 from write_readme import README, with_table
 
+from ptq4sam.families import build_sam
 from ptq4sam.files import replacing, write_text
 from ptq4sam.quantization.scheme import Scheme
 
@@ -40,6 +47,8 @@ METHODS = {
 CLICKED = ("float", "PTQ4SAM-S, W6A6", "PTQ4SAM-S, W4A4")
 """Methods that are scored by clicks too."""
 CLICKS = 5
+MODEL = "vit_nano"
+"""Whose part README's table is of."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,11 @@ def measure(benchmark: Benchmark, method: str, arguments: argparse.Namespace) ->
     scheme = METHODS[method][1]
     folder = (
         arguments.work_dir
+        / arguments.model
         / benchmark.name.replace(" ", "_")
         / (scheme or "float").removesuffix(".yaml")
     )
-    checkpoint: list[str] = []
+    checkpoint = ["--model", arguments.model]
     if scheme is not None:
         model = folder / "model.safetensors"
         if not model.exists():
@@ -76,7 +86,7 @@ def measure(benchmark: Benchmark, method: str, arguments: argparse.Namespace) ->
             with replacing(shortened) as temporary:
                 content = Scheme.from_yaml(_ROOT / "exp" / scheme).with_steps(arguments.steps)
                 temporary.write_text(content.to_yaml())
-            options = ["--scheme", str(shortened)]
+            options = ["--model", arguments.model, "--scheme", str(shortened)]
             options += ["--calibration-size", str(arguments.calibration)]
             options += ["--calibration-images", str(benchmark.calibration_images)]
             options += ["--calibration-annotations", str(benchmark.calibration_annotations)]
@@ -157,11 +167,11 @@ def _clicks(rows: list[Row]) -> list[str]:
 
 
 _INTRODUCTION = """\
-# Results of the embedded model
+# Results of {model}
 
-Written by `python tools/write_results.py`; every number was measured by it. `vit_nano` has 3
-million parameters and was trained on few pictures: these figures show what quantization costs, they
-do not compare with those of the official SAM.
+Written by `python tools/write_results.py`; every number was measured by it. `{model}` has
+{parameters:.1f} million parameters and was trained on few pictures: these figures show what
+quantization costs, they do not compare with those of the official SAM.
 
 Mean IoU and agreement (mean IoU with the float model's masks) are with ground-truth boxes; change
 is in points of mean IoU. QDrop and PTQ4SAM-L reconstruct {steps} steps a unit with learning rates
@@ -173,11 +183,59 @@ of one seed: figures that lie a few tenths apart, or AP a point, may change thei
 """
 
 
+_BIMODAL = """\
+# What is done about bimodal keys
+
+Keys of three attentions of `vit_nano_bimodal` were given two peaks that the float masks do not see;
+`vit_nano` itself has none; BIG folds these three. PTQ4SAM-S at 4 bits, 32 calibration pictures
+drawn by each of {seeds} seeds, ground-truth boxes; mean and standard deviation over seeds
+(`ptq4sam sweep two-peaks`).
+
+| model | keys | mean IoU | agreement | AP |
+|---|---|---|---|---|
+"""
+
+
+def bimodal_part(sweep: Path) -> str:
+    """The part of a finished sweep of exp/sweeps/two-peaks.yaml."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    with sweep.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            groups.setdefault((row["model"], row["keys"]), []).append(row)
+
+    def mean(rows: list[dict[str, str]], key: str, digits: int) -> str:
+        values = [float(row[key]) for row in rows]
+        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+    lines = [
+        f"| {model} | {keys} | {mean(rows, 'mean_iou', 4)} | {mean(rows, 'agreement', 4)} | "
+        f"{mean(rows, 'AP', 1)} |"
+        for (model, keys), rows in groups.items()
+    ]
+    introduction = _BIMODAL.format(seeds=len(next(iter(groups.values()))))
+    return introduction + "\n".join(lines) + f"\n\nMeasured on {machine()}.\n"
+
+
+def with_part(old: str, part: str) -> str:
+    """A page whose part of the same title is this one, or that ends with it."""
+    parts = re.split(r"^(?=# )", old, flags=re.MULTILINE)
+    title = part.splitlines()[0]
+    kept = {known.splitlines()[0]: known.strip() for known in parts if known.strip()}
+    kept[title] = part.strip()
+    return "\n\n".join(kept.values()) + "\n"
+
+
 def page(sections: list[list[str]], arguments: argparse.Namespace, versions: dict[str, str]) -> str:
-    """The whole page."""
+    """The part of one model."""
     used = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    weights = build_sam(arguments.model).parameters()
     parts = [
-        _INTRODUCTION.format(steps=arguments.steps, calibration=arguments.calibration),
+        _INTRODUCTION.format(
+            model=arguments.model,
+            parameters=sum(weight.numel() for weight in weights) / 1e6,
+            steps=arguments.steps,
+            calibration=arguments.calibration,
+        ),
         *("\n".join(section) for section in sections),
         f"Measured on {arguments.machine}; {used}.\n",
     ]
@@ -208,22 +266,39 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=_ROOT / "work_dirs" / "results")
     parser.add_argument("--out", type=Path, default=_ROOT / "docs" / "results.md")
     parser.add_argument("--machine", default=machine())
+    parser.add_argument("--model", default=MODEL, help="a trained SAM of ours")
+    parser.add_argument("--statistics-only", action="store_true", help="no reconstruction")
+    parser.add_argument("--bimodal", type=Path, help="write the part of this finished sweep alone")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if arguments.bimodal is not None:
+        _write(bimodal_part(arguments.bimodal), arguments.out)
+        return
     if (arguments.coco_mini is None) != (arguments.yolox is None):
         parser.error("--coco-mini and --yolox belong together")
+    methods = [
+        name
+        for name, (_, scheme) in METHODS.items()
+        if scheme is None
+        or not arguments.statistics_only
+        or Scheme.from_yaml(_ROOT / "exp" / scheme).recon is None
+    ]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         futures = {
-            benchmark: [pool.submit(measure, benchmark, method, arguments) for method in METHODS]
+            benchmark: [pool.submit(measure, benchmark, method, arguments) for method in methods]
             for benchmark in benchmarks(arguments)
         }
         measured = {b: [future.result() for future in rows] for b, rows in futures.items()}
     sections = [table(benchmark, rows) for benchmark, rows in measured.items()]
     versions = next(iter(measured.values()))[0].truth["versions"]
-    with replacing(arguments.out) as temporary:
-        temporary.write_text(page(sections, arguments, versions))
-    if arguments.out == _ROOT / "docs" / "results.md":
-        readme = with_table(README.read_text(encoding="utf-8"), arguments.out.read_text())
+    _write(page(sections, arguments, versions), arguments.out)
+
+
+def _write(part: str, out: Path) -> None:
+    old = out.read_text(encoding="utf-8") if out.exists() else ""
+    write_text(with_part(old, part), out)
+    if out == _ROOT / "docs" / "results.md":
+        readme = with_table(README.read_text(encoding="utf-8"), out.read_text(encoding="utf-8"))
         write_text(readme, README)
 
 
