@@ -12,6 +12,10 @@ from ptq4sam.version import __version__
 _VERBS = {
     "evaluate": ("score a SAM, float or quantized, on a data set", "ptq4sam.commands.evaluate"),
     "quantize": ("quantize a SAM and write it to a file", "ptq4sam.commands.quantize"),
+    "distil": (
+        "train a SAM by another one, float or with quantizers",
+        "ptq4sam.commands.distil",
+    ),
     "export": ("write a SAM for ONNX Runtime or OpenVINO", "ptq4sam.commands.export"),
     "prompts": ("write a detector's boxes as COCO results", "ptq4sam.commands.prompts"),
     "everything": ("find masks without prompts", "ptq4sam.commands.everything"),

@@ -93,6 +93,21 @@ def gather(mine: Sequence[T]) -> list[T]:
     return [parts[index % count()][index // count()] for index in range(total)]
 
 
+def average(tensors: Sequence[torch.Tensor]) -> None:
+    """Give every process the mean of these tensors of all processes, in place.
+
+    Args:
+        tensors: of one type and device, as many and of the same shapes in each process.
+    """
+    if count() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors]) / count()
+    dist.all_reduce(flat)
+    means = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, means, strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
 def from_first(action: Callable[[], T]) -> T:
     """What the first process gets by an action, which the others do not do."""
     if count() == 1:

@@ -1,11 +1,13 @@
-"""What small SAMs are trained by: masks at sampled points, predicted IoUs, separable features."""
+"""What vit_nano is trained by: masks at sampled points, predicted IoUs, separable features."""
 
 from __future__ import annotations
 
 import torch
-from nano_data import NEAR_POINTS, WIDE_POINTS
 from torch import Tensor
 from torch.nn import functional as F
+
+from ptq4sam.distillation.losses import at_places, near_box
+from ptq4sam.distillation.views import NEAR_POINTS, WIDE_POINTS
 
 _SINGLE_WEIGHTS = (1.5, 0.5)
 _BEST_WEIGHTS = (0.4, 1.5)
@@ -36,16 +38,6 @@ def mask_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return dice + near.mean(-1) + outline + wide.mean(-1)
 
 
-def near_box(boxes: Tensor, size: int, stride: float) -> Tensor:
-    """1 within boxes [n, 4] grown by a fifth of their sides and two pixels; [n, size, size]."""
-    margin = 0.2 * (boxes[:, 2:] - boxes[:, :2]) + 2
-    low, high = boxes[:, :2] - margin, boxes[:, 2:] + margin
-    cell = stride * (torch.arange(size, device=boxes.device) + 0.5)
-    inside_x = (cell > low[:, :1]) & (cell < high[:, :1])
-    inside_y = (cell > low[:, 1:]) & (cell < high[:, 1:])
-    return (inside_y[:, :, None] & inside_x[:, None, :]).float()
-
-
 def total_loss(
     logits: Tensor,
     ious: Tensor,
@@ -66,42 +58,13 @@ def total_loss(
         measured: IoU [n, m] of the masks with the object.
         ambiguous: [n] whether the prompt is a lone click.
     """
-    sampled = F.grid_sample(logits, places[:, None], padding_mode="border", align_corners=False)
-    losses = mask_loss(sampled[:, :, 0], labels)
+    losses = mask_loss(at_places(logits, places), labels)
     best = losses[:, 1:].min(dim=1).values
     single, three = (
         torch.where(ambiguous, weights[1], weights[0])
         for weights in (_SINGLE_WEIGHTS, _BEST_WEIGHTS)
     )
     return (single * losses[:, 0] + three * best).mean() + _IOU_WEIGHT * F.mse_loss(ious, measured)
-
-
-@torch.no_grad()
-def measured_iou(
-    logits: Tensor, places: Tensor, labels: Tensor, boxes: Tensor, seen: Tensor, stride: float
-) -> Tensor:
-    """IoU [n, m] of masks with objects.
-
-    Near the box by points of the picture's own resolution, of which a small object fills few cells
-    of the mask; farther away, where there is nothing of the object, by the mask's cells.
-
-    Args:
-        logits: [n, m, h, w].
-        places: [n, points, 2] in -1..1, the near ones first.
-        labels: [n, points].
-        boxes: tight ones [n, 4] in pixels of the window.
-        seen: [n, h, w], 1 where the window is not padding.
-        stride: pixels a cell.
-    """
-    near = places[:, None, :NEAR_POINTS]
-    sampled = F.grid_sample(logits, near, padding_mode="border", align_corners=False)[:, :, 0]
-    predicted, true = sampled > 0, labels[:, None, :NEAR_POINTS] > 0.5
-    inside = near_box(boxes, logits.shape[-1], stride)
-    area = (inside * seen).flatten(1).sum(1, keepdim=True).clamp(min=1)
-    away = (logits > 0) & (seen * (1 - inside) > 0)[:, None]
-    both = (predicted & true).float().mean(-1) * area
-    either = (predicted | true).float().mean(-1) * area + away.flatten(2).sum(-1)
-    return both / either.clamp(min=1e-6)
 
 
 def feature_loss(features: Tensor, target: Tensor) -> Tensor:

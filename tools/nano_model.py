@@ -1,4 +1,4 @@
-"""Small SAMs before their training, on inputs of any size; weights from one size to another."""
+"""vit_nano before its training, on inputs of any size; weights from one size to another."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from ptq4sam.families.sam_vit.sizes import SIZES
 from ptq4sam.families.sam_vit.variants import build_variant
-from ptq4sam.families.tiny_vit.sizes import NANO
-from ptq4sam.families.tiny_vit.variants import build_variant as build_tiny_vit
 from ptq4sam.sam.model import Sam
 
 
@@ -26,22 +24,18 @@ def position_frequencies(count: int) -> Tensor:
     return torch.stack([torch.cat([harmonics, zeros]), torch.cat([zeros, harmonics])])
 
 
-def build_model(window: int, name: str = "vit_nano") -> Sam:
-    """A small SAM whose encoder takes windows; the prompt encoder keeps the whole input's frame.
+def build_model(window: int) -> Sam:
+    """A vit_nano whose encoder takes windows; the prompt encoder keeps the whole input's frame.
 
     Args:
         window: side in pixels.
-        name: vit_nano or tiny_vit_nano, whose encoder takes any size and has batch normalisations.
     """
-    if name == "tiny_vit_nano":
-        whole = build_tiny_vit(name, NANO, folded=False)
-    else:
-        whole = build_variant(name, SIZES[name])
+    whole = build_variant("vit_nano", SIZES["vit_nano"])
     matrix = whole.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
     matrix.copy_(position_frequencies(matrix.shape[1]))
-    if name != "tiny_vit_nano" and window != whole.image_size:
-        small = dataclasses.replace(SIZES[name], image_size=window)
-        whole.image_encoder = build_variant(name, small).image_encoder
+    if window != whole.image_size:
+        small = dataclasses.replace(SIZES["vit_nano"], image_size=window)
+        whole.image_encoder = build_variant("vit_nano", small).image_encoder
     return whole
 
 

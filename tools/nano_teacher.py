@@ -6,6 +6,7 @@ COCO knows. Its feature maps are a dense target for every place of a picture, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ _GREY = 114
 class DetectorFeatures:
     """Feature maps of a YOLOX, at the stride of a small SAM's embedding."""
 
-    def __init__(self, path: Path, maps: list[str]) -> None:
+    def __init__(self, path: Path, maps: Sequence[str]) -> None:
         """Cut the network behind the maps.
 
         Args:
@@ -58,7 +59,7 @@ class DetectorFeatures:
         return torch.cat(sized, dim=1)[0].half()
 
 
-def _cut(model: onnx.ModelProto, maps: list[str]) -> bytes:
+def _cut(model: onnx.ModelProto, maps: Sequence[str]) -> bytes:
     """The part of a network from its input, made to take any size, to some of its tensors."""
     (image,) = model.graph.input
     for axis, name in ((2, "height"), (3, "width")):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
+import torch
+import yaml
+
 from ptq4sam.errors import ConfigError
 from ptq4sam.families.family import Variant
 from ptq4sam.sam.model import Sam
@@ -19,18 +22,20 @@ VARIANTS: dict[str, Variant] = {
 
 
 def variant_of(name: str, folded: bool = True) -> Variant:
-    """A SAM by its name, a key of VARIANTS.
+    """A SAM by its name.
 
     Args:
-        name: of the SAM.
+        name: a key of VARIANTS, perhaps with other sizes of its family's record behind it, as
+            vit_nano:embed_dim=80,depth=4.
         folded: without batch normalisations, as for inference; else as `compat: study` needs it.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it has no such sizes.
     """
-    if name not in VARIANTS:
-        raise ConfigError(f"unknown SAM {name!r}: choose one of {', '.join(VARIANTS)}")
-    variant = VARIANTS[name]
+    own, _, sizes = name.partition(":")
+    if own not in VARIANTS:
+        raise ConfigError(f"unknown SAM {own!r}: choose one of {', '.join(VARIANTS)}")
+    variant = _sized(VARIANTS[own], name, sizes) if sizes else VARIANTS[own]
     if folded:
         return variant
     if variant.unfolded is None:
@@ -40,6 +45,29 @@ def variant_of(name: str, folded: bool = True) -> Variant:
             f"not: use {others}, or compat: faithful"
         )
     return variant.unfolded
+
+
+def _sized(variant: Variant, name: str, sizes: str) -> Variant:
+    """A variant with the sizes that a name says.
+
+    Raises:
+        ConfigError: it cannot have them.
+    """
+    if variant.sized is None:
+        raise ConfigError(f"asked for {name}, but {variant.name} has no sizes to choose")
+    try:
+        changes = yaml.safe_load("{" + sizes.replace("=", ": ") + "}")
+        resized = variant.sized(name, changes)
+        with torch.device("meta"):
+            sam = resized.build(None)
+            side = sam.image_size
+            sam.embed(torch.zeros(1, 3, side, side))
+    except (ConfigError, yaml.YAMLError, RuntimeError, ValueError, AssertionError) as error:
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(
+            f"asked for {name}: {told}; write sizes that go together as NAME:SIZE=VALUE,SIZE=VALUE"
+        ) from error
+    return resized
 
 
 def build_sam(name: str, image_size: int | None = None, folded: bool = True) -> Sam:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.records import FieldError, unknown_key
 from ptq4sam.sam.description import (
     DECODER,
     Description,
@@ -38,7 +39,10 @@ __all__ = [
     "Variant",
     "Weights",
     "require_side",
+    "with_sizes",
 ]
+
+S = TypeVar("S")
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 """Where weights that ship with the package are."""
@@ -66,6 +70,10 @@ class Weights:
         """The file, where it ships with the package."""
         ships = self.download is None and self.trained_by is None
         return ASSETS / self.file if ships else None
+
+    def of_other_sizes(self) -> Weights:
+        """Those of the same SAM with other sizes, which nobody publishes."""
+        return Weights(self.file, trained_by="ptq4sam distil")
 
 
 def require_side(name: str, side: int, cell: int, whose: str) -> None:
@@ -126,6 +134,10 @@ class Variant:
             study simulates it; None for no such form.
         everything: settings of automatic masks that suit its weights better than SAM's own, by the
             names of `EverythingSettings`.
+        sized: the same with other sizes, which take the names of the family's own record; None
+            where there are none. Raises a FieldError of one that is not known, or of another kind.
+        build_unfolded: as `build` for its own side, with the batch normalisations that training
+            needs and `fold` folds; None where there are none.
     """
 
     name: str
@@ -138,3 +150,27 @@ class Variant:
     remake: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
     unfolded: Variant | None = None
     everything: Mapping[str, Any] = field(default_factory=dict)
+    sized: Callable[[str, Mapping[str, Any]], Variant] | None = None
+    build_unfolded: Callable[[], Sam] | None = None
+
+
+def with_sizes(size: S, changes: Mapping[str, Any]) -> S:
+    """A family's record of sizes with some of them changed.
+
+    Args:
+        size: a frozen dataclass of numbers and tuples of numbers or names.
+        changes: by field; lists become tuples.
+
+    Raises:
+        FieldError: there is no such size, or its value is of another kind.
+    """
+    known = [field.name for field in fields(size)]  # type: ignore[arg-type]
+    given: dict[str, Any] = {}
+    for key, value in changes.items():
+        if key not in known:
+            raise unknown_key(key, known)
+        own = getattr(size, key)
+        given[key] = tuple(value) if isinstance(value, list) else value
+        if type(given[key]) is not type(own):
+            raise FieldError(key, f"{value!r} given, a value like {own!r} is needed")
+    return replace(size, **given)  # type: ignore[type-var]

@@ -141,16 +141,12 @@ def run_fingerprint(
     seed: int,
 ) -> dict[str, str]:
     """Everything that the bits of a reconstruction depend on, by name."""
-    weights = hashlib.sha256()
-    for name, value in sam.state_dict().items():
-        weights.update(name.encode())
-        weights.update(_bytes(value))
     data = hashlib.sha256()
     for item in items:
         data.update(_bytes(item.pixels))
         data.update(_bytes(item.boxes))
     return {
-        "model": f"{sam.name} {weights.hexdigest()[:16]}",
+        "model": model_fingerprint(sam),
         "calibration data": f"{len(items)} pictures {data.hexdigest()[:16]}",
         "scheme": json.dumps(scheme.to_dict(), sort_keys=True),
         "quantized encoder": str(quantize_encoder),
@@ -161,6 +157,15 @@ def run_fingerprint(
         **description(sam.device),
         "kernels": "compiled" if compiles(sam.device) else "one by one",
     }
+
+
+def model_fingerprint(sam: Sam) -> str:
+    """A SAM's name, and what tells its weights from others."""
+    weights = hashlib.sha256()
+    for name, value in sam.state_dict().items():
+        weights.update(name.encode())
+        weights.update(_bytes(value))
+    return f"{sam.name} {weights.hexdigest()[:16]}"
 
 
 def _move_aside(folder: Path) -> None:

@@ -29,6 +29,7 @@ PAGES = (
     "differences",
     "tiny-vit",
     "everything",
+    "distillation",
     "tinysam",
 )
 

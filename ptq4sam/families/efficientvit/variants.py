@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from ptq4sam.families.efficientvit.sizes import (
     XL1,
     EfficientViTSize,
 )
-from ptq4sam.families.family import Variant, Weights, require_side
+from ptq4sam.families.family import Variant, Weights, require_side, with_sizes
 from ptq4sam.sam.assembling import DecoderSizes, assemble
 from ptq4sam.sam.model import Sam
 
@@ -72,7 +73,19 @@ def variant(name: str, size: EfficientViTSize, weights: Weights) -> Variant:
         _check_depths(name, size, state, origin)
         return size.image_size
 
-    own = Variant(name, FAMILY, size.geometry, partial(build, True), weights, side_of)
+    def sized(own: str, changes: Mapping[str, Any]) -> Variant:
+        return variant(own, with_sizes(size, changes), weights.of_other_sizes())
+
+    own = Variant(
+        name,
+        FAMILY,
+        size.geometry,
+        partial(build, True),
+        weights,
+        side_of,
+        sized=sized,
+        build_unfolded=partial(build, False, None),
+    )
     unfolded = replace(own, family=replace(FAMILY, fold=dict), build=partial(build, False))
     return replace(own, unfolded=unfolded)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from ptq4sam.errors import CheckpointError
-from ptq4sam.families.family import Variant, Weights, require_side
+from ptq4sam.families.family import Variant, Weights, require_side, with_sizes
 from ptq4sam.families.sam_vit.description import ENCODER, FAMILY
 from ptq4sam.families.sam_vit.image_encoder import ImageEncoderViT
 from ptq4sam.families.sam_vit.sizes import SIZES, SamVariant
@@ -58,7 +59,10 @@ def variant(name: str, size: SamVariant, weights: Weights) -> Variant:
             return tensor
         return table_of_size(tensor, (len(own) + 1) // 2).contiguous()
 
-    return Variant(name, FAMILY, size.geometry, build, weights, side_of, fit)
+    def sized(own: str, changes: Mapping[str, Any]) -> Variant:
+        return variant(own, with_sizes(size, changes), weights.of_other_sizes())
+
+    return Variant(name, FAMILY, size.geometry, build, weights, side_of, fit, sized=sized)
 
 
 def _official(name: str, file: str) -> Variant:
@@ -81,6 +85,7 @@ VARIANTS = (
     replace(
         _embedded("vit_nano_bimodal"),
         remake=partial(with_two_peaks, description=FAMILY.description),
+        sized=None,
     ),
 )
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from ptq4sam.errors import CheckpointError
-from ptq4sam.families.family import Variant, Weights, require_side
+from ptq4sam.families.family import Variant, Weights, require_side, with_sizes
 from ptq4sam.families.tiny_vit.description import ENCODER, FAMILY
 from ptq4sam.families.tiny_vit.encoder import TinyViT
 from ptq4sam.families.tiny_vit.sizes import NANO, PUBLISHED, TinyViTSize
@@ -45,9 +46,9 @@ def build_variant(name: str, size: TinyViTSize, folded: bool = True) -> Sam:
     return assemble(name, encoder, size.geometry, ENCODER, decoder)
 
 
-def variant(name: str, weights: Weights) -> Variant:
-    """A TinyViT SAM of SIZES."""
-    size = SIZES[name]
+def variant(name: str, weights: Weights, size: TinyViTSize | None = None) -> Variant:
+    """A TinyViT SAM of SIZES, or of a size of its own."""
+    size = SIZES[name] if size is None else size
 
     def build(side: int | None) -> Sam:
         if side is None:
@@ -60,7 +61,19 @@ def variant(name: str, weights: Weights) -> Variant:
         _check_width(name, size, state, origin)
         return size.image_size
 
-    return Variant(name, FAMILY, size.geometry, build, weights, side_of)
+    def sized(own: str, changes: Mapping[str, Any]) -> Variant:
+        return variant(own, weights.of_other_sizes(), with_sizes(size, changes))
+
+    return Variant(
+        name,
+        FAMILY,
+        size.geometry,
+        build,
+        weights,
+        side_of,
+        sized=sized,
+        build_unfolded=lambda: build_variant(name, size, folded=False),
+    )
 
 
 VARIANTS = (
@@ -76,7 +89,7 @@ VARIANTS = (
         "tiny_vit_nano",
         Weights(
             "tiny_vit_nano.safetensors",
-            trained_by="python tools/train_vit_nano.py tools/tiny_vit_nano.yaml",
+            trained_by="ptq4sam distil --settings tools/tiny_vit_nano.yaml",
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Prompts in rounds, as SAM was trained (Kirillov et al., 2023, app. A).
+"""Prompts in rounds, as SAM was trained (Kirillov et al. 2023, app. A) and TinySAM is distilled.
 
 A box or a click first, then clicks where the mask is wrong, each with the mask so far.
 """
@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from ptq4sam.sam.prompt_encoder import PromptEncoder
 
-_BOX_SHARE = 0.55
 _COARSE = 4
 
 
@@ -36,11 +35,26 @@ class Prompts:
 
     @classmethod
     def first(
-        cls, boxes: Tensor, target: Tensor, stride: float, limit: int, generator: torch.Generator
+        cls,
+        boxes: Tensor,
+        target: Tensor,
+        stride: float,
+        limit: int,
+        box_share: float,
+        generator: torch.Generator,
     ) -> Prompts:
-        """A box or a click for each object; `boxes` are tight, `limit` is the window's side."""
+        """A box or a click for each object.
+
+        Args:
+            boxes: tight ones [n, 4], in pixels.
+            target: [n, h, w] in 0..1.
+            stride: pixels a cell of `target`.
+            limit: side of the square that boxes lie in.
+            box_share: of the objects that are asked by their boxes.
+            generator: on the CPU.
+        """
         points, _ = clicks_in(target, stride, generator)
-        by_box = torch.rand(len(boxes), generator=generator) < _BOX_SHARE
+        by_box = torch.rand(len(boxes), generator=generator) < box_share
         return cls(
             jittered(boxes, limit, generator),
             by_box.to(boxes.device),
@@ -68,12 +82,22 @@ class Prompts:
             self.boxes[chosen], self.by_box[chosen], self.points[chosen], self.labels[chosen]
         )
 
-    def embedded(self, encoder: PromptEncoder, shift: Tensor) -> Tensor:
-        """Tokens [n, k + 1, dim]; `shift` [n, 2] is where windows lie in SAM's input."""
-        points, boxes = self.points + shift[:, None], self.boxes + shift.repeat(1, 2)
-        by_click = encoder(points=(points, self.labels))[0]
-        later = (points[:, 1:], self.labels[:, 1:]) if points.shape[1] > 1 else None
-        by_box = encoder(points=later, boxes=boxes)[0]
+    def moved(self, shift: Tensor) -> Prompts:
+        """The same objects elsewhere; `shift` [n, 2] is (x, y) in pixels."""
+        return dataclasses.replace(
+            self, points=self.points + shift[:, None], boxes=self.boxes + shift.repeat(1, 2)
+        )
+
+    @property
+    def lone(self) -> Tensor:
+        """[n] whether an object is asked by a click alone, which is ambiguous."""
+        return ~self.by_box if self.points.shape[1] == 1 else torch.zeros_like(self.by_box)
+
+    def embedded(self, encoder: PromptEncoder) -> Tensor:
+        """Tokens [n, k + 1, dim]."""
+        by_click: Tensor = encoder(points=(self.points, self.labels))[0]
+        later = (self.points[:, 1:], self.labels[:, 1:]) if self.points.shape[1] > 1 else None
+        by_box: Tensor = encoder(points=later, boxes=self.boxes)[0]
         return torch.where(self.by_box[:, None, None], by_box, by_click)
 
 

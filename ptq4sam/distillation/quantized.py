@@ -1,0 +1,120 @@
+"""Quantization-aware fine-tuning: a student that keeps its quantizers while it learns.
+
+Weights learn straight through the rounding; scales of weights and activations learn as in LSQ
+(Esser et al. 2020) wherever the scheme's grids have scales that learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ptq4sam.errors import ConfigError
+from ptq4sam.model.calibration import CalibrationItem, calibrate, methods_with
+from ptq4sam.model.float_weights import round_float_weights
+from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
+from ptq4sam.model.quantize import freeze, quantize_sam
+from ptq4sam.operators.base import quantized_layers
+from ptq4sam.progress import Progress, silent
+from ptq4sam.quantization.modes import quantizers
+from ptq4sam.quantization.quantizers import (
+    AffineQuantizer,
+    FixedQuantizer,
+    LSQQuantizer,
+    Quantizer,
+)
+from ptq4sam.quantization.rounding import AdaRoundQuantizer
+from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.sam.model import Sam
+
+
+def require_tunable(scheme: Scheme) -> None:
+    """Refuse a scheme whose methods work on a frozen model, which learning would undo.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    correcting = methods_with(scheme, "after_reconstruction")
+    if correcting:
+        raise ConfigError(
+            f"asked to train with {', '.join(correcting)}, which corrects a model that learns no "
+            "more: use a scheme without"
+        )
+    if scheme.compat != "faithful":
+        raise ConfigError(
+            f"asked to train with compat: {scheme.compat}, whose models stay simulations: use "
+            "compat: faithful"
+        )
+
+
+def begin_quantized(
+    sam: Sam,
+    scheme: Scheme,
+    items: Sequence[CalibrationItem],
+    *,
+    quantize_encoder: bool = True,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> QuantizedSam:
+    """A student that starts from a calibrated model, reconstructed where the scheme says so.
+
+    Args:
+        sam: the float model, which is not touched.
+        scheme: the quantization.
+        items: calibration pictures.
+        quantize_encoder: quantize the image encoder too.
+        seed: fixes every random choice of the reconstruction.
+        progress: shows how far it is.
+    """
+    if scheme.recon is not None:
+        quantized = quantize_sam(
+            sam, items, scheme, quantize_encoder=quantize_encoder, seed=seed, progress=progress
+        )
+    else:
+        # Not frozen: what lies between the points of a grid is where learning goes on.
+        quantized = insert_quantizers(sam, scheme, quantize_encoder)
+        calibrate(quantized, items, progress)
+    return quantized
+
+
+def learn_weight_scales(sam: QuantizedSam) -> dict[str, Quantizer]:
+    """Let the scales of weights learn, where the scheme has them fixed.
+
+    Returns:
+        The quantizers that others took the places of, by path of the layer; `finish_quantized`
+        puts them back with what was learned, so that the model is what its scheme says.
+    """
+    replaced: dict[str, Quantizer] = {}
+    for name, layer in quantized_layers(sam):
+        before = layer.weight_quantizer
+        fixed = type(before) in (AdaRoundQuantizer, FixedQuantizer)
+        if fixed and isinstance(before, FixedQuantizer):
+            learner = LSQQuantizer(before.grid, channel_axis=before.channel_axis)
+            learner.name = before.name
+            learner.to(layer.weight.device)
+            learner.set_parameters(before.scale.clone(), before.zero_point.clone())
+            layer.weight_quantizer = learner
+            replaced[name] = before
+    return replaced
+
+
+def finish_quantized(sam: QuantizedSam, replaced: Mapping[str, Quantizer]) -> None:
+    """Leave an ordinary quantized model: scales usable, weights on their grids.
+
+    Args:
+        sam: that has learned.
+        replaced: what `learn_weight_scales` gave.
+    """
+    sam.eval()
+    for _, quantizer in quantizers(sam):
+        if quantizer.learned():
+            quantizer.constrain_()
+            quantizer.finish_learning()
+    for name, layer in quantized_layers(sam):
+        own = replaced.get(name)
+        if isinstance(own, AffineQuantizer) and isinstance(layer.weight_quantizer, LSQQuantizer):
+            own.set_parameters(*layer.weight_quantizer.parameters_in_use())
+            layer.weight_quantizer = own
+    if sam.scheme.float_weights == "float16":
+        round_float_weights(sam)
+    freeze(sam)
+    sam.requires_grad_(False)

@@ -1,0 +1,135 @@
+"""`ptq4sam distil`, from its flags to a file that can be scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ptq4sam.distillation.training import CURVES, STATE
+from ptq4sam.errors import DataError
+from ptq4sam.families.checkpoint import load_sam
+from ptq4sam.runs import distilling
+from tests.tiny_runs import refusal, run
+from tests.tiny_sams import TinySam
+
+pytest_plugins = ("tests.tiny_sam_fixtures",)
+
+QUICK = ("phases.0.steps=2", "phases.0.batch=1", "sampling.rounds=1")
+
+
+def command(tiny: TinySam, *more: object) -> list[object]:
+    teacher = ["--teacher", "tiny", "--teacher-checkpoint", tiny.weights]
+    return [
+        *("distil", "--student", "tiny:embed_dim=16", *teacher, *tiny.data("train")),
+        *("--output", "out.safetensors", "--work-dir", "work", "--workers", 0),
+        *("--set", *QUICK, *more),
+    ]
+
+
+def test_a_student_is_trained_scored_and_reported(
+    tiny_sam: TinySam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(*command(tiny_sam))
+    assert "written to out.safetensors" in capsys.readouterr().out
+    assert not (tmp_path / "work" / STATE).exists()
+    student = load_sam("tiny:embed_dim=16", "out.safetensors")
+    assert student.image_encoder.pos_embed.shape[-1] == 16
+    name = ["--model", "tiny:embed_dim=16", "--checkpoint", "out.safetensors"]
+    run("evaluate", *name, *tiny_sam.data(), "--work-dir", "scored")
+    run("report", "work")
+    page = (tmp_path / "work" / "report.html").read_text()
+    assert "tiny:embed_dim=16 learns from tiny" in page
+    assert page.count("<svg") >= 5
+
+
+def test_a_stopped_training_is_not_lost(
+    tiny_sam: TinySam,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device", "out.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distilling, "save_file", fail)
+        assert "No space left" in refusal(capsys, *command(tiny_sam))
+    assert (tmp_path / "work" / STATE).exists()
+    assert "add --resume to go on with it" in refusal(capsys, *command(tiny_sam))
+    changed = refusal(capsys, *command(tiny_sam, "seed=1"), "--resume")
+    assert "settings" in changed
+    assert "seed: 0, asked now: seed: 1" in changed
+    run(*command(tiny_sam), "--resume")
+    assert (tmp_path / "out.safetensors").exists()
+    assert (tmp_path / "work" / CURVES).exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--set", "phases.0.step=2"], "unknown key; did you mean 'steps'"),
+        (["--teacher", "vit_nano"], "prompts of student tiny:embed_dim=16 lie in a square of 64"),
+        (["--annotations", "none.json"], "annotations none.json"),
+        (["--settings", "none.yaml"], "none.yaml: no such settings file"),
+    ],
+)
+def test_mistakes_are_told_before_training(
+    tiny_sam: TinySam, more: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if more[0] == "--teacher":
+        more = [*more, "--teacher-checkpoint", str(vit_nano_weights())]
+    assert told in refusal(capsys, *command(tiny_sam), *more)
+    assert not Path("work", CURVES).exists()
+
+
+def vit_nano_weights() -> Path:
+    from ptq4sam.families import variant_of
+
+    path = variant_of("vit_nano").weights.embedded
+    assert path is not None
+    return path
+
+
+def test_pictures_without_annotations_are_refused(
+    tiny_sam: TinySam, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tiny_sam.data("train")[:2]
+    told = refusal(capsys, "distil", "--teacher", "vit_nano", *images, "--output", "o.safetensors")
+    assert "learned from annotated pictures" in told
+
+
+def test_a_quantized_student_resumes_and_is_scored(
+    tiny_sam: TinySam,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def tuned(name: str, *more: object) -> list[object]:
+        return [
+            *("distil", "--student", "tiny", "--init", tiny_sam.weights),
+            *("--scheme", tiny_sam.scheme, *tiny_sam.data("train")),
+            *("--output", f"{name}.safetensors", "--work-dir", name, "--workers", 0),
+            *("--set", *QUICK, *more),
+        ]
+
+    run(*tuned("whole"))
+
+    def fail(*_arguments: object) -> None:
+        raise DataError("the audit's picture was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distilling, "audit_model", fail)
+        assert "picture was lost" in refusal(capsys, *tuned("cut"))
+    assert (tmp_path / "cut" / distilling.START).exists()
+    run(*tuned("cut"), "--resume")
+    assert not (tmp_path / "cut" / distilling.START).exists()
+    written = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert written[0] == written[1]
+    weights = ["--float-checkpoint", tiny_sam.weights]
+    run("evaluate", "--checkpoint", "whole.safetensors", *weights, *tiny_sam.data())
+    told = refusal(
+        capsys,
+        *tuned("none", "phases.0.terms={embedding: 0, token: 0, mask: 0, focal: 0, dice: 0}"),
+    )
+    assert "no term teaches masks" in told

@@ -1,0 +1,100 @@
+"""A distillation from end to end: killed and resumed it ends alike; a full disk costs nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ptq4sam.distillation.training import CURVES, STATE
+from ptq4sam.errors import ConfigError, ResourceError
+from tests.distillation.killed_training import tiny_training
+from tests.full_disks import no_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and weights of a training that nothing stopped."""
+    from ptq4sam.families import VARIANTS
+    from ptq4sam.families.family import Weights
+    from ptq4sam.families.tiny_vit.variants import variant
+    from tests.distillation.conftest import TINY_TINY_VIT
+
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        own = variant("tiny_tiny_vit", Weights("none"), TINY_TINY_VIT)
+        patch.setitem(VARIANTS, "tiny_tiny_vit", own)
+        torch.set_num_threads(1)
+        yield folder, tiny_training(folder).run(workers=0)
+
+
+def test_a_killed_training_ends_in_the_same_bits(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    # The second phase begins behind step 3.
+    command = [sys.executable, "-m", "tests.distillation.killed_training", str(tmp_path), "4"]
+    killed = subprocess.run(command, cwd=ROOT, check=False)
+    assert killed.returncode == -9
+    require_same_end(whole, tmp_path, resumed_at=4)
+
+
+def require_same_end(whole: tuple[Path, dict[str, Any]], folder: Path, resumed_at: int) -> None:
+    """What a stopped training left ends as one that nothing stopped."""
+    resumed = tiny_training(folder)
+    assert resumed.resume()
+    assert resumed.done == resumed_at
+    found = resumed.run(workers=0)
+    straight, expected = whole
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert (folder / CURVES).read_text() == (straight / CURVES).read_text()
+
+
+def test_batches_do_not_depend_on_who_makes_them(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    found = tiny_training(tmp_path).run(workers=1)
+    assert all(torch.equal(found[name], value) for name, value in whole[1].items())
+
+
+def test_curves_have_a_value_for_each_term_and_step(whole: tuple[Path, dict[str, Any]]) -> None:
+    content = json.loads((whole[0] / CURVES).read_text())
+    assert (content["done"], content["steps"]) == (5, 5)
+    assert {"loss", "embedding", "token", "mask", "truth", "iou"} <= content["curves"].keys()
+    for points in content["curves"].values():
+        assert [step for step, _ in points] == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_leaves_the_last_complete_state(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    training = tiny_training(tmp_path, save_every=0.0)
+
+    def progress(plan: Sequence[Any], _description: str) -> Iterator[Any]:
+        yield from plan[:2]
+        with no_bytes():
+            yield from plan[2:]
+
+    with pytest.raises(ResourceError, match="the last complete state is kept"):
+        training.run(workers=0, progress=progress)
+    require_same_end(whole, tmp_path, resumed_at=2)
+
+
+def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
+    training = tiny_training(tmp_path)
+    assert not training.resume()
+    training.save()
+    with pytest.raises(ConfigError, match="settings differ"):
+        tiny_training(tmp_path, settings="others").resume()
+    (tmp_path / STATE).write_bytes(b"no state")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        tiny_training(tmp_path).resume()

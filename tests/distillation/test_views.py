@@ -1,0 +1,79 @@
+"""What a student is shown depends on seed and number alone, and the truth fits the pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ptq4sam.data.scenes import write_scenes
+from ptq4sam.distillation.pictures import Object, Photographs, Picture
+from ptq4sam.distillation.settings import Source
+from ptq4sam.distillation.views import NEAR_POINTS, Batch, view_of
+from ptq4sam.errors import DataError
+from tests.distillation.conftest import tiny_views
+
+
+def test_a_view_depends_on_seed_and_number_alone() -> None:
+    first, again, other = (tiny_views()[key] for key in ((1, 3), (1, 3), (0, 3)))
+    assert torch.equal(first.pixels, again.pixels)
+    assert torch.equal(first.boxes, again.boxes)
+    assert torch.equal(first.points, again.points)
+    assert first.pixels.shape != other.pixels.shape or not torch.equal(first.pixels, other.pixels)
+
+
+def test_the_truth_fits_the_picture(batch: Batch) -> None:
+    side, cells = 64, 32
+    assert batch.target.shape == (len(batch.boxes), cells, cells)
+    assert batch.owner.tolist() == sorted(batch.owner.tolist())
+    assert (batch.boxes[:, 2:] > batch.boxes[:, :2]).all()
+    assert batch.boxes.min() >= 0
+    assert batch.boxes.max() <= side
+    assert 0 <= batch.target.min() < batch.target.max() <= 1
+    for seen, picture in zip(batch.seen, batch.pictures, strict=True):
+        height, width = picture.shape[1:]
+        assert max(height, width) <= side
+        rows, columns = int(np.ceil(height / 2)), int(np.ceil(width / 2))
+        assert seen[:rows, :columns].all()
+        assert seen.sum() == rows * columns
+    x, y = (batch.points / 2).long().clamp(max=cells - 1).unbind(-1)
+    shares = torch.stack([t[v, u] for t, u, v in zip(batch.target, x, y, strict=True)])
+    # Masks are coarser, so that they differ from the labels along outlines alone.
+    assert ((shares >= 0.5) == (batch.labels > 0)).float().mean() > 0.9
+    assert batch.labels[:, NEAR_POINTS:].mean() < batch.labels[:, :NEAR_POINTS].mean()
+
+
+def test_a_small_object_keeps_its_outline() -> None:
+    mask = np.zeros((400, 600), np.uint8)
+    mask[101:104, 200:213] = 255
+    picture = Picture(
+        Image.new("RGB", (600, 400)), [Object((200.0, 101.0, 213.0, 104.0), lambda: mask)]
+    )
+    for index in range(40):
+        view = view_of(picture, np.random.default_rng(index), (0.4, 0.4), 128, 64, 3)
+        if view is None:
+            continue
+        inside = view.points[0][view.labels[0] > 0]
+        sides = inside.amax(0) - inside.amin(0)
+        assert 0.5 < float(sides[0] / sides[1]) / (13 / 3) < 2
+        return
+    raise AssertionError("no view shows the object")
+
+
+def test_photographs_are_drawn_by_weight_and_source(tmp_path: Path) -> None:
+    images, annotations = write_scenes(tmp_path, 3, seed=0)
+    content = json.loads(annotations.read_text())
+    for image, name in zip(content["images"], ("one", "two", "two"), strict=True):
+        image["source"] = name
+    annotations.write_text(json.dumps(content))
+    shown = Photographs([Source(images, annotations, 1.0, {"two": 0.0})])
+    only = {np.asarray(shown.draw(np.random.default_rng(n)).image).tobytes() for n in range(6)}
+    assert len(shown) == 3
+    assert only == {Image.open(images / "000001.jpg").tobytes()}
+    nothing = Source(images, annotations, 0.0)
+    with pytest.raises(DataError, match="no picture with an object is ever shown"):
+        Photographs([nothing])
