@@ -15,6 +15,7 @@ from train_vit_nano import Settings, Trainer, WindowPhase, export
 
 from ptq4sam.distillation.losses import measured_iou
 from ptq4sam.distillation.settings import DistillationSettings
+from ptq4sam.distillation.students import require_pair
 from ptq4sam.distillation.views import NEAR_POINTS, WIDE_POINTS
 from ptq4sam.errors import ConfigError
 from ptq4sam.families import build_sam
@@ -112,11 +113,13 @@ def test_settings_come_from_a_file_and_unknown_ones_are_refused() -> None:
         Settings.from_dict({"phase": []})
 
 
-def test_tiny_vit_nano_is_trained_by_settings_alone() -> None:
-    pupil = DistillationSettings.read(TOOLS / "tiny_vit_nano.yaml")
-    assert (pupil.student, pupil.teacher) == ("tiny_vit_nano", "vit_nano")
+@pytest.mark.parametrize("name", ["tiny_vit_nano", "efficientvit_sam_nano"])
+def test_other_small_sams_are_trained_by_settings_alone(name: str) -> None:
+    pupil = DistillationSettings.read(TOOLS / f"{name}.yaml")
+    assert (pupil.student, pupil.teacher) == (name, "vit_nano")
     assert [phase.terms.of_masks for phase in pupil.phases] == [False, True]
     pupil.require_something_to_learn(has_teacher=True)
+    require_pair(build_sam(pupil.student), build_sam("vit_nano"))
 
 
 def test_frequencies_are_harmonics_of_each_axis() -> None:
