@@ -1,27 +1,23 @@
 """Quantization-aware fine-tuning: a student that keeps its quantizers while it learns.
 
 Weights learn straight through the rounding; scales of weights and activations learn as in LSQ
-(Esser et al. 2020) wherever the scheme's grids have scales that learn.
+(Esser et al. 2020), of grids of the scheme's own wherever these have scales that learn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from ptq4sam.errors import ConfigError
 from ptq4sam.model.calibration import CalibrationItem, calibrate, methods_with
 from ptq4sam.model.float_weights import round_float_weights
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.model.quantize import freeze, quantize_sam
-from ptq4sam.operators.base import quantized_layers
+from ptq4sam.operators.base import quantized_operators
 from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.modes import quantizers
-from ptq4sam.quantization.quantizers import (
-    AffineQuantizer,
-    FixedQuantizer,
-    LSQQuantizer,
-    Quantizer,
-)
+from ptq4sam.quantization.quantizers import AffineQuantizer, FixedQuantizer, LSQQuantizer
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
@@ -76,44 +72,46 @@ def begin_quantized(
     return quantized
 
 
-def learn_weight_scales(sam: QuantizedSam) -> dict[str, Quantizer]:
-    """Let the scales of weights learn, where the scheme has them fixed.
+def learn_scales(sam: QuantizedSam) -> dict[str, AffineQuantizer]:
+    """Let scales learn that the scheme has fixed, of weights and of activations.
 
     Returns:
-        The quantizers that others took the places of, by path of the layer; `finish_quantized`
-        puts them back with what was learned, so that the model is what its scheme says.
+        The quantizers that others took the places of, by path; `finish_quantized` puts them back
+        with what was learned, so that the model is what its scheme says.
     """
-    replaced: dict[str, Quantizer] = {}
-    for name, layer in quantized_layers(sam):
-        before = layer.weight_quantizer
-        fixed = type(before) in (AdaRoundQuantizer, FixedQuantizer)
-        if fixed and isinstance(before, FixedQuantizer):
-            learner = LSQQuantizer(before.grid, channel_axis=before.channel_axis)
-            learner.name = before.name
-            learner.to(layer.weight.device)
-            learner.set_parameters(before.scale.clone(), before.zero_point.clone())
-            layer.weight_quantizer = learner
-            replaced[name] = before
+    replaced: dict[str, AffineQuantizer] = {}
+    for name, operator in quantized_operators(sam):
+        for slot, before in operator.slots().items():
+            fixed = type(before) in (AdaRoundQuantizer, FixedQuantizer)
+            # What a method adds to a weight before it is quantized belongs to its grid.
+            if fixed and isinstance(before, FixedQuantizer) and before.correction.numel() == 0:
+                learner = LSQQuantizer(before.grid, channel_axis=before.channel_axis)
+                learner.name = before.name
+                learner.to(before.scale.device)
+                learner.set_parameters(before.scale.clone(), before.zero_point.clone())
+                setattr(operator, f"{slot}_quantizer", learner)
+                replaced[f"{name}.{slot}_quantizer"] = before
     return replaced
 
 
-def finish_quantized(sam: QuantizedSam, replaced: Mapping[str, Quantizer]) -> None:
+def finish_quantized(sam: QuantizedSam, replaced: Mapping[str, AffineQuantizer]) -> None:
     """Leave an ordinary quantized model: scales usable, weights on their grids.
 
     Args:
         sam: that has learned.
-        replaced: what `learn_weight_scales` gave.
+        replaced: what `learn_scales` gave.
     """
     sam.eval()
     for _, quantizer in quantizers(sam):
         if quantizer.learned():
             quantizer.constrain_()
             quantizer.finish_learning()
-    for name, layer in quantized_layers(sam):
-        own = replaced.get(name)
-        if isinstance(own, AffineQuantizer) and isinstance(layer.weight_quantizer, LSQQuantizer):
-            own.set_parameters(*layer.weight_quantizer.parameters_in_use())
-            layer.weight_quantizer = own
+    for path, own in replaced.items():
+        operator, _, slot = path.rpartition(".")
+        owner = sam.get_submodule(operator)
+        learner = cast(LSQQuantizer, getattr(owner, slot))
+        own.set_parameters(*learner.parameters_in_use())
+        setattr(owner, slot, own)
     if sam.scheme.float_weights == "float16":
         round_float_weights(sam)
     freeze(sam)

@@ -18,7 +18,7 @@ from ptq4sam.distillation.pictures import Photographs
 from ptq4sam.distillation.quantized import (
     begin_quantized,
     finish_quantized,
-    learn_weight_scales,
+    learn_scales,
     require_tunable,
 )
 from ptq4sam.distillation.settings import DistillationSettings
@@ -150,7 +150,7 @@ def _fine_tune(
 ) -> None:
     """Train a quantized student, prove that it is one, and write it."""
     student = _quantized(request, scheme, sam, progress)
-    replaced = learn_weight_scales(student)
+    replaced = learn_scales(student)
     # By these a quantized model is known as the float one's.
     frozen = student.description.origin
     student.load_state_dict(_train(request, student, teacher, progress, frozen))

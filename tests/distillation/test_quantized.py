@@ -11,7 +11,7 @@ import ptq4sam
 from ptq4sam.distillation.quantized import (
     begin_quantized,
     finish_quantized,
-    learn_weight_scales,
+    learn_scales,
     require_tunable,
 )
 from ptq4sam.distillation.settings import Terms
@@ -20,7 +20,7 @@ from ptq4sam.distillation.views import Batch
 from ptq4sam.errors import ConfigError
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.operators.base import quantized_layers
-from ptq4sam.quantization.quantizers import LSQQuantizer
+from ptq4sam.quantization.quantizers import FixedQuantizer, LSQQuantizer
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs.auditing import audit_model
@@ -50,7 +50,7 @@ def _said(terms: Terms) -> list[tuple[str, object]]:
 
 def test_weights_and_scales_learn_and_come_nearer(batch: Batch) -> None:
     teacher, student = begun(scheme_of(4))
-    learn_weight_scales(student)
+    learn_scales(student)
     trainer = trainer_of(teacher, student)
     before = {k: v.clone() for k, v in student.state_dict().items()}
     losses = [trainer.train_step(batch)["loss"] for _ in range(8)]
@@ -68,7 +68,7 @@ def test_the_result_is_an_ordinary_quantized_model(
 ) -> None:
     scheme = scheme_of(4, steps=steps)
     teacher, student = begun(scheme)
-    replaced = learn_weight_scales(student)
+    replaced = learn_scales(student)
     kinds = {type(layer.weight_quantizer) for _, layer in quantized_layers(student)}
     assert kinds == {LSQQuantizer}
     trainer = trainer_of(teacher, student, Terms())
@@ -79,6 +79,7 @@ def test_the_result_is_an_ordinary_quantized_model(
     assert student.scheme == scheme
     kinds = {type(layer.weight_quantizer) for _, layer in quantized_layers(student)}
     assert kinds == {AdaRoundQuantizer}
+    assert student.get_submodule(LAYER).weight_quantizer.name == f"{LAYER}.weight_quantizer"
     torch.testing.assert_close(student.get_submodule(LAYER).weight_quantizer.scale, learned)
     report = audit_model(student)
     assert report.passed, report.findings
@@ -89,6 +90,22 @@ def test_the_result_is_an_ordinary_quantized_model(
     pixels = tiny_items()[0].pixels
     with torch.no_grad():
         assert torch.equal(again.embed(pixels)[0], student.embed(pixels)[0])
+
+
+def test_fixed_scales_of_activations_learn_too() -> None:
+    fixed = scheme_of(4).with_overrides("a_qconfig.quantizer=FixedFakeQuantize")
+    _, student = begun(fixed)
+    replaced = learn_scales(student)
+    learner = student.get_submodule(LAYER).input_quantizer
+    assert isinstance(learner, LSQQuantizer)
+    with torch.no_grad():
+        learner.scale.mul_(1.5)
+    learned = learner.scale.detach().clone()
+    finish_quantized(student, replaced)
+    restored = student.get_submodule(LAYER).input_quantizer
+    assert type(restored) is FixedQuantizer
+    assert torch.equal(restored.scale, learned)
+    assert audit_model(student).passed
 
 
 def test_a_scheme_that_corrects_what_is_frozen_is_refused() -> None:
