@@ -20,6 +20,7 @@ from ptq4sam.model.capture import capture_call
 from ptq4sam.model.insertion import ENCODER, TRANSFORMER, QuantizedSam
 from ptq4sam.model.journal import Journal
 from ptq4sam.model.plan import Plan
+from ptq4sam.model.prompt_aware import BOXES, PromptAware
 from ptq4sam.model.published import keep_defects
 from ptq4sam.operators.base import quantized_layers, weight_quantizers
 from ptq4sam.progress import Progress, silent
@@ -97,10 +98,12 @@ def reconstruct(
     if sam.encoder_quantized:
         begun = [work.patches(number, item) for number, item in enumerate(items)]
         streams = _Streams(begun, list(begun))
+        work.judge_by_masks(begun[0], [item.boxes[:BOXES] for item in items])
         work.run_part(ENCODER, sam.image_encoder.stages(), streams)
     else:
         features = [cache.keep(work.exact_features(item)) for item in items]
         streams = _Streams(features, list(features))
+        work.judge_by_masks()
     boxes = [item.boxes for item in items]
     exact = work.decoder_states(streams.exact, boxes)
     # Behind a float encoder both models are one, and their states are kept once.
@@ -127,6 +130,19 @@ class _Work:
     learning: float = 0.0
     restored: int = 0
     worse: list[str] = field(default_factory=list)
+    judges: PromptAware | None = None
+    boxes: list[KeptState] = field(default_factory=list)
+
+    def judge_by_masks(self, first: KeptState | None = None, boxes: Sequence[Tensor] = ()) -> None:
+        """Let units learn by what masks are made of, where the settings say so.
+
+        Args:
+            first: state before the encoder on a picture; None where that is not quantized.
+            boxes: of the pictures.
+        """
+        if self.settings.loss == "prompt-aware":
+            self.judges = PromptAware(self.sam, None if first is None else load_all(first))
+            self.boxes = [self.cache.keep((each.to(self.sam.device),)) for each in boxes]
 
     @torch.no_grad()
     def patches(self, number: int, item: CalibrationItem) -> KeptState:
@@ -160,8 +176,9 @@ class _Work:
         """Reconstruct the stages of a part one after the other; the streams end behind it."""
         for stage in stages:
             with self._activations():
+                judged = self._judged(path, stage, streams)
                 captured = self._capture(stage, streams)
-                for name, module, data in self._split(stage, captured):
+                for name, module, data in judged or self._split(stage, captured):
                     self._finish(f"{path}.{name}", module, data)
                 self._advance(stage, captured.inputs, streams)
             self.units_done += 1
@@ -197,6 +214,24 @@ class _Work:
             state = load_all(kept)
             after = stage.leave(state, stage.unit(*load_all(arguments)))
             streams.quantized[index] = self.cache.keep(after, list(zip(state, kept, strict=True)))
+
+    @torch.no_grad()
+    def _judged(
+        self, path: str, stage: Stage, streams: _Streams
+    ) -> list[tuple[str, nn.Module, UnitData]]:
+        """A unit that learns by what masks are made of, with what it sees; none of another."""
+        judged = None if self.judges is None else self.judges.judged(path, stage)
+        if judged is None or not quantized_layers(stage.unit):
+            return []
+        boxes = self.boxes if path == ENCODER else [()] * len(streams.exact)
+        data = _Captured([], [], [])
+        for kept, kept_exact, more in zip(streams.quantized, streams.exact, boxes, strict=True):
+            data.inputs.append(kept + more)
+            data.exact_inputs.append(kept_exact + more)
+            with quantizer_mode(stage.unit, Mode.FLOAT):
+                target = judged(*load_all(kept_exact + more))
+            data.targets.append(self.cache.keep((target,)))
+        return [(stage.name, judged, data.data())]
 
     def _split(
         self, stage: Stage, captured: _Captured

@@ -112,6 +112,9 @@ class Reconstruction(Record):
         granularity: ours; reconstruct whole attentions, MLPs and the like ("unit", as BRECQ and
             QDrop), one layer after another ("layer", as AdaRound), or units with both cross
             attentions of a decoder's block and the MLP between them as one ("joint", as CAR-SAM).
+        loss: ours; what a unit learns by: its own answer ("output"), or what masks are made of
+            ("prompt-aware", as SAQ-SAM): the image behind the decoder, of units of the encoder, and
+            image and tokens behind them, of joint units, which it needs.
         patience: ours; steps without a lower loss after which the rest of the schedule passes
             within as many steps; 0 makes all steps.
         precision: ours; of the matrix products of a step: "float32", "bfloat16" (about half
@@ -136,6 +139,7 @@ class Reconstruction(Record):
     learn_rounding: bool = True
     learn_scale: bool = True
     granularity: Literal["unit", "layer", "joint"] = "unit"
+    loss: Literal["output", "prompt-aware"] = "output"
     patience: int = 0
     precision: Literal["float32", "bfloat16", "tf32"] = "float32"
     cuda_graphs: bool = True
@@ -153,6 +157,12 @@ class Reconstruction(Record):
             self.b_range[0] >= self.b_range[1] > 0, "b_range", "[start, end], start >= end > 0"
         )
         self._require(0 <= self.drop_prob < 1, "drop_prob", "0 to below 1")
+        if self.loss == "prompt-aware" and (self.granularity, self.batch_size) != ("joint", 1):
+            raise FieldError(
+                "loss",
+                f"prompt-aware given with granularity {self.granularity} and batch_size "
+                f"{self.batch_size}: it needs granularity joint and batch_size 1",
+            )
         if self.weights_only:
             object.__setattr__(self, "learn_scale", False)
             object.__setattr__(self, "drop_prob", 0.0)
