@@ -8,10 +8,14 @@ is computed. The correction of least squared error, ridge regression, is
 It is added to a weight when that is quantized, not to the float model, so that reconstruction still
 learns what the float model gives. Inputs are the float model's, so that all layers are corrected by
 as few passes over the pictures as memory allows.
+
+A layer with few different inputs, as tokens of masks and of corners of boxes are, has corrections
+that fit these alone: so whether one is of use is seen on other pictures than it was made of.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +30,8 @@ from ptq4sam.quantization.base import FixedQuantizer
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.records import Record
+
+_log = logging.getLogger(__name__)
 
 _BYTES = 2**29
 """Of products of inputs that are held at once."""
@@ -65,6 +71,14 @@ class InputProducts:
         """Nothing yet."""
         size = (2, layer.weight.shape[1], layer.weight.shape[1])
         return cls(*torch.zeros(size, dtype=torch.float64, device=layer.weight.device))
+
+    def with_those(self, others: InputProducts) -> InputProducts:
+        """Of both inputs together."""
+        return InputProducts(
+            self.quantized + others.quantized,
+            self.difference + others.difference,
+            self.count + others.count,
+        )
 
     def add(self, layer: QuantizedLayer, inputs: tuple[Tensor, ...]) -> None:
         """Take the inputs of a call into account."""
@@ -125,34 +139,53 @@ class AqerMethod(Method[Aqer]):
         """Correct weights and set their ranges anew."""
         changed = []
         for group in layer_groups(calibration.sam):
-            products = {name: InputProducts.of(layer) for name, layer in group}
-            with quantizer_mode(calibration.sam, Mode.FLOAT), ExitStack() as hooks:
-                for name, layer in group:
-                    see = partial(_see, products[name])
-                    hooks.callback(layer.register_forward_pre_hook(see).remove)
-                for item in calibration.items:
-                    calibration.run(item)
+            halves = [_seen(calibration, group, half) for half in range(2)]
             for name, layer in group:
-                if products[name].count and self._correct(layer, products[name]):
+                if halves[0][name].count and self._correct(name, layer, *(h[name] for h in halves)):
                     changed.append(name)
         return changed
 
-    def _correct(self, layer: QuantizedLayer, products: InputProducts) -> bool:
+    def _correct(
+        self, name: str, layer: QuantizedLayer, made: InputProducts, other: InputProducts
+    ) -> bool:
+        """Correct a layer by all inputs, if a correction by some is of use to others."""
         quantizer, weight = layer.weight_quantizer, layer.weight
-        without = error(quantizer(weight), weight, products)
-        found = correction(weight, products, self.settings.ridge).to(weight.dtype)
+        others = other if other.count else made
+        without = error(quantizer(weight), weight, others)
+        found = correction(weight, made, self.settings.ridge).to(weight.dtype)
         before = set_correction(layer, found)
-        if error(quantizer(weight), weight, products) < without:
+        rise = error(quantizer(weight), weight, others) - without
+        if rise < 0:
+            both = made.with_those(other)
+            set_correction(layer, correction(weight, both, self.settings.ridge).to(weight.dtype))
             return True
         quantizer.load_state_dict(before)
+        _log.info(
+            "aqer leaves %s as it is: its squared error would rise by %.4g on other pictures",
+            *(name, rise),
+        )
         return False
+
+
+def _seen(
+    calibration: Calibration, group: list[tuple[str, QuantizedLayer]], half: int
+) -> dict[str, InputProducts]:
+    """Inputs of layers on every second picture."""
+    products = {name: InputProducts.of(layer) for name, layer in group}
+    with quantizer_mode(calibration.sam, Mode.FLOAT), ExitStack() as hooks:
+        for name, layer in group:
+            see = partial(_see, products[name])
+            hooks.callback(layer.register_forward_pre_hook(see).remove)
+        for item in calibration.items[half::2]:
+            calibration.run(item)
+    return products
 
 
 def _see(products: InputProducts, layer: QuantizedLayer, inputs: tuple[Tensor, ...]) -> None:
     products.add(layer, inputs)
 
 
-def layer_groups(sam: nn.Module, matrices: int = 2) -> Iterator[list[tuple[str, QuantizedLayer]]]:
+def layer_groups(sam: nn.Module, matrices: int = 4) -> Iterator[list[tuple[str, QuantizedLayer]]]:
     """Linear layers whose weights can have corrections, as many at once as memory holds.
 
     Args:

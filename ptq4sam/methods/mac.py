@@ -10,6 +10,10 @@ has a closed form by the eigenvectors of both Gram matrices, head by head:
 
     X^T X = U L U^T,  K'^T K' = V S V^T,  d = U [(U^T X^T R K' V)_ij / (L_i S_j + r)] V^T.
 
+What all logits of a query have in common a softmax does not see: K and K' are without their means
+over keys, and so are the inputs of the key's projection. Published equations have it in R, where it
+is most of the error wherever keys are few and far from zero, as tokens are.
+
 The same holds for the key's projection, with the parts of query and key exchanged. What the value's
 projection must make up for is the error of the attention A' that weighs values: ridge regression
 with A' X in the place of X. Query, key and value are corrected one after the other, each with what
@@ -141,8 +145,8 @@ class Call:
             wanted = self.exact_attention() @ self.exact[VALUE]
             found = self.attention() @ self.quantized(VALUE)
         else:
-            wanted = self.exact[QUERY] @ self.exact[KEY].mT
-            found = self.quantized(QUERY) @ self.quantized(KEY).mT
+            wanted = self.exact[QUERY] @ _without_mean(self.exact[KEY]).mT
+            found = self.quantized(QUERY) @ _without_mean(self.quantized(KEY)).mT
         return float((found - wanted).square().sum(dtype=torch.float64))
 
     @property
@@ -162,11 +166,20 @@ def add_call(sums: Sums, call: Call, role: str) -> None:
         _add_values(sums, call)
         return
     other = KEY if role == QUERY else QUERY
-    x, multiplied = call.moved_input(role), call.quantized(other)
+    x, multiplied, exact = call.moved_input(role), call.quantized(other), call.exact[other]
+    if role == QUERY:
+        multiplied, exact = _without_mean(multiplied), _without_mean(exact)
+    else:
+        x = _without_mean(x)
     gram = multiplied.mT @ multiplied
-    # R K' without the logits: Q K^T K' - Q' K'^T K'.
-    error = call.exact[role] @ (call.exact[other].mT @ multiplied) - call.projected(role) @ gram
+    # R K' without the logits: Q K^T K' - Q' K'^T K'. Of keys, X^T takes the mean away.
+    error = call.exact[role] @ (exact.mT @ multiplied) - call.projected(role) @ gram
     sums.add((x.mT @ x)[:, None], gram, x.mT[:, None] @ error)
+
+
+def _without_mean(x: Tensor) -> Tensor:
+    """Keys, or what gives them, less their mean over keys."""
+    return x - x.mean(-2, keepdim=True)
 
 
 def _add_values(sums: Sums, call: Call) -> None:

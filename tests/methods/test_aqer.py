@@ -127,6 +127,28 @@ def test_a_correction_that_rounding_undoes_is_left_out() -> None:
     assert changed == [] or after < float((made(x) - exact).square().mean())
 
 
+def test_a_correction_that_fits_few_inputs_alone_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made, _ = layer(weight_bits=8)
+    few = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1))
+    with quantizer_mode(made.input_quantizer, Mode.OBSERVE):
+        made.input_quantizer(few)
+    model, settings = nn.Sequential(made), Aqer(ridge=1e-9)
+    made_of = InputProducts.of(made)
+    made_of.add(made, (few[0],))
+    weight = made.weight
+    corrected = weight + correction(weight, made_of, settings.ridge).float()
+    assert error(corrected, weight, made_of) < error(weight, weight, made_of)
+    calibration = Calibration(model, list(few), lambda batch: model(batch))
+    caplog.clear()
+    with caplog.at_level("INFO", logger="ptq4sam.methods.aqer"):
+        assert list(AqerMethod(settings).after_ranges(calibration)) == []
+    said = [r.message for r in caplog.records if r.name == "ptq4sam.methods.aqer"]
+    assert len(said) == 1
+    assert said[0].startswith("aqer leaves 0 as it is: its squared error would rise ")
+
+
 def test_layers_with_other_quantizers_are_left_alone() -> None:
     plain = nn.Sequential(nn.Linear(3, 3))
     calibration = Calibration(plain, [], lambda item: None)

@@ -90,13 +90,17 @@ def sums_of(call: Call, role: str) -> Sums:
 
 @pytest.mark.parametrize("role", ["query", "key"])
 def test_the_published_equation_is_solved_where_inputs_are_exact(role: str) -> None:
-    """r G^-1 d + d K'^T K' = -W (K' - K)^T K', without biases (METHODS of CAR-SAM)."""
+    """r G^-1 d + d K'^T K' = -W (K' - K)^T K', without biases (CAR-SAM), keys around zero."""
     call, parts = call_of(1, exact_inputs=True)
     layer = parts.query if role == "query" else parts.key
     other = "key" if role == "query" else "query"
     for head in range(HEADS):
         moved, exact = call.quantized(other)[0, head].double(), call.exact[other][0, head].double()
         x = call.moved_input(role)[0].double()
+        if role == "query":
+            moved, exact = moved - moved.mean(0), exact - exact.mean(0)
+        else:
+            x = x - x.mean(0)
         sums = sums_of(call, role)
         found = sums.solution(SOLVED)[head]
         gram, small = x.t() @ x, moved.t() @ moved
@@ -121,12 +125,20 @@ def test_a_correction_leaves_the_least_error_of_logits(role: str) -> None:
     other = "key" if role == "query" else "query"
     layer = parts.query if role == "query" else parts.key
     x = layer.input_quantizer(call._inputs[role])[0].double().numpy()
-    now = x @ layer.weight.double().numpy().T + layer.bias.double().numpy()
+    given = x
+    now = given @ layer.weight.double().numpy().T + layer.bias.double().numpy()
     for head in range(HEADS):
-        rows = slice(head * WIDTH, (head + 1) * WIDTH)
+        x, rows = given, slice(head * WIDTH, (head + 1) * WIDTH)
         moved = call.quantized(other)[0, head].double().numpy()
         exact = {r: call.exact[r][0, head].double().numpy() for r in (role, other)}
         rest = exact[role] @ exact[other].T - now[:, rows] @ moved.T
+        # A softmax does not see what is common to all keys.
+        keys = 1 if role == "query" else 0
+        rest = rest - rest.mean(keys, keepdims=True)
+        if role == "query":
+            moved = moved - moved.mean(0)
+        else:
+            x = x - x.mean(0)
         # One row for each logit, one unknown for each weight of the head, and rows for the ridge.
         problem = np.array([np.kron(a, b) for a in x for b in moved])
         ridge = (
@@ -192,7 +204,8 @@ def logits_error(exact: Sam, quantized: QuantizedSam, given: list[CalibrationIte
         q = moved.core.query_quantizer(owner.split_heads(moved.q_proj(query)))
         k = moved.core.key_quantizer(owner.split_heads(moved.k_proj(key)))
         wanted_logits = wanted[0] @ wanted[1].transpose(-1, -2)
-        error = (q @ k.transpose(-1, -2) - wanted_logits).square().sum()
+        error = q @ k.transpose(-1, -2) - wanted_logits
+        error = (error - error.mean(-1, keepdim=True)).square().sum()
         total.append(float(error / wanted_logits.var(correction=0)))
 
     handles = [

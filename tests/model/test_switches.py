@@ -101,3 +101,14 @@ def test_signs_are_told_where_a_method_moved_biases(
     with Switches(frozen, changed).only(()):
         for found, expected in zip(forward(frozen), exact, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["norm-scales", "aqer", "mac", "acnr", "pcc"])
+def test_what_methods_do_to_weights_is_taken_back(
+    method: str, sam: Sam, items: list[CalibrationItem], scheme: Scheme, forward: Forward
+) -> None:
+    frozen = quantize_sam(sam, items[:2], scheme.with_overrides(f"methods=[{method}]"))
+    exact = forward(sam)
+    with Switches(frozen, sam).only(()):
+        for found, expected in zip(forward(frozen), exact, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
