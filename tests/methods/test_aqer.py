@@ -167,11 +167,11 @@ def test_a_model_is_corrected_and_frozen(
     scheme: Any = make_scheme(4, steps, methods=["aqer"])
     scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
     with caplog.at_level("INFO", logger="ptq4sam.model.calibration"):
-        quantized = quantize_sam(sam, items[:2], scheme)
-    assert "image_encoder.blocks.0.mlp.lin2" in quantized.applied["aqer"]
+        quantized = quantize_sam(sam, items, scheme)
+    assert "mask_decoder.transformer.layers.0.self_attn.q_proj" in quantized.applied["aqer"]
     assert any(r.message.startswith("aqer changed ") for r in caplog.records)
     assert audit(quantized, lambda: forward(quantized)).findings == ()
     held = [n for n, v in quantized.state_dict().items() if n.endswith(".correction") and v.numel()]
     assert held == []
-    without = quantize_sam(sam, items[:2], scheme.with_overrides("methods=[]"))
+    without = quantize_sam(sam, items, scheme.with_overrides("methods=[]"))
     assert not torch.equal(forward(quantized)[0], forward(without)[0])
