@@ -51,16 +51,19 @@ def test_scheme_of_each_row(row: str, bits: int) -> None:
 def test_every_scheme_file_is_tested() -> None:
     names = {path.stem for path in (ROOT / "exp").glob("*.yaml")}
     rows = {f"{row}{bits}{bits}" for row in ["config", *ROWS, *NEWER] for bits in (4, 6)}
-    assert names == rows | {"w8a8", "sam4-s"}
+    assert names == rows | {"w8a8", "sam4-s", "sam4-l"}
 
 
-def test_the_recipe_has_nothing_of_more_bits_and_learns_nothing() -> None:
-    recipe = scheme("sam4-s")
-    assert (recipe.a_qconfig.bit, recipe.w_qconfig.bit, recipe.recon) == (4, 4, None)
+@pytest.mark.parametrize("name", ["sam4-s", "sam4-l"])
+def test_recipes_have_nothing_of_more_bits(name: str) -> None:
+    recipe = scheme(name)
+    assert (recipe.a_qconfig.bit, recipe.w_qconfig.bit) == (4, 4)
+    assert (recipe.recon is None) == (name == "sam4-s")
     assert {said.bit for said in recipe.slot_formats.values()} == {None}
     assert recipe.units == {}
     # Neither the published search of granularities nor its logarithms.
     assert not recipe.ptq4sam.AGQ
+    assert recipe.slots == scheme("sam4-s").slots
 
 
 def test_schemes_of_a_study_differ_in_what_stays_float() -> None:

@@ -136,7 +136,7 @@ TRIALS = {
     "bits": 24,
     "calibration": 16,
     "drop": 10,
-    "methods": 14,
+    "methods": 16,
     "published": 10,
     "seeds": 8,
     "steps": 5,
