@@ -93,6 +93,9 @@ def _add_prompting(parser: argparse.ArgumentParser) -> None:
         help="prompt again with the box and the mask",
     )
     parser.add_argument("--no-sam-iou", action="store_true", help="score without predicted IoUs")
+    parser.add_argument(
+        "--keep-scores", action="store_true", help="masks have their boxes' scores as they are"
+    )
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

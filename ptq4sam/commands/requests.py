@@ -127,6 +127,7 @@ def prompting_of(parsed: argparse.Namespace) -> Prompting:
         best_in_multi_mask=parsed.best_in_multi_mask,
         cascade=parsed.cascade,
         use_sam_iou=not parsed.no_sam_iou,
+        keep_scores=parsed.keep_scores,
         max_per_image=parsed.max_per_image,
         score_threshold=parsed.score_threshold,
     )

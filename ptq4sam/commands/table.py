@@ -21,21 +21,36 @@ if TYPE_CHECKING:
     from ptq4sam.studies.table.cells import Request
     from ptq4sam.studies.table.rows import Cell, Row
 
-_TABLES = ("coco",)
+_COCO = "coco"
+"""PTQ4SAM's table; the others are those of families."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam table`."""
-    parser.add_argument("table", metavar="TABLE", help="coco: PTQ4SAM's table of mask AP")
+    parser.add_argument(
+        "table",
+        metavar="TABLE",
+        help="coco: PTQ4SAM's table of mask AP; efficientvit, tinysam: those of these families",
+    )
     parser.add_argument(
         "--profile",
         default="coco",
         help="coco, or nano: the same rows of the embedded vit_nano, on generated scenes and "
         "coco_mini",
     )
-    parser.add_argument("--detectors", nargs="+", default=[], metavar="D", help="only of these")
-    parser.add_argument("--models", nargs="+", default=[], metavar="M", help="vit_b, vit_l, vit_h")
-    parser.add_argument("--bits", nargs="+", default=[], metavar="B", help="6, 4")
+    parser.add_argument(
+        "--detectors",
+        nargs="+",
+        default=[],
+        metavar="D",
+        help="only of these; of a family's table coco-truth, coco-vitdet, lvis-truth, lvis-vitdet",
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=[], metavar="M", help="vit_b, vit_l, vit_h, or a family's"
+    )
+    parser.add_argument(
+        "--bits", nargs="+", default=[], metavar="B", help="6, 4; of a family's table also 8"
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -66,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--work-dir",
         type=Path,
-        help="default: work_dirs/table/<profile>; the command goes on there",
+        help="default: work_dirs/table/<profile>, of a family's table <table>-<profile>; the "
+        "command goes on there",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="list the cells and what is missing, and stop"
@@ -77,21 +93,26 @@ def run(parsed: argparse.Namespace) -> int:
     """Do what is left of the table and show all of it; 1 where cells have failed."""
     from ptq4sam.studies.table import render
     from ptq4sam.studies.table.cells import Table, one_of
+    from ptq4sam.studies.table.families import STUDIES, StudyTable
 
-    one_of("name", parsed.table, _TABLES)
+    one_of("name", parsed.table, (_COCO, *STUDIES))
     require_jobs(parsed.jobs)
     for path in parsed.output:
         render.require_form(path)
     request = _request(parsed)
-    cells = list(Table(request).cells())
+    of_family = parsed.table != _COCO
+    table = StudyTable(parsed.table, request) if of_family else Table(request)
+    cells = list(table.cells())
     if parsed.dry_run:
         _list(cells)
         return 0
     rows = _fill(parsed, cells)
     _tell(rows)
     title = {"coco": "COCO val2017 mask AP", "nano": "The COCO table for vit_nano"}[parsed.profile]
+    if of_family:
+        title = STUDIES[parsed.table].title
     for path in parsed.output:
-        render.write(path, rows, title, _notes(request))
+        render.write(path, rows, title, _notes(parsed.table, request))
         sys.stdout.write(f"written to {path}\n")
     return 1 if any(row.status == "failed" for row in rows) else 0
 
@@ -135,7 +156,8 @@ def _fill(parsed: argparse.Namespace, cells: Sequence[Cell]) -> list[Row]:
     from ptq4sam.sweep.store import Store
     from ptq4sam.sweep.tasks import Folder
 
-    folder = Folder(parsed.work_dir or Path("work_dirs") / "table" / parsed.profile)
+    name = parsed.profile if parsed.table == _COCO else f"{parsed.table}-{parsed.profile}"
+    folder = Folder(parsed.work_dir or Path("work_dirs") / "table" / name)
     sweep, floats = sweep_of(f"table {parsed.table}", cells)
     with Store(folder.store) as store:
         crew = Crew(parsed.jobs, parsed.ray)
@@ -168,14 +190,22 @@ def _tell(rows: Sequence[Row]) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def _notes(request: Request) -> list[str]:
+def _notes(table: str, request: Request) -> list[str]:
     """What was run, for whoever reads the table."""
+    some = "" if request.limit is None else f", first {request.limit} pictures"
+    if table != _COCO:
+        given = request.calibrate
+        size = "as many calibration pictures as each scheme asks for"
+        size = size if given is None else f"{given} calibration pictures"
+        return [
+            f"Written by `ptq4sam table {table}`, profile {request.profile}: the schemes of exp/, "
+            f"{size}; of three masks a box the best; seed {request.seed}{some}."
+        ]
     steps = "20,000 steps a unit, as published"
     if request.steps is not None:
         raised = "with learning rates raised to match; published: 20,000"
         steps = f"{request.steps} steps a unit ({raised})"
     which = "image encoder and mask decoder" if request.quantize_encoder else "mask decoder"
-    some = "" if request.limit is None else f", first {request.limit} pictures"
     return [
         f"Written by `ptq4sam table coco`, profile {request.profile}: {which} quantized; "
         f"reconstruction {steps}; {request.calibrate or 32} calibration "

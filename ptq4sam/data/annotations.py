@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptq4sam.data.federated import Federated, read_federated
 from ptq4sam.data.file_names import named_file
 from ptq4sam.errors import DataError
 
@@ -73,6 +74,10 @@ class InstancesFile:
                 )
             found.append(ImageEntry(entry["id"], entry["file_name"], *size))
         return found
+
+    def federated(self) -> Federated | None:
+        """What LVIS's files say beyond COCO's, of images and categories that were read before."""
+        return read_federated(self._content, self._path)
 
     def annotations(self) -> list[dict[str, Any]]:
         """The annotations as written, but for null and whole numbers; a test set has none."""

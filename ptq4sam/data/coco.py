@@ -81,9 +81,13 @@ class CocoDataset(ImageSet):
         enough: if so many of the first annotated pictures are there, the rest may be missing; it is
             not used then. None: every picture has to be there.
 
+    Attributes:
+        federated: what a file of LVIS says beyond COCO's; None of others, and where no object needs
+            a mask.
+
     Raises:
-        DataError: a file is missing or damaged or not in COCO format; a picture is missing or an
-            annotation unusable and not to be skipped.
+        DataError: a file is missing or damaged or not in COCO format, or an LVIS file lacks what
+            scores need; a picture is missing or an annotation unusable and not to be skipped.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class CocoDataset(ImageSet):
         self.category_names = file.categories()
         entries = file.images()
         written = file.annotations()
+        self.federated = file.federated() if masks and written else None
         finder = PictureFinder(images, [entry.file_name for entry in entries])
         needed = entries if enough is None else _needed(entries, written, enough, finder)
         self.images = self._present(needed, finder, limit)
@@ -278,25 +283,31 @@ def _absent(missing: Sequence[ImageEntry], finder: PictureFinder) -> list[str]:
     return told
 
 
-def coco_index(dataset: ImageSet, annotations: list[dict[str, Any]]) -> COCO:
+def coco_index(dataset: CocoDataset, annotations: list[dict[str, Any]]) -> COCO:
     """A pycocotools index of a data set's pictures with the given annotations, without its prints.
 
     Args:
-        dataset: pictures and categories.
+        dataset: pictures and categories, with what LVIS says of them.
         annotations: in COCO's format, of these pictures; they are numbered anew from 1, for
             COCOeval takes an object with id 0 for none.
     """
     from pycocotools.coco import COCO
 
     index: Any = COCO()
+    federated = dataset.federated
     index.dataset = {
         "info": {},
         "images": [
             {"id": r.id, "file_name": r.path.name, "width": r.width, "height": r.height}
+            | ({} if federated is None else federated.of_image(r.id))
             for r in dataset.images
         ],
         "annotations": [{**item, "id": n} for n, item in enumerate(annotations, start=1)],
-        "categories": [{"id": k, "name": v} for k, v in dataset.category_names.items()],
+        "categories": [
+            {"id": k, "name": v}
+            | ({} if federated is None else {"frequency": federated.frequencies[k]})
+            for k, v in dataset.category_names.items()
+        ],
     }
     with contextlib.redirect_stdout(io.StringIO()):
         index.createIndex()

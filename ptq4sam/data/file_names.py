@@ -60,12 +60,18 @@ class PictureFinder:
 
     def advice(self, name: str) -> str:
         """Which other folder has a picture that was not found, for a message; "" for none."""
+        split = name.partition("/")[0] if "/" in name else None
         above = self.folder.parent / name
         if above.is_file():
             return f"; there is {above}: give {self.folder.parent}"
         last = _parts(name.replace("\\", "/"))[-1:]
         below = sorted(self.folder.glob(f"*/{glob.escape(last[0])}")) if last else []
-        return f"; there is {below[0]}: give {below[0].parent}" if below else ""
+        if below:
+            return f"; there is {below[0]}: give {below[0].parent}"
+        if split is None or (self.folder / split).is_dir():
+            return ""
+        asked = sum(other.startswith(f"{split}/") for other in self._names)
+        return f"; {asked} pictures are in {split}, and {self.folder} has no such folder: add it"
 
     def _readings(self, name: str) -> Iterator[list[str]]:
         """Other ways to read a name, each as plain parts, as long as they mean no other picture."""

@@ -109,6 +109,8 @@ CALIBRATION_PICTURES = 32
 _CKPT = Path("ckpt")
 _FAMILIES = Path(__file__).resolve().parents[1] / "families"
 _COCO = Path("data/coco")
+_LVIS = Path("data/lvis")
+_BOXES = "https://huggingface.co/mit-han-lab/efficientvit-sam/resolve/main/source_json_file/"
 _MMDET = "https://download.openmmlab.com/mmdetection/"
 _YOLOX = "https://github.com/Megvii-BaseDetection/YOLOX/releases/download/0.1.1rc0/"
 _HDETR = "https://github.com/HDETR/H-Deformable-DETR/releases/download/v0.1/"
@@ -255,6 +257,15 @@ _EVERY = (
         "annotations/instances_val2017.json",
         "annotations/instances_train2017.json",
         size=252_907_541,
+    ),
+    Asset("coco-vitdet", _COCO / "coco_vitdet.json", _BOXES + "coco_vitdet.json", "Apache-2.0"),
+    Asset("lvis-vitdet", _LVIS / "lvis_vitdet.json", _BOXES + "lvis_vitdet.json", "Apache-2.0"),
+    # A copy that TinySAM's authors publish: the data set's own page has an archive.
+    Asset(
+        "lvis-annotations",
+        _LVIS / "lvis_v1_val.json",
+        "https://github.com/xinghaochen/TinySAM/releases/download/3.0/lvis_v1_val.json",
+        "CC BY 4.0",
     ),
 )
 

@@ -17,6 +17,7 @@ from ptq4sam.data import CocoDataset, ImageRecord, ImageSet
 from ptq4sam.errors import ConfigError, DataError
 from ptq4sam.evaluation import MaskScores, mask_ious, mask_results, mean_iou_by_size
 from ptq4sam.evaluation.clicks import segment_by_clicks
+from ptq4sam.evaluation.evaluators import Evaluator, evaluator_of
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import Segmented, segment
 from ptq4sam.progress import Progress, silent
@@ -60,18 +61,20 @@ class Evaluation:
     """Scores of one model, with those of the float model for the same prompts.
 
     Attributes:
-        metrics: AP, AP50, AP75, APs, APm, APl, AR in percent; where prompts are ground truth
-            mean_iou, the same by size as mean_iou_small, _medium and _large, and iou_error, the
-            mean absolute error of the predicted IoUs; with clicks
+        metrics: AP, AP50, AP75, APs, APm, APl, AR in percent, on LVIS also APr, APc, APf; where
+            prompts are ground truth mean_iou, the same by size as mean_iou_small, _medium and
+            _large, and iou_error, the mean absolute error of the predicted IoUs; with clicks
             also mean_iou_clicks_N after each click and mean_iou_best_of_three after the first;
             agreement where there is a float model to agree with. Without annotations only
             agreement.
         reference_metrics: the same of the float model.
+        evaluator: who computed AP and AR; None without them.
         results: the masks as COCO results.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
     reference_metrics: dict[str, float] = field(default_factory=dict)
+    evaluator: Evaluator | None = None
     results: list[dict[str, Any]] = field(default_factory=list)
     pictures: int = 0
     masks: int = 0
@@ -170,9 +173,12 @@ def evaluate_sam(
     Raises:
         DataError: a picture is damaged and not to be skipped, or none is left; an object has no
             mask that could be scored.
+        DependencyError: the data set is LVIS's, and what scores it is not installed.
     """
     if score and isinstance(dataset, CocoDataset):
         dataset.require_masks()
+        if has_truth(dataset):
+            evaluator_of(dataset)
     images = dataset.images
     predictor = Predictor(sam)
     reference_predictor = Predictor(reference) if reference is not None else None
@@ -275,7 +281,8 @@ def _summarize(
     evaluation.masks = len(evaluation.results)
     if not score:
         return evaluation
-    if has_truth(dataset):
+    if isinstance(dataset, CocoDataset) and has_truth(dataset):
+        evaluation.evaluator = evaluator_of(dataset)
         evaluation.metrics = metrics_of(dataset, parts)
         if compared:
             evaluation.reference_metrics = metrics_of(dataset, references)

@@ -18,6 +18,7 @@ class Prompting(Record):
         cascade: prompt a second time with the box and the first mask's logits.
         use_sam_iou: multiply the detector's score by the predicted IoU, else by the mean
             probability inside the mask.
+        keep_scores: masks have their boxes' scores as they are.
         max_per_image: boxes used in a picture, highest scores first (COCO's AP counts 100); None
             for all.
         score_threshold: boxes below this detector score are not used.
@@ -27,6 +28,7 @@ class Prompting(Record):
     best_in_multi_mask: bool = False
     cascade: bool = False
     use_sam_iou: bool = True
+    keep_scores: bool = False
     max_per_image: int | None = 100
     score_threshold: float = 0.0
 

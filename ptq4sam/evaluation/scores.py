@@ -1,24 +1,20 @@
-"""COCO average precision of masks and boxes (Lin et al., 2014), by pycocotools."""
+"""Average precision of masks and boxes, as COCO (Lin et al., 2014) and LVIS have it."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ptq4sam.data.coco import CocoDataset, coco_index
+from ptq4sam.data.coco import CocoDataset
 from ptq4sam.data.images import ImageRecord, ImageSet
 from ptq4sam.data.segmentation import encode_masks
 from ptq4sam.errors import DataError
+from ptq4sam.evaluation.evaluators import Evaluator, Kind, average_precision
 from ptq4sam.prompts.coco_results import to_results
 from ptq4sam.prompts.record import Prompts
-
-_STATISTICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR": 8}
 
 
 class MaskScores:
@@ -53,19 +49,23 @@ class MaskScores:
         """
         self.results.extend(mask_results(record, masks, scores, category_ids))
 
-    def summarize(self) -> dict[str, float]:
+    def summarize(self, by: Evaluator | None = None) -> dict[str, float]:
         """AP, AP50, AP75, APs, APm, APl and AR in percent, over at most 100 masks a picture.
 
         All pictures of the data set count, also those without masks. NaN where nothing of that
-        size is annotated.
+        size is annotated. On LVIS as `average_precision` says.
+
+        Args:
+            by: who computes them; None for faster-coco-eval where it is installed.
 
         Raises:
             DataError: the data set has no annotations, or an object has no mask.
+            DependencyError: who is to compute them is not installed, or does not know LVIS.
         """
         from pycocotools import mask as coco_mask
 
         areas = [float(coco_mask.area(result["segmentation"])) for result in self.results]
-        return _average_precision(self._dataset, self.results, areas, "segm")
+        return _average_precision(self._dataset, self.results, areas, "segm", by)
 
 
 class BoxScores:
@@ -79,10 +79,10 @@ class BoxScores:
         """Add the boxes of one picture."""
         self.results.extend(to_results(prompts))
 
-    def summarize(self) -> dict[str, float]:
+    def summarize(self, by: Evaluator | None = None) -> dict[str, float]:
         """As `MaskScores.summarize`, for boxes."""
         areas = [result["bbox"][2] * result["bbox"][3] for result in self.results]
-        return _average_precision(self._dataset, self.results, areas, "bbox")
+        return _average_precision(self._dataset, self.results, areas, "bbox", by)
 
 
 def mask_results(
@@ -114,10 +114,9 @@ def _average_precision(
     dataset: ImageSet,
     results: Sequence[dict[str, Any]],
     areas: Sequence[float],
-    kind: Literal["segm", "bbox"],
+    kind: Kind,
+    by: Evaluator | None,
 ) -> dict[str, float]:
-    from pycocotools.cocoeval import COCOeval
-
     if not isinstance(dataset, CocoDataset) or not dataset.annotated_images():
         raise DataError("scores need a data set with annotations")
     if kind == "segm":
@@ -126,13 +125,4 @@ def _average_precision(
     found = [
         {**result, "iscrowd": 0, "area": area} for result, area in zip(results, areas, strict=True)
     ]
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(dataset.ground_truth, coco_index(dataset, found), kind)
-        evaluation.params.imgIds = [record.id for record in dataset.images]
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    values = [float(value) for value in evaluation.stats]
-    # pycocotools writes -1 where there is nothing to find.
-    percent = [100 * value if value >= 0 else math.nan for value in values]
-    return {name: percent[place] for name, place in _STATISTICS.items()}
+    return average_precision(dataset, found, kind, by)

@@ -56,8 +56,9 @@ def segment(
     if prompting.cascade:
         logits, ious = _predict(predictor, embedding, boxes, logits, prompting)
     masks = predictor.binary_masks(logits, embedding)[:, 0]
-    quality = ious if prompting.use_sam_iou else _probability_inside(logits)
-    total = torch.from_numpy(scores).to(quality) * quality
+    total = torch.from_numpy(scores).to(ious)
+    if not prompting.keep_scores:
+        total = total * (ious if prompting.use_sam_iou else _probability_inside(logits))
     return Segmented(masks.cpu().numpy(), total.cpu().numpy(), ious.cpu().numpy(), logits[:, 0])
 
 

@@ -17,11 +17,14 @@ from ptq4sam.data.images import ImageRecord, ImageSet
 from ptq4sam.data.segmentation import are_numbers
 from ptq4sam.errors import DataError
 from ptq4sam.files import read_json, write_json
+from ptq4sam.prompts.categories import COCO_CATEGORY_IDS
 from ptq4sam.prompts.record import NOT_A_NUMBER, Prompts, clean, some_ids, warn_of_categories
 
 _log = logging.getLogger(__name__)
 
 _IDS = ("image_id", "category_id")
+_ENOUGH = 8
+"""Categories of a file from which on it is no chance that all of 1203 are among COCO's 80 ids."""
 
 
 class CocoResults:
@@ -133,6 +136,7 @@ class CocoResults:
                 self.path,
                 repeated,
             )
+        self._check_owner(dataset)
         known = set(dataset.category_ids)
         used = Counter(entry["category_id"] for id_ in here for entry in self._entries[id_])
         if known and known.isdisjoint(used):
@@ -141,6 +145,23 @@ class CocoResults:
                 f"{some_ids(known)}: write the data set's ids"
             )
         warn_of_categories(str(self.path), used, dataset)
+
+    def _check_owner(self, dataset: ImageSet) -> None:
+        """Refuse COCO's boxes on LVIS and LVIS's on COCO: they share pictures and numbers."""
+        every = Counter(e["category_id"] for entries in self._entries.values() for e in entries)
+        known, coco = set(dataset.category_ids), set(COCO_CATEGORY_IDS)
+        foreign = sum(count for id_, count in every.items() if id_ not in known)
+        if known == coco and 2 * foreign > sum(every.values()):
+            raise DataError(
+                f"{self.path} is of another data set: most of its boxes have categories that COCO "
+                f"lacks ({some_ids(set(every) - known)}): give boxes of COCO's categories"
+            )
+        is_lvis = len(known) > 10 * len(coco)
+        if is_lvis and len(every) >= _ENOUGH and every.keys() <= coco:
+            raise DataError(
+                f"{self.path} is of another data set: its categories are COCO's "
+                f"({some_ids(every)}), the pictures have LVIS's {len(known)}: give boxes of those"
+            )
 
     def _check_meaning(self, records: Iterable[ImageRecord]) -> None:
         pairs = [

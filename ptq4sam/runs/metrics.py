@@ -51,6 +51,8 @@ def run_metrics(
         metrics["encoder_quantized"] = encoder != FLOAT
     if evaluation is not None:
         metrics.update(evaluation.metrics)
+        if evaluation.evaluator is not None:
+            metrics["evaluator"] = evaluation.evaluator
         if evaluation.reference_metrics:
             metrics["float"] = evaluation.reference_metrics
         metrics["pictures"] = evaluation.pictures

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import random
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
 
+from ptq4sam.evaluation.evaluators import EVALUATORS
 from ptq4sam.numerics import description
 from ptq4sam.quantization.fused import compiles
 from ptq4sam.version import __version__
@@ -27,9 +30,13 @@ def arithmetic(device: torch.device) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    return {
+    found = {
         "ptq4sam": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
+    for evaluator in EVALUATORS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[evaluator] = version(evaluator)
+    return found

@@ -19,7 +19,7 @@ _SEED = "seed"
 _CHANGE = "change"
 """Of the score that counts, against the float model's: mean IoU in percentage points, else AP."""
 
-_PARTS_OF_AP = ("AP50", "AP75", "APs", "APm", "APl", "AR")
+_PARTS_OF_AP = ("AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR")
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,14 @@ def test_score_by_the_mean_probability_inside(
         assert score == pytest.approx(expected, rel=1e-5)
 
 
+def test_scores_of_boxes_may_be_kept(predictor: Predictor, embedding: ImageEmbedding) -> None:
+    kept = segment(predictor, embedding, BOXES, SCORES, Prompting(keep_scores=True))
+    np.testing.assert_array_equal(kept.scores, SCORES)
+    plain = segment(predictor, embedding, BOXES, SCORES, Prompting())
+    np.testing.assert_array_equal(kept.masks, plain.masks)
+    np.testing.assert_array_equal(kept.predicted_ious, plain.predicted_ious)
+
+
 def test_boxes_of_one_picture_do_not_influence_each_other(
     predictor: Predictor, embedding: ImageEmbedding
 ) -> None:

@@ -151,10 +151,10 @@ class Table:
         self._root = self.root or Path()
         asked = self.request
         self._profile = PROFILES[one_of("profile", asked.profile, PROFILES)]
-        self._detectors = _chosen("detector", asked.detectors, self._profile.detectors)
-        self._models = _chosen("model", asked.models, self._profile.models)
-        self._methods = _chosen("method", asked.methods, METHODS)
-        self._bits = [int(bits) for bits in _chosen("bits", asked.bits, list(map(str, BITS)))]
+        self._detectors = chosen("detector", asked.detectors, self._profile.detectors)
+        self._models = chosen("model", asked.models, self._profile.models)
+        self._methods = chosen("method", asked.methods, METHODS)
+        self._bits = [int(bits) for bits in chosen("bits", asked.bits, list(map(str, BITS)))]
 
     def cells(self) -> Iterator[Cell]:
         """The cells in the order of the table, each with what it misses."""
@@ -198,7 +198,7 @@ class Table:
             needed += [(scored.images, None), (scored.annotations, None)]
             needed += [(calibrated.images, self._calibrate), (calibrated.annotations, None)]
         missing = [
-            _missing(path, enough)
+            missing_input(path, enough)
             for path, enough in dict.fromkeys(needed)
             if path is not None and not path.exists()
         ]
@@ -260,10 +260,14 @@ def one_of(kind: str, name: str, known: Mapping[str, object] | Sequence[str]) ->
     raise ConfigError(f"the table has no {kind} {name!r}: {hint}")
 
 
-def _chosen(
+def chosen(
     kind: str, asked: Sequence[object], known: Mapping[str, object] | Sequence[str]
 ) -> list[str]:
-    """The known names that were asked for, in the table's order; all where none was."""
+    """The known names that were asked for, in the table's order; all where none was.
+
+    Raises:
+        ConfigError: one is not known.
+    """
     names = {one_of(kind, str(name), known) for name in asked}
     return [name for name in known if name in names or not names]
 
@@ -274,6 +278,12 @@ def _annotated(data: DataConfig | None) -> Pictures:
     return Pictures(data.images, data.annotations)
 
 
-def _missing(path: Path, enough: int | None) -> MissingInput:
+def missing_input(path: Path, enough: int | None) -> MissingInput:
+    """A file or folder that is not there, and what brings it.
+
+    Args:
+        path: of it.
+        enough: how many pictures of a folder are needed; None for all.
+    """
     asset = asset_at(path, enough)
     return MissingInput(str(path), None if asset is None else asset.name)

@@ -36,6 +36,8 @@ MARKS = {
     "P": "read in its authors' own text or repository",
     "S": "copied from others who state it",
     "M": "from memory, to be checked against the paper",
+    "T": "by TensorRT on a device, float16 of the float model",
+    "R": "the page of its repository, of older weights",
 }
 
 _FILE = Path(__file__).with_name("published.yaml")
@@ -43,15 +45,17 @@ _FILE = Path(__file__).with_name("published.yaml")
 
 @dataclass(frozen=True)
 class Figure:
-    """A published mask AP.
+    """A published mask AP or mean IoU.
 
     Attributes:
         value: in percent; None where the paper says that the model collapsed.
         mark: how it is known, a key of MARKS.
+        sizes: the same of large, medium and small objects; empty where none is known.
     """
 
     value: float | None
     mark: str
+    sizes: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         """As tables show it."""
@@ -66,11 +70,13 @@ class Published:
         figure: the paper's; None where none is known.
         corrected: the same measured by others with everything quantized; None where none is known.
         inflated: whether activations stayed float when the paper's figure was measured.
+        also: another figure of the same, of a device or of other weights.
     """
 
     figure: Figure | None = None
     corrected: Figure | None = None
     inflated: bool = False
+    also: Figure | None = None
 
     @property
     def comparable(self) -> float | None:
@@ -101,6 +107,35 @@ def _figure(row: list[str | None] | None, place: int) -> Figure | None:
     return Figure(None if value == "-" else float(value), mark)
 
 
+def published_of_family(table: str, measure: str, model: str, method: str) -> Published:
+    """What is published of a cell of a family's table; nothing of a model that no paper has.
+
+    Args:
+        table: name of the table and of its file beside this one.
+        measure: what was measured.
+        model: the SAM.
+        method: the scheme.
+    """
+    content = _of_family(table)
+    if model not in content["models"]:
+        return Published()
+    place = content["models"].index(model)
+
+    def figure(part: Any) -> Figure | None:
+        row = part.get(measure, {}).get(method)
+        if row is None or row[place] is None:
+            return None
+        value, *sizes = map(float, row[place].split())
+        return Figure(value, part["mark"], tuple(sizes))
+
+    return Published(figure(content), also=figure(content["also"]))
+
+
 @functools.cache
 def _content() -> Any:
     return read_yaml(_FILE, "file of published figures")
+
+
+@functools.cache
+def _of_family(table: str) -> Any:
+    return read_yaml(_FILE.with_name(f"{table}.yaml"), "file of published figures")

@@ -13,7 +13,7 @@ from rich.text import Text
 from ptq4sam.columns import aligned, wrapped
 from ptq4sam.errors import ConfigError
 from ptq4sam.files import write_text
-from ptq4sam.studies.table.published import MARKS, METHODS
+from ptq4sam.studies.table.published import MARKS
 from ptq4sam.studies.table.rows import MissingInput, Row, comparisons
 
 _INFLATED = "*"
@@ -22,9 +22,16 @@ _TITLES = (
     "SAM",
     "W / A",
     "method",
+    "mean IoU",
     "AP",
     "to float",
+    "large",
+    "medium",
+    "small",
+    "MB saved",
     "published",
+    "by size",
+    "also",
     "corrected",
     "difference",
     "seconds",
@@ -33,13 +40,17 @@ _TITLES = (
 _CSV_TITLES = (
     *("detector", "boxes", "model", "bits", "method", "ap", "float_ap", "published"),
     *("published_mark", "inflated", "corrected", "corrected_mark", "difference", "status"),
-    *("seconds", "problem", "key"),
+    *("seconds", "problem", "key", "mean_iou", "float_mean_iou", "large", "medium", "small"),
+    *("saved_mb", "published_by_size", "also", "also_mark"),
 )
 _LEFT = 4
 """Columns of words before those of numbers."""
 _HEADINGS = 2
 """Columns that are headings on a terminal."""
-_SHORT = tuple({"to float": "to\nfloat"}.get(title, title) for title in _TITLES[_HEADINGS:])
+_SHORT = tuple(
+    {"to float": "to\nfloat", "mean IoU": "mean\nIoU", "MB saved": "MB\nsaved"}.get(title, title)
+    for title in _TITLES[_HEADINGS:]
+)
 """Titles of the other columns, for a terminal."""
 _STYLES = {"failed": "red", "missing": "dim", "open": "dim"}
 _MISSING = "missing: "
@@ -50,15 +61,22 @@ def cells(row: Row) -> list[str]:
     """A row as tables for people show it, in the order of the titles."""
     known = row.cell.published
     figure = "" if known.figure is None else str(known.figure)
+    score = _number(row.score)
+    sizes = [*map(_number, row.sizes)] or [""] * 3
+    published_sizes = () if known.figure is None else known.figure.sizes
     problem = f": {row.problem}" if row.problem else ""
     return [
         row.cell.boxes,
         row.cell.model,
         row.cell.width,
-        METHODS[row.cell.method],
-        _number(row.ap),
+        row.cell.method_title,
+        *((score, "") if row.cell.metric == "mean_iou" else ("", score)),
         _number(row.change, signed=True),
+        *sizes,
+        "" if row.cell.saved is None else f"{row.cell.saved:.2f}",
         figure + (_INFLATED if known.inflated else ""),
+        " / ".join(map(_number, published_sizes)),
+        "" if known.also is None else str(known.also),
         "" if known.corrected is None else str(known.corrected),
         _number(row.difference, signed=True),
         "" if row.seconds is None else f"{row.seconds:.0f}",
@@ -95,19 +113,30 @@ def terminal(rows: Sequence[Row], width: int | None = None) -> Group:
 def legend(rows: Sequence[Row]) -> list[str]:
     """What the columns of these rows mean, a line each."""
     lines = ["AP: mask AP in percent; to float: against the float model, in percentage points."]
+    if any(row.cell.metric == "mean_iou" for row in rows):
+        lines.append("mean IoU: of objects prompted by their annotated boxes, in percent.")
+    if any(row.cell.by_size for row in rows):
+        lines.append(
+            "large, medium, small: the same of objects of that size, published by size alike; MB "
+            "saved: 2^20 bytes of weights against float16, as the study counts them."
+        )
+    knowns = [row.cell.published for row in rows]
     marks = {
         figure.mark
-        for row in rows
-        for figure in (row.cell.published.figure, row.cell.published.corrected)
+        for known in knowns
+        for figure in (known.figure, known.corrected, known.also)
         if figure is not None
     }
     if marks:
-        known = "; ".join(f"{mark}: {what}" for mark, what in MARKS.items() if mark in marks)
-        lines.append(f"published: {known}; -: collapsed.")
+        told = "; ".join(f"{mark}: {what}" for mark, what in MARKS.items() if mark in marks)
+        lines.append(f"published: {told}; -: collapsed.")
+    if any(known.corrected is not None for known in knowns):
         lines.append(
             "corrected: measured by others with everything quantized. difference: to the "
             "corrected figure, where there is none to the published one."
         )
+    elif marks:
+        lines.append("difference: to the published figure.")
     if any(row.cell.published.inflated for row in rows):
         lines.append(f"{_INFLATED}: half of the activations were float when it was measured.")
     compared = list(comparisons(rows))
@@ -153,15 +182,21 @@ def csv_text(rows: Sequence[Row]) -> str:
     writer.writerow(_CSV_TITLES)
     for row in rows:
         cell, known = row.cell, row.cell.published
-        figure, corrected = known.figure, known.corrected
+        figure, corrected, also = known.figure, known.corrected, known.also
+        scores = row.score, row.float_score
+        is_ap = cell.metric == "AP"
         writer.writerow(
             [
                 *(cell.detector, cell.boxes, cell.model, cell.bits, cell.method),
-                *(row.ap, row.float_ap),
+                *(scores if is_ap else (None, None)),
                 *((None, None) if figure is None else (figure.value, figure.mark)),
                 known.inflated,
                 *((None, None) if corrected is None else (corrected.value, corrected.mark)),
                 *(row.difference, row.status, row.seconds, row.problem, cell.settings.key()),
+                *((None, None) if is_ap else scores),
+                *(row.sizes or (None, None, None)),
+                *(cell.saved, "" if figure is None else " ".join(map(str, figure.sizes))),
+                *((None, None) if also is None else (also.value, also.mark)),
             ]
         )
     return text.getvalue()

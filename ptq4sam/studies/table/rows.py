@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ptq4sam.evaluation.bootstrap import paired_difference
 from ptq4sam.studies.table.published import FLOAT, METHODS, Published
@@ -16,6 +16,12 @@ from ptq4sam.sweep.store import TrialRecord
 from ptq4sam.sweep.tasks import Folder, float_key
 
 Status = Literal["done", "failed", "open", "missing"]
+Metric = Literal["AP", "mean_iou"]
+
+_BY_SIZE: dict[Metric, tuple[str, ...]] = {
+    "AP": ("APl", "APm", "APs"),
+    "mean_iou": ("mean_iou_large", "mean_iou_medium", "mean_iou_small"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class Cell:
         settings: what runs; of a float cell those of any trial with the same float model.
         published: what papers say.
         missing: what it needs and is not there.
+        title: of the method, where METHODS does not have it.
+        metric: what is measured.
+        by_size: whether that of large, medium and small objects is shown too.
+        saved: megabytes against float16, as the study of its table counts them.
     """
 
     detector: str
@@ -60,6 +70,15 @@ class Cell:
     settings: TrialSettings
     published: Published
     missing: tuple[MissingInput, ...] = ()
+    title: str = ""
+    metric: Metric = "AP"
+    by_size: bool = False
+    saved: float | None = None
+
+    @property
+    def method_title(self) -> str:
+        """The method for people."""
+        return self.title or METHODS[self.method]
 
     @property
     def width(self) -> str:
@@ -95,35 +114,38 @@ class Row:
     Attributes:
         cell: what was asked.
         status: "done", "failed", "open" (not run yet) or "missing".
-        ap: mask AP in percent.
-        float_ap: that of the float model.
+        score: the cell's metric in percent.
+        float_score: that of the float model.
         seconds: that it took.
         problem: the error, or what is missing.
         versions: of packages, and the machine.
         by_picture: mean IoU with the float model's masks, and how many, of each picture by its id.
+        sizes: the metric of large, medium and small objects, where the cell asks for them; None of
+            a size that nothing annotated has.
     """
 
     cell: Cell
     status: Status
-    ap: float | None = None
-    float_ap: float | None = None
+    score: float | None = None
+    float_score: float | None = None
     seconds: float | None = None
     problem: str = ""
     versions: str = ""
     by_picture: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    sizes: tuple[float | None, ...] = ()
 
     @property
     def change(self) -> float | None:
-        """Against the float model, in percentage points of AP; None of the float model itself."""
-        if self.cell.bits is None or self.ap is None or self.float_ap is None:
+        """Against the float model, in percentage points; None of the float model itself."""
+        if self.cell.bits is None or self.score is None or self.float_score is None:
             return None
-        return self.ap - self.float_ap
+        return self.score - self.float_score
 
     @property
     def difference(self) -> float | None:
-        """Against the corrected figure, else the published one, in percentage points of AP."""
+        """Against the corrected figure, else the published one, in percentage points."""
         reference = self.cell.published.comparable
-        return None if self.ap is None or reference is None else self.ap - reference
+        return None if self.score is None or reference is None else self.score - reference
 
 
 def sweep_of(name: str, cells: Iterable[Cell]) -> tuple[Sweep, list[TrialSettings]]:
@@ -157,9 +179,25 @@ def _row(cell: Cell, record: TrialRecord | None) -> Row:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items()))
     if record.status != "done":
         return Row(cell, "failed", seconds=record.seconds, problem=record.error, versions=versions)
-    ap, float_ap = record.metrics.get("AP"), record.metrics.get(FLOAT, {}).get("AP")
+    score, sizes = _scores(cell, record.metrics)
+    float_score, _ = _scores(cell, record.metrics.get(FLOAT, {}))
     by_picture = {str(key): pair for key, pair in record.metrics.get("by_picture", {}).items()}
-    return Row(cell, "done", ap, float_ap, record.seconds, "", versions, by_picture)
+    return Row(cell, "done", score, float_score, record.seconds, "", versions, by_picture, sizes)
+
+
+def _scores(
+    cell: Cell, metrics: Mapping[str, Any]
+) -> tuple[float | None, tuple[float | None, ...]]:
+    """A cell's metric in percent, and the same by size where it asks for that."""
+
+    def percent(name: str) -> float | None:
+        value = metrics.get(name)
+        if value is None:
+            return None
+        return 100 * float(value) if cell.metric == "mean_iou" else float(value)
+
+    sizes = tuple(map(percent, _BY_SIZE[cell.metric])) if cell.by_size else ()
+    return percent(cell.metric), sizes
 
 
 def comparisons(found: Sequence[Row]) -> Iterator[str]:
@@ -178,7 +216,7 @@ def comparisons(found: Sequence[Row]) -> Iterator[str]:
             means = [[one.by_picture[key][0] for key in both] for one in (row, other)]
             counts = [row.by_picture[key][1] for key in both]
             if both:
-                names = (METHODS[one.cell.method] for one in (row, other))
+                names = (one.cell.method_title for one in (row, other))
                 said = paired_difference(means[0], means[1], counts)
                 yield f"{block}, agreement of {' against '.join(names)}: {said}."
         above[block] = row
@@ -188,6 +226,6 @@ def _float_row(cell: Cell, failed: Mapping[str, str], folder: Folder) -> Row:
     key = float_key(cell.settings)
     path = folder.result("float", key)
     if path.exists():
-        ap = FloatResults.load(path).metrics.get("AP")
-        return Row(cell, "done", ap, ap)
+        score, sizes = _scores(cell, FloatResults.load(path).metrics)
+        return Row(cell, "done", score, score, sizes=sizes)
     return Row(cell, "failed", problem=failed[key]) if key in failed else Row(cell, "open")
