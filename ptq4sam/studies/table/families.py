@@ -6,7 +6,7 @@ calibration, those of one model and measure the float model's masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from ptq4sam.families import VARIANTS
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.shipped import SCHEMES, located
 from ptq4sam.studies.table.cells import Request, chosen, missing_input, one_of
-from ptq4sam.studies.table.published import FLOAT, published_of_family
+from ptq4sam.studies.table.published import FLOAT, family_content, published_of_family
 from ptq4sam.studies.table.rows import Cell, Metric, MissingInput
 from ptq4sam.sweep.settings import Pictures, TrialSettings
 
@@ -65,31 +65,27 @@ class Method:
 
     Attributes:
         title: for people.
-        bits: of weights and activations; None for the float model.
         scheme: a file of exp/ without its suffix.
+        bits: of weights and activations; None for the float model.
         options: changes of it, as `Scheme.with_overrides` takes them.
     """
 
     title: str
-    bits: int | None
     scheme: str
-    options: tuple[str, ...] = ()
+    bits: int | None = None
+    options: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Study:
-    """A family's table.
+    """A family's table; its methods, models and published figures are in a file beside this one.
 
     Attributes:
         title: above it.
-        methods: by the names of filters, the float model first.
-        models: of each profile, and which methods each has.
         saved: megabytes that a scheme saves of a model; None where no study counts them.
     """
 
     title: str
-    methods: Mapping[str, Method]
-    models: Mapping[str, Mapping[str, tuple[str, ...]]]
     saved: Callable[[str, Scheme], float] | None = None
 
 
@@ -127,42 +123,9 @@ MEASURES = {
 }
 """What is measured in each profile, by the names of filters."""
 
-_EFFICIENTVIT = {
-    FLOAT: Method("float", None, "efficientvit_sam/int8"),
-    "int8": Method("INT8", 8, "efficientvit_sam/int8"),
-    "mix-dwsc": Method("Mix-DWSC", 8, "efficientvit_sam/mix-dwsc"),
-    "mix-mbc-neck": Method("Mix-MBC-Neck", 8, "efficientvit_sam/mix-mbc-neck"),
-    "channel-scales": Method(
-        "INT8, channel scales (ours)", 8, "efficientvit_sam/int8", ("methods=[channel-scales]",)
-    ),
-}
-_TINYSAM = {
-    FLOAT: Method("float", None, "tinysam/w8a8"),
-    **{f"w{b}a{b}": Method(f"TinySAM W{b}A{b}", b, f"tinysam/w{b}a{b}") for b in (8, 6, 4)},
-}
-
 STUDIES = {
-    "efficientvit": Study(
-        "EfficientViT-SAM quantized",
-        _EFFICIENTVIT,
-        {
-            "coco": {
-                f"efficientvit_sam_{size}": tuple(_EFFICIENTVIT)
-                for size in ("l0", "l1", "l2", "xl0", "xl1")
-            },
-            # Layers of vit_nano have no addresses, which the mixed schemes name.
-            "nano": {"efficientvit_sam_nano": tuple(_EFFICIENTVIT), "vit_nano": (FLOAT, "int8")},
-        },
-        _saved,
-    ),
-    "tinysam": Study(
-        "TinySAM quantized",
-        _TINYSAM,
-        {
-            "coco": {"tinysam": tuple(_TINYSAM)},
-            "nano": {"tiny_vit_nano": tuple(_TINYSAM), "vit_nano": tuple(_TINYSAM)},
-        },
-    ),
+    "efficientvit": Study("EfficientViT-SAM quantized", _saved),
+    "tinysam": Study("TinySAM quantized"),
 }
 """Tables by name, beside PTQ4SAM's."""
 
@@ -188,18 +151,23 @@ class StudyTable:
         profile = one_of("profile", asked.profile, MEASURES)
         self._measures = MEASURES[profile]
         self._names = chosen("detector", asked.detectors, self._measures)
-        self._models = study.models[profile]
+        content = family_content(self.name)
+        self._known = {name: Method(**values) for name, values in content["methods"].items()}
+        self._models: Mapping[str, Sequence[str]] = {
+            model: names or list(self._known)
+            for model, names in content["profiles"][profile].items()
+        }
         self._asked_models = chosen("model", asked.models, self._models)
-        methods = chosen("method", asked.methods, study.methods)
-        known = sorted({m.bits for m in study.methods.values() if m.bits is not None}, reverse=True)
+        methods = chosen("method", asked.methods, self._known)
+        known = sorted({m.bits for m in self._known.values() if m.bits is not None}, reverse=True)
         bits = {int(one) for one in chosen("bits", asked.bits, list(map(str, known)))}
         self._methods = [
             name
-            for name, method in study.methods.items()
+            for name, method in self._known.items()
             if name == FLOAT or (name in methods and method.bits in bits)
         ]
         self._saved: dict[tuple[str, str], float] = {}
-        self._schemes = {name: self._scheme(study.methods[name]) for name in self._methods}
+        self._schemes = {name: self._scheme(self._known[name]) for name in self._methods}
 
     def cells(self) -> Iterator[Cell]:
         """The cells in the order of the table, each with what it misses."""
@@ -211,7 +179,7 @@ class StudyTable:
                         yield self._cell(measure, model, method, missing)
 
     def _cell(self, name: str, model: str, method: str, missing: tuple[MissingInput, ...]) -> Cell:
-        measure, known = self._measure(name), self._study.methods[method]
+        measure, known = self._measure(name), self._known[method]
         return Cell(
             name,
             measure.title,

@@ -116,7 +116,7 @@ def published_of_family(table: str, measure: str, model: str, method: str) -> Pu
         model: the SAM.
         method: the scheme.
     """
-    content = _of_family(table)
+    content = family_content(table)
     if model not in content["models"]:
         return Published()
     place = content["models"].index(model)
@@ -137,5 +137,6 @@ def _content() -> Any:
 
 
 @functools.cache
-def _of_family(table: str) -> Any:
+def family_content(table: str) -> Any:
+    """The file of a family's table: its methods, models and published figures."""
     return read_yaml(_FILE.with_name(f"{table}.yaml"), "file of published figures")
