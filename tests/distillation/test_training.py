@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ptq4sam.distillation.training import CURVES, STATE
 from ptq4sam.errors import ConfigError, ResourceError
@@ -64,6 +66,30 @@ def test_batches_do_not_depend_on_who_makes_them(
 ) -> None:
     found = tiny_training(tmp_path).run(workers=1)
     assert all(torch.equal(found[name], value) for name, value in whole[1].items())
+
+
+def test_two_processes_end_alike_and_the_first_one_writes(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(ROOT / "tests/distillation/shared_training.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *launch, script, str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    # What normalisations have seen is of all views: about the same as in one process.
+    name = "image_encoder.patch_embed.seq.0.bn.running_mean"
+    torch.testing.assert_close(one[name], whole[1][name], rtol=0.2, atol=0.05)
+    assert (tmp_path / "0" / STATE).exists()
+    assert not (tmp_path / "1").exists()
 
 
 def test_curves_have_a_value_for_each_term_and_step(whole: tuple[Path, dict[str, Any]]) -> None:
