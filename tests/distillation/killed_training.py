@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ptq4sam.distillation.settings import DistillationSettings
 from ptq4sam.distillation.students import new_student
 from ptq4sam.distillation.training import Training
 from ptq4sam.families import VARIANTS
@@ -19,12 +20,17 @@ from ptq4sam.families.tiny_vit.variants import variant
 from tests.distillation.conftest import SETTINGS, TINY_TINY_VIT, tiny_teacher, tiny_views
 
 
-def tiny_training(folder: Path, save_every: float = 1000.0, **fingerprint: str) -> Training:
+def tiny_training(
+    folder: Path,
+    save_every: float = 1000.0,
+    settings: DistillationSettings = SETTINGS,
+    **more: str,
+) -> Training:
     """With batch normalisations, whose statistics are a part of the state too."""
     teacher = tiny_teacher()
-    student = new_student("tiny_tiny_vit", teacher, SETTINGS.seed)
-    said = {"settings": "the same", **fingerprint}
-    return Training(student, teacher, tiny_views(), SETTINGS, folder, said, save_every=save_every)
+    student = new_student("tiny_tiny_vit", teacher, settings.seed)
+    said = {"numbers": "the same", **more}
+    return Training(student, teacher, tiny_views(), settings, folder, said, save_every=save_every)
 
 
 def killed_behind(steps: int) -> Any:

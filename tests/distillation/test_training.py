@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from ptq4sam.distillation.training import CURVES, STATE
 from ptq4sam.errors import ConfigError, ResourceError
+from tests.distillation.conftest import SETTINGS
 from tests.distillation.killed_training import tiny_training
 from tests.full_disks import no_bytes
 
@@ -100,6 +101,28 @@ def test_curves_have_a_value_for_each_term_and_step(whole: tuple[Path, dict[str,
         assert [step for step, _ in points] == [1, 2, 3, 4, 5]
 
 
+def test_a_phase_starts_from_the_average_of_the_one_before(tmp_path: Path) -> None:
+    still = SETTINGS.with_overrides("phases.0.rate=0.01", "phases.1.final_rate=0")
+    still = still.with_overrides("phases.1.rate=1e-12", "phases.1.steps=1")
+    training = tiny_training(tmp_path, settings=still)
+    seen = {}
+
+    def progress(plan: Sequence[Any], _description: str) -> Iterator[Any]:
+        for number, step in plan:
+            if number == 1:
+                student, average = training._student, training._trainer.average
+                seen["last"] = {k: v.clone() for k, v in student.named_parameters()}
+                seen["average"] = {k: v.clone() for k, v in average.items()}
+            yield number, step
+
+    found = training.run(workers=0, progress=progress)
+    for name, last in seen["last"].items():
+        before = seen["average"][name]
+        torch.testing.assert_close(found[name], before, rtol=0, atol=1e-6)
+        if name.endswith("proj.weight"):
+            assert (last - before).abs().max() > 1e-4
+
+
 def test_a_full_disk_leaves_the_last_complete_state(
     whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -119,8 +142,8 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
     training = tiny_training(tmp_path)
     assert not training.resume()
     training.save()
-    with pytest.raises(ConfigError, match="settings differ"):
-        tiny_training(tmp_path, settings="others").resume()
+    with pytest.raises(ConfigError, match="numbers differ"):
+        tiny_training(tmp_path, numbers="others").resume()
     (tmp_path / STATE).write_bytes(b"no state")
     with pytest.raises(ConfigError, match="cannot be read"):
         tiny_training(tmp_path).resume()

@@ -64,6 +64,25 @@ def test_a_small_object_keeps_its_outline() -> None:
     raise AssertionError("no view shows the object")
 
 
+def test_a_mirrored_picture_has_a_mirrored_truth() -> None:
+    mask = np.zeros((100, 160), np.uint8)
+    mask[20:60, 10:50] = 255
+    white = Image.fromarray(np.repeat(mask[..., None], 3, axis=2))
+    picture = Picture(white, [Object((10.0, 20.0, 50.0, 60.0), lambda: mask)])
+    lefts = set()
+    for index in range(6):
+        view = view_of(picture, np.random.default_rng(index), (0.4, 0.4), 64, 32, 1)
+        assert view is not None
+        x, y = view.points[0].long().unbind(-1)
+        bright = view.pixels[0, y.clamp(max=39), x] > 60
+        assert (bright == (view.labels[0] > 0)).float().mean() > 0.95
+        box = view.boxes[0].round().int()
+        inside = view.target[0, box[1] // 2 : box[3] // 2, box[0] // 2 : box[2] // 2]
+        assert inside.mean() > 0.95
+        lefts.add(int(box[0]))
+    assert lefts == {4, 44}
+
+
 def test_photographs_are_drawn_by_weight_and_source(tmp_path: Path) -> None:
     images, annotations = write_scenes(tmp_path, 3, seed=0)
     content = json.loads(annotations.read_text())
