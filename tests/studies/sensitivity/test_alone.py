@@ -152,6 +152,12 @@ def test_each_layer_alone_is_measured_by_size(
     shown = capsys.readouterr().out
     assert "published" in shown
     assert "0.611" in shown
+    run("report", tmp_path / "s")
+    (page,) = (tmp_path / "s").glob("*.html")
+    text = page.read_text()
+    assert first in text
+    assert "this alone quantized" in text
+    assert "all but this" not in text
 
 
 def test_it_goes_on_after_a_kill(
