@@ -148,23 +148,21 @@ def sensitivity_section(content: Mapping[str, Any] | None) -> Section:
         blocks.append(Plots(f"By {grain}", [_sensitivity_plot(worst, len(targets), grain)]))
         blocks.append(_sensitivity_table(worst, grain))
     pictures = content.get("pictures", {})
+    others = "" if _measured_kinds(content["targets"]) == ["only"] else ", and all but this part"
     intro = (
-        "What quantization of one part does to the masks: this part alone quantized, and all but "
-        "this part. Loss of agreement: how far the mean IoU with the float model's masks is below "
-        f"1. Measured on {pictures.get('proxy', '?')} pictures, the worst on "
-        f"{pictures.get('measured', '?')}."
+        f"What quantization of one part does to the masks: this part alone quantized{others}. Loss "
+        "of agreement: how far the mean IoU with the float model's masks is below 1. Measured on "
+        f"{pictures.get('proxy', '?')} pictures, the worst on {pictures.get('measured', '?')}."
     )
     return Section("sensitivity", "Sensitivity", blocks, intro)
 
 
 def _sensitivity_plot(targets: Sequence[Mapping[str, Any]], count: int, grain: str) -> Plot:
+    colours = {"only": QUANTIZED, "all_but": FLOAT}
+    titles = {"only": "this alone quantized", "all_but": "all but this"}
     series = [
-        (title, colour, [100 * (1 - target[key]["agreement"]) for target in targets])
-        for title, colour, key in (
-            ("this alone quantized", QUANTIZED, "only"),
-            ("all but this", FLOAT, "all_but"),
-        )
-        if all(target[key] for target in targets)
+        (titles[key], colours[key], [100 * (1 - target[key]["agreement"]) for target in targets])
+        for key in _measured_kinds(targets)
     ]
     names = [target["name"].replace(f"{TRANSFORMER}.", "decoder.") for target in targets]
     names = [name.replace(f"{ENCODER}.", "encoder.") for name in names]
@@ -183,15 +181,20 @@ def _sensitivity_table(targets: Sequence[Mapping[str, Any]], grain: str) -> Tabl
         ("logits_sqnr_db", "mask logits, dB", 1),
     )
 
-    def cells(effect: Mapping[str, Any] | None) -> list[str]:
-        values = (((effect or {}).get(key), digits) for key, _, digits in columns)
+    def cells(effect: Mapping[str, Any]) -> list[str]:
+        values = ((effect.get(key), digits) for key, _, digits in columns)
         return ["" if value is None else f"{value:.{digits}f}" for value, digits in values]
 
-    rows = [
-        [target["name"], *cells(target["only"]), *cells(target["all_but"])] for target in targets
-    ]
-    head = ["part", *(f"alone: {c[1]}" for c in columns), *(f"all but: {c[1]}" for c in columns)]
+    kinds = _measured_kinds(targets)
+    titles = {"only": "alone", "all_but": "all but"}
+    rows = [[t["name"], *(cell for kind in kinds for cell in cells(t[kind]))] for t in targets]
+    head = ["part", *(f"{titles[kind]}: {c[1]}" for kind in kinds for c in columns)]
     return Table(f"Effects by {grain}", head, rows)
+
+
+def _measured_kinds(targets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which effects all targets have: a study of each alone has no other."""
+    return [key for key in ("only", "all_but") if all(target[key] for target in targets)]
 
 
 def cost_section(
