@@ -156,8 +156,9 @@ def test_each_layer_alone_is_measured_by_size(
     (page,) = (tmp_path / "s").glob("*.html")
     text = page.read_text()
     assert first in text
-    assert "this alone quantized" in text
-    assert "all but this" not in text
+    assert "this part alone quantized. Loss" in text
+    assert "alone: agreement" in text
+    assert "all but: agreement" not in text
 
 
 def test_it_goes_on_after_a_kill(
