@@ -67,13 +67,11 @@ class Method:
         title: for people.
         scheme: a file of exp/ without its suffix.
         bits: of weights and activations; None for the float model.
-        options: changes of it, as `Scheme.with_overrides` takes them.
     """
 
     title: str
     scheme: str
     bits: int | None = None
-    options: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -261,7 +259,6 @@ class StudyTable:
 
     def _scheme(self, method: Method) -> Scheme:
         scheme = Scheme.from_yaml(located(SCHEMES / f"{method.scheme}.yaml"))
-        scheme = scheme.with_overrides(*method.options)
         asked = self.request.calibrate
         return scheme if asked is None else replace(scheme, calibrate=asked)
 

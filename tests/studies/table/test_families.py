@@ -96,7 +96,7 @@ def test_megabytes_saved_are_those_that_the_study_prints() -> None:
         **{("l0", "int8"): "29.28", ("l0", "mix-dwsc"): "18.55", ("l0", "mix-mbc-neck"): "6.99"},
         **{("xl1", "int8"): "189.96", ("xl1", "mix-dwsc"): "133.33"},
         ("xl1", "mix-mbc-neck"): "53.77",
-        **{("l0", "channel-scales"): "29.28", ("xl1", "channel-scales"): "189.96"},
+        **{("l0", "w8a8"): "29.28", ("xl1", "w8a8"): "189.96"},
     }
 
 
