@@ -1,4 +1,4 @@
-"""What a deployed model needs of a quantized one: weight codes, scales, zero points, tau.
+"""What a deployed model needs of a quantized one: weight codes, scales, zero points.
 
 Everything that leaves the simulation (packed files, the integer reference, exported graphs) takes
 its numbers from here.
@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from ptq4sam.errors import DeployError
-from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.operators.base import QuantizedLayer
-from ptq4sam.quantization.base import AffineQuantizer
 from ptq4sam.quantization.grid import Grid, along_channels
 from ptq4sam.quantization.quantizers import Quantizer
 
@@ -42,11 +40,6 @@ class WeightCodes:
         scale = along_channels(self.scale, dimensions, 0)
         return (self.codes - zero_point).to(scale.dtype) * scale
 
-    def by_channel(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, [output channels] each, whatever the granularity."""
-        channels = self.codes.shape[0]
-        return self.scale.expand(channels), self.zero_point.expand(channels)
-
 
 @dataclass(frozen=True)
 class UniformGrid:
@@ -63,21 +56,6 @@ class UniformGrid:
     grid: Grid
 
 
-@dataclass(frozen=True)
-class LogGrid:
-    """The grid of a softmax output under adaptive granularity: values scale * 2^(-code / tau).
-
-    Attributes:
-        scale: a float32 number, the largest point.
-        tau: 1, 2 or 4.
-        grid: codes 0 to qmax; a code above qmax stands for 0.
-    """
-
-    scale: float
-    tau: int
-    grid: Grid
-
-
 @torch.no_grad()
 def layer_codes(layer: QuantizedLayer) -> WeightCodes:
     """The weight of a frozen layer as integers.
@@ -86,11 +64,12 @@ def layer_codes(layer: QuantizedLayer) -> WeightCodes:
         DeployError: the weight does not lie on its grid.
         CalibrationError: the layer was not calibrated.
     """
-    quantizer = layer.weight_quantizer
-    if not isinstance(quantizer, AffineQuantizer):
+    given = layer.weight_quantizer
+    quantizer = given.as_affine()
+    if quantizer is None:
         raise DeployError(
-            f"{quantizer.name or 'a weight'} has a {type(quantizer).__name__}: only evenly spaced "
-            "grids have integer weights"
+            f"{given.name or 'a weight'} has a {type(given).__name__}: only evenly spaced grids "
+            "have integer weights"
         )
     scale, zero_point = quantizer.parameters_in_use()
     codes = WeightCodes(
@@ -111,17 +90,11 @@ def uniform_grid(quantizer: Quantizer) -> UniformGrid:
         DeployError: it is no evenly spaced grid with one scale.
         CalibrationError: the quantizer was not calibrated.
     """
-    if not isinstance(quantizer, AffineQuantizer) or quantizer.channel_axis is not None:
+    affine = quantizer.as_affine()
+    if affine is None or affine.channel_axis is not None:
         raise DeployError(
             f"{quantizer.name or 'an activation'} ({type(quantizer).__name__}) has no evenly "
             "spaced grid with one scale: only such activations can be deployed"
         )
-    scale, zero_point = quantizer.parameters_in_use()
-    return UniformGrid(float(scale), int(zero_point), quantizer.grid)
-
-
-def softmax_grid(quantizer: Quantizer) -> UniformGrid | LogGrid:
-    """The grid of a softmax output, of either kind; errors as for `uniform_grid`."""
-    if isinstance(quantizer, AdaptiveGranularityQuantizer):
-        return LogGrid(float(quantizer.scale_in_use()), int(quantizer.tau), quantizer.grid)
-    return uniform_grid(quantizer)
+    scale, zero_point = affine.parameters_in_use()
+    return UniformGrid(float(scale), int(zero_point), affine.grid)

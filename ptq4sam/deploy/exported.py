@@ -121,8 +121,8 @@ class ExportedSam:
         multimask: bool,
     ) -> tuple[Tensor, Tensor]:
         """Masks of prompts on one picture; arguments and result as for `Sam.decode`."""
-        given = next(x for x in (points and points[0], boxes, masks) if x is not None)
-        count = len(given)
+        given = [x for x in (points and points[0], boxes, masks) if x is not None]
+        count = len(given[0]) if given else 1
         new = functools.partial(torch.zeros, device=self.device)
         coordinates, labels = points or (new(count, 0, 2), new(count, 0))
         if points is not None and boxes is None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq4sam.operators.base import WORK, QuantizedOperator, Work
+from ptq4sam.operators.base import WORK, Work, as_operator
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.sam.model import Sam
@@ -91,7 +91,8 @@ def _watch(
 
 
 def _operation(sam: Sam, name: str, module: nn.Module, work: Work) -> Operation:
-    slots = module.slots() if isinstance(module, QuantizedOperator) else {}
+    operator = as_operator(module)
+    slots = {} if operator is None else operator.slots()
 
     def bits(slot: str) -> int:
         return slots[slot].grid.bits if slot in slots else FLOAT_BITS

@@ -28,7 +28,8 @@ from ptq4sam.deploy.targets.target import Arrays, Products, Target
 from ptq4sam.errors import DeployError
 from ptq4sam.operators.convolution import QuantizedConv2d
 from ptq4sam.operators.linear import QuantizedLinear
-from ptq4sam.quantization.base import FixedQuantizer, Mode, Quantizer
+from ptq4sam.quantization.affine import FixedQuantizer
+from ptq4sam.quantization.base import Mode, Quantizer
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode
 

@@ -27,7 +27,6 @@ from torch import Tensor
 from ptq4sam.methods.aqer import layer_groups, set_correction
 from ptq4sam.methods.method import METHODS, Calibration, Method
 from ptq4sam.operators.base import QuantizedLayer
-from ptq4sam.quantization.base import FixedQuantizer
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.records import Record
@@ -137,9 +136,8 @@ class AcnrMethod(Method[Acnr]):
         return changed
 
     def _change(self, layer: QuantizedLayer, errors: InputErrors) -> bool:
-        quantizer = layer.weight_quantizer
-        assert isinstance(quantizer, FixedQuantizer)
-        found = conditioned(quantizer.corrected(layer.weight), errors, self.settings)
+        weight = layer.weight_quantizer.corrected(layer.weight)
+        found = conditioned(weight, errors, self.settings)
         if found is None:
             return False
         set_correction(layer, (found - layer.weight).to(layer.weight.dtype))

@@ -20,13 +20,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ptq4sam.methods.method import METHODS, Calibration, Method
 from ptq4sam.operators.base import QuantizedLayer, quantized_layers
-from ptq4sam.quantization.base import FixedQuantizer
+from ptq4sam.quantization.affine import FixedQuantizer
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.records import Record
@@ -119,13 +120,9 @@ def set_correction(layer: QuantizedLayer, correction: Tensor) -> dict[str, Tenso
     Returns:
         The state of the weight's quantizer before.
     """
-    quantizer = layer.weight_quantizer
-    assert isinstance(quantizer, FixedQuantizer)
+    quantizer = cast(FixedQuantizer, layer.weight_quantizer)
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
-    quantizer.correction = correction
-    quantizer.observer.reset()
-    with quantizer_mode(quantizer, Mode.OBSERVE):
-        quantizer(layer.weight)
+    quantizer.correct(layer.weight, correction)
     return before
 
 
@@ -195,7 +192,7 @@ def layer_groups(sam: nn.Module, matrices: int = 4) -> Iterator[list[tuple[str, 
     group: list[tuple[str, QuantizedLayer]] = []
     held = 0
     for name, layer in quantized_layers(sam):
-        if not isinstance(layer.weight_quantizer, FixedQuantizer) or layer.weight.dim() != 2:
+        if not layer.weight_quantizer.can_be_corrected or layer.weight.dim() != 2:
             continue
         needed = matrices * 8 * layer.weight.shape[1] ** 2
         if group and held + needed > _BYTES:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ptq4sam.methods.channel_sizes import Seen, Strengths, inputs_seen
 from ptq4sam.methods.method import METHODS, Calibration, Method
-from ptq4sam.operators.base import QuantizedLayer, observe_weights
+from ptq4sam.operators.base import QuantizedLayer, as_layer, observe_weights
 from ptq4sam.quantization.modes import quantizer_mode, quantizers
 from ptq4sam.quantization.quantizers import Mode
 
@@ -73,8 +73,8 @@ class ChannelScalesMethod(Method[Strengths]):
     def before_ranges(self, calibration: Calibration) -> Sequence[str]:
         """Set factors; the float output stays as it is."""
         activations = calibration.sam.scaled_layers()
-        layers = {name: calibration.sam.get_submodule(name) for name in activations}
-        layers = {n: layer for n, layer in layers.items() if isinstance(layer, QuantizedLayer)}
+        found = {name: as_layer(calibration.sam.get_submodule(name)) for name in activations}
+        layers = {name: layer for name, layer in found.items() if layer is not None}
         changed = []
         for name, seen in inputs_seen(calibration, layers, axis=1).items():
             error = partial(output_error, layers[name], seen)

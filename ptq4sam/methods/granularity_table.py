@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,10 @@ class LogarithmicGrid(PointGrid):
     def whole_points(self) -> Tensor:
         """By shift and table."""
         return point_table(self.codes.levels, self.tau, self.fraction_bits).flip(0)
+
+    def facts(self) -> dict[str, Any]:
+        """Scale and granularity."""
+        return {"scale": float(self.scale), "tau": self.tau}
 
     def points(self) -> Tensor:
         """Not rounded to fraction bits, as they are while something is learned."""

@@ -70,6 +70,7 @@ class GroupedGrid(PointGrid):
     zero: Tensor
     ratio: Tensor
     kind = "grouped"
+    channels_last = True
 
     @property
     def step(self) -> Tensor:

@@ -9,7 +9,7 @@ is looked at once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.hybrid_grid import (
+    DEVICE_BITS,
     HybridCodes,
     HybridGrid,
     HybridNumbers,
@@ -26,6 +27,7 @@ from ptq4sam.methods.hybrid_grid import (
     log_codes,
 )
 from ptq4sam.quantization.base import EPS, Quantizer, Statistics
+from ptq4sam.quantization.choices import Choices
 from ptq4sam.quantization.fused import fused, fused_exactly
 from ptq4sam.quantization.grid import Grid, precise, summed
 from ptq4sam.quantization.hard_numbers import near_steps
@@ -70,6 +72,7 @@ class HybridQuantizer(Quantizer):
     """
 
     settings_type = Hybrid
+    device_bits = DEVICE_BITS
     scale: nn.Parameter
     even_scale: nn.Parameter
     minimum: Tensor
@@ -158,10 +161,10 @@ class HybridQuantizer(Quantizer):
         self._errors = [a + b for a, b in zip(self._errors, errors.tolist(), strict=True)]
         self.use_pair(self._errors.index(min(self._errors)))
 
-    @property
-    def pairs(self) -> int:
-        """How many pairs of a knee and a share of logarithmic codes there are to choose from."""
-        return len(self._pairs)
+    def choices(self, low: Tensor, high: Tensor, shares: Sequence[float]) -> Choices:
+        """Pairs of a knee and a share of logarithmic codes, for the range that was observed."""
+        del low, high, shares
+        return Choices(len(self._pairs), self.use_pair, lambda best: self.use_pair(int(best)))
 
     def use_pair(self, index: int) -> None:
         """Use one of them, for the range that was observed.

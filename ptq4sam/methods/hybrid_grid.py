@@ -28,13 +28,13 @@ from ptq4sam.quantization.portable import LARGEST, Arithmetic, apart, at_least
 MOST_LOG_CODES = 8
 """Below s / 2^7 lies less than half a step of a byte."""
 BYTE = 255
-_DEVICE_BITS = 6
+DEVICE_BITS = 6
 """Bits up to which all points are bytes; more need more."""
 
 
 def largest_step(bits: int) -> int:
     """Steps between the first and the last point, at most."""
-    return BYTE if bits <= _DEVICE_BITS else (1 << (bits + 4)) - 1
+    return BYTE if bits <= DEVICE_BITS else (1 << (bits + 4)) - 1
 
 
 @dataclass(frozen=True)

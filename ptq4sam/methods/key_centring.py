@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ptq4sam.methods.method import METHODS, Calibration, Method
+from ptq4sam.operators.base import QuantizedLayer
 from ptq4sam.records import NoSettings
 
 
@@ -29,7 +31,7 @@ class KeyCentring(Method[NoSettings]):
 
     def before_ranges(self, calibration: Calibration) -> Sequence[str]:
         """Move biases by the means over all pictures; the float output stays as it is."""
-        keys: dict[str, tuple[nn.Linear, slice]] = calibration.sam.key_outputs()
+        keys: dict[str, tuple[QuantizedLayer, slice]] = calibration.sam.key_outputs()
         keys = {name: found for name, found in keys.items() if found[0].bias is not None}
         sums: dict[str, Tensor] = {}
         counts = dict.fromkeys(keys, 0)
@@ -49,5 +51,6 @@ class KeyCentring(Method[NoSettings]):
                 calibration.run(item)
         for name, total in sums.items():
             layer, place = keys[name]
-            layer.bias[place] -= (total / counts[name]).to(layer.bias.dtype)
+            bias = cast(Tensor, layer.bias)
+            bias[place] -= (total / counts[name]).to(bias.dtype)
         return sorted(sums)

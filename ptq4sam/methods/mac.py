@@ -40,7 +40,6 @@ from ptq4sam.methods.aqer import set_correction
 from ptq4sam.methods.method import METHODS, Calibration, Method
 from ptq4sam.methods.pcc import AttentionParts
 from ptq4sam.operators.base import KEY, QUERY, SOFTMAX, VALUE, QuantizedLayer
-from ptq4sam.quantization.base import FixedQuantizer
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.records import Record
@@ -204,12 +203,7 @@ def layer_of(parts: AttentionParts, role: str) -> QuantizedLayer:
 
 def corrected_weight(layer: QuantizedLayer) -> Tensor:
     """A layer's weight with its correction, before it is rounded."""
-    quantizer = layer.weight_quantizer
-    return (
-        quantizer.corrected(layer.weight)
-        if isinstance(quantizer, FixedQuantizer)
-        else (layer.weight)
-    )
+    return layer.weight_quantizer.corrected(layer.weight)
 
 
 @METHODS.register("mac")
@@ -227,7 +221,7 @@ class MacMethod(Method[Mac]):
             layers = {
                 name: layer
                 for name, layer in layers.items()
-                if isinstance(layer.weight_quantizer, FixedQuantizer)
+                if layer.weight_quantizer.can_be_corrected
             }
             changed += self._correct(calibration, {name: parts[name] for name in layers}, role)
         return changed

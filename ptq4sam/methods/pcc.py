@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ptq4sam.methods.method import METHODS, Calibration, Method
 from ptq4sam.methods.task_gradients import squared_gradients
 from ptq4sam.operators.base import INPUT, KEY, QUERY, SOFTMAX, QuantizedLayer, QuantizedOperator
-from ptq4sam.quantization.base import AffineQuantizer
+from ptq4sam.quantization.affine import AffineQuantizer
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.records import Record
@@ -90,11 +90,8 @@ class AttentionParts:
             "query": self.core.quantizer(QUERY),
             "key": self.core.quantizer(KEY),
         }
-        return {
-            slot: quantizer
-            for slot, quantizer in found.items()
-            if isinstance(quantizer, AffineQuantizer) and quantizer.channel_axis is None
-        }
+        affine = {slot: quantizer.as_affine() for slot, quantizer in found.items()}
+        return {s: q for s, q in affine.items() if q is not None and q.channel_axis is None}
 
 
 def mask_of(attention: Tensor, share: float) -> Tensor:
@@ -135,7 +132,7 @@ class PccMethod(Method[Pcc]):
     def after_ranges(self, calibration: Calibration) -> Sequence[str]:
         """Choose ranges; one that is not better than the observed one stays."""
         parts: dict[str, AttentionParts] = calibration.sam.attention_parts()
-        transformer = calibration.sam.mask_decoder.transformer
+        transformer = calibration.sam.transformer
         changed: dict[str, None] = {}
         with quantizer_mode(calibration.sam, Mode.FLOAT):
             given = _first_inputs(transformer, calibration)

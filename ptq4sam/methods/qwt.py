@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ptq4sam.methods.method import METHODS, Calibration, Method
 from ptq4sam.operators.base import QuantizedLayer, quantized_layers
-from ptq4sam.quantization.base import AffineQuantizer
+from ptq4sam.quantization.affine import AffineQuantizer
 from ptq4sam.quantization.grid import along_channels
 from ptq4sam.records import Record
 
@@ -149,9 +150,7 @@ def fold_affine(layer: QuantizedLayer, factor: Tensor, summand: Tensor) -> None:
         factor: [channels], positive.
         summand: [channels].
     """
-    quantizer, bias = layer.weight_quantizer, layer.bias
-    assert isinstance(quantizer, AffineQuantizer)
-    assert bias is not None
+    quantizer, bias = cast(AffineQuantizer, layer.weight_quantizer), cast(Tensor, layer.bias)
     scale, zero_point = quantizer.parameters_in_use()
     codes = quantizer.codes(layer.weight)
     # Not by an assignment: scales of some quantizers are parameters.
@@ -163,6 +162,5 @@ def fold_affine(layer: QuantizedLayer, factor: Tensor, summand: Tensor) -> None:
 
 
 def _fits(layer: QuantizedLayer) -> bool:
-    quantizer = layer.weight_quantizer
-    by_channel = isinstance(quantizer, AffineQuantizer) and quantizer.scale.dim() == 1
-    return by_channel and layer.bias is not None
+    quantizer = layer.weight_quantizer.as_affine()
+    return quantizer is not None and quantizer.scale.dim() == 1 and layer.bias is not None

@@ -13,12 +13,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ptq4sam.methods.hybrid import HybridQuantizer
 from ptq4sam.methods.method import METHODS, Calibration, Method
 from ptq4sam.methods.task_gradients import squared_gradients
 from ptq4sam.operators.arithmetic import learning
@@ -29,8 +28,8 @@ from ptq4sam.operators.base import (
     QuantizedOperator,
     quantized_operators,
 )
-from ptq4sam.quantization.base import AffineQuantizer, Mode, Quantizer
-from ptq4sam.quantization.grid import MIN_SCALE, Grid
+from ptq4sam.quantization.base import Mode, Quantizer
+from ptq4sam.quantization.choices import Choices
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.records import Record
 
@@ -122,8 +121,8 @@ class Searched:
             errors = (self.output(picture.operands) - picture.target).square()
             errors = errors if picture.weights is None else errors * picture.weights
             if channels:
-                assert isinstance(self.operator, QuantizedLayer)
-                total = total + self.operator.by_output(errors).flatten(1).double().sum(1)
+                layer = cast(QuantizedLayer, self.operator)
+                total = total + layer.by_output(errors).flatten(1).double().sum(1)
             else:
                 total = total + errors.sum(dtype=torch.float64)
         return total
@@ -146,75 +145,13 @@ class Seen:
     weights: Tensor | None
 
 
-class Choices(Protocol):
-    """What a quantizer can be, in an order."""
-
-    count: int
-
-    def use(self, index: int) -> None:
-        """Be one of them."""
-
-    def settle(self, best: Tensor) -> None:
-        """Be the best, [] or [channels]."""
-
-
-class _Ranges:
-    """Shares of the widest range of an affine quantizer; the one that it has is the first."""
-
-    def __init__(
-        self, quantizer: AffineQuantizer, low: Tensor, high: Tensor, shares: Sequence[float]
-    ) -> None:
-        self._quantizer = quantizer
-        own = (quantizer.scale.detach().clone(), quantizer.zero_point.detach().clone())
-        found = [parameters_of(quantizer.grid, low * share, high * share) for share in shares]
-        shape = own[0].shape
-        self._scales, self._zeros = (
-            torch.stack([own[place], *(pair[place].expand(shape) for pair in found)])
-            for place in (0, 1)
-        )
-        self.count = len(self._scales)
-
-    def use(self, index: int) -> None:
-        self._quantizer.set_parameters(self._scales[index].clone(), self._zeros[index].clone())
-
-    def settle(self, best: Tensor) -> None:
-        chosen = best.expand(self._scales.shape[1:])[None]
-        scale, zero_point = (x.gather(0, chosen)[0] for x in (self._scales, self._zeros))
-        self._quantizer.set_parameters(scale.clone(), zero_point.clone())
-
-
-class _Pairs:
-    """What a hybrid grid chooses from: knees and numbers of logarithmic codes."""
-
-    def __init__(self, quantizer: HybridQuantizer) -> None:
-        self._quantizer = quantizer
-        self.count = quantizer.pairs
-
-    def use(self, index: int) -> None:
-        self._quantizer.use_pair(index)
-
-    def settle(self, best: Tensor) -> None:
-        self._quantizer.use_pair(int(best))
-
-
-def parameters_of(grid: Grid, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a range; on a symmetric grid the largest size by 2^(bits - 1)."""
-    if not grid.symmetric:
-        return grid.affine_parameters(low, high)
-    scale = torch.maximum(low.abs(), high.abs()) / grid.largest_step
-    return scale.clamp(min=MIN_SCALE), torch.zeros_like(scale)
-
-
-def choices_of(searched: Searched, slot: str, seen: Sequence[Seen], shares: Sequence[float]) -> Any:
+def choices_of(
+    searched: Searched, slot: str, seen: Sequence[Seen], shares: Sequence[float]
+) -> Choices | None:
     """What the quantizer of a slot can be; None where its grid has no ranges to choose."""
     quantizer = searched.operator.quantizer(slot)
-    if isinstance(quantizer, HybridQuantizer):
-        return _Pairs(quantizer)
-    if not isinstance(quantizer, AffineQuantizer):
-        return None
     if slot == WEIGHT:
-        assert isinstance(searched.operator, QuantizedLayer)
-        rows = searched.operator.weight.flatten(1)
+        rows = cast(QuantizedLayer, searched.operator).weight.flatten(1)
         low, high = torch.aminmax(rows, dim=1)
         if not has_channels(quantizer):
             low, high = low.amin(), high.amax()
@@ -222,7 +159,7 @@ def choices_of(searched: Searched, slot: str, seen: Sequence[Seen], shares: Sequ
         place = 0 if slot == searched.product.first else 1
         low = torch.stack([picture.ends[place][0] for picture in seen]).amin()
         high = torch.stack([picture.ends[place][1] for picture in seen]).amax()
-    return _Ranges(quantizer, low, high, shares)
+    return quantizer.choices(low, high, shares)
 
 
 def has_channels(quantizer: Quantizer) -> bool:

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -136,9 +137,9 @@ def reconstruct_unit(
     rounding: list[AdaRoundQuantizer] = []
     if settings.learn_rounding:
         for weight, quantizer in weights:
-            if isinstance(quantizer, AdaRoundQuantizer):
-                quantizer.begin_learning(weight)
-                rounding.append(quantizer)
+            if quantizer.learns_rounding:
+                rounding.append(cast(AdaRoundQuantizer, quantizer))
+                rounding[-1].begin_learning(weight)
     grids = _learned_grids(unit) if settings.learn_scale else []
     alphas = [quantizer.alpha for quantizer in rounding]
     with (

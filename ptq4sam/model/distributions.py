@@ -17,11 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.methods.bimodal import key_density
-from ptq4sam.methods.granularity_table import LogarithmicGrid
 from ptq4sam.model.calibration import CalibrationItem, run_item
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.operators.base import KEY, SOFTMAX, quantized_layers, quantized_operators
-from ptq4sam.quantization.grids import AffineGrid
 from ptq4sam.quantization.modes import dropping
 from ptq4sam.quantization.published import BIMODAL, BimodalIntegration
 from ptq4sam.quantization.quantizers import Quantizer
@@ -340,11 +338,4 @@ def _range(quantizer: Quantizer) -> Range:
 
 def _softmax(quantizer: Quantizer, counts: Tensor) -> Softmax:
     seen = Histogram(SOFTMAX_LOW, 0.0, tuple(int(count) for count in counts.tolist()))
-    grid, bits = quantizer.grid_in_use(), quantizer.grid.bits
-    if isinstance(grid, LogarithmicGrid):
-        return Softmax(seen, bits, float(grid.scale), grid.tau)
-    if isinstance(grid, AffineGrid):
-        zero_point = int(grid.zero_point.flatten()[0]) - grid.codes.qmin
-        return Softmax(seen, bits, float(grid.scale.max()), zero_point=zero_point)
-    points = tuple(point for point in grid.points().flatten().tolist() if point > 0)
-    return Softmax(seen, bits, float(grid.step.max()), points=points)
+    return Softmax(seen, quantizer.grid.bits, **quantizer.grid_in_use().facts())

@@ -112,7 +112,7 @@ def reconstruct(
     )
     streams = _Streams(quantized, exact)
     joint = settings.granularity == "joint"
-    work.run_part(TRANSFORMER, sam.mask_decoder.transformer.stages(joint=joint), streams)
+    work.run_part(TRANSFORMER, sam.transformer.stages(joint=joint), streams)
     work.warn_of_worse_units()
 
 

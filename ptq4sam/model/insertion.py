@@ -16,23 +16,21 @@ from torch import nn
 from ptq4sam.errors import ConfigError
 from ptq4sam.methods.assignment import make_quantizer
 from ptq4sam.methods.pcc import AttentionParts
+from ptq4sam.model.checks import check_operators, check_slots, check_units
 from ptq4sam.model.float_weights import round_float_weights
-from ptq4sam.operators.activation import PortableChannelGELU
+from ptq4sam.operators.activation import PortableChannelGELU, with_factors
 from ptq4sam.operators.base import (
     PORTABLE,
     QUANTIZED,
     SOFTMAX,
     QuantizedLayer,
-    kinds,
+    as_layer,
     quantized_operators,
 )
 from ptq4sam.operators.simulated import SIMULATED
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import Quantizer
-from ptq4sam.quantization.registry import METHODS
 from ptq4sam.quantization.scheme import STUDY, Scheme
-from ptq4sam.quantization.slots import require_roles
-from ptq4sam.records import FieldError, unknown_key
 from ptq4sam.sam.addresses import Address, is_address, select
 from ptq4sam.sam.description import (
     ENCODER,
@@ -99,8 +97,8 @@ class QuantizedSam(Sam):
             pair = self.description.scaled_at(path)
             if pair is None or pair.activation not in dict(owner.named_modules()):
                 continue
-            activation = owner.get_submodule(pair.activation)
-            if isinstance(activation, PortableChannelGELU):
+            activation = with_factors(owner.get_submodule(pair.activation))
+            if activation is not None:
                 found[f"{path}.{pair.layer}"] = activation
         return found
 
@@ -136,7 +134,7 @@ class QuantizedSam(Sam):
 
     def foldable(self) -> dict[str, tuple[nn.Linear, nn.Linear]]:
         """Query and key projections whose signs may be flipped, by name in the transformer."""
-        return foldable(self.mask_decoder.transformer, TRANSFORMER, self.description)
+        return foldable(self.transformer, TRANSFORMER, self.description)
 
     def attention_parts(self) -> dict[str, AttentionParts]:
         """Quantized attentions of the mask decoder in their order, by path of their owners."""
@@ -150,15 +148,15 @@ class QuantizedSam(Sam):
                 found[path] = AttentionParts(owner, query, key, value, core)
         return found
 
-    def key_outputs(self) -> dict[str, tuple[nn.Linear, slice]]:
+    def key_outputs(self) -> dict[str, tuple[QuantizedLayer, slice]]:
         """Linear layers that give keys of attentions, and which of their channels do.
 
         Those of units that stay float are none of them.
         """
-        found: dict[str, tuple[nn.Linear, slice]] = {}
+        found: dict[str, tuple[QuantizedLayer, slice]] = {}
         for path, owner, projected in _projections(self):
-            layer = cast(nn.Linear, owner.get_submodule(projected.key))
-            if not isinstance(layer, QuantizedLayer):
+            layer = as_layer(owner.get_submodule(projected.key))
+            if layer is None:
                 continue
             place, parts = projected.part
             width = len(layer.weight) // parts
@@ -171,7 +169,7 @@ class QuantizedSam(Sam):
         found = {}
         for path, owner in self.named_modules():
             for pair in self.description.normalized_at(path):
-                if isinstance(owner.get_submodule(pair.layer), QuantizedLayer):
+                if as_layer(owner.get_submodule(pair.layer)) is not None:
                     found[f"{path}.{pair.layer}"] = f"{path}.{pair.norm}"
         return found
 
@@ -214,11 +212,12 @@ def insert_quantizers(sam: Sam, scheme: Scheme, quantize_encoder: bool = True) -
     """
     _check_norms(sam, scheme)
     quantized = QuantizedSam(copy.deepcopy(sam), scheme, quantize_encoder)
-    _check_units(quantized)
-    _check_operators(quantized)
-    _check_roles(quantized)
+    units = [name for name, _ in model_units(quantized)]
+    check_units(quantized, scheme, units, quantized.addresses())
+    check_operators(quantized)
+    check_slots(quantized, scheme)
     description = quantized.description
-    for name in [name for name, _ in model_units(quantized)]:
+    for name in units:
         insert_into(quantized, name, description, QuantizerFactory(scheme), quantized.level_of)
     if scheme.upscaling == "quantized":
         factory = QuantizerFactory(scheme)
@@ -239,45 +238,6 @@ def _check_norms(sam: Sam, scheme: Scheme) -> None:
             f"compat: study simulates batch normalisations, which this {sam.name} has not, or not "
             "any more: load an EfficientViT-SAM by load_sam(..., folded=False)"
         )
-
-
-def _check_units(sam: QuantizedSam) -> None:
-    known = [*(name for name, _ in model_units(sam)), ENCODER, TRANSFORMER]
-    addresses = sam.addresses()
-    for name in sam.scheme.units:
-        if not is_address(name):
-            if name not in known:
-                raise unknown_key(name, known).within("units")
-            continue
-        try:
-            paths = select(name, sam.name, addresses)
-        except FieldError as error:
-            raise error.within("units") from None
-        if paths and not any(sam.description.place_of(path) for path in paths):
-            raise FieldError(f"units.{name}", f"{paths[0]} stays float in every scheme")
-
-
-def _check_roles(sam: QuantizedSam) -> None:
-    """Selectors of the scheme, and those that its methods bring."""
-    known = sam.description.known_roles() | kinds()
-    require_roles(sam.scheme.slots, known)
-    for name in sam.scheme.method_settings:
-        try:
-            require_roles(METHODS[name].slots, known)
-        except FieldError as error:
-            raise error.within(f"methods.{name}") from None
-
-
-def _check_operators(sam: Sam) -> None:
-    """What no list has would stay float, unseen until the audit."""
-    for name, module in sam.named_modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        listed = sam.description.place_of(name) or sam.description.may_hold(name)
-        if own and not listed:
-            raise ConfigError(
-                f"{name} ({type(module).__name__}) is in no list of the description of {sam.name}: "
-                "say there whether it is quantized or stays float"
-            )
 
 
 def name_quantizers(module: nn.Module) -> None:
@@ -369,7 +329,7 @@ def model_units(sam: QuantizedSam, *, joint: bool = False) -> list[tuple[str, nn
     parts: list[tuple[str, list[Stage]]] = []
     if sam.encoder_quantized:
         parts.append((ENCODER, sam.image_encoder.stages()))
-    parts.append((TRANSFORMER, sam.mask_decoder.transformer.stages(joint=joint)))
+    parts.append((TRANSFORMER, sam.transformer.stages(joint=joint)))
     return [(f"{path}.{stage.name}", stage.unit) for path, stages in parts for stage in stages]
 
 

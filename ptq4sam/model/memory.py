@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.machine import available_memory
-from ptq4sam.operators.attention import SoftmaxAttention
+from ptq4sam.operators.base import SOFTMAX, WORK
 from ptq4sam.sam.model import Sam
 
 _MATRICES_PER_ATTENTION = 3.5
@@ -42,12 +42,12 @@ def working_bytes(sam: Sam) -> int:
     weights = sum(tensor.numel() * tensor.itemsize for tensor in sam.state_dict().values())
     elements = [0]
 
-    def look(_attention: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-        query, key = inputs[:2]
-        elements.append(query.shape[:-1].numel() * key.shape[-2])
+    def look(operator: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        for work in WORK[type(operator)](operator, inputs, output):
+            elements.append(dict(work.read).get(SOFTMAX, 0))
 
-    attentions = [m for m in sam.image_encoder.modules() if isinstance(m, SoftmaxAttention)]
-    handles = [attention.register_forward_hook(look) for attention in attentions]
+    operators = [module for module in sam.image_encoder.modules() if type(module) in WORK]
+    handles = [operator.register_forward_hook(look) for operator in operators]
     try:
         side = sam.geometry.encoder_side
         sam.embed(torch.zeros(1, 3, side, side, device=sam.device))

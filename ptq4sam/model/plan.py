@@ -105,7 +105,7 @@ def make_plan(
     positions = sam.prompt_encoder.dense_positions()
     state = sam.mask_decoder.begin(state[0], positions, sparse, dense)
     joint = scheme.recon is not None and scheme.recon.granularity == "joint"
-    stages = sam.mask_decoder.transformer.stages(joint=joint)
+    stages = sam.transformer.stages(joint=joint)
     decoder, _ = _walk(TRANSFORMER, stages, state, boxes / len(group))
     units = [*encoder, *decoder] if quantize_encoder else decoder
     steps = 0 if scheme.recon is None else scheme.recon.iters

@@ -18,7 +18,6 @@ from torch import nn
 
 from ptq4sam.model.insertion import QuantizedSam, model_units
 from ptq4sam.operators.base import quantized_layers
-from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Reconstruction
 
 _log = logging.getLogger(__name__)
@@ -45,9 +44,8 @@ def keep_defects(module: nn.Module, settings: Reconstruction, generator: torch.G
         drop = _DROP if settings.weights_only else settings.drop_prob
         layer.input_quantizer.drop_probability = drop
         layer.input_quantizer.generator = generator
-        quantizer = layer.weight_quantizer
-        if index > 0 and isinstance(quantizer, AdaRoundQuantizer) and quantizer.has_learned:
-            quantizer.rounding = "soft"
+        if index > 0:
+            layer.weight_quantizer.stay_soft()
 
 
 def keep_published_defects(sam: QuantizedSam, seed: int) -> None:

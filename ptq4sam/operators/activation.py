@@ -75,6 +75,11 @@ class PortableChannelGELU(PortableGELU):
         return super().forward(x) * self.factors.to(x.dtype)
 
 
+def with_factors(module: nn.Module) -> PortableChannelGELU | None:
+    """The same module, where it is an activation with factors."""
+    return module if isinstance(module, PortableChannelGELU) else None
+
+
 @unwatched()
 @fused_exactly(many_sizes)
 def _gelu(x: Tensor) -> Tensor:

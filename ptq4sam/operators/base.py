@@ -205,6 +205,27 @@ def work(*kinds: type[nn.Module]) -> Callable[[W], W]:
     return decorate
 
 
+def is_portable(module: nn.Module) -> bool:
+    """Whether it is the portable form of something."""
+    kind: type = type(module)
+    return kind in PORTABLE.values()
+
+
+def form_of(module: nn.Module) -> type[QuantizedOperator] | None:
+    """The quantized form that a module is, or that it has."""
+    return type(module) if isinstance(module, QuantizedOperator) else QUANTIZED.get(type(module))
+
+
+def as_operator(module: nn.Module) -> QuantizedOperator | None:
+    """The same module, where it is a quantized operator."""
+    return module if isinstance(module, QuantizedOperator) else None
+
+
+def as_layer(module: nn.Module) -> QuantizedLayer | None:
+    """The same module, where it is a quantized operator with a weight."""
+    return module if isinstance(module, QuantizedLayer) else None
+
+
 def quantized_operators(module: nn.Module) -> list[tuple[str, QuantizedOperator]]:
     """Every quantized operator below `module` with its path, in registration order."""
     return [

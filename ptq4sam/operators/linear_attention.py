@@ -26,7 +26,7 @@ from ptq4sam.operators.base import (
     work,
 )
 from ptq4sam.quantization import portable
-from ptq4sam.quantization.base import AffineQuantizer, Mode, Quantizer
+from ptq4sam.quantization.base import Mode, Quantizer
 
 EPS = 1e-15
 """Added to the sum of a query's shares."""
@@ -180,9 +180,10 @@ class QuantizedReluLinearAttention(QuantizedOperator):
 
 def largest_value(quantizer: Quantizer) -> Tensor:
     """The point of a grid that is farthest from 0: [], positive."""
-    if isinstance(quantizer, AffineQuantizer):
-        scale, zero_point = quantizer.parameters_in_use()
-        grid = quantizer.grid
+    affine = quantizer.as_affine()
+    if affine is not None:
+        scale, zero_point = affine.parameters_in_use()
+        grid = affine.grid
         return scale * torch.maximum(zero_point - grid.qmin, grid.qmax - zero_point)
     return quantizer.step * quantizer.grid.largest_step
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class PointGrid(ABC):
     """As a scheme names it."""
     codes: Grid
     """How many codes, and of which bits."""
+    channels_last: ClassVar[bool] = False
+    """Whether each index of the last axis has points of its own."""
 
     @property
     @abstractmethod
@@ -45,6 +48,11 @@ class PointGrid(ABC):
         """The smallest and the largest point, of all channels."""
         low, high = torch.aminmax(self.points())
         return float(low), float(high)
+
+    def facts(self) -> dict[str, Any]:
+        """What a report tells of softmax outputs on it; see `distributions.Softmax`."""
+        above = tuple(point for point in self.points().flatten().tolist() if point > 0)
+        return {"scale": float(self.step.max()), "points": above}
 
     def holds_steps(self, x: Tensor, channel_axis: int | None = None) -> Tensor:
         """Which whole numbers are points, as booleans.
@@ -88,6 +96,11 @@ class AffineGrid(PointGrid):
         codes = torch.arange(self.codes.qmin, self.codes.qmax + 1, device=self.scale.device)
         zero_point = self.zero_point.to(torch.int64)
         return codes - (zero_point[..., None] if zero_point.dim() else zero_point)
+
+    def facts(self) -> dict[str, Any]:
+        """Scale and the place of zero among the codes."""
+        zero_point = int(self.zero_point.flatten()[0]) - self.codes.qmin
+        return {"scale": float(self.scale.max()), "zero_point": zero_point}
 
     def ends(self) -> tuple[float, float]:
         """Without a list of all points."""

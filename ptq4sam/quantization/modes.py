@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from ptq4sam.quantization.base import Statistics
-from ptq4sam.quantization.quantizers import Mode, Quantizer
+from ptq4sam.quantization.base import Mode, Quantizer, Statistics
 
 WEIGHT_QUANTIZER = "weight_quantizer"
 """Name under which every layer holds the quantizer of its weight."""

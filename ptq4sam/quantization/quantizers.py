@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq4sam.quantization.base import EPS, AffineQuantizer, FixedQuantizer, Mode, Quantizer
+from ptq4sam.quantization.affine import AffineQuantizer, FixedQuantizer
+from ptq4sam.quantization.base import EPS, Mode, Quantizer
 from ptq4sam.quantization.dropping import Choice
 from ptq4sam.quantization.grid import Grid, fake_quantize, fake_quantize_some
 from ptq4sam.quantization.registry import QUANTIZERS

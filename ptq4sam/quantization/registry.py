@@ -24,7 +24,8 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.records import FieldError, Record
 
 if TYPE_CHECKING:
-    from ptq4sam.quantization.base import AffineQuantizer, Quantizer
+    from ptq4sam.quantization.affine import AffineQuantizer
+    from ptq4sam.quantization.base import Quantizer
     from ptq4sam.quantization.observers import Observer
 
 EXTENSIONS = "PTQ4SAM_EXTENSIONS"

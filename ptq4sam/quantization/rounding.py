@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
-from ptq4sam.quantization.base import FixedQuantizer
+from ptq4sam.quantization.affine import FixedQuantizer
 from ptq4sam.quantization.division import divided
 from ptq4sam.quantization.fused import fused, fused_exactly
 from ptq4sam.quantization.grid import Grid, along_channels, in_products, precise
@@ -106,6 +106,8 @@ class AdaRoundQuantizer(FixedQuantizer):
         alpha: one variable a weight, in its shape; empty before learning.
     """
 
+    learns_rounding = True
+
     def __init__(
         self, grid: Grid, observer: str = "MinMaxObserver", channel_axis: int | None = None
     ) -> None:
@@ -140,6 +142,11 @@ class AdaRoundQuantizer(FixedQuantizer):
         """
         self._require_alpha()
         self.rounding = "hard"
+
+    def stay_soft(self) -> None:
+        """Leave the weight between its points, where something was learned."""
+        if self.has_learned:
+            self.rounding = "soft"
 
     def derived(self) -> dict[str, Tensor]:
         """No rounding variables: a frozen weight is on its grid."""

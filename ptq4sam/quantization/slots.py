@@ -143,6 +143,28 @@ def selected(
     return found
 
 
+def require_slots(formats: Collection[str], there: Collection[tuple[str, frozenset[str]]]) -> None:
+    """Refuse selectors that fit no slot of a model.
+
+    Args:
+        formats: selectors, whose roles are known.
+        there: slots of the model, with their roles.
+
+    Raises:
+        FieldError: what there is instead is named.
+    """
+    for selector in formats:
+        slot, *wanted = selector.split("@")
+        if not any(slot == name and roles.issuperset(wanted) for name, roles in there):
+            roles = sorted({role for name, its in there if name == slot for role in its})
+            instead = (
+                f"roles of its {slot} are {', '.join(roles)}"
+                if roles
+                else f"its slots are {', '.join(sorted({name for name, _ in there}))}"
+            )
+            raise FieldError(f"slots.{selector}", f"the model has no such slot; {instead}")
+
+
 def require_roles(formats: Collection[str], known: Collection[str]) -> None:
     """Refuse selectors with roles that a model has not.
 

@@ -76,7 +76,7 @@ def require_levels(scheme: Scheme) -> None:
     """Refuse, before hours of quantization, a scheme whose units cannot be returned to a level.
 
     Raises:
-        ConfigError: a grid of its slots does not have so many bits.
+        ConfigError: a grid of its slots does not have so many bits, or no device takes them.
     """
     for level in levels_above(scheme):
         unit = scheme.with_units({"unit": level}).of_unit("unit")
@@ -85,7 +85,9 @@ def require_levels(scheme: Scheme) -> None:
         for selector in unit.slot_formats:
             slot, *roles = selector.split("@")
             try:
-                make_quantizer(unit, slot, frozenset(roles))
+                quantizer = make_quantizer(unit, slot, frozenset(roles))
+                if quantizer.grid.bits > quantizer.device_bits:
+                    raise ConfigError(f"devices take up to {quantizer.device_bits}")
             except ConfigError as error:
                 raise ConfigError(
                     f"accuracy control returns units to {level} bits, which slots.{selector} "

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ptq4sam.sam.description import Description, Geometry, Normalization
 from ptq4sam.sam.mask_decoder import MaskDecoder
 from ptq4sam.sam.prompt_encoder import PromptEncoder
+from ptq4sam.sam.transformer import TwoWayTransformer
 
 Features: TypeAlias = tuple[Tensor, ...]
 """What an encoder hands over; the first is the image embedding [batch, channels, rows, columns]."""
@@ -107,6 +108,11 @@ class Sam(nn.Module):
     def image_size(self) -> int:
         """Side of the encoder's square input in pixels."""
         return self.geometry.encoder_side
+
+    @property
+    def transformer(self) -> TwoWayTransformer:
+        """Of the mask decoder: the network at `description.TRANSFORMER`."""
+        return self.mask_decoder.transformer
 
     @property
     def device(self) -> torch.device:

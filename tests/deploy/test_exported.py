@@ -93,6 +93,13 @@ def test_predictions_are_those_of_the_simulation(
                 (ours.iou_predictions, theirs.iou_predictions),
             ):
                 torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+    # Without prompts, which nobody but callers of `decode` can ask for, there is one mask.
+    theirs_alone, ours_alone = (
+        sam.decode((expected.features,), None, None, None, False)
+        for sam in (model, open_exported(path, runtime))
+    )
+    assert ours_alone[0].shape == theirs_alone[0].shape
+    torch.testing.assert_close(ours_alone[1], theirs_alone[1], rtol=1e-4, atol=1e-4)
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

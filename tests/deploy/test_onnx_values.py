@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from ptq4sam.deploy.codes import LogGrid, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.layers import convolution, linear
 from ptq4sam.deploy.onnx.lowering import lowered
@@ -163,13 +162,11 @@ def test_softmax_outputs_are_moved_to_the_powers_of_the_simulation(
     first = first_outputs(quantizer)
     beside = torch.stack([first, torch.nextafter(first, torch.tensor(0.0))]).flatten()
     attention[7].view(-1)[: len(beside)] = beside
-    grid = softmax_grid(quantizer)
-    assert isinstance(grid, LogGrid)
-    log_grid = grid
+    grid = quantizer.grid_in_use()
 
     def make(graph: Graph, name: str) -> str:
-        codes = point_codes(graph, name, quantizer, log_grid, "quantizer", parts=8)
-        table = points_of(quantizer, log_grid)
+        codes = point_codes(graph, name, quantizer, grid, "quantizer", parts=8)
+        table = points_of(grid)
         return looked_up(graph, codes, table, name, "points", parts=8)
 
     found = in_graph(make, attention, runtime, tmp_path)

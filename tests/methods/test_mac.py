@@ -21,7 +21,7 @@ from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.operators.attention import QuantizedSoftmaxAttention, SoftmaxAttention
 from ptq4sam.operators.base import observe_weights
 from ptq4sam.operators.linear import QuantizedLinear
-from ptq4sam.quantization.base import FixedQuantizer
+from ptq4sam.quantization.affine import FixedQuantizer
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode, quantizers
 from ptq4sam.quantization.quantizers import Mode

@@ -25,7 +25,7 @@ from ptq4sam.model.insertion import insert_quantizers
 from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.model.switches import Switches
 from ptq4sam.operators.linear import QuantizedLinear
-from ptq4sam.quantization.base import FixedQuantizer
+from ptq4sam.quantization.affine import FixedQuantizer
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode

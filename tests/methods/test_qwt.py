@@ -19,7 +19,7 @@ from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.model.switches import Switches
 from ptq4sam.operators.base import observe_weights, put_weights_on_grid, quantized_layers
 from ptq4sam.operators.linear import QuantizedLinear
-from ptq4sam.quantization.base import AffineQuantizer, FixedQuantizer
+from ptq4sam.quantization.affine import AffineQuantizer, FixedQuantizer
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import LSQPlusQuantizer, LSQQuantizer, Mode

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.methods.range_search import RangeSearch, RangeSearchMethod, parameters_of
+from ptq4sam.methods.range_search import RangeSearch, RangeSearchMethod
 from ptq4sam.methods.task_gradients import drawn_loss, squared_gradients
 from ptq4sam.model.audit import audit
 from ptq4sam.model.calibration import CalibrationItem, run_item
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.operators.base import quantized_operators
+from ptq4sam.quantization.choices import parameters_of
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import Mode

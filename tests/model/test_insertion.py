@@ -131,3 +131,18 @@ def test_roles_that_a_method_brings_are_checked_too(
 
     with pytest.raises(ConfigError, match=r"methods\.misnaming\.slots\..* 'after-gelu'"):
         insert_quantizers(sam, make_scheme(methods=["misnaming"]))
+
+
+@pytest.mark.parametrize(
+    ("selector", "instead"),
+    [
+        ("softmax@after-gelu", r"no such slot; roles of its softmax are .*attention"),
+        ("input@encoder@after-relu", "no such slot; roles of its input are .*after-relu"),
+        ("state", "no such slot; its slots are input, key, query, softmax, value, weight"),
+    ],
+)
+def test_a_slot_that_the_model_has_not_is_named(
+    sam: Sam, make_scheme: MakeScheme, selector: str, instead: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"slots\.{selector}: the model has {instead}"):
+        insert_quantizers(sam, make_scheme(slots={selector: {"bit": 6}}))

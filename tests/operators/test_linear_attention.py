@@ -12,7 +12,7 @@ from ptq4sam.operators.linear_attention import (
     ReluLinearAttention,
     largest_value,
 )
-from ptq4sam.quantization.base import FixedQuantizer
+from ptq4sam.quantization.affine import FixedQuantizer
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import LSQQuantizer, Mode

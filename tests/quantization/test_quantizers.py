@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.quantization.base import EPS, AffineQuantizer, Quantizer
+from ptq4sam.quantization.affine import AffineQuantizer
+from ptq4sam.quantization.base import EPS, Quantizer
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.quantizers import QUANTIZERS, LSQPlusQuantizer, LSQQuantizer, Mode
 from ptq4sam.quantization.rounding import AdaRoundQuantizer

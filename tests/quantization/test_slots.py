@@ -12,7 +12,7 @@ from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.methods.assignment import make_quantizer
 from ptq4sam.methods.hybrid import Hybrid, HybridQuantizer
 from ptq4sam.methods.method import Method
-from ptq4sam.quantization.base import AffineQuantizer
+from ptq4sam.quantization.affine import AffineQuantizer
 from ptq4sam.quantization.published import BIMODAL, BimodalIntegration
 from ptq4sam.quantization.quantizers import FixedQuantizer, LSQQuantizer, Quantizer
 from ptq4sam.quantization.registry import METHODS

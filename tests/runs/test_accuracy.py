@@ -154,7 +154,9 @@ def test_units_are_returned_to_more_bits_only(
 
 
 def test_a_grid_without_the_bits_of_a_level_is_refused_before_anything(scheme: Scheme) -> None:
-    require_levels(scheme.with_overrides("slots={input@after-gelu: {grid: hybrid}}"))
+    require_levels(scheme.with_overrides("slots={input@before-attention: {grid: grouped}}"))
+    with pytest.raises(ConfigError, match=r"to 8 bits, which slots\.input@after-gelu .* up to 6"):
+        require_levels(scheme.with_overrides("slots={input@after-gelu: {grid: hybrid}}"))
     with pytest.raises(ConfigError, match=r"to 8 bits, which slots\.softmax cannot .* up to 6"):
         require_levels(scheme.with_overrides("slots={softmax: {grid: lnq}}"))
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from ptq4sam.deploy.codes import LogGrid, softmax_grid
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.lowering import operator
 from ptq4sam.deploy.onnx.moves import UNKNOWN, Permute
@@ -23,7 +22,7 @@ from ptq4sam.deploy.onnx.values import (
     steps_of,
 )
 from ptq4sam.errors import DeployError
-from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
+from ptq4sam.methods.granularity_table import LogarithmicGrid
 from ptq4sam.operators.attention import (
     QuantizedSoftmaxAttention,
     SoftmaxAttention,
@@ -32,6 +31,8 @@ from ptq4sam.operators.attention import (
     values_worth,
 )
 from ptq4sam.quantization import portable
+from ptq4sam.quantization.base import Quantizer
+from ptq4sam.quantization.grids import PointGrid
 from ptq4sam.quantization.portable import MOST_TERMS, apart, rounded_sum
 from ptq4sam.quantization.whole import EXACT
 
@@ -95,12 +96,56 @@ class _Operands:
         return query, key, value
 
 
-Core = SoftmaxAttention | QuantizedSoftmaxAttention
-
-
-@operator(SoftmaxAttention, QuantizedSoftmaxAttention)
+@operator(SoftmaxAttention)
 def softmax_attention(
-    graph: Graph, core: Core, query: Traced, key: Traced, value: Traced, bias: Any = None
+    graph: Graph,
+    core: SoftmaxAttention,
+    query: Traced,
+    key: Traced,
+    value: Traced,
+    bias: Any = None,
+) -> Traced:
+    """softmax(query key scale + bias) value, float; see `_attention`."""
+    return _attention(graph, _Core(core.scale), query, key, value, bias)
+
+
+@operator(QuantizedSoftmaxAttention)
+def quantized_attention(
+    graph: Graph,
+    core: QuantizedSoftmaxAttention,
+    query: Traced,
+    key: Traced,
+    value: Traced,
+    bias: Any = None,
+) -> Traced:
+    """The same on grids; see `_attention`."""
+    return _attention(graph, _Core(core.scale, core), query, key, value, bias)
+
+
+@dataclass(frozen=True)
+class _Core:
+    """An attention.
+
+    Attributes:
+        scale: of products of query and key.
+        slots: the operator whose quantizers move its tensors; None of a float one.
+    """
+
+    scale: float
+    slots: QuantizedSoftmaxAttention | None = None
+
+    @property
+    def has_table(self) -> bool:
+        """Whether points of softmax outputs are looked up in a table."""
+        return self.slots is not None and type(_softmax_grid(self.slots)) in SUMS
+
+
+def _softmax_grid(slots: QuantizedSoftmaxAttention) -> PointGrid:
+    return slots.softmax_quantizer.grid_in_use()
+
+
+def _attention(
+    graph: Graph, core: _Core, query: Traced, key: Traced, value: Traced, bias: Any
 ) -> Traced:
     """softmax(query key scale + bias) value.
 
@@ -118,10 +163,8 @@ def softmax_attention(
     Raises:
         DeployError: there are too many keys for exact sums, or the bias is of another type.
     """
-    given = core if isinstance(core, QuantizedSoftmaxAttention) else None
-    path = graph.path
+    given, path = core.slots, graph.path
     whole = graph.multiplies_steps and given is not None
-    points = given is not None and isinstance(given.softmax_quantizer, AdaptiveGranularityQuantizer)
     slots = [None if given is None else given.quantizer(role) for role in _ROLES]
 
     held = [
@@ -144,7 +187,7 @@ def softmax_attention(
     (q, take_q), (k, take_k), (v, take_v) = (
         operand(0, steps_of if whole else dequantize),
         operand(1, steps_of if whole else scaled),
-        operand(2, steps_of if whole or points else dequantize),
+        operand(2, steps_of if whole or core.has_table else dequantize),
     )
     # Keys lie as the product takes them.
     operands = _Operands(q, k.moved(Permute((0, 1, 3, 2))), v, (take_q, take_k, take_v))
@@ -175,7 +218,7 @@ def _split(x: Traced, parts: int, axis: int, path: str) -> list[Traced]:
     return [Traced(x.graph, name, shape, exact=x.exact) for name in names]
 
 
-def _in_pieces(core: Core, given: _Operands, path: str) -> str:
+def _in_pieces(core: _Core, given: _Operands, path: str) -> str:
     """Attend; to logits of too many bytes by groups of batch, or by heads and some queries."""
     graph, dialect = given.query.graph, given.query.graph.dialect
     batch, heads, queries, _ = given.query.shape
@@ -203,16 +246,16 @@ def _divisor(number: int, most: int) -> int:
     )
 
 
-def _joined(core: Core, parts: list[_Operands], axis: int, path: str) -> str:
+def _joined(core: _Core, parts: list[_Operands], axis: int, path: str) -> str:
     if len(parts) == 1:
         return _attend(core, parts[0], path)
     attended = [_attend(core, part, f"{path}.{index}") for index, part in enumerate(parts)]
     return parts[0].query.graph.node("Concat", attended, f"{path}.attended", axis=axis)
 
 
-def _attend(core: Core, given: _Operands, path: str) -> str:
+def _attend(core: _Core, given: _Operands, path: str) -> str:
     graph = given.query.graph
-    slots = core if isinstance(core, QuantizedSoftmaxAttention) else None
+    slots = core.slots
     keys, head_dim = min(given.key.shape[3], MOST_TERMS + 1), given.query.shape[3]
     if given.key.shape[3] >= UNKNOWN:
         keys = MOST_TERMS
@@ -233,10 +276,10 @@ def _attend(core: Core, given: _Operands, path: str) -> str:
     queries, heads = given.query.shape[2], given.query.shape[1]
     parts = heads if queries >= UNKNOWN else _divisor(queries, _MOST_PARTS)
     inner = f"{path}.softmax_quantizer"
-    if isinstance(softmax, AdaptiveGranularityQuantizer):
+    if core.has_table:
         cut = (worth.largest, keys, values.grid.largest_step)
-        sums = _sums_of_points(graph, softmax, shares, value.name, cut, path, parts)
-        return worth_of_sums(sums, worth)
+        sum_up = SUMS[type(_softmax_grid(slots))]
+        return worth_of_sums(sum_up(graph, softmax, shares, value.name, cut, path, parts), worth)
     weights = quantize(graph, shares, softmax, inner)
     if graph.multiplies_steps:
         most = keys * softmax.grid.largest_step * values.grid.largest_step
@@ -294,7 +337,7 @@ def sums_of_steps(left: Traced, right: Traced, largest: float, path: str) -> Tra
 
 def _sums_of_points(
     graph: Graph,
-    quantizer: AdaptiveGranularityQuantizer,
+    quantizer: Quantizer,
     shares: str,
     value: str,
     cut: tuple[float, int, float],
@@ -302,10 +345,10 @@ def _sums_of_points(
     parts: int,
 ) -> Traced:
     """Sums over keys of whole points times values in steps; `cut` is what `cut_points` needs."""
-    inner, grid = f"{path}.softmax_quantizer", cast(LogGrid, softmax_grid(quantizer))
+    inner, grid = f"{path}.softmax_quantizer", cast(LogarithmicGrid, quantizer.grid_in_use())
     require_quantizing(quantizer, inner)
     codes = point_codes(graph, shares, quantizer, grid, inner, parts)
-    points = points_of(quantizer, grid)
+    points = points_of(grid)
     pieces = cut_points(points, *cut) if graph.portable and cut[0] > EXACT else [(points, 1.0)]
     sums = []
     for number, (table, unit) in enumerate(pieces):
@@ -314,6 +357,13 @@ def _sums_of_points(
         found = Traced(graph, product, ())
         sums.append(found if unit == 1.0 else found * unit)
     return rounded_sum(sums)
+
+
+SUMS: dict[type[PointGrid], Callable[..., Traced]] = {LogarithmicGrid: _sums_of_points}
+"""How products of softmax outputs and values are summed, by a grid whose points are no bytes.
+
+Called as `_sums_of_points`.
+"""
 
 
 def worth_of_sums(sums: Traced, worth: Whole) -> str:

@@ -25,7 +25,7 @@ from ptq4sam.deploy.onnx.values import (
 )
 from ptq4sam.errors import DeployError
 from ptq4sam.operators.activation import PortableChannelGELU, PortableGELU
-from ptq4sam.operators.base import QuantizedLayer, step_of_sums
+from ptq4sam.operators.base import QuantizedLayer, is_portable, step_of_sums
 from ptq4sam.operators.convolution import (
     PortableConv2d,
     QuantizedConv2d,
@@ -82,7 +82,7 @@ def _product(graph: Graph, layer: Linear, x: Value, path: str, outputs: Tensor |
     if graph.multiplies_steps and x.affine is not None:
         product = _product_of_steps(graph, cast(QuantizedLinear, layer), x, path, outputs)
     else:
-        factors = [dequantize(graph, x, f"{path}.input"), _matrix(graph, layer, path, outputs)]
+        factors = [dequantize(graph, x, f"{path}.input"), _matrix(graph, layer, x, path, outputs)]
         name = path if layer.bias is None else f"{path}.product"
         product = graph.node("MatMul", factors, name)
     if layer.bias is None:
@@ -107,7 +107,7 @@ def _product_of_steps(
     pieces, axis, kind, geometry = pieces_of_input(layer), -1, "MatMul", {}
     step = array(step_of_sums(layer))
     step = step[outputs] if step.ndim and outputs is not None else step
-    if isinstance(layer, QuantizedConv2d):
+    if layer.weight.dim() > 2:
         axis, kind, geometry, step = 1, "Conv", _geometry(layer), step.reshape(-1, 1, 1)
         groups = _windows(layer).groups
         if groups > 1 and len(pieces) > 1:
@@ -131,10 +131,10 @@ def _product_of_steps(
     return apart(apart(rounded_sum(sums)).node("Mul", worth)).name
 
 
-def _matrix(graph: Graph, layer: Linear, path: str, outputs: Tensor | None) -> str:
-    """The weight as [in, out]."""
-    if isinstance(layer, QuantizedLinear):
-        return dequantized_weight(graph, layer, path, outputs)
+def _matrix(graph: Graph, layer: Linear, x: Value, path: str, outputs: Tensor | None) -> str:
+    """The weight as [in, out]; an input in codes is that of a quantized layer."""
+    if x.affine is not None:
+        return dequantized_weight(graph, cast(QuantizedLinear, layer), path, outputs)
     weight = layer.weight if outputs is None else layer.weight.cpu()[outputs]
     return graph.parameter(f"{path}.weight", array(weight.t()))
 
@@ -145,22 +145,32 @@ def convolution(graph: Graph, layer: Convolution, x: Traced) -> Traced:
     path = graph.path
     shape = _shape_behind(layer, x, path)
     value = _quantized_input(layer, x, path)
-    exact = x.exact and graph.portable and value.affine is not None
-    if isinstance(layer, QuantizedConv2d) and graph.dialect.convolutions == "integer":
-        name = _integer_convolution(graph, layer, value, path)
-    elif isinstance(layer, QuantizedConv2d) and graph.multiplies_steps:
-        name = _with_bias(graph, layer, _product_of_steps(graph, layer, value, path), path)
-    else:
-        kind = "ConvTranspose" if isinstance(layer, nn.ConvTranspose2d) else "Conv"
-        if isinstance(layer, QuantizedConv2d):
-            weight = dequantized_weight(graph, layer, path)
-        else:
-            weight = graph.parameter(f"{path}.weight", array(layer.weight))
-        inputs = [dequantize(graph, value, f"{path}.input"), weight]
-        if layer.bias is not None:
-            inputs.append(graph.constant(f"{path}.bias", array(layer.bias)))
-        name = graph.node(kind, inputs, path, **_geometry(layer))
-    return Traced(graph, name, shape, exact=exact)
+    if value.affine is not None:
+        name = _quantized_convolution(graph, cast(QuantizedConv2d, layer), value, path)
+        return Traced(graph, name, shape, exact=x.exact and graph.portable)
+    kind = "ConvTranspose" if isinstance(layer, nn.ConvTranspose2d) else "Conv"
+    weight = graph.parameter(f"{path}.weight", array(layer.weight))
+    name = _float_product(graph, layer, kind, [value.name, weight], path)
+    return Traced(graph, name, shape, exact=False)
+
+
+def _quantized_convolution(graph: Graph, layer: QuantizedConv2d, x: Value, path: str) -> str:
+    if graph.dialect.convolutions == "integer":
+        return _integer_convolution(graph, layer, x, path)
+    if graph.multiplies_steps:
+        return _with_bias(graph, layer, _product_of_steps(graph, layer, x, path), path)
+    weight = dequantized_weight(graph, layer, path)
+    factors = [dequantize(graph, x, f"{path}.input"), weight]
+    return _float_product(graph, layer, "Conv", factors, path)
+
+
+def _float_product(
+    graph: Graph, layer: Convolution, kind: str, factors: list[str], path: str
+) -> str:
+    """A convolution of float factors, with its bias."""
+    if layer.bias is not None:
+        factors = [*factors, graph.constant(f"{path}.bias", array(layer.bias))]
+    return graph.node(kind, factors, path, **_geometry(layer))
 
 
 @operator(QuantizedConvTranspose2d)
@@ -268,7 +278,7 @@ def _normalized(graph: Graph, layer: nn.LayerNorm | LayerNorm2d, x: Traced) -> T
         graph.constant(f"{graph.path}.{name}", array(value))
         for name, value in (("weight", layer.weight), ("bias", layer.bias))
     ]
-    if not (graph.portable and isinstance(layer, PortableLayerNorm | PortableLayerNorm2d)):
+    if not (graph.portable and is_portable(layer)):
         how: Any = {"axis": -1, "epsilon": layer.eps}
         return x.node("LayerNormalization", *parameters, exact=False, **how)
     weight, bias = (x.new(name, layer.weight.shape) for name in parameters)

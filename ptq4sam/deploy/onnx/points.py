@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptq4sam.deploy.codes import LogGrid
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.methods.granularity_points import FLOOR
-from ptq4sam.methods.granularity_table import point_table
+from ptq4sam.methods.granularity_table import LogarithmicGrid, point_table
+from ptq4sam.quantization.base import Quantizer
 from ptq4sam.quantization.whole import EXACT
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -25,8 +24,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 def point_codes(
     graph: Graph,
     x: str,
-    quantizer: AdaptiveGranularityQuantizer,
-    grid: LogGrid,
+    quantizer: Quantizer,
+    grid: LogarithmicGrid,
     path: str,
     parts: int,
 ) -> str:
@@ -44,12 +43,12 @@ def point_codes(
     """
     bounds = [graph.number(FLOOR), graph.number(_LARGEST)]
     floored = graph.node("Clip", [x, *bounds], f"{path}.floored")
-    ratio = graph.node("Mul", [floored, graph.number(1 / grid.scale)], f"{path}.ratio")
+    ratio = graph.node("Mul", [floored, graph.number(1 / float(grid.scale))], f"{path}.ratio")
     logarithm = graph.node("Log", [ratio], f"{path}.logarithm")
     step = graph.number(-grid.tau / math.log(2))
     steps = graph.node("Mul", [logarithm, step], f"{path}.steps")
     rounded = graph.node("Round", [steps], f"{path}.rounded")
-    ends = [graph.number(0.0), graph.number(float(grid.grid.levels))]
+    ends = [graph.number(0.0), graph.number(float(grid.codes.levels))]
     within = graph.node("Clip", [rounded, *ends], f"{path}.within")
     guess = graph.cast(within, np.int32, f"{path}.guess")
     if not graph.portable:
@@ -69,7 +68,7 @@ def point_codes(
     return graph.node("Sub", [later, earlier], f"{path}.codes")
 
 
-def first_outputs(quantizer: AdaptiveGranularityQuantizer) -> Tensor:
+def first_outputs(quantizer: Quantizer) -> Tensor:
     """The smallest softmax output of each code, [levels]; outputs below the last one vanish."""
     levels = quantizer.grid.levels
     device = quantizer.scale.device
@@ -84,9 +83,9 @@ def first_outputs(quantizer: AdaptiveGranularityQuantizer) -> Tensor:
     return above.int().view(torch.float32)
 
 
-def points_of(quantizer: AdaptiveGranularityQuantizer, grid: LogGrid) -> Tensor:
+def points_of(grid: LogarithmicGrid) -> Tensor:
     """Points of each code as whole numbers, int64 [levels + 1], the last one 0."""
-    return point_table(grid.grid.levels, grid.tau, quantizer.fraction_bits())
+    return point_table(grid.codes.levels, grid.tau, grid.fraction_bits)
 
 
 def looked_up(graph: Graph, codes: str, table: Tensor, x: str, path: str, parts: int) -> str:

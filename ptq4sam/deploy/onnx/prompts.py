@@ -12,7 +12,8 @@ from ptq4sam.deploy.onnx.layers import array
 from ptq4sam.deploy.onnx.lowering import lowered
 from ptq4sam.deploy.onnx.moves import UNKNOWN
 from ptq4sam.deploy.onnx.traced import Traced
-from ptq4sam.sam.prompt_encoder import PortablePositions, PromptEncoder, waves
+from ptq4sam.operators.base import is_portable
+from ptq4sam.sam.prompt_encoder import PromptEncoder, waves
 
 _PATH = "prompt_encoder"
 _PROMPTS, _POINTS = UNKNOWN, 2 * UNKNOWN
@@ -54,7 +55,7 @@ def sparse_prompts(
         kind = graph.constant(f"{path}.kind", array(weight))
         tokens.append(graph.node("Add", [encoded, kind], path))
     name = graph.node("Concat", tokens, f"{_PATH}.sparse", axis=1)
-    exact = graph.portable and isinstance(encoder.pe_layer, PortablePositions)
+    exact = graph.portable and is_portable(encoder.pe_layer)
     return Traced(graph, name, (_PROMPTS, _POINTS, encoder.embed_dim), exact=exact)
 
 
@@ -83,7 +84,7 @@ def _positions(graph: Graph, encoder: PromptEncoder, points: str, path: str) -> 
     doubled = graph.node("Mul", [unit, graph.number(2.0)], f"{path}.doubled")
     signed = graph.node("Sub", [doubled, graph.number(1.0)], f"{path}.signed")
     matrix = array(encoder.pe_layer.positional_encoding_gaussian_matrix)
-    if graph.portable and isinstance(encoder.pe_layer, PortablePositions):
+    if graph.portable and is_portable(encoder.pe_layer):
         place = Traced(graph, signed, (_PROMPTS, _POINTS, 2))
         turns = (
             Traced(graph, graph.constant(f"{path}.turns.{axis}", row), row.shape)

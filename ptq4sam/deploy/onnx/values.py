@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ptq4sam.deploy.codes import LogGrid, UniformGrid, layer_codes, softmax_grid
+from ptq4sam.deploy.codes import UniformGrid, layer_codes, uniform_grid
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.traced import ZERO, Traced
 from ptq4sam.errors import DeployError
@@ -107,8 +107,8 @@ def codes_of(x: Traced, quantizer: Quantizer | None, path: str) -> tuple[Value, 
     Returns:
         The codes before the moves, and behind them; zeros around these are the codes of 0.
     """
-    by_channel = quantizer is not None and isinstance(quantizer.grid_in_use(), GroupedGrid)
-    # Channels of a grouped grid are on the last axis behind all moves.
+    by_channel = quantizer is not None and quantizer.grid_in_use().channels_last
+    # These are on the last axis behind all moves.
     name, shape, moves = (x.name, tuple(x.shape), ()) if by_channel else x.unmoved
     value = quantize(x.graph, name, quantizer, path)
     if quantizer is not None:
@@ -131,9 +131,7 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Va
     points = quantizer.grid_in_use()
     if type(points) in LOWERINGS:
         return LOWERINGS[type(points)](graph, x, points, path)
-    grid = softmax_grid(quantizer)
-    if isinstance(grid, LogGrid):
-        raise DeployError(f"{path} has an adaptive granularity, which is for softmax outputs alone")
+    grid = uniform_grid(quantizer)
     affine = activation_format(grid, graph.dialect.codes == "signed", path)
     if graph.multiplies_steps:
         return _rounded_codes(graph, x, grid, affine, path)

@@ -8,14 +8,8 @@ from torch import nn
 
 from ptq4sam.model.audit.report import EncoderState, Finding
 from ptq4sam.model.insertion import ENCODER, QuantizedSam
-from ptq4sam.operators.base import (
-    QUANTIZED,
-    WEIGHT,
-    QuantizedOperator,
-    quantized_operators,
-)
-from ptq4sam.quantization.observers import Observer
-from ptq4sam.quantization.quantizers import Quantizer
+from ptq4sam.operators.base import WEIGHT, as_operator, form_of, quantized_operators
+from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import FLOAT
 from ptq4sam.sam.description import network_of
 
@@ -30,9 +24,10 @@ def missed_modules(sam: QuantizedSam) -> Iterator[Finding]:
         yield Finding(ENCODER, "is float, the model says that its encoder is quantized")
     if not sam.encoder_quantized and state != FLOAT:
         yield Finding(ENCODER, f"is {state}, the model says that its encoder is float")
+    inner = {id(part) for _, quantizer in quantizers(sam) for part in quantizer.modules()}
     for name, module in sam.named_modules():
         told = float_encoder and name.startswith(ENCODER)
-        if isinstance(module, QuantizedOperator):
+        if as_operator(module) is not None or id(module) in inner:
             continue
         if must_be_quantized(name, sam):
             if not told:
@@ -68,26 +63,17 @@ def slot_of(quantizer: str, sam: QuantizedSam) -> tuple[str, frozenset[str]]:
     """Slot and roles of a quantizer by its path."""
     owner, _, name = quantizer.rpartition(".")
     slot = name.removesuffix("_quantizer")
-    operator = sam.get_submodule(owner)
-    kind = {operator.kind} if isinstance(operator, QuantizedOperator) else set()
+    operator = as_operator(sam.get_submodule(owner))
+    kind = set() if operator is None else {operator.kind}
     return slot, sam.description.roles(owner, slot) | kind
 
 
 def expected_activations(sam: QuantizedSam) -> int:
     """How many activations the list has for this model: all slots of operators but weights."""
-    return sum(
-        len({*_slots(module)} - {WEIGHT})
-        for name, module in sam.named_modules()
-        if must_be_quantized(name, sam)
+    forms = (
+        form_of(module) for name, module in sam.named_modules() if must_be_quantized(name, sam)
     )
-
-
-def _slots(module: nn.Module) -> tuple[str, ...]:
-    """Slots that an operator has, or that its quantized form would have."""
-    if isinstance(module, QuantizedOperator):
-        return module.slot_names
-    form = QUANTIZED.get(type(module))
-    return () if form is None else form.slot_names
+    return sum(len({*form.slot_names} - {WEIGHT}) for form in forms if form is not None)
 
 
 def _listed_in_encoder(sam: QuantizedSam) -> list[str]:
@@ -102,9 +88,8 @@ def _is_kept_float(sam: QuantizedSam) -> bool:
 
 
 def _computes(module: nn.Module) -> bool:
-    """Whether a module has numbers of its own, but for quantizers."""
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return bool(own) and not isinstance(module, Quantizer | Observer)
+    """Whether a module has numbers of its own."""
+    return bool([*module.parameters(recurse=False), *module.buffers(recurse=False)])
 
 
 def _is_listed(name: str, sam: QuantizedSam) -> bool:

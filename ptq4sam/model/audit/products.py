@@ -25,6 +25,7 @@ from ptq4sam.operators.base import (
 )
 from ptq4sam.operators.watching import ProductWatch
 from ptq4sam.quantization.int8_products import int8_shift
+from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import Quantizer
 
 _SAMPLE, _FEWEST = 2**16, 2**10
@@ -118,6 +119,11 @@ class WatchedPass:
         self._names = {module: name for name, module in sam.named_modules()}
         self._running: list[nn.Module] = []
         self._products = dict(_expected_products(sam))
+        self._attentions: dict[nn.Module, QuantizedOperator] = {
+            operator: operator
+            for _, operator in quantized_operators(sam)
+            if QUERY in operator.slot_names
+        }
         self._positions: Counter[str] = Counter()
         self._no_positions: Counter[str] = Counter()
         self._floats: Counter[str] = Counter()
@@ -157,10 +163,11 @@ class WatchedPass:
         name = self._names[owner]
         if product is not None:
             product.saw(first, second, is_convolution)
-        elif isinstance(owner, QuantizedOperator) and QUERY in owner.slot_names:
+        elif owner in self._attentions:
             self._positions[name] += 1
             most = _sample_size(self._positions[name])
-            self._no_positions[name] += not _of_positions(owner, first, second, most)
+            fits = _of_positions(self._attentions[owner], first, second, most)
+            self._no_positions[name] += not fits
         else:
             self._floats[name] += 1
 
@@ -168,18 +175,19 @@ class WatchedPass:
     def _hooks(self, watch: ProductWatch) -> Iterator[None]:
         """Know the module that runs; stop watching in quantizers, which are kernels."""
         by_quantizer = {reach.quantizer: reach for reach in self.reaches.values()}
+        kernels = {quantizer for _, quantizer in quantizers(self._sam)}
 
         def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             self._running.append(module)
             self._decoded += module is self._sam.mask_decoder
-            if isinstance(module, Quantizer):
+            if module in kernels:
                 watch.__exit__(None, None, None)
-                if module in by_quantizer:
-                    by_quantizer[module].saw(inputs[0])
+                if reach := by_quantizer.get(module):
+                    reach.saw(inputs[0])
 
         def leave(module: nn.Module, *_: object) -> None:
             self._running.pop()
-            if isinstance(module, Quantizer):
+            if module in kernels:
                 watch.__enter__()
 
         handles = []

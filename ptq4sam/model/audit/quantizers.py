@@ -12,9 +12,10 @@ from ptq4sam.model.audit.modules import slot_of
 from ptq4sam.model.audit.report import Finding
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.operators.base import QuantizedLayer, quantized_layers, weight_quantizers
+from ptq4sam.quantization.affine import AffineQuantizer
 from ptq4sam.quantization.grid import along_channels
 from ptq4sam.quantization.modes import quantizers
-from ptq4sam.quantization.quantizers import AffineQuantizer, Mode
+from ptq4sam.quantization.quantizers import Mode
 
 
 def unusable_parameters(sam: QuantizedSam) -> Iterator[Finding]:
@@ -35,10 +36,11 @@ def other_than_the_scheme(sam: QuantizedSam) -> Iterator[Finding]:
         said = make_quantizer(scheme, *slot_of(name, sam))
         for problem in quantizer.unlike(said):
             yield Finding(name, f"{problem[0]} where the scheme says {problem[1]}")
-        if isinstance(said, AffineQuantizer) and isinstance(quantizer, AffineQuantizer):
-            wanted = channels[id(quantizer)] if id(quantizer) in weights else None
-            one = said.channel_axis is None
-            yield from (Finding(name, p) for p in _other_shape(quantizer, None if one else wanted))
+        affine, wanted = quantizer.as_affine(), said.as_affine()
+        if affine is not None and wanted is not None:
+            by_channel = id(quantizer) in weights and wanted.channel_axis is not None
+            count = channels[id(quantizer)] if by_channel else None
+            yield from (Finding(name, problem) for problem in _other_shape(affine, count))
 
 
 def _other_shape(quantizer: AffineQuantizer, channels: int | None) -> Iterator[str]:
