@@ -14,6 +14,7 @@ from torch import Tensor
 from ptq4sam.errors import DeployError
 from ptq4sam.operators.base import QuantizedLayer
 from ptq4sam.quantization.grid import Grid, along_channels
+from ptq4sam.quantization.groups import GROUPED, ratio_of, step_of
 from ptq4sam.quantization.quantizers import Quantizer
 
 
@@ -23,7 +24,7 @@ class WeightCodes:
 
     Attributes:
         codes: int32, the weight's shape, values grid.qmin to grid.qmax.
-        scale: float32 [output channels], or [] for one in all.
+        scale: float32 [output channels], or [] for one in all, or [output channels, groups].
         zero_point: int32, the shape of `scale`.
         grid: bits, and whether codes are signed.
     """
@@ -35,10 +36,22 @@ class WeightCodes:
 
     def weight(self) -> Tensor:
         """The weight in float32, computed as the simulation computes it."""
-        dimensions = self.codes.dim()
-        zero_point = along_channels(self.zero_point, dimensions, 0)
-        scale = along_channels(self.scale, dimensions, 0)
+        zero_point = along_channels(self.zero_point, self.codes.shape, 0)
+        scale = along_channels(self.scale, self.codes.shape, 0)
         return (self.codes - zero_point).to(scale.dtype) * scale
+
+    @property
+    def step(self) -> Tensor:
+        """What a whole number of 1 is worth, [output channels] or []."""
+        return step_of(self.scale)
+
+    def steps(self) -> Tensor:
+        """Whole numbers of steps, int32, the weight's shape."""
+        distance = self.codes - along_channels(self.zero_point, self.codes.shape, 0)
+        if self.scale.dim() < GROUPED:
+            return distance
+        ratio = ratio_of(self.scale).to(torch.int32)
+        return distance * along_channels(ratio, self.codes.shape, 0)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ by the bits it moves); published tables use both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,13 +18,16 @@ from ptq4sam.deploy.packing import packed_size
 from ptq4sam.families import build_sam
 from ptq4sam.model.float_weights import float_weights
 from ptq4sam.model.insertion import insert_quantizers
-from ptq4sam.operators.base import quantized_layers
+from ptq4sam.operators.base import QuantizedLayer, quantized_layers
+from ptq4sam.quantization.groups import GROUPED
 from ptq4sam.quantization.scheme import STUDY, Scheme
 from ptq4sam.sam.model import Sam
 
 _HALF_BITS = 16
 _CHANNEL_BYTES = 5
 """Of a weight's channel: a float32 scale and a zero point, which is a code of up to 8 bits."""
+_GROUP_BYTES = 2
+"""Of a group of its input channels: a zero point, and how often the channel's step is doubled."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,15 @@ def _cost(operation: Operation) -> PartCost:
     )
 
 
+def _bytes_of_scales(layer: QuantizedLayer) -> int:
+    """Of a weight's scales and zero points in a packed file."""
+    affine = layer.weight_quantizer.as_affine()
+    shape = () if affine is None else affine.parameter_shape(layer.weight.shape)
+    if len(shape) < GROUPED:
+        return math.prod(shape) * _CHANNEL_BYTES
+    return 4 * shape[0] + _GROUP_BYTES * math.prod(shape)
+
+
 def storage(sam: Sam, half: bool = False) -> Iterator[tuple[str, int, int]]:
     """Name, number of values and bytes of every parameter.
 
@@ -186,6 +199,5 @@ def storage(sam: Sam, half: bool = False) -> Iterator[tuple[str, int, int]]:
         if name in layers:
             layer = layers[name]
             size = packed_size(values, layer.weight_quantizer.grid.bits)
-            channels = tensor.shape[0] if layer.weight_quantizer.channel_axis == 0 else 1
-            size += channels * _CHANNEL_BYTES
+            size += _bytes_of_scales(layer)
         yield name, values, size

@@ -4,6 +4,7 @@ A file (see `container` for its checksums) holds, under the names of the model's
 
 - `LAYER.weight.codes`: the weight's integer codes minus the grid's smallest one, bit-packed (see
   `packing`), and `LAYER.weight_quantizer.scale` and `.zero_point`, one a channel or one in all;
+  where groups of input channels have scales, `.octaves`, by which they are larger, one a group;
 - what its grid needs of every activation: scale and zero point, scale and tau, ...;
 - what stays float, in float32, or in float16 where every value of a tensor is one;
 - in its description model, size and normalisation of pictures, scheme, bits and shape of every
@@ -29,6 +30,7 @@ from ptq4sam.errors import CheckpointError, ConfigError
 from ptq4sam.families import build_sam
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.operators.base import QuantizedLayer, quantized_layers
+from ptq4sam.quantization.groups import GROUPED, doubled, octaves_of
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import SIMULATIONS, Scheme
 from ptq4sam.sam.description import SAM_NORMALIZATION, Normalization
@@ -37,6 +39,9 @@ from ptq4sam.version import __version__
 _ATTENTION_SLOT = re.compile(r"\.(query|key|value|softmax)_quantizer\.")
 
 
+_SCALE = "weight_quantizer.scale"
+_OCTAVES = "weight_quantizer.octaves"
+"""Where groups have scales: the scale of a group is that of its channel, doubled so often."""
 CODES = "weight.codes"
 """Name of a layer's packed weight, below the layer's path."""
 
@@ -60,6 +65,9 @@ def save(sam: QuantizedSam, path: str | Path) -> None:
         codes = layer_codes(layer)
         weights[name] = {"bits": codes.grid.bits, "shape": list(layer.weight.shape)}
         tensors[f"{name}.{CODES}"] = pack(codes.codes - codes.grid.qmin, codes.grid.bits)
+        if codes.scale.dim() == GROUPED:
+            tensors[f"{name}.{_SCALE}"] = codes.step
+            tensors[f"{name}.{_OCTAVES}"] = octaves_of(codes.scale)
     description = {
         "model": sam.name,
         "image_size": sam.image_size,
@@ -154,18 +162,28 @@ def _derived(sam: QuantizedSam) -> dict[str, Tensor]:
 
 def _expanded(sam: QuantizedSam, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of a model from what its file holds."""
-    packed = {f"{name}.{CODES}" for name, _ in quantized_layers(sam)}
+    parts = (CODES, _OCTAVES)
+    packed = {f"{name}.{part}" for name, _ in quantized_layers(sam) for part in parts}
     state = _derived(sam)
     state.update({name: t.to(torch.float32) for name, t in tensors.items() if name not in packed})
     for name, layer in quantized_layers(sam):
+        state[f"{name}.{_SCALE}"] = _scale(name, tensors)
         state[f"{name}.weight"] = _weight(name, layer, tensors)
     return state
+
+
+def _scale(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    scale, octaves = (
+        tensors[f"{name}.{_SCALE}"].to(torch.float32),
+        tensors.get(f"{name}.{_OCTAVES}"),
+    )
+    return scale if octaves is None else scale[:, None] * doubled(octaves)
 
 
 def _weight(name: str, layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> Tensor:
     grid, shape = layer.weight_quantizer.grid, layer.weight.shape
     codes = unpack(tensors[f"{name}.{CODES}"], grid.bits, shape.numel()).reshape(shape)
-    scale = tensors[f"{name}.weight_quantizer.scale"].to(torch.float32)
+    scale = _scale(name, tensors)
     zero_point = tensors[f"{name}.weight_quantizer.zero_point"].to(torch.int32)
     return WeightCodes(codes + grid.qmin, scale, zero_point, grid).weight()
 

@@ -26,4 +26,6 @@ def make_quantizer(scheme: Scheme, slot: str, roles: frozenset[str]) -> Quantize
         return GRIDS[said.grid].of_settings(grid, cast(Record, said.settings))
     channel_axis = None if said.ch_axis < 0 else said.ch_axis
     kind = QUANTIZERS[said.quantizer]
-    return kind(Grid(said.bit, said.symmetric), said.observer, channel_axis)
+    quantizer = kind(Grid(said.bit, said.symmetric), said.observer, channel_axis)
+    quantizer.group_size = said.group_size or None
+    return quantizer

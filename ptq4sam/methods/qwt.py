@@ -155,9 +155,8 @@ def fold_affine(layer: QuantizedLayer, factor: Tensor, summand: Tensor) -> None:
     codes = quantizer.codes(layer.weight)
     # Not by an assignment: scales of some quantizers are parameters.
     quantizer.set_parameters((scale.double() * factor).to(scale.dtype), zero_point)
-    axes = codes.dim()
-    steps = codes - along_channels(zero_point, axes, 0)
-    layer.weight.copy_(steps * along_channels(quantizer.step, axes, 0))
+    steps = codes - along_channels(zero_point, codes.shape, 0)
+    layer.weight.copy_(steps * along_channels(quantizer.step, codes.shape, 0))
     bias.copy_(bias.double() * factor + summand)
 
 

@@ -99,6 +99,10 @@ class QuantizedLayer(QuantizedOperator):
     ) -> None:
         super().__init__()
         self.weight, self.bias = source.weight, source.bias
+        affine = weight_quantizer.as_affine()
+        if affine is not None:
+            # Whether there are groups is seen before anything is calibrated.
+            affine.parameter_shape(source.weight.shape)
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
 

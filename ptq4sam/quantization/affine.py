@@ -8,10 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq4sam.errors import ConfigError
 from ptq4sam.quantization.base import Mode, Quantizer, Statistics
 from ptq4sam.quantization.choices import Choices, ranges
-from ptq4sam.quantization.grid import Grid, affine_codes, fake_quantize, steps_from_zero
-from ptq4sam.quantization.grids import AffineGrid
+from ptq4sam.quantization.grid import (
+    Grid,
+    affine_codes,
+    along_channels,
+    fake_quantize,
+    steps_from_zero,
+)
+from ptq4sam.quantization.grids import AffineGrid, GroupedAffineGrid
+from ptq4sam.quantization.groups import group_count, on_one_step, ratio_of, step_of
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.observers import OBSERVERS
 
@@ -23,6 +31,9 @@ class AffineQuantizer(Quantizer):
         grid: the codes allowed.
         observer: name of the observer that sets the range, a key of OBSERVERS.
         channel_axis: axis with a scale for each index; None for one in all.
+
+    Attributes:
+        group_size: input channels of a weight that share a scale; None where all do.
     """
 
     slots = ("weight", *Quantizer.slots)
@@ -32,17 +43,45 @@ class AffineQuantizer(Quantizer):
     ) -> None:
         super().__init__(grid)
         self.channel_axis = channel_axis
+        self.group_size: int | None = None
+        self._channels = 1
         self.observer = OBSERVERS[observer](grid, channel_axis)
 
     def batch_statistics(self, x: Tensor, value: Tensor | None) -> Statistics:
         """Ends of a batch's range."""
-        return self.observer.range_of(x)
+        if self.group_size is None:
+            return self.observer.range_of(x)
+        channels, groups = self.parameter_shape(x.shape)
+        self._channels = channels
+        return self.observer.range_of(x.reshape(channels * groups, -1))
 
     def merge(self, statistics: Statistics) -> None:
         """Set scale and zero point by a batch's range and all before it."""
         low, high = (end.to(self.scale.device) for end in statistics)
         self.observer.merge(low, high)
-        self._set_parameters(*self.observer.quantization_parameters())
+        scale, zero_point = self.observer.quantization_parameters()
+        if self.group_size is not None:
+            low = self.observer.minimum
+            scale, zero_point = on_one_step(low, scale, self.grid, self._channels)
+        self._set_parameters(scale, zero_point)
+
+    def parameter_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """The shape of scale and zero point for a tensor of a shape.
+
+        Raises:
+            ConfigError: its input channels cannot be cut into groups.
+        """
+        if self.channel_axis is None:
+            return ()
+        if self.group_size is None:
+            return (shape[self.channel_axis],)
+        groups = group_count(shape[1], self.group_size)
+        if groups is None:
+            raise ConfigError(
+                f"{shape[1]} input channels were to be cut into groups of {self.group_size}, which "
+                f"leaves {shape[1] % self.group_size}: use a group_size that divides them"
+            )
+        return shape[0], groups
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         """Choose scale and zero point otherwise than by what was observed."""
@@ -52,8 +91,10 @@ class AffineQuantizer(Quantizer):
         """Itself."""
         return self
 
-    def choices(self, low: Tensor, high: Tensor, shares: Sequence[float]) -> Choices:
-        """Shares of the widest range; the one that it has is the first."""
+    def choices(self, low: Tensor, high: Tensor, shares: Sequence[float]) -> Choices | None:
+        """Shares of the widest range; the one that it has is the first. Groups have none."""
+        if self.group_size is not None:
+            return None
         own = (self.scale, self.zero_point)
         return ranges(self.grid, own, (low, high), shares, self.set_parameters)
 
@@ -72,7 +113,8 @@ class AffineQuantizer(Quantizer):
 
     def grid_in_use(self) -> AffineGrid:
         """Its points; see Quantizer."""
-        return AffineGrid(self.grid, *self.parameters_in_use())
+        kind = AffineGrid if self.group_size is None else GroupedAffineGrid
+        return kind(self.grid, *self.parameters_in_use())
 
     def grid_problems(self) -> Iterator[str]:
         """Zero points that are no codes."""
@@ -88,18 +130,27 @@ class AffineQuantizer(Quantizer):
     def steps(self, x: Tensor) -> Tensor:
         """Codes of `x` less the zero point; `quantize` gives these times the scale."""
         scale, zero_point = self.parameters_in_use()
-        return steps_from_zero(x, scale, zero_point, self.grid, self.channel_axis)
+        return self._of_groups(steps_from_zero(x, scale, zero_point, self.grid, self.channel_axis))
+
+    def _of_groups(self, codes: Tensor) -> Tensor:
+        """Codes less the zero point in steps."""
+        if self.group_size is None:
+            return codes
+        return codes * along_channels(ratio_of(self.scale.detach()), codes.shape, 0)
 
     @property
     def step(self) -> Tensor:
-        """The scale."""
-        return self.parameters_in_use()[0]
+        """The scale, or what those of groups are powers of two of."""
+        return step_of(self.parameters_in_use()[0])
 
     @property
     def step_bounds(self) -> tuple[int, int]:
         """Codes less the zero point, or the zero points of all channels."""
-        low, high = torch.aminmax(self.parameters_in_use()[1])
-        return min(0, self.grid.qmin - int(high)), max(0, self.grid.qmax - int(low))
+        scale, zero_point = self.parameters_in_use()
+        low, high = torch.aminmax(zero_point)
+        widest = 1 if self.group_size is None else int(ratio_of(scale).max())
+        bounds = self.grid.qmin - int(high), self.grid.qmax - int(low)
+        return widest * min(0, bounds[0]), widest * max(0, bounds[1])
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

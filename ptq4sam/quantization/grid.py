@@ -78,21 +78,30 @@ class Grid:
         return scale, zero_point
 
 
-def along_channels(parameter: Tensor, dimensions: int, channel_axis: int | None) -> Tensor:
-    """Shape a scale or zero point so that it broadcasts over a tensor of so many dimensions."""
+def along_channels(parameter: Tensor, shape: torch.Size, channel_axis: int | None) -> Tensor:
+    """Shape a scale or zero point so that it broadcasts over a tensor.
+
+    Args:
+        parameter: [], [channels], or [channels, groups] of a weight's output and input channels.
+        shape: of the tensor.
+        channel_axis: of it; None for one in all.
+    """
     if channel_axis is None or parameter.dim() == 0:
         return parameter
-    shape = [1] * dimensions
-    shape[channel_axis] = -1
-    return parameter.reshape(shape)
+    if parameter.dim() == 1:
+        sides = [1] * len(shape)
+        sides[channel_axis] = -1
+        return parameter.reshape(sides)
+    each = parameter.repeat_interleave(shape[1] // parameter.shape[1], 1)
+    return each.reshape(*each.shape, *[1] * (len(shape) - 2))
 
 
 def affine_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, channel_axis: int | None = None
 ) -> Tensor:
     """Codes of `x` on the grid: clamp(round(x / scale) + zero point), at least float32."""
-    scale = along_channels(scale, x.dim(), channel_axis)
-    zero_point = along_channels(zero_point, x.dim(), channel_axis)
+    scale = along_channels(scale, x.shape, channel_axis)
+    zero_point = along_channels(zero_point, x.shape, channel_axis)
     return _codes(precise(x), scale, zero_point, grid.qmin, grid.qmax)
 
 
@@ -118,8 +127,8 @@ def fake_quantize(
     Returns:
         The shape of `x`.
     """
-    scale = along_channels(scale, x.dim(), channel_axis)
-    zero_point = along_channels(zero_point, x.dim(), channel_axis)
+    scale = along_channels(scale, x.shape, channel_axis)
+    zero_point = along_channels(zero_point, x.shape, channel_axis)
     if not torch.is_grad_enabled():
         return _move_to_grid(x, scale, zero_point, grid.qmin, grid.qmax)
     result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
@@ -163,8 +172,8 @@ def steps_from_zero(
     x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, channel_axis: int | None = None
 ) -> Tensor:
     """Codes of `x`, rounded to float32, less the zero point, as float32; no gradients."""
-    scale = along_channels(scale, x.dim(), channel_axis)
-    zero_point = along_channels(zero_point, x.dim(), channel_axis)
+    scale = along_channels(scale, x.shape, channel_axis)
+    zero_point = along_channels(zero_point, x.shape, channel_axis)
     return _steps_from_zero(x, scale, zero_point, grid.qmin, grid.qmax)
 
 

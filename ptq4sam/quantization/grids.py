@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ptq4sam.quantization.grid import Grid, along_channels
+from ptq4sam.quantization.groups import ratio_of, step_of
 
 _ROUNDING = 0.01
 """How far a value may lie from its point, in steps: as much as float32 leaves of 16 bits."""
@@ -66,7 +67,7 @@ class PointGrid(ABC):
 
     def holds(self, x: Tensor, channel_axis: int | None = None) -> Tensor:
         """Which values are points, but for the rounding of float32; see `holds_steps`."""
-        steps = x / along_channels(self.step.to(x), x.dim(), channel_axis)
+        steps = x / along_channels(self.step.to(x), x.shape, channel_axis)
         near = (steps - steps.round()).abs() <= _ROUNDING
         return near & self.holds_steps(steps.round(), channel_axis)
 
@@ -111,5 +112,37 @@ class AffineGrid(PointGrid):
 
     def holds_steps(self, x: Tensor, channel_axis: int | None = None) -> Tensor:
         """Without a list of all points: whole numbers between two ends."""
-        codes = x + along_channels(self.zero_point.to(x), x.dim(), channel_axis)
+        codes = x + along_channels(self.zero_point.to(x), x.shape, channel_axis)
         return (x == x.round()) & (codes >= self.codes.qmin) & (codes <= self.codes.qmax)
+
+
+@dataclass(frozen=True)
+class GroupedAffineGrid(AffineGrid):
+    """Evenly spaced points of groups of a weight's input channels; see `groups`.
+
+    Scale and zero point are [channels, groups]. A number of a channel is a point where it is one of
+    any of its groups.
+    """
+
+    @property
+    def step(self) -> Tensor:
+        """[channels]."""
+        return step_of(self.scale)
+
+    def whole_points(self) -> Tensor:
+        """[channels, points] of all groups; some stand more than once."""
+        whole = super().whole_points() * ratio_of(self.scale).to(torch.int64)[..., None]
+        return whole.flatten(1).sort().values
+
+    def holds_steps(self, x: Tensor, channel_axis: int | None = None) -> Tensor:
+        """Group by group; `channel_axis` is that of the output channels."""
+        ratio, found = ratio_of(self.scale), torch.zeros_like(x, dtype=torch.bool)
+        for place in range(self.scale.shape[1]):
+            zero, of_group = (
+                along_channels(parameter[:, place].to(x), x.shape, channel_axis)
+                for parameter in (self.zero_point, ratio)
+            )
+            codes = x / of_group + zero
+            within = (codes >= self.codes.qmin) & (codes <= self.codes.qmax)
+            found |= within & (codes == codes.round())
+        return found

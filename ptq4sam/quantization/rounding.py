@@ -129,7 +129,7 @@ class AdaRoundQuantizer(FixedQuantizer):
         """
         self._require_calibration()
         weight = self.corrected(weight)
-        ratio = precise(weight) / along_channels(self.scale, weight.dim(), self.channel_axis)
+        ratio = precise(weight) / along_channels(self.scale, weight.shape, self.channel_axis)
         fraction = ratio - ratio.floor()
         self.alpha = nn.Parameter(-torch.log(_STRETCH / (fraction - _OFFSET) - 1))
         self.rounding = "soft"
@@ -188,8 +188,8 @@ class AdaRoundQuantizer(FixedQuantizer):
         """Move the weight `x` to the grid (while "soft": between its points)."""
         if self.rounding == "nearest":
             return super().quantize(x)
-        scale = along_channels(self.scale, x.dim(), self.channel_axis)
-        zero_point = along_channels(self.zero_point, x.dim(), self.channel_axis)
+        scale = along_channels(self.scale, x.shape, self.channel_axis)
+        zero_point = along_channels(self.zero_point, x.shape, self.channel_axis)
         if self.rounding == "soft":
             self._require_alpha()
             softened: Tensor = _Soften.apply(  # type: ignore[no-untyped-call]
@@ -203,8 +203,8 @@ class AdaRoundQuantizer(FixedQuantizer):
         """Codes of the weight `x` less the zero point."""
         if self.rounding == "nearest":
             return super().steps(x)
-        zero_point = along_channels(self.zero_point, x.dim(), self.channel_axis)
-        return self._learned_codes(x, self._up()) - zero_point
+        zero_point = along_channels(self.zero_point, x.shape, self.channel_axis)
+        return self._of_groups(self._learned_codes(x, self._up()) - zero_point)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
@@ -218,8 +218,8 @@ class AdaRoundQuantizer(FixedQuantizer):
         return (self.alpha.detach() >= 0).to(self.alpha.dtype)
 
     def _learned_codes(self, x: Tensor, up: Tensor) -> Tensor:
-        scale = along_channels(self.scale, x.dim(), self.channel_axis)
-        zero_point = along_channels(self.zero_point, x.dim(), self.channel_axis)
+        scale = along_channels(self.scale, x.shape, self.channel_axis)
+        zero_point = along_channels(self.zero_point, x.shape, self.channel_axis)
         codes = (precise(x) / scale).floor() + up + zero_point
         return codes.clamp(self.grid.qmin, self.grid.qmax)
 

@@ -19,8 +19,10 @@ from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
 from ptq4sam.quantization.slots import (
     ADAROUND,
     AFFINE,
+    PER_GROUP,
     STATE,
     SlotFormat,
+    octaves,
     selected,
     slot_formats,
     with_ch_axis,
@@ -63,6 +65,8 @@ class TensorFormat(Record):
         symmetric: zero point 0 on a signed grid, else an unsigned grid with a zero point.
         ch_axis: 0 for a scale per output channel, -1 for one per tensor. Files may say
             `granularity: per channel` or `per tensor` instead, which goes before.
+        group_size: ours; with `granularity: per group`, input channels of a weight that share a
+            scale, one power of two of the channel's step; 0 for all.
     """
 
     quantizer: str
@@ -70,15 +74,36 @@ class TensorFormat(Record):
     bit: int
     symmetric: bool = False
     ch_axis: int = -1
+    group_size: int = 0
 
     @classmethod
     def _renamed(cls, mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+        if mapping.get("granularity") == PER_GROUP and not mapping.get("group_size"):
+            raise FieldError("group_size", f"missing; {PER_GROUP} needs one, as 32")
         return with_ch_axis(mapping)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without groups as files always were."""
+        found = super().to_dict()
+        return found if self.group_size else {k: v for k, v in found.items() if k != "group_size"}
+
+    def _validate_groups(self) -> None:
+        self._require(self.group_size >= 0, "group_size", "1 or more, or 0 for no groups")
+        if not self.group_size:
+            return
+        self._require(self.ch_axis == 0, "group_size", f"it with granularity: {PER_GROUP} only")
+        if self.quantizer in LEARNED_SCALE_QUANTIZER_NAMES:
+            raise FieldError(
+                "quantizer",
+                f"{self.quantizer} learns scales, those of groups are powers of two of one step: "
+                f"use FixedFakeQuantize or {ADAROUND}",
+            )
 
     def _validate(self) -> None:
         QUANTIZERS.require(self.quantizer, "quantizer")
         OBSERVERS.require(self.observer, "observer")
         self._require(2 <= self.bit <= 16, "bit", "2 to 16")
+        self._validate_groups()
         self._require(self.ch_axis in (-1, 0), "ch_axis", "-1 (per tensor), 0 (per channel)")
         if self.ch_axis == 0 and _is_per_tensor_only(self.observer):
             channelwise = [name for name in OBSERVERS.names if not _is_per_tensor_only(name)]
@@ -277,6 +302,19 @@ class Scheme(Record):
                 raise error.within(f"units.{name}") from None
             if not all(2 <= each <= 16 for each in bits):
                 raise FieldError(f"units.{name}", f"{level} given, allowed: {_LEVELS}")
+        if self.a_qconfig.group_size:
+            raise FieldError(
+                "a_qconfig.group_size",
+                "groups of channels of activations are a grid: slots: {input: {grid: grouped}}",
+            )
+        weights = self.w_qconfig
+        if weights.group_size and not octaves(weights.bit, weights.symmetric):
+            most = 7 if weights.symmetric else 6
+            raise FieldError(
+                "w_qconfig.group_size",
+                f"scales of groups are powers of two within a byte, of which {weights.bit} bits "
+                f"leave none: use up to {most} bits, or granularity: per channel",
+            )
         if self.a_qconfig.ch_axis != -1:
             raise FieldError("a_qconfig.ch_axis", "activations are quantized per tensor: -1")
         if self.a_qconfig.quantizer == ADAROUND:
@@ -365,14 +403,19 @@ class Scheme(Record):
             return replace(found, bit=found.bit or base.bit)
         given = {key: value for key, value in found.to_dict().items() if value is not None}
         given.pop("grid")
+        if "ch_axis" in given:
+            base = replace(base, group_size=0)
         return TensorFormat.from_dict({**base.to_dict(), **given})
 
     def with_bits(self, weights: int, activations: int) -> Scheme:
         """The same scheme at other bits; exceptions stay."""
+        format_ = self.w_qconfig
+        # At more bits than a byte has room for groups of, channels have one scale.
+        size = format_.group_size if octaves(weights, format_.symmetric) else 0
         return replace(
             self,
             a_qconfig=replace(self.a_qconfig, bit=activations),
-            w_qconfig=replace(self.w_qconfig, bit=weights),
+            w_qconfig=replace(format_, bit=weights, group_size=size),
         )
 
     def with_units(self, units: Mapping[str, int | str]) -> Scheme:

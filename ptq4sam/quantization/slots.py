@@ -22,8 +22,15 @@ ADAROUND = "AdaRoundFakeQuantize"
 """The quantizer that learns the rounding of weights."""
 WEIGHT = "weight"
 
-GRANULARITIES = {"per tensor": -1, "per channel": 0}
+PER_GROUP = "per group"
+_BYTE_BITS = 8
+GRANULARITIES = {"per tensor": -1, "per channel": 0, PER_GROUP: 0}
 """What has a scale of its own, and the published way to write it, `ch_axis`."""
+
+
+def octaves(bits: int, symmetric: bool) -> int:
+    """Powers of two by which scales of a weight's groups may differ within a byte."""
+    return max(0, _BYTE_BITS - bits - (not symmetric))
 
 
 def with_ch_axis(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -52,6 +59,12 @@ class AffineFormat(Record):
 
     @classmethod
     def _renamed(cls, mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+        if mapping.get("granularity") == PER_GROUP:
+            raise FieldError(
+                "granularity",
+                f"{PER_GROUP!r} given, which is of all weights, in w_qconfig; inputs of linear "
+                "layers can have {grid: grouped}",
+            )
         return with_ch_axis(mapping)
 
     def _validate(self) -> None:

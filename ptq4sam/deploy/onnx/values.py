@@ -22,6 +22,7 @@ from ptq4sam.operators.base import QuantizedLayer
 from ptq4sam.quantization.base import Mode, Quantizer
 from ptq4sam.quantization.grid import Grid, along_channels
 from ptq4sam.quantization.grids import PointGrid
+from ptq4sam.quantization.groups import GROUPED
 from ptq4sam.quantization.portable import quotient
 from ptq4sam.quantization.whole import exact_pieces
 
@@ -259,18 +260,22 @@ def held_weight(
     require_quantizing(layer.weight_quantizer, name)
     weight = layer_codes(layer)
     _check_bits(weight.grid, name)
-    codes, scale, zero_point = weight.codes[:, inputs].cpu(), weight.scale.cpu(), weight.zero_point
-    zero_point = zero_point.cpu()
+    bits, codes, scale, zero_point = weight.grid.bits, weight.codes, weight.scale, weight.zero_point
+    if scale.dim() == GROUPED:
+        # Steps of all groups are bytes.
+        bits, codes, scale = _CONTAINER_BITS, weight.steps(), weight.step
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    codes, scale, zero_point = codes[:, inputs].cpu(), scale.cpu(), zero_point.cpu()
     if outputs is not None:
         codes = codes[outputs]
         if scale.dim():
             scale, zero_point = scale[outputs], zero_point[outputs]
-    zeros = along_channels(zero_point, codes.dim(), 0)
+    zeros = along_channels(zero_point, codes.shape, 0)
     axis = 0
     if codes.dim() == 2:
         codes, axis = codes.t(), 1
         zeros = zeros.reshape(1, -1) if zeros.dim() else zeros
-    if weight.grid.bits <= _NIBBLE_BITS:
+    if bits <= _NIBBLE_BITS:
         held = graph.nibbles(name, (codes - weight.grid.qmin).cpu().numpy())
         below = graph.constant(f"{name}.zero", (zeros - weight.grid.qmin).cpu().numpy())
         difference = graph.node("Sub", [held, below], f"{name}.distance")
@@ -300,8 +305,7 @@ def dequantized_weight(
 
 def pieces_of_input(layer: QuantizedLayer) -> list[slice]:
     """Input channels in pieces of which float32 holds all sums of steps; mostly one."""
-    weight = layer_codes(layer)
-    steps = weight.codes - along_channels(weight.zero_point, weight.codes.dim(), 0)
+    steps = layer_codes(layer).steps()
     sizes = steps.abs().flatten(2).sum(-1) if steps.dim() > 2 else steps
     channels, largest = sizes.shape[1], layer.input_quantizer.grid.largest_step
     each = -(-channels // exact_pieces(sizes.float(), largest, most=channels))

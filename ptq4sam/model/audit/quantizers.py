@@ -27,7 +27,7 @@ def unusable_parameters(sam: QuantizedSam) -> Iterator[Finding]:
 def other_than_the_scheme(sam: QuantizedSam) -> Iterator[Finding]:
     """Quantizers that are not what the scheme says; none may be in a unit that is kept float."""
     weights = {id(quantizer) for quantizer in weight_quantizers(sam)}
-    channels = {id(q.weight_quantizer): len(q.weight) for _, q in quantized_layers(sam)}
+    shapes = {id(q.weight_quantizer): q.weight.shape for _, q in quantized_layers(sam)}
     for name, quantizer in quantizers(sam):
         scheme = sam.scheme.at_level(sam.level_of(name))
         if scheme is None:
@@ -38,23 +38,24 @@ def other_than_the_scheme(sam: QuantizedSam) -> Iterator[Finding]:
             yield Finding(name, f"{problem[0]} where the scheme says {problem[1]}")
         affine, wanted = quantizer.as_affine(), said.as_affine()
         if affine is not None and wanted is not None:
-            by_channel = id(quantizer) in weights and wanted.channel_axis is not None
-            count = channels[id(quantizer)] if by_channel else None
-            yield from (Finding(name, problem) for problem in _other_shape(affine, count))
+            is_weight = id(quantizer) in weights
+            shape = wanted.parameter_shape(shapes[id(quantizer)]) if is_weight else ()
+            yield from (Finding(name, problem) for problem in _other_shape(affine, shape))
 
 
-def _other_shape(quantizer: AffineQuantizer, channels: int | None) -> Iterator[str]:
-    """Scales and zero points for other channels than there are.
+def _other_shape(quantizer: AffineQuantizer, wanted: tuple[int, ...]) -> Iterator[str]:
+    """Scales and zero points for other channels or groups than there are.
 
     Args:
         quantizer: its quantizer.
-        channels: how many there should be; None for one in all.
+        wanted: [], [channels] or [channels, groups].
     """
     for parameter in ("scale", "zero_point"):
-        shape = list(getattr(quantizer, parameter).shape)
-        if quantizer.is_calibrated and shape != ([] if channels is None else [channels]):
-            told = "one" if channels is None else f"one for each of {channels} channels"
-            yield f"has a {parameter} of shape {shape} where the scheme says {told}"
+        shape = tuple(getattr(quantizer, parameter).shape)
+        if quantizer.is_calibrated and shape != wanted:
+            of_groups = f" and {wanted[1]} groups" if len(wanted) > 1 else ""
+            told = f"one for each of {wanted[0]} channels{of_groups}" if wanted else "one"
+            yield f"has a {parameter} of shape {list(shape)} where the scheme says {told}"
 
 
 def switched_or_dropping(sam: QuantizedSam) -> Iterator[Finding]:
@@ -83,7 +84,7 @@ def _on_grid(layer: QuantizedLayer) -> Tensor:
     quantizer, weight = layer.weight_quantizer, layer.weight
     used: Tensor = quantizer(weight)
     scale, zero_point = (
-        along_channels(parameter, weight.dim(), 0)
+        along_channels(parameter, weight.shape, 0)
         for parameter in (quantizer.scale, quantizer.zero_point)
     )
     code = torch.round(used / scale) + zero_point
