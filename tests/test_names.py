@@ -17,8 +17,8 @@ NAMES = re.compile(
 )
 OTHER_NETWORKS = ("prompts/", "data/")
 """Detectors have necks too, and people."""
-MODELS = {"Sam", "QuantizedSam", "ExportedSam"}
-"""Which of these was given may be asked anywhere."""
+MODELS = {"Sam", "QuantizedSam", "ExportedSam", "CrossAttentions"}
+"""Which model was given, or whether a unit is a joint one, may be asked anywhere."""
 
 
 def sources() -> Iterator[tuple[str, str]]:

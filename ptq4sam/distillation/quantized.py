@@ -82,15 +82,18 @@ def learn_scales(sam: QuantizedSam) -> dict[str, AffineQuantizer]:
     replaced: dict[str, AffineQuantizer] = {}
     for name, operator in quantized_operators(sam):
         for slot, before in operator.slots().items():
-            fixed = type(before) in (AdaRoundQuantizer, FixedQuantizer)
-            # What a method adds to a weight before it is quantized belongs to its grid.
-            if fixed and isinstance(before, FixedQuantizer) and before.correction.numel() == 0:
-                learner = LSQQuantizer(before.grid, channel_axis=before.channel_axis)
-                learner.name = before.name
-                learner.to(before.scale.device)
-                learner.set_parameters(before.scale.clone(), before.zero_point.clone())
+            if type(before) not in (AdaRoundQuantizer, FixedQuantizer):
+                continue
+            own = cast(FixedQuantizer, before)
+            # What a method adds to a weight before it is quantized belongs to its grid; scales of
+            # groups are powers of two of one step.
+            if own.correction.numel() == 0 and own.group_size is None:
+                learner = LSQQuantizer(own.grid, channel_axis=own.channel_axis)
+                learner.name = own.name
+                learner.to(own.scale.device)
+                learner.set_parameters(own.scale.clone(), own.zero_point.clone())
                 setattr(operator, f"{slot}_quantizer", learner)
-                replaced[f"{name}.{slot}_quantizer"] = before
+                replaced[f"{name}.{slot}_quantizer"] = own
     return replaced
 
 

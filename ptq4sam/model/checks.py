@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.operators.base import form_of, kinds
+from ptq4sam.operators.base import QUANTIZED, kinds
+from ptq4sam.operators.simulated import SIMULATED
 from ptq4sam.quantization.registry import METHODS
-from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.quantization.scheme import STUDY, Scheme
 from ptq4sam.quantization.slots import require_roles, require_slots
 from ptq4sam.records import FieldError, unknown_key
 from ptq4sam.sam.addresses import Address, is_address, select
@@ -51,7 +52,7 @@ def check_slots(sam: Sam, scheme: Scheme) -> None:
     """
     known = sam.description.known_roles() | kinds()
     require_roles(scheme.slots, known)
-    require_slots(scheme.slots, set(_slots(sam)))
+    require_slots(scheme.slots, set(_slots(sam, scheme)))
     for name in scheme.method_settings:
         try:
             require_roles(METHODS[name].slots, known)
@@ -59,10 +60,11 @@ def check_slots(sam: Sam, scheme: Scheme) -> None:
             raise error.within(f"methods.{name}") from None
 
 
-def _slots(sam: Sam) -> Iterator[tuple[str, frozenset[str]]]:
+def _slots(sam: Sam, scheme: Scheme) -> Iterator[tuple[str, frozenset[str]]]:
     """Slots of what is listed as quantized, with their roles."""
+    forms = SIMULATED if scheme.compat == STUDY else QUANTIZED
     for name, module in sam.named_modules():
-        form = form_of(module)
+        form = forms.get(type(module))
         if form is not None and sam.description.place_of(name) is not None:
             for slot in form.slot_names:
                 yield slot, sam.description.roles(name, slot) | {form.kind}

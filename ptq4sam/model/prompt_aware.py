@@ -59,7 +59,7 @@ class ThroughDecoder(nn.Module):
         stage, rest, sam = self._others
         behind = stage.run(tuple(state))
         with ExitStack() as stack:
-            for module in (*(s.unit for s in rest), sam.mask_decoder.transformer):
+            for module in (*(s.unit for s in rest), sam.transformer):
                 stack.enter_context(quantizer_mode(module, Mode.FLOAT))
                 stack.enter_context(learning(module))
             embedding, *_ = run_stages(rest, behind)
