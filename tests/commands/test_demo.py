@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ptq4sam.runs import demo
-from tests.tiny_runs import AP, read_metrics, run
+from tests.tiny_runs import AP, QUICK, read_metrics, run
 
 
 def test_the_demo_in_an_empty_folder_ends_without_a_warning(
@@ -23,6 +23,9 @@ def test_the_demo_in_an_empty_folder_ends_without_a_warning(
     for name, least in (("_CALIBRATION_SCENES", 1), ("_SCENES", 2), ("_RECONSTRUCTION_STEPS", 2)):
         assert getattr(demo, name) > least
         monkeypatch.setattr(demo, name, least)
+    # The search for the best grid of every weight takes most of so short a run.
+    scheme = demo.demo_scheme
+    monkeypatch.setattr(demo, "demo_scheme", lambda bits: scheme(bits).with_overrides(*QUICK))
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         run("demo")

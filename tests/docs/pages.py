@@ -101,14 +101,14 @@ def _run_command(command: str, only_read: bool) -> None:
 
 
 def _quick(words: list[str]) -> list[str]:
-    """The same quantization of the decoder alone, with ranges of weights that need no search."""
+    """The same for the decoder alone and few boxes, with ranges of weights that need no search."""
     words = [word for word in words if word != "--decoder-only"]
     words = ["--set" if word == "--scheme-options" else word for word in words]
     if "--set" not in words:
         words.append("--set")
     # Before what the page sets, which goes before it.
     words.insert(words.index("--set") + 1, "w_qconfig.observer=MinMaxObserver")
-    return [words[0], "--decoder-only", *words[1:]]
+    return [words[0], "--decoder-only", "--max-per-image", "4", *words[1:]]
 
 
 def small(text: str) -> str:
