@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -67,6 +69,18 @@ def tiny_trainer(
     return Trainer(student, teacher, settings.phases[0], settings)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Bits depend on the number of threads."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield

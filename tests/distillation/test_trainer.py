@@ -62,6 +62,17 @@ def test_the_average_follows_the_weights(batch: Batch) -> None:
     torch.testing.assert_close(trainer.average[name], expected)
 
 
+def test_bfloat16_gives_about_the_same_terms(batch: Batch) -> None:
+    exact, rough = (
+        tiny_trainer(settings=dataclasses.replace(SETTINGS, precision=precision))
+        for precision in ("float32", "bfloat16")
+    )
+    terms, rounded = exact.train_step(batch), rough.train_step(batch)
+    assert rounded["embedding"] != terms["embedding"]
+    assert rounded["embedding"] == pytest.approx(terms["embedding"], rel=0.02)
+    assert {p.dtype for p in rough.student.parameters()} == {torch.float32}
+
+
 def test_an_encoder_is_trained_alone(batch: Batch) -> None:
     trainer = tiny_trainer(settings=dataclasses.replace(SETTINGS, train="encoder"))
     before = {k: v.clone() for k, v in trainer.student.state_dict().items()}

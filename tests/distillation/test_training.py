@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ptq4sam.distillation.training import CURVES, STATE
 from ptq4sam.errors import ConfigError, ResourceError
-from tests.distillation.conftest import SETTINGS
+from tests.distillation.conftest import SETTINGS, one_thread
 from tests.distillation.killed_training import tiny_training
 from tests.full_disks import no_bytes
 
@@ -32,10 +32,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     from tests.distillation.conftest import TINY_TINY_VIT
 
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, one_thread():
         own = variant("tiny_tiny_vit", Weights("none"), TINY_TINY_VIT)
         patch.setitem(VARIANTS, "tiny_tiny_vit", own)
-        torch.set_num_threads(1)
         yield folder, tiny_training(folder).run(workers=0)
 
 
