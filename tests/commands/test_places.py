@@ -115,7 +115,10 @@ def test_a_full_disk_is_one_line_with_the_file(
         "sweep": [sweep, "--work-dir", "d/w"],
         "demo": ["--work-dir", "d/w"],
         "scenes": ["d/w"],
-        "everything": ["--images", tiny.images(), "--limit", "1", "--out", "d/w"],
+        "everything": [
+            *("--images", tiny.images(), "--limit", "1", "--out", "d/w"),
+            *("--set", "points_per_side=4"),
+        ],
     }[command]
     with full_disk() as reason:
         told = refusal(capsys, command, *arguments)
