@@ -17,13 +17,6 @@ from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
-from tests.model.conftest import (  # noqa: F401
-    forward,
-    items,
-    make_scheme,
-    sam,
-    tiny_variant,
-)
 
 Forward = Callable[[Sam], tuple[Tensor, ...]]
 
@@ -73,10 +66,10 @@ def test_one_decomposition_gives_what_two_hundred_give(
 
 
 def test_a_model_is_conditioned_frozen_and_its_float_part_stays(
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: Callable[..., Scheme],  # noqa: F811
-    forward: Forward,  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
+    forward: Forward,
 ) -> None:
     scheme = make_scheme(4, 2, methods={"acnr": {"condition": 5.0}}, ptq4sam={})
     scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")

@@ -24,13 +24,6 @@ from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
-from tests.model.conftest import (  # noqa: F401
-    forward,
-    items,
-    make_scheme,
-    sam,
-    tiny_variant,
-)
 
 Forward = Callable[[Sam], tuple[Tensor, ...]]
 
@@ -158,10 +151,10 @@ def test_layers_with_other_quantizers_are_left_alone() -> None:
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_model_is_corrected_and_frozen(
     steps: int,
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: Callable[..., Scheme],  # noqa: F811
-    forward: Forward,  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
+    forward: Forward,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     scheme: Any = make_scheme(4, steps, methods=["aqer"])

@@ -22,13 +22,6 @@ from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import LSQQuantizer, Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
-from tests.model.conftest import (  # noqa: F401
-    forward,
-    items,
-    make_scheme,
-    sam,
-    tiny_variant,
-)
 
 Forward = Callable[[Sam], tuple[Tensor, ...]]
 KINDS = ((-3.0, 0.3), (0.0, 3.0), (0.0, 0.3), (2.0, 0.5))
@@ -139,10 +132,10 @@ def test_what_it_is_not_for() -> None:
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_model_has_them_saved_audited_and_in_integers(
     steps: int,
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: Callable[..., Scheme],  # noqa: F811
-    forward: Forward,  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
+    forward: Forward,
     tmp_path: Path,
 ) -> None:
     slots = {"input@decoder": {"grid": "grouped"}}

@@ -15,13 +15,6 @@ from ptq4sam.quantization.modes import quantizer_mode, quantizers
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
-from tests.model.conftest import (  # noqa: F401
-    forward,
-    items,
-    make_scheme,
-    sam,
-    tiny_variant,
-)
 
 Forward = Callable[[Sam], tuple[Tensor, ...]]
 MakeScheme = Callable[..., Scheme]
@@ -30,7 +23,7 @@ ENCODER = "image_encoder.blocks.0.attn"
 
 
 @pytest.fixture
-def off_centre(sam: Sam) -> Sam:  # noqa: F811
+def off_centre(sam: Sam) -> Sam:
     """Keys far from zero, each channel elsewhere."""
     with torch.no_grad():
         for name, module in sam.named_modules():
@@ -42,7 +35,7 @@ def off_centre(sam: Sam) -> Sam:  # noqa: F811
     return sam
 
 
-def keys_of(model: Sam, items: list[CalibrationItem]) -> dict[str, Tensor]:  # noqa: F811
+def keys_of(model: Sam, items: list[CalibrationItem]) -> dict[str, Tensor]:
     """Rows of keys of an attention of either network."""
     found: dict[str, list[Tensor]] = {DECODER: [], ENCODER: []}
 
@@ -68,9 +61,9 @@ def keys_of(model: Sam, items: list[CalibrationItem]) -> dict[str, Tensor]:  # n
 
 def test_means_go_and_the_float_output_stays(
     off_centre: Sam,
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: MakeScheme,  # noqa: F811
-    forward: Forward,  # noqa: F811
+    items: list[CalibrationItem],
+    make_scheme: MakeScheme,
+    forward: Forward,
 ) -> None:
     quantized = insert_quantizers(off_centre, make_scheme(4, methods=["key-centring"], ptq4sam={}))
     with quantizer_mode(quantized, Mode.FLOAT):
@@ -95,8 +88,8 @@ def test_means_go_and_the_float_output_stays(
 
 def test_units_that_stay_float_stay_as_they_are(
     off_centre: Sam,
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: MakeScheme,  # noqa: F811
+    items: list[CalibrationItem],
+    make_scheme: MakeScheme,
 ) -> None:
     units = {ENCODER: "float", DECODER: "float"}
     scheme = make_scheme(4, methods=["key-centring"], ptq4sam={}, units=units)
@@ -112,8 +105,8 @@ def test_units_that_stay_float_stay_as_they_are(
 
 def test_grids_of_keys_become_narrower(
     off_centre: Sam,
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: MakeScheme,  # noqa: F811
+    items: list[CalibrationItem],
+    make_scheme: MakeScheme,
 ) -> None:
     scheme = make_scheme(6, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver")
     scales = []

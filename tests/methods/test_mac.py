@@ -29,13 +29,6 @@ from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.transformer import Attention
-from tests.model.conftest import (  # noqa: F401
-    forward,
-    items,
-    make_scheme,
-    sam,
-    tiny_variant,
-)
 
 Forward = Callable[[Sam], tuple[Tensor, ...]]
 HEADS, WIDTH, TOKENS = 2, 3, {"query": 7, "key": 5, "value": 5}
@@ -224,10 +217,10 @@ def logits_error(exact: Sam, quantized: QuantizedSam, given: list[CalibrationIte
 
 @torch.no_grad()
 def test_a_model_is_corrected_and_frozen(
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: Callable[..., Scheme],  # noqa: F811
-    forward: Forward,  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
+    forward: Forward,
 ) -> None:
     scheme = make_scheme(4, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver")
     without = quantize_sam(sam, items[:2], scheme)
@@ -241,9 +234,9 @@ def test_a_model_is_corrected_and_frozen(
 
 
 def test_what_becomes_worse_goes_without_and_that_is_said(
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: Callable[..., Scheme],  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

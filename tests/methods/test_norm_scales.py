@@ -31,13 +31,6 @@ from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
-from tests.model.conftest import (  # noqa: F401
-    forward,
-    items,
-    make_scheme,
-    sam,
-    tiny_variant,
-)
 
 Forward = Callable[[Sam], tuple[Tensor, ...]]
 MakeScheme = Callable[..., Scheme]
@@ -46,7 +39,7 @@ ONE = "methods={norm-scales: {strengths: [1.0]}}"
 
 
 @pytest.fixture
-def uneven(sam: Sam) -> Sam:  # noqa: F811
+def uneven(sam: Sam) -> Sam:
     """Channels behind norms of very different size."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -119,9 +112,9 @@ def test_errors_are_those_of_the_quantized_product() -> None:
 
 def test_channels_become_alike_and_the_float_output_stays(
     uneven: Sam,
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: MakeScheme,  # noqa: F811
-    forward: Forward,  # noqa: F811
+    items: list[CalibrationItem],
+    make_scheme: MakeScheme,
+    forward: Forward,
 ) -> None:
     scheme = make_scheme(4, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver", ONE)
     quantized = insert_quantizers(uneven, scheme)
@@ -147,9 +140,9 @@ def test_channels_become_alike_and_the_float_output_stays(
 @torch.no_grad()
 def test_a_model_is_nearer_saved_and_switched(
     uneven: Sam,
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: MakeScheme,  # noqa: F811
-    forward: Forward,  # noqa: F811
+    items: list[CalibrationItem],
+    make_scheme: MakeScheme,
+    forward: Forward,
     tmp_path: Path,
 ) -> None:
     scheme = make_scheme(4, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver")
@@ -187,8 +180,8 @@ def test_scales_are_found_again_where_a_norm_has_zeros() -> None:
 def test_the_least_error_is_chosen_and_what_is_not_better_stays(
     wanted: float,
     uneven: Sam,
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: MakeScheme,  # noqa: F811
+    items: list[CalibrationItem],
+    make_scheme: MakeScheme,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -219,7 +212,7 @@ def test_the_least_error_is_chosen_and_what_is_not_better_stays(
     assert said == ["norm-scales found nothing to change"]
 
 
-def test_norms_of_tiny_vit(make_scheme: MakeScheme) -> None:  # noqa: F811
+def test_norms_of_tiny_vit(make_scheme: MakeScheme) -> None:
     torch.manual_seed(0)
     model = build_sam("tiny_vit_nano", 64)
     with torch.no_grad():

@@ -18,13 +18,6 @@ from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
-from tests.model.conftest import (  # noqa: F401
-    forward,
-    items,
-    make_scheme,
-    sam,
-    tiny_variant,
-)
 
 Forward = Callable[[Sam], tuple[Tensor, ...]]
 FIRST = "mask_decoder.transformer.layers.0.cross_attn_token_to_image"
@@ -76,10 +69,10 @@ def maps(exact: Sam, quantized: QuantizedSam, item: CalibrationItem) -> tuple[Te
 
 @torch.no_grad()
 def test_attentions_look_where_they_did(
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: Callable[..., Scheme],  # noqa: F811
-    forward: Forward,  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
+    forward: Forward,
 ) -> None:
     # A few inputs far from the others, which observers cover.
     decoder: Any = sam.mask_decoder.transformer
@@ -98,9 +91,9 @@ def test_attentions_look_where_they_did(
 
 
 def test_the_observed_ranges_stay_where_none_is_better(
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: Callable[..., Scheme],  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """At 8 bits with a single percentile that clips half of everything."""

@@ -25,13 +25,6 @@ from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import LSQPlusQuantizer, LSQQuantizer, Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
-from tests.model.conftest import (  # noqa: F401
-    forward,
-    items,
-    make_scheme,
-    sam,
-    tiny_variant,
-)
 
 Forward = Callable[[Sam], tuple[Tensor, ...]]
 
@@ -87,10 +80,10 @@ def test_folding_leaves_codes_and_changes_the_output_as_said(kind: type[AffineQu
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_model_is_corrected_saved_and_nearer_to_the_float_one(
     steps: int,
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: Callable[..., Scheme],  # noqa: F811
-    forward: Forward,  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
+    forward: Forward,
     tmp_path: Path,
 ) -> None:
     scheme = make_scheme(4, steps, methods=["qwt-v2"], ptq4sam={"AGQ": True})
@@ -126,9 +119,9 @@ def test_a_model_is_corrected_saved_and_nearer_to_the_float_one(
 
 
 def test_what_a_correction_would_make_wrong_is_refused(
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
-    make_scheme: Callable[..., Scheme],  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
 ) -> None:
     scheme = make_scheme(4, methods=["qwt-v2"])
     scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")

@@ -25,13 +25,6 @@ from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
-from tests.model.conftest import (  # noqa: F401
-    forward,
-    items,
-    make_scheme,
-    sam,
-    tiny_variant,
-)
 from tests.tiny_runs import SCHEMES
 
 QUICK = {"steps": 12, "rounds": 2, "pictures": 2}
@@ -68,8 +61,8 @@ def test_drawn_gradients_are_the_second_derivative_of_the_divergence() -> None:
 
 
 def test_squared_gradients_are_those_of_finite_differences(
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
 ) -> None:
     """Move single outputs of a layer of the float model and look at the loss."""
     name = "mask_decoder.transformer.layers.1.mlp.lin2"
@@ -108,7 +101,7 @@ def test_symmetric_scales_are_shares_of_the_largest_size() -> None:
     assert (float(scale), float(zero)) == (pytest.approx(0.2), 2.0)
 
 
-def inputs_of(sam: Sam, name: str, items: list[CalibrationItem]) -> list[Tensor]:  # noqa: F811
+def inputs_of(sam: Sam, name: str, items: list[CalibrationItem]) -> list[Tensor]:
     seen: list[Tensor] = []
     handle = sam.get_submodule(name).register_forward_pre_hook(lambda _m, x: seen.append(x[0]))
     for item in items:
@@ -119,8 +112,8 @@ def inputs_of(sam: Sam, name: str, items: list[CalibrationItem]) -> list[Tensor]
 
 @pytest.mark.parametrize("metric", ["hessian", "error"])
 def test_the_first_layer_has_what_a_search_by_hand_finds(
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
     metric: str,
 ) -> None:
     """Of the encoder's first layer, whose inputs nothing before it changes: weight, then input."""
@@ -168,7 +161,7 @@ def test_the_first_layer_has_what_a_search_by_hand_finds(
     assert scales == pytest.approx(expected[metric], rel=1e-5)
 
 
-def test_channels_have_choices_of_their_own(sam: Sam, items: list[CalibrationItem]) -> None:  # noqa: F811
+def test_channels_have_choices_of_their_own(sam: Sam, items: list[CalibrationItem]) -> None:
     """Of the neck's first convolution, from inputs of the model that is quantized before it."""
     name = "image_encoder.neck.0"
     given = scheme(steps=9, rounds=1, metric="error")
@@ -210,9 +203,9 @@ def test_channels_have_choices_of_their_own(sam: Sam, items: list[CalibrationIte
 
 
 def test_a_better_metric_than_the_observed_range(
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
-    forward: Callable[[Sam], tuple[Tensor, ...]],  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
+    forward: Callable[[Sam], tuple[Tensor, ...]],
 ) -> None:
     """At 4 bits the masks come nearer to the float ones, audited; nothing of the float stays."""
     exact = forward(sam)[1]
@@ -231,16 +224,16 @@ def test_a_better_metric_than_the_observed_range(
     assert all(quantizer.mode is Mode.QUANTIZE for _, quantizer in quantizers(searched))
 
 
-def test_two_searches_end_alike(sam: Sam, items: list[CalibrationItem]) -> None:  # noqa: F811
+def test_two_searches_end_alike(sam: Sam, items: list[CalibrationItem]) -> None:
     first, second = (quantize_sam(sam, items[:2], scheme(steps=5, rounds=1)) for _ in range(2))
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
 
 
 def test_hybrid_grids_are_chosen_by_it_too(
-    sam: Sam,  # noqa: F811
-    items: list[CalibrationItem],  # noqa: F811
-    forward: Callable[[Sam], tuple[Tensor, ...]],  # noqa: F811
+    sam: Sam,
+    items: list[CalibrationItem],
+    forward: Callable[[Sam], tuple[Tensor, ...]],
 ) -> None:
     given = scheme(steps=3, rounds=1).to_dict()
     given["slots"] = {**given["slots"], "input@after-gelu": {"grid": "hybrid"}}
@@ -252,7 +245,7 @@ def test_hybrid_grids_are_chosen_by_it_too(
 
 
 @pytest.mark.parametrize("metric", ["overlap", "hessian"])
-def test_pcc_has_the_metric_too(sam: Sam, items: list[CalibrationItem], metric: str) -> None:  # noqa: F811
+def test_pcc_has_the_metric_too(sam: Sam, items: list[CalibrationItem], metric: str) -> None:
     """Each attention's weighed error is no larger than with the observed ranges."""
     content = scheme().to_dict()
     content["methods"] = {"pcc": {"passes": 1, "metric": metric}}
@@ -309,7 +302,7 @@ def test_bad_settings_are_told_in_one_line(settings: dict[str, object], problem:
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4])
-def test_the_schemes_are_tinysams(bits: int, sam: Sam) -> None:  # noqa: F811
+def test_the_schemes_are_tinysams(bits: int, sam: Sam) -> None:
     read = Scheme.from_yaml(SCHEMES / "tinysam" / f"w{bits}a{bits}.yaml")
     assert read.method_settings == {"range-search": RangeSearch()}
     assert (read.calibrate, read.recon, read.upscaling) == (8, None, "quantized")
