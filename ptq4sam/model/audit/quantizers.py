@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +16,8 @@ from ptq4sam.operators.base import QuantizedLayer, quantized_layers, weight_quan
 from ptq4sam.quantization.affine import AffineQuantizer
 from ptq4sam.quantization.grid import along_channels
 from ptq4sam.quantization.modes import quantizers
-from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.quantization.quantizers import Mode, Quantizer
+from ptq4sam.quantization.scheme import Scheme
 
 
 def unusable_parameters(sam: QuantizedSam) -> Iterator[Finding]:
@@ -28,12 +30,12 @@ def other_than_the_scheme(sam: QuantizedSam) -> Iterator[Finding]:
     """Quantizers that are not what the scheme says; none may be in a unit that is kept float."""
     weights = {id(quantizer) for quantizer in weight_quantizers(sam)}
     shapes = {id(q.weight_quantizer): q.weight.shape for _, q in quantized_layers(sam)}
+    wanted_of = functools.cache(functools.partial(_wanted, sam.scheme))
     for name, quantizer in quantizers(sam):
-        scheme = sam.scheme.at_level(sam.level_of(name))
-        if scheme is None:
+        said = wanted_of(sam.level_of(name), *slot_of(name, sam))
+        if said is None:
             yield Finding(name, f"has {quantizer.grid.bits} bits where the scheme says float")
             continue
-        said = make_quantizer(scheme, *slot_of(name, sam))
         for problem in quantizer.unlike(said):
             yield Finding(name, f"{problem[0]} where the scheme says {problem[1]}")
         affine, wanted = quantizer.as_affine(), said.as_affine()
@@ -41,6 +43,14 @@ def other_than_the_scheme(sam: QuantizedSam) -> Iterator[Finding]:
             is_weight = id(quantizer) in weights
             shape = wanted.parameter_shape(shapes[id(quantizer)]) if is_weight else ()
             yield from (Finding(name, problem) for problem in _other_shape(affine, shape))
+
+
+def _wanted(
+    scheme: Scheme, level: int | str | None, slot: str, roles: frozenset[str]
+) -> Quantizer | None:
+    """What the scheme says of slots of a level and of some roles; None where they stay float."""
+    own = scheme.at_level(level)
+    return None if own is None else make_quantizer(own, slot, roles)
 
 
 def _other_shape(quantizer: AffineQuantizer, wanted: tuple[int, ...]) -> Iterator[str]:
