@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.operators.base import observe_weights
 from ptq4sam.quantization.modes import WEIGHT_QUANTIZER, quantizers
-from ptq4sam.quantization.scheme import Reconstruction
+from ptq4sam.quantization.recon import Reconstruction
 
 
 def straight_through(x: Tensor) -> Tensor:

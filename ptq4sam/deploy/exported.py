@@ -16,7 +16,7 @@ from ptq4sam.deploy.products import exact_products
 from ptq4sam.deploy.targets import TARGETS
 from ptq4sam.deploy.targets.target import Precision, Products, Session
 from ptq4sam.errors import ConfigError
-from ptq4sam.sam.description import Geometry
+from ptq4sam.sam.geometry import Geometry
 from ptq4sam.sam.model import Features, normalize, resize_masks
 
 _log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from ptq4sam.deploy.targets.target import Products
 from ptq4sam.errors import CheckpointError, DataError
 from ptq4sam.files import read_json, write_json
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.sam.description import SAM_NORMALIZATION, Geometry, Normalization
+from ptq4sam.sam.geometry import SAM_NORMALIZATION, Geometry, Normalization
 from ptq4sam.sam.model import Sam
 from ptq4sam.version import __version__
 

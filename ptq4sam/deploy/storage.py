@@ -33,7 +33,7 @@ from ptq4sam.operators.base import QuantizedLayer, quantized_layers
 from ptq4sam.quantization.groups import GROUPED, doubled, octaves_of
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import SIMULATIONS, Scheme
-from ptq4sam.sam.description import SAM_NORMALIZATION, Normalization
+from ptq4sam.sam.geometry import SAM_NORMALIZATION, Normalization
 from ptq4sam.version import __version__
 
 _ATTENTION_SLOT = re.compile(r"\.(query|key|value|softmax)_quantizer\.")

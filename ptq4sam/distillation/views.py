@@ -24,7 +24,7 @@ from ptq4sam.distillation.pictures import (
     draw_scene,
 )
 from ptq4sam.distillation.settings import Sampling
-from ptq4sam.sam.description import Geometry
+from ptq4sam.sam.geometry import Geometry
 
 NEAR_POINTS = 288
 WIDE_POINTS = 64

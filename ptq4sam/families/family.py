@@ -11,17 +11,9 @@ from torch import Tensor
 
 from ptq4sam.errors import ConfigError
 from ptq4sam.records import FieldError, unknown_key
-from ptq4sam.sam.description import (
-    DECODER,
-    Description,
-    Foldable,
-    Geometry,
-    Normalization,
-    Normalized,
-    Place,
-    Projected,
-    Scaled,
-)
+from ptq4sam.sam.decoder_description import DECODER
+from ptq4sam.sam.description import Description, Foldable, Normalized, Place, Projected, Scaled
+from ptq4sam.sam.geometry import Geometry, Normalization
 from ptq4sam.sam.model import Sam
 
 __all__ = [

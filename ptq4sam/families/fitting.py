@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptq4sam.errors import CheckpointError
 from ptq4sam.families.family import Variant
-from ptq4sam.sam.description import Normalization
+from ptq4sam.sam.geometry import Normalization
 
 _NAMED_AT_ONCE = 3
 

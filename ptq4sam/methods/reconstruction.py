@@ -27,8 +27,8 @@ from ptq4sam.operators.arithmetic import learning
 from ptq4sam.quantization.dropping import keep_some_float
 from ptq4sam.quantization.modes import dropping, quantizers
 from ptq4sam.quantization.quantizers import Quantizer
+from ptq4sam.quantization.recon import Reconstruction
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
-from ptq4sam.quantization.scheme import Reconstruction
 
 _log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ptq4sam.quantization.scheme import Reconstruction
+from ptq4sam.quantization.recon import Reconstruction
 
 _LEAST_FALL = 1e-3
 """Relative fall of the mean loss that counts as one."""

@@ -26,7 +26,7 @@ from ptq4sam.operators.base import quantized_layers, weight_quantizers
 from ptq4sam.progress import Progress, silent
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
-from ptq4sam.quantization.scheme import Reconstruction
+from ptq4sam.quantization.recon import Reconstruction
 from ptq4sam.sam.model import Features
 from ptq4sam.sam.stages import Stage
 from ptq4sam.sizes import format_seconds

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from ptq4sam.model.insertion import TRANSFORMER, QuantizedSam, model_units
-from ptq4sam.quantization.scheme import FLOAT
+from ptq4sam.quantization.levels import FLOAT
 
 
 @contextlib.contextmanager

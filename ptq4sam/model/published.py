@@ -18,7 +18,7 @@ from torch import nn
 
 from ptq4sam.model.insertion import QuantizedSam, model_units
 from ptq4sam.operators.base import quantized_layers
-from ptq4sam.quantization.scheme import Reconstruction
+from ptq4sam.quantization.recon import Reconstruction
 
 _log = logging.getLogger(__name__)
 

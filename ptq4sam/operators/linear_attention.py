@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.operators.arithmetic import Arithmetic, whole_numbers
-from ptq4sam.operators.attention import Whole
+from ptq4sam.operators.attention_products import Whole
 from ptq4sam.operators.base import (
     KEY,
     QUERY,

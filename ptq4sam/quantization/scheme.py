@@ -6,39 +6,29 @@ A scheme is read from YAML with the keys and values of the published PTQ4SAM con
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import yaml
 
+from ptq4sam.quantization.formats import LEARNED_SCALE_QUANTIZER_NAMES, TensorFormat
+from ptq4sam.quantization.levels import FLOAT, LEVELS, bits_of_level
 from ptq4sam.quantization.published import BIMODAL, Methods
-from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
+from ptq4sam.quantization.recon import Reconstruction
+from ptq4sam.quantization.registry import METHODS, QUANTIZERS
 from ptq4sam.quantization.slots import (
     ADAROUND,
     AFFINE,
-    PER_GROUP,
     STATE,
     SlotFormat,
     octaves,
     selected,
     slot_formats,
-    with_ch_axis,
 )
 from ptq4sam.records import FieldError, Record, read_yaml
 from ptq4sam.shipped import SCHEMES, find
-
-PER_TENSOR_OBSERVER_NAMES = (
-    "AvgMinMaxObserver",
-    "AvgMSEObserver",
-    "AvgMSEFastObserver",
-)
-LEARNED_SCALE_QUANTIZER_NAMES = ("LSQFakeQuantize", "LSQPlusFakeQuantize")
-
-FLOAT: Literal["float"] = "float"
-"""Instead of bits: a unit that stays as it is."""
 
 STUDY: Literal["study"] = "study"
 SIMULATIONS = {
@@ -47,181 +37,9 @@ SIMULATIONS = {
 }
 """What of a scheme's `compat` keeps a model from being saved, exported or deployed."""
 
-_BOTH_BITS = re.compile(r"w(\d+)a(\d+)")
-
 _MOST_BITS = 16
 _HIGHEST_RAISE = 100.0
 """Of learning rates, when a scheme is run with fewer steps."""
-
-
-@dataclass(frozen=True)
-class TensorFormat(Record):
-    """Number format of the weights or of the activations.
-
-    Attributes:
-        quantizer: a name in QUANTIZERS.
-        observer: a name in OBSERVERS.
-        bit: bits, 2 to 16.
-        symmetric: zero point 0 on a signed grid, else an unsigned grid with a zero point.
-        ch_axis: 0 for a scale per output channel, -1 for one per tensor. Files may say
-            `granularity: per channel` or `per tensor` instead, which goes before.
-        group_size: ours; with `granularity: per group`, input channels of a weight that share a
-            scale, one power of two of the channel's step; 0 for all.
-    """
-
-    quantizer: str
-    observer: str
-    bit: int
-    symmetric: bool = False
-    ch_axis: int = -1
-    group_size: int = 0
-
-    @classmethod
-    def _renamed(cls, mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-        if mapping.get("granularity") == PER_GROUP and not mapping.get("group_size"):
-            raise FieldError("group_size", f"missing; {PER_GROUP} needs one, as 32")
-        return with_ch_axis(mapping)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Without groups as files always were."""
-        found = super().to_dict()
-        return found if self.group_size else {k: v for k, v in found.items() if k != "group_size"}
-
-    def _validate_groups(self) -> None:
-        self._require(self.group_size >= 0, "group_size", "1 or more, or 0 for no groups")
-        if not self.group_size:
-            return
-        self._require(self.ch_axis == 0, "group_size", f"it with granularity: {PER_GROUP} only")
-        if self.quantizer in LEARNED_SCALE_QUANTIZER_NAMES:
-            raise FieldError(
-                "quantizer",
-                f"{self.quantizer} learns scales, those of groups are powers of two of one step: "
-                f"use FixedFakeQuantize or {ADAROUND}",
-            )
-
-    def _validate(self) -> None:
-        QUANTIZERS.require(self.quantizer, "quantizer")
-        OBSERVERS.require(self.observer, "observer")
-        self._require(2 <= self.bit <= 16, "bit", "2 to 16")
-        self._validate_groups()
-        self._require(self.ch_axis in (-1, 0), "ch_axis", "-1 (per tensor), 0 (per channel)")
-        if self.ch_axis == 0 and _is_per_tensor_only(self.observer):
-            channelwise = [name for name in OBSERVERS.names if not _is_per_tensor_only(name)]
-            raise FieldError(
-                "observer",
-                f"{self.observer} works per tensor only: set ch_axis to -1, "
-                f"or use one of {', '.join(channelwise)}",
-            )
-
-
-@dataclass(frozen=True)
-class Reconstruction(Record):
-    """How units are reconstructed (QDrop, Wei et al. 2022; BRECQ, Li et al. 2021; AdaRound).
-
-    Attributes:
-        batch_size: pictures a step, drawn with replacement; in the decoder groups of up to 100
-            boxes of one picture.
-        scale_lr: Adam's first learning rate of the activation scales, annealed to 0 by a cosine.
-        warm_up: share of the steps without rounding regularizer, in [0, 1).
-        weight: factor of the rounding regularizer.
-        iters: steps a unit.
-        b_range: exponent of the regularizer at the end of the warm-up and at the last step.
-        keep_gpu: keep captured activations in a GPU's memory while there is room; else in the
-            host's. No result depends on it.
-        round_mode: "learned_hard_sigmoid" (AdaRound's rectified sigmoid).
-        drop_prob: probability that an element stays float, in activations and unit inputs; 0 is
-            off. (Published files only have 0.5.)
-        rounding_lr: ours; Adam's learning rate of the rounding variables.
-        learn_rounding: ours; learn the rounding of the weights.
-        learn_scale: ours; learn the scales of the activations, and the zero points of LSQ+.
-        granularity: ours; reconstruct whole attentions, MLPs and the like ("unit", as BRECQ and
-            QDrop), one layer after another ("layer", as AdaRound), or units with both cross
-            attentions of a decoder's block and the MLP between them as one ("joint", as CAR-SAM).
-        loss: ours; what a unit learns by: its own answer ("output"), or what masks are made of
-            ("prompt-aware", as SAQ-SAM): the image behind the decoder, of units of the encoder, and
-            image and tokens behind them, of joint units, which it needs.
-        patience: ours; steps without a lower loss after which the rest of the schedule passes
-            within as many steps; 0 makes all steps.
-        precision: ours; of the matrix products of a step: "float32", "bfloat16" (about half
-            the time of a step on a CPU that has it), "tf32" (GPUs only). What is learned, the
-            quantizers and all measured errors stay float32.
-        cuda_graphs: ours; let a GPU repeat steps of one shape by itself, without being told each
-            operation again. No result depends on it.
-        weights_only: ours, and what --brecq sets; activations stay float while reconstructing, so
-            that learn_scale becomes false and drop_prob 0.
-    """
-
-    batch_size: int = 1
-    scale_lr: float = 4e-5
-    warm_up: float = 0.2
-    weight: float = 0.01
-    iters: int = 20000
-    b_range: tuple[float, float] = (20.0, 2.0)
-    keep_gpu: bool = True
-    round_mode: Literal["learned_hard_sigmoid"] = "learned_hard_sigmoid"
-    drop_prob: float = 0.5
-    rounding_lr: float = 1e-3
-    learn_rounding: bool = True
-    learn_scale: bool = True
-    granularity: Literal["unit", "layer", "joint"] = "unit"
-    loss: Literal["output", "prompt-aware"] = "output"
-    patience: int = 0
-    precision: Literal["float32", "bfloat16", "tf32"] = "float32"
-    cuda_graphs: bool = True
-    weights_only: bool = False
-
-    def _validate(self) -> None:
-        self._require(self.batch_size >= 1, "batch_size", "1 or more")
-        self._require(self.scale_lr > 0, "scale_lr", "more than 0")
-        self._require(self.rounding_lr > 0, "rounding_lr", "more than 0")
-        self._require(0 <= self.warm_up < 1, "warm_up", "0 to below 1")
-        self._require(self.weight >= 0, "weight", "0 or more")
-        self._require(self.iters >= 1, "iters", "1 or more")
-        self._require(self.patience >= 0, "patience", "0 or more")
-        self._require(
-            self.b_range[0] >= self.b_range[1] > 0, "b_range", "[start, end], start >= end > 0"
-        )
-        self._require(0 <= self.drop_prob < 1, "drop_prob", "0 to below 1")
-        if self.loss == "prompt-aware" and (self.granularity, self.batch_size) != ("joint", 1):
-            raise FieldError(
-                "loss",
-                f"prompt-aware given with granularity {self.granularity} and batch_size "
-                f"{self.batch_size}: it needs granularity joint and batch_size 1",
-            )
-        if self.weights_only:
-            object.__setattr__(self, "learn_scale", False)
-            object.__setattr__(self, "drop_prob", 0.0)
-        if not (self.learn_rounding or self.learn_scale):
-            raise FieldError("learn_rounding", "nothing to learn: no rounding and no scale")
-
-
-_LEVELS = "2 to 16, both apart as w4a8, or float"
-
-
-def bits_of_level(level: int | str) -> tuple[int, int] | None:
-    """Bits of the weights and of the activations of a unit; None for one that stays float.
-
-    Args:
-        level: what a scheme's `units` says of it.
-
-    Raises:
-        FieldError: it is no level.
-    """
-    if isinstance(level, int):
-        return level, level
-    both = _BOTH_BITS.fullmatch(level)
-    if both is not None:
-        return int(both[1]), int(both[2])
-    if level != FLOAT:
-        raise FieldError("", f"{level!r} given, allowed: {_LEVELS}")
-    return None
-
-
-def described_level(level: int | str) -> str:
-    """What a scheme's `units` says of a unit, for people."""
-    if isinstance(level, int):
-        return f"at {level} bits"
-    return level if level == FLOAT else f"at {level.upper()}"
 
 
 def _with_settings(methods: Mapping[str, object] | tuple[str, ...]) -> dict[str, Record]:
@@ -301,7 +119,7 @@ class Scheme(Record):
             except FieldError as error:
                 raise error.within(f"units.{name}") from None
             if not all(2 <= each <= 16 for each in bits):
-                raise FieldError(f"units.{name}", f"{level} given, allowed: {_LEVELS}")
+                raise FieldError(f"units.{name}", f"{level} given, allowed: {LEVELS}")
         if self.a_qconfig.group_size:
             raise FieldError(
                 "a_qconfig.group_size",
@@ -460,10 +278,3 @@ class Scheme(Record):
     def to_yaml(self) -> str:
         """YAML text that `from_yaml` reads back to an equal scheme."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-def _is_per_tensor_only(observer: str) -> bool:
-    if observer in PER_TENSOR_OBSERVER_NAMES:
-        return True
-    kind = OBSERVERS.get(observer)
-    return kind is not None and (kind.per_tensor_only or kind.averages)

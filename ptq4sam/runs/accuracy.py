@@ -18,7 +18,8 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.methods.assignment import make_quantizer
 from ptq4sam.model.exchange import exchanged, take_units
 from ptq4sam.model.insertion import ENCODER, QuantizedSam, model_units
-from ptq4sam.quantization.scheme import FLOAT, Scheme, bits_of_level, described_level
+from ptq4sam.quantization.levels import FLOAT, bits_of_level, described_level
+from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs.measurements import Measurements
 from ptq4sam.runs.settings import AccuracySettings
 from ptq4sam.runs.validation import Validation

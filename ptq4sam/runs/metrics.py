@@ -10,7 +10,8 @@ from ptq4sam.deploy.exported import ExportedSam
 from ptq4sam.evaluation.evaluate import Evaluation
 from ptq4sam.model.audit import AuditReport, EncoderState
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.quantization.scheme import FLOAT, SIMULATIONS
+from ptq4sam.quantization.levels import FLOAT
+from ptq4sam.quantization.scheme import SIMULATIONS
 from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.inputs import calibration_prompts
 from ptq4sam.runs.models import RunModels

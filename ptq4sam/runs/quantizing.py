@@ -18,7 +18,8 @@ from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
 from ptq4sam.model.journal import Journal, run_fingerprint
 from ptq4sam.model.plan import Plan, make_plan
 from ptq4sam.model.quantize import quantize_sam
-from ptq4sam.quantization.scheme import FLOAT, Scheme
+from ptq4sam.quantization.levels import FLOAT
+from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs.accuracy import AccuracyReport, Level, control_accuracy, require_levels
 from ptq4sam.runs.context import RunContext
 from ptq4sam.runs.measurements import Measurements

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ptq4sam.sam.description import DECODER, Description, Geometry
+from ptq4sam.sam.decoder_description import DECODER
+from ptq4sam.sam.description import Description
+from ptq4sam.sam.geometry import Geometry
 from ptq4sam.sam.mask_decoder import MaskDecoder
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.prompt_encoder import PromptEncoder

@@ -1,7 +1,7 @@
 """What may know the names of a network: which of its operators are quantized, what its parts are.
 
 Patterns are full matches of paths from the root of a SAM. A family describes its image encoder;
-what all families share, the prompt encoder and the mask decoder, is described here (`DECODER`).
+what all families share is described in `decoder_description`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
 
 from ptq4sam.sam.addresses import Address, Addressed
 
@@ -20,51 +19,6 @@ UPSCALING = "mask_decoder.output_upscaling"
 """Path of what brings the decoder's features to the size of masks: quantized where a scheme asks
 for it."""
 _NETWORKS = {ENCODER: "encoder", TRANSFORMER: "decoder", UPSCALING: "decoder"}
-
-
-class Normalization(NamedTuple):
-    """What pictures are normalised by, by channel (red, green, blue), of values 0 to 255."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-SAM_NORMALIZATION = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-"""SAM's own."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Pictures on their way in, and what the encoder makes of them.
-
-    Attributes:
-        encoder_side: of the encoder's square input, in pixels.
-        prompt_side: of the square that prompts and masks are placed in, in pixels.
-        features: channels, rows and columns of each tensor that the encoder hands over; the first
-            is the image embedding.
-        normalization: of pixels.
-        resizing: by the longest side, or both sides to the square. Then pixels are normalised, and
-            zeros fill the square at the right and bottom.
-    """
-
-    encoder_side: int
-    prompt_side: int
-    features: tuple[tuple[int, int, int], ...]
-    normalization: Normalization = SAM_NORMALIZATION
-    resizing: Literal["longest side", "square"] = "longest side"
-
-    def resized(self, original_size: tuple[int, int], side: int) -> tuple[int, int]:
-        """Size (height, width) of a picture within a square of `side` pixels."""
-        if self.resizing == "square":
-            return side, side
-        scale = side * 1.0 / max(original_size)
-        # The official code would make a side of nothing out of a very thin picture.
-        height, width = (max(1, int(length * scale + 0.5)) for length in original_size)
-        return height, width
-
-    def placed(self, original_size: tuple[int, int]) -> tuple[int, int]:
-        """Size (height, width) of a picture within the prompts' square."""
-        return self.resized(original_size, self.prompt_side)
 
 
 @dataclass(frozen=True)
@@ -289,67 +243,3 @@ def network_path(path: str) -> str:
 def network_of(path: str) -> str:
     """The role of all slots of a network: "encoder" or "decoder"; empty elsewhere."""
     return _NETWORKS.get(network_path(path), "")
-
-
-_TO_IMAGE = r"mask_decoder\.transformer\.(layers\.\d+\.cross_attn|final_attn)_token_to_image"
-_ATTENTION = (
-    r"mask_decoder\.transformer\.(layers\.\d+\.(self_attn|cross_attn_token_to_image|"
-    r"cross_attn_image_to_token)|final_attn_token_to_image)"
-)
-_BIMODAL = {"query": ("token-to-image",), "key": ("token-to-image",)}
-
-DECODER = Description(
-    quantized=(
-        Place(rf"{_TO_IMAGE}\.core", _BIMODAL),
-        Place(rf"{_ATTENTION}\.core"),
-        Place(rf"{_ATTENTION}\.(q_proj|k_proj|v_proj)", {"input": ("before-attention",)}),
-        Place(rf"{_ATTENTION}\.out_proj"),
-        Place(
-            r"mask_decoder\.transformer\.layers\.\d+\.mlp\.lin1",
-            {"input": ("after-norm", "before-mlp")},
-        ),
-        Place(r"mask_decoder\.transformer\.layers\.\d+\.mlp\.lin2", {"input": ("after-relu",)}),
-    ),
-    stays_float=(
-        r"prompt_encoder(\.pe_layer|\.mask_downscaling\.[036])?",
-        r"mask_decoder\.output_upscaling\.[03]",
-        r"mask_decoder\.(output_hypernetworks_mlps\.[0-3]|iou_prediction_head)\.layers\.[0-2]",
-    ),
-    tables=(
-        r"|image_encoder",
-        r"prompt_encoder\.(point_embeddings\.[0-3]|not_a_point_embed|no_mask_embed)",
-        r"prompt_encoder\.mask_downscaling\.[14]",
-        r"mask_decoder\.(iou_token|mask_tokens|output_upscaling\.1)",
-        r"mask_decoder\.transformer\.(layers\.\d+\.norm\d|norm_final_attn)",
-    ),
-    portable=(
-        r"prompt_encoder\.pe_layer",
-        r"mask_decoder\.output_upscaling\.1",
-        r"mask_decoder\.transformer\.(layers\.\d+\.norm\d|norm_final_attn)",
-    ),
-    parts=(
-        (r"prompt_encoder\.", "prompt encoder"),
-        (r"mask_decoder\.transformer\..*_proj", "decoder projections"),
-        (r"mask_decoder\.transformer\..*core\.", "decoder attention"),
-        (r"mask_decoder\.transformer\..*mlp\.", "decoder MLP"),
-        (r"mask_decoder\.transformer\.", "decoder norms"),
-        (r"mask_decoder\.", "decoder heads"),
-    ),
-    sizes=(
-        (r"prompt_encoder\..*\.bias$", "biases and layer norms"),
-        (r"prompt_encoder\.", "prompt encoder"),
-        (r"mask_decoder\.transformer(\..*)?(\.bias$|\.norm)", "biases and layer norms"),
-        (r"mask_decoder\.transformer\.", "mask decoder transformer"),
-        (r"mask_decoder\.", "mask decoder heads"),
-    ),
-    blocks=(r"mask_decoder\.transformer\.layers\.\d+",),
-    foldable=(Foldable(_TO_IMAGE, "q_proj", "k_proj"),),
-    projected=(Projected(_ATTENTION, "q_proj", "k_proj", "v_proj"),),
-    origin=("mask_decoder.mask_tokens.weight",),
-    upscaling=(
-        Place(r"mask_decoder\.output_upscaling\.0"),
-        Place(r"mask_decoder\.output_upscaling\.3", {"input": ("after-gelu",)}),
-    ),
-    upscaling_portable=(r"mask_decoder\.output_upscaling\.2",),
-)
-"""The prompt encoder and the mask decoder of all families."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4sam.sam.description import Description, Geometry, Normalization
+from ptq4sam.sam.description import Description
+from ptq4sam.sam.geometry import Geometry, Normalization
 from ptq4sam.sam.mask_decoder import MaskDecoder
 from ptq4sam.sam.prompt_encoder import PromptEncoder
 from ptq4sam.sam.transformer import TwoWayTransformer

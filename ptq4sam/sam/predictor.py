@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ptq4sam.errors import DataError
-from ptq4sam.sam.description import Geometry
+from ptq4sam.sam.geometry import Geometry
 from ptq4sam.sam.model import Features, PromptableModel
 
 ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]

@@ -17,7 +17,7 @@ from ptq4sam.deploy.targets import onnxruntime, openvino
 from ptq4sam.errors import DeployError
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.operators.base import quantized_layers
-from ptq4sam.sam.description import Geometry
+from ptq4sam.sam.geometry import Geometry
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import ImageEmbedding, Predictor
 from tests.deploy.runtime_graphs import (

@@ -12,7 +12,7 @@ from ptq4sam.methods.granularity_table import (
     fraction_bits,
     point_table,
 )
-from ptq4sam.operators.attention import values_worth
+from ptq4sam.operators.attention_products import values_worth
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.quantizers import FixedQuantizer, Mode
 from ptq4sam.quantization.whole import EXACT

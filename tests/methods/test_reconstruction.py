@@ -7,7 +7,7 @@ import math
 import pytest
 
 from ptq4sam.methods.schedule import Schedule
-from ptq4sam.quantization.scheme import Reconstruction
+from ptq4sam.quantization.recon import Reconstruction
 
 
 def run(schedule: Schedule, losses: list[float]) -> int:

@@ -28,7 +28,8 @@ from ptq4sam.operators.linear import QuantizedLinear
 from ptq4sam.quantization.modes import quantizer_mode, quantizers
 from ptq4sam.quantization.quantizers import Mode, Quantizer
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.sam.description import DECODER, TRANSFORMER, Description
+from ptq4sam.sam.decoder_description import DECODER
+from ptq4sam.sam.description import TRANSFORMER, Description
 from ptq4sam.sam.transformer import TwoWayTransformer
 from tests.golden_cases import NOT_WORSE, SEARCHED, GoldenCase
 

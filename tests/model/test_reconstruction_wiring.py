@@ -22,7 +22,8 @@ from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
 from ptq4sam.operators.base import quantized_layers
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
-from ptq4sam.quantization.scheme import Reconstruction, Scheme
+from ptq4sam.quantization.recon import Reconstruction
+from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 from tests import plain_reconstruction as plain
 from tests.model.conftest import TINY

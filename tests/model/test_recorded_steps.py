@@ -16,7 +16,8 @@ from ptq4sam.model.capture import capture_call
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
 from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.operators.base import quantized_layers
-from ptq4sam.quantization.scheme import Reconstruction, Scheme
+from ptq4sam.quantization.recon import Reconstruction
+from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 from tests.fake_graphs import FakeGraphs
 

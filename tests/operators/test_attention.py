@@ -13,6 +13,7 @@ from torch import Tensor
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.operators import attention, bias
+from ptq4sam.operators.attention_products import biased
 from ptq4sam.operators.bias import RelativePositions
 from ptq4sam.quantization import whole
 from ptq4sam.quantization.scheme import Scheme
@@ -67,7 +68,7 @@ def test_positions_of_many_steps_are_exact(
 
     monkeypatch.setattr(bias, "position_terms", watched)
     terms = positions.of_steps(steps.float(), torch.tensor(0.01), largest, slice(None), 0, size)
-    found = attention.biased(torch.zeros(1, 1, size**2, size**2), torch.tensor(1.0), terms)
+    found = biased(torch.zeros(1, 1, size**2, size**2), torch.tensor(1.0), terms)
     assert set(multiplied) == {dtype}
     expected = plain(steps.double(), tuple(t.double() for t in positions.tables))
     joined = bias.joined_terms(*expected, 1) * 0.01

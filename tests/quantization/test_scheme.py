@@ -13,14 +13,11 @@ import pytest
 import yaml
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.quantization import scheme as scheme_module
+from ptq4sam.quantization.formats import PER_TENSOR_OBSERVER_NAMES, TensorFormat
+from ptq4sam.quantization.levels import bits_of_level
 from ptq4sam.quantization.published import Methods
-from ptq4sam.quantization.scheme import (
-    Reconstruction,
-    Scheme,
-    TensorFormat,
-    bits_of_level,
-)
+from ptq4sam.quantization.recon import Reconstruction
+from ptq4sam.quantization.scheme import Scheme
 
 PUBLISHED = """
 a_qconfig: {quantizer: LSQFakeQuantize, observer: AvgMinMaxObserver, bit: 4, symmetric: False,
@@ -273,7 +270,7 @@ def test_observers_refuse_channels_exactly_where_schemes_do() -> None:
             observer(Grid(4), 0)
         except ConfigError:
             refusing.append(name)
-    assert set(refusing) == set(scheme_module.PER_TENSOR_OBSERVER_NAMES)
+    assert set(refusing) == set(PER_TENSOR_OBSERVER_NAMES)
 
 
 def test_reading_a_scheme_needs_no_torch() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ptq4sam.errors import CalibrationError
 from ptq4sam.families import build_sam
 from ptq4sam.model.calibration import CalibrationItem
-from ptq4sam.sam.description import Geometry
+from ptq4sam.sam.geometry import Geometry
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor
 

@@ -18,7 +18,7 @@ from ptq4sam.errors import CheckpointError
 from ptq4sam.families import build_sam
 from ptq4sam.families.checkpoint import image_size_of, load_sam
 from ptq4sam.families.sam_vit.sizes import SIZES, SamVariant
-from ptq4sam.sam.description import SAM_NORMALIZATION
+from ptq4sam.sam.geometry import SAM_NORMALIZATION
 from ptq4sam.sam.predictor import Predictor
 
 TOLERANCE = 1e-4  # of the largest magnitude

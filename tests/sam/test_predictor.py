@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ptq4sam.errors import DataError
 from ptq4sam.families import build_sam
 from ptq4sam.families.sam_vit.sizes import SIZES, SamVariant
-from ptq4sam.sam.description import Geometry
+from ptq4sam.sam.geometry import Geometry
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor, resized_picture
 

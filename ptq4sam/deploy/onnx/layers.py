@@ -6,23 +6,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.lowering import operator
 from ptq4sam.deploy.onnx.traced import Product, Traced
-from ptq4sam.deploy.onnx.values import (
-    Value,
-    codes_of,
-    dequantize,
-    dequantized_weight,
-    held_weight,
-    pieces_of_input,
-    quantized_steps,
-    steps_of,
-)
+from ptq4sam.deploy.onnx.values import Value, array, codes_of, dequantize, quantized_steps, steps_of
+from ptq4sam.deploy.onnx.weights import dequantized_weight, held_weight, pieces_of_input
 from ptq4sam.errors import DeployError
 from ptq4sam.operators.activation import PortableChannelGELU, PortableGELU
 from ptq4sam.operators.base import QuantizedLayer, is_portable, step_of_sums
@@ -42,12 +33,6 @@ from ptq4sam.quantization.portable import layer_norm as layer_norm_of
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d | QuantizedConv2d | PortableConv2d
 Linear = nn.Linear | QuantizedLinear
-
-
-def array(tensor: Tensor) -> NDArray[np.float32]:
-    """A parameter as a float32 array."""
-    result: NDArray[np.float32] = tensor.detach().cpu().float().numpy()
-    return result
 
 
 def _quantized_input(layer: nn.Module, x: Traced, path: str) -> Value:

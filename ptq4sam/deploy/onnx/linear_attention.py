@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from ptq4sam.deploy.codes import uniform_grid
-from ptq4sam.deploy.onnx.attention import sums_of_steps, worth_of_sums
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.lowering import operator
+from ptq4sam.deploy.onnx.sums import sums_of_steps, worth_of_sums
 from ptq4sam.deploy.onnx.traced import Traced
 from ptq4sam.deploy.onnx.values import codes_of, require_quantizing, steps_of
 from ptq4sam.errors import DeployError

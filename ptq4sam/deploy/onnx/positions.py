@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ptq4sam.deploy.onnx.attention import BIASES, Terms
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.layers import array
 from ptq4sam.deploy.onnx.traced import Traced
+from ptq4sam.deploy.onnx.values import array
 from ptq4sam.operators.bias import (
     RelativePositions,
     TableBias,

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from ptq4sam.deploy.onnx.graph import Graph
-from ptq4sam.deploy.onnx.layers import array
 from ptq4sam.deploy.onnx.lowering import lowered
 from ptq4sam.deploy.onnx.moves import UNKNOWN
 from ptq4sam.deploy.onnx.traced import Traced
+from ptq4sam.deploy.onnx.values import array
 from ptq4sam.operators.base import is_portable
 from ptq4sam.sam.prompt_encoder import PromptEncoder, waves
 

@@ -7,28 +7,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ptq4sam.deploy.codes import UniformGrid, layer_codes, uniform_grid
+from ptq4sam.deploy.codes import UniformGrid, uniform_grid
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.traced import ZERO, Traced
 from ptq4sam.errors import DeployError
 from ptq4sam.methods.grouped import GroupedGrid
 from ptq4sam.methods.hybrid_grid import BYTE, HybridGrid, hybrid_steps
 from ptq4sam.methods.lnq import TableGrid
-from ptq4sam.operators.base import QuantizedLayer
 from ptq4sam.quantization.base import Mode, Quantizer
-from ptq4sam.quantization.grid import Grid, along_channels
+from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.grids import PointGrid
-from ptq4sam.quantization.groups import GROUPED
 from ptq4sam.quantization.portable import quotient
-from ptq4sam.quantization.whole import exact_pieces
 
-_CONTAINER_BITS = 8
-_NIBBLE_BITS = 4
-_UNSIGNED = 128
+CONTAINER_BITS = 8
+UNSIGNED = 128
 """The code of 0 where signed codes are held unsigned."""
 
 
@@ -136,7 +131,7 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Va
     affine = activation_format(grid, graph.dialect.codes == "signed", path)
     if graph.multiplies_steps:
         return _rounded_codes(graph, x, grid, affine, path)
-    if grid.grid.bits < _CONTAINER_BITS:
+    if grid.grid.bits < CONTAINER_BITS:
         bounds = [
             graph.number(float(np.float32(code - grid.zero_point) * np.float32(grid.scale)))
             for code in (grid.grid.qmin, grid.grid.qmax)
@@ -181,7 +176,7 @@ def grouped_codes(graph: Graph, x: str, grid: GroupedGrid, path: str) -> Value:
     lowest, ratio = -grid.zero, grid.ratio
 
     def by_channel(kind: str, given: str, values: Tensor, name: str) -> str:
-        constant = graph.constant(f"{path}.{name}", _float32(values))
+        constant = graph.constant(f"{path}.{name}", array(values))
         return graph.node(kind, [given, constant], f"{path}.{name}.{kind}")
 
     # Powers of two: whatever a runtime makes of the products is exact.
@@ -220,108 +215,16 @@ def _rounded_codes(graph: Graph, x: str, grid: UniformGrid, affine: Affine, path
     return Value(_quantize_linear(graph, steps.clamp(low, high).name, whole, path), affine)
 
 
-@dataclass(frozen=True)
-class HeldWeight:
-    """A weight as integers: (code - zero_point) * scale.
-
-    Attributes:
-        name: of the int8 tensor, [in, out] of a linear layer, else as the layer's.
-        scale: [] or [out].
-        zero_point: in the shape of `scale`, int32; in the range of int8.
-        axis: of the output channels.
-    """
-
-    name: str
-    scale: Tensor
-    zero_point: Tensor
-    axis: int
-
-
-_ALL = slice(None)
-
-
-def held_weight(
-    graph: Graph,
-    layer: QuantizedLayer,
-    path: str,
-    outputs: Tensor | None = None,
-    inputs: slice = _ALL,
-) -> HeldWeight:
-    """The weight of a layer as integers, for some of its output and input channels.
-
-    Codes of up to 4 bits are held two in a byte, others in one each. What is multiplied are their
-    distances from the zero point where these fit into int8, up to 7 bits and for symmetric grids:
-    runtimes have faster integer products for codes without zero point.
-
-    Raises:
-        DeployError: the weight is not on a grid of at most 8 bits.
-    """
-    name = f"{path}.weight"
-    require_quantizing(layer.weight_quantizer, name)
-    weight = layer_codes(layer)
-    _check_bits(weight.grid, name)
-    bits, codes, scale, zero_point = weight.grid.bits, weight.codes, weight.scale, weight.zero_point
-    if scale.dim() == GROUPED:
-        # Steps of all groups are bytes.
-        bits, codes, scale = _CONTAINER_BITS, weight.steps(), weight.step
-        zero_point = torch.zeros_like(scale, dtype=torch.int32)
-    codes, scale, zero_point = codes[:, inputs].cpu(), scale.cpu(), zero_point.cpu()
-    if outputs is not None:
-        codes = codes[outputs]
-        if scale.dim():
-            scale, zero_point = scale[outputs], zero_point[outputs]
-    zeros = along_channels(zero_point, codes.shape, 0)
-    axis = 0
-    if codes.dim() == 2:
-        codes, axis = codes.t(), 1
-        zeros = zeros.reshape(1, -1) if zeros.dim() else zeros
-    if bits <= _NIBBLE_BITS:
-        held = graph.nibbles(name, (codes - weight.grid.qmin).cpu().numpy())
-        below = graph.constant(f"{name}.zero", (zeros - weight.grid.qmin).cpu().numpy())
-        difference = graph.node("Sub", [held, below], f"{name}.distance")
-        held = graph.cast(difference, np.int8, f"{name}.int8")
-        return HeldWeight(held, scale, torch.zeros_like(zero_point), axis)
-    distance, zero_point_held = codes - zeros, torch.zeros_like(zero_point)
-    if int(distance.min()) < -128 or int(distance.max()) > 127:
-        distance, zero_point_held = codes - _UNSIGNED, zero_point - _UNSIGNED
-    return HeldWeight(graph.constant(name, _int8(distance)), scale, zero_point_held, axis)
-
-
-def dequantized_weight(
-    graph: Graph,
-    layer: QuantizedLayer,
-    path: str,
-    outputs: Tensor | None = None,
-    inputs: slice = _ALL,
-) -> str:
-    """The float weight of a layer, from integers; see `held_weight`; or its steps."""
-    held, name = held_weight(graph, layer, path, outputs, inputs), f"{path}.weight"
-    scale = torch.ones_like(held.scale) if graph.multiplies_steps else held.scale
-    given = [held.name, graph.constant(f"{name}.scale", _float32(scale))]
-    if held.zero_point.any():
-        given.append(graph.constant(f"{name}.zero_point", _int8(held.zero_point)))
-    return graph.node("DequantizeLinear", given, f"{name}.dequantized", axis=held.axis)
-
-
-def pieces_of_input(layer: QuantizedLayer) -> list[slice]:
-    """Input channels in pieces of which float32 holds all sums of steps; mostly one."""
-    steps = layer_codes(layer).steps()
-    sizes = steps.abs().flatten(2).sum(-1) if steps.dim() > 2 else steps
-    channels, largest = sizes.shape[1], layer.input_quantizer.grid.largest_step
-    each = -(-channels // exact_pieces(sizes.float(), largest, most=channels))
-    return [slice(first, first + each) for first in range(0, channels, each)]
-
-
 def activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
     """What codes are in the graph: signed ones are distances from the zero point where these fit.
 
     Rounding x / scale and adding the zero point, as the simulation does, gives the same points.
     """
-    _check_bits(grid.grid, path)
+    check_bits(grid.grid, path)
     scale = np.array(grid.scale, np.float32)
-    if signed and (grid.grid.symmetric or grid.grid.bits < _CONTAINER_BITS):
+    if signed and (grid.grid.symmetric or grid.grid.bits < CONTAINER_BITS):
         return Affine(scale, np.array(0, np.int8))
-    shift = _UNSIGNED if grid.grid.symmetric else 0
+    shift = UNSIGNED if grid.grid.symmetric else 0
     return Affine(scale, np.array(grid.zero_point + shift, np.uint8))
 
 
@@ -338,18 +241,19 @@ def require_quantizing(quantizer: Quantizer, path: str) -> None:
         )
 
 
-def _check_bits(grid: Grid, path: str) -> None:
-    if grid.bits > _CONTAINER_BITS:
+def check_bits(grid: Grid, path: str) -> None:
+    """Refuse codes of more bits than integer kernels take.
+
+    Raises:
+        DeployError: there are more.
+    """
+    if grid.bits > CONTAINER_BITS:
         raise DeployError(
             f"{path} has {grid.bits} bits, integer kernels take up to 8: quantize to fewer"
         )
 
 
-def _float32(x: Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = x.detach().cpu().float().numpy()
-    return array
-
-
-def _int8(x: Tensor) -> NDArray[np.int8]:
-    array: NDArray[np.int8] = x.detach().cpu().to(torch.int8).numpy()
-    return array
+def array(tensor: Tensor) -> NDArray[np.float32]:
+    """A tensor as a float32 array."""
+    result: NDArray[np.float32] = tensor.detach().cpu().float().numpy()
+    return result

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ptq4sam.families.efficientvit.variants import SIZES, build_variant
-from ptq4sam.quantization.scheme import FLOAT, Scheme
+from ptq4sam.quantization.levels import FLOAT
+from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.addresses import is_address, label, select
 
 MEGABYTE = 2**20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ptq4sam.sam.description import Geometry
+from ptq4sam.sam.geometry import Geometry
 
 Kind = Literal["residual", "fused", "inverted", "attention"]
 """Blocks of a stage: two convolutions, fused MBConvs, MBConvs, or linear attention and an MBConv.

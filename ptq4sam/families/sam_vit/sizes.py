@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ptq4sam.sam.description import Geometry
+from ptq4sam.sam.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ptq4sam.sam.description import Geometry
+from ptq4sam.sam.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import nn
 from ptq4sam.model.audit.report import EncoderState, Finding
 from ptq4sam.model.insertion import ENCODER, QuantizedSam
 from ptq4sam.operators.base import WEIGHT, as_operator, form_of, quantized_operators
+from ptq4sam.quantization.levels import FLOAT
 from ptq4sam.quantization.modes import quantizers
-from ptq4sam.quantization.scheme import FLOAT
 from ptq4sam.sam.description import network_of
 
 DECODER = "mask_decoder"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ptq4sam.quantization.scheme import described_level
+from ptq4sam.quantization.levels import described_level
 
 EncoderState = Literal["quantized", "quantized in part", "float"]
 
