@@ -45,7 +45,7 @@ def on_one_step(low: Tensor, scale: Tensor, grid: Grid, channels: int) -> tuple[
     widest = octaves(grid.bits, grid.symmetric)
     step = scale.amax(1, keepdim=True) / 2**widest
     mantissa, exponent = torch.frexp(scale / step)
-    scale = step * doubled((exponent - (mantissa == 0.5).int() - 1).clamp(0, widest))
+    scale = step * doubled((exponent - (mantissa == 0.5).int()).clamp(0, widest))
     if grid.symmetric:
         return scale, torch.zeros_like(scale)
     return scale, (grid.qmin - torch.round(low / scale)).clamp(grid.qmin, grid.qmax)
