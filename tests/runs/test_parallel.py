@@ -30,7 +30,7 @@ def quantized_by(processes: int, folder: Path, data: Path) -> tuple[dict[str, ob
     for option, part in (("", "val"), ("calibration-", "train")):
         command += [f"--{option}images", str(data / f"images/{part}")]
         command += [f"--{option}annotations", str(data / f"annotations/{part}.json")]
-    command += ["--calibration-size", "3"]
+    command += ["--calibration-size", "3", "--max-per-image", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, check=False
@@ -42,7 +42,7 @@ def quantized_by(processes: int, folder: Path, data: Path) -> tuple[dict[str, ob
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     write_scenes(tmp_path, 3, 0, "train")
-    images, _ = write_scenes(tmp_path, 5, 1, "val")
+    images, _ = write_scenes(tmp_path, 4, 1, "val")
     # The second process finds it, and the first must know.
     damaged = images / "000002.jpg"
     damaged.write_bytes(damaged.read_bytes()[:2000])
@@ -50,7 +50,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     for metrics in (one, two):
         metrics.pop("phases")
     assert one == two
-    assert one["pictures"] == 4
+    assert one["pictures"] == 3
     assert one["skipped"] == {"damaged image": 1}
     states = load_file(first), load_file(second)
     assert states[0].keys() == states[1].keys()
