@@ -85,13 +85,7 @@ VARIANTS = (
         "tinysam",
         Weights("tinysam_42.3.pth", "tinysam", "github.com/xinghaochen/TinySAM"),
     ),
-    variant(
-        "tiny_vit_nano",
-        Weights(
-            "tiny_vit_nano.safetensors",
-            trained_by="ptq4sam distil --settings tools/tiny_vit_nano.yaml",
-        ),
-    ),
+    variant("tiny_vit_nano", Weights("tiny_vit_nano.safetensors")),
 )
 
 
