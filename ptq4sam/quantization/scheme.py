@@ -6,7 +6,7 @@ A scheme is read from YAML with the keys and values of the published PTQ4SAM con
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -42,11 +42,24 @@ _HIGHEST_RAISE = 100.0
 """Of learning rates, when a scheme is run with fewer steps."""
 
 
-def _with_settings(methods: Mapping[str, object] | tuple[str, ...]) -> dict[str, Record]:
+def _by_name(methods: Mapping[str, object] | tuple[object, ...]) -> Iterator[tuple[str, object]]:
+    """Names and settings of a section, or of a list of names and of sections of one method."""
+    if isinstance(methods, Mapping):
+        yield from methods.items()
+        return
+    for item in methods:
+        if isinstance(item, str):
+            yield item, None
+        elif isinstance(item, Mapping) and len(item) == 1:
+            yield from item.items()
+        else:
+            raise FieldError("methods", f"{item} given in the list, names or name: settings needed")
+
+
+def _with_settings(methods: Mapping[str, object] | tuple[object, ...]) -> dict[str, Record]:
     """Methods by name with records of their settings, from what a scheme says."""
-    given = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
     found: dict[str, Record] = {}
-    for name, settings in given.items():
+    for name, settings in _by_name(methods):
         METHODS.require(name, "methods")
         kind = METHODS[name].settings_type
         try:
@@ -87,7 +100,7 @@ class Scheme(Record):
         slots: ours; what single kinds of slots have instead, by slot and role, as
             `input@after-gelu: {grid: hybrid}`: a grid of GRIDS with its settings and perhaps `bit`,
             or for an affine one other fields of its format. See `quantization.slots`.
-        methods: ours; names in METHODS with their settings, or a list of names; each may change the
+        methods: ours; names in METHODS with their settings, or a list of them; each may change the
             model before ranges, after ranges and after reconstruction, in this order.
         compat: ours; "published" leaves activations dropped and roundings soft after
             reconstruction, as the published implementation does, to reproduce its numbers; they
@@ -106,7 +119,7 @@ class Scheme(Record):
     units: dict[str, int | str] = field(default_factory=dict)
     upscaling: Literal["float", "quantized"] = "float"
     slots: dict[str, object] = field(default_factory=dict)
-    methods: dict[str, object] | tuple[str, ...] = field(default_factory=dict)
+    methods: dict[str, object] | tuple[object, ...] = field(default_factory=dict)
     compat: Literal["faithful", "published", "study"] = "faithful"
 
     def _validate(self) -> None:

@@ -313,3 +313,12 @@ def test_other_levels_of_units_are_refused(level: int | str) -> None:
     scheme = Scheme.from_dict(yaml.safe_load(PUBLISHED))
     with pytest.raises(ConfigError, match="allowed: 2 to 16, both apart as w4a8, or float"):
         scheme.with_units({"image_encoder.neck": level})
+
+
+def test_methods_with_settings_in_a_list() -> None:
+    settings = {"pcc": {"metric": "hessian"}}
+    listed = Scheme.from_dict(changed("methods", ["key-centring", settings]))
+    assert listed == Scheme.from_dict(changed("methods", {"key-centring": {}, **settings}))
+    for given in ({"a": 1, "b": 2}, 3, ["pcc"]):
+        with pytest.raises(ConfigError, match="names or name: settings"):
+            Scheme.from_dict(changed("methods", [given]))
