@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ptq4sam.data import ImageSet
+from ptq4sam.data import CocoDataset, ImageSet
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.evaluate import has_truth, require_truth
 from ptq4sam.prompts import CacheFolders, PromptSource, cached, open_prompts
@@ -133,10 +133,13 @@ class Inputs:
     def _source(self, prompts: str, dataset: ImageSet) -> PromptSource:
         kind = parse_spec(prompts).kind
         if kind in ("ground-truth", "clicks") and not has_truth(dataset):
+            found = "without annotations"
+            if isinstance(dataset, CocoDataset):
+                found = f"of which {dataset.path} annotates none"
             raise ConfigError(
-                f"asked for prompts {prompts} on pictures without annotations: give annotations "
-                "(masks.json of ptq4sam everything are some), or boxes.json, onnx:FILE or another "
-                "detector for prompts"
+                f"asked for prompts {prompts} on pictures {found}: give annotations (masks.json of "
+                "ptq4sam everything are some), or boxes.json, onnx:FILE or another detector for "
+                "prompts"
             )
         source = open_prompts(prompts, dataset, device=self._context.device)
         return cached(source, dataset, self._kept)

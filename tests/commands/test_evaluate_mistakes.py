@@ -48,6 +48,10 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["--scheme", "SCHEME", "CALIBRATION", "--calibration-size", "0"], "1 or more"),
         (["--scheme", "SCHEME", "--calibration-annotations", "a.json"], "--calibration-images"),
         (["--scheme", "SCHEME", "--calibration-images", "IMAGES"], "ground-truth"),
+        (
+            ["--scheme", "SCHEME", "CALIBRATION", "--calibration-annotations", "none.json"],
+            "on pictures of which none.json annotates none",
+        ),
         (["--float-checkpoint", "broken.json"], "not quantized"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -61,6 +65,8 @@ def test_bad_input_is_one_line(
 ) -> None:
     content = json.loads(tiny.annotations().read_text())
     (tmp_path / "empty.json").write_text(json.dumps({**content, "images": [], "annotations": []}))
+    none = {**json.loads(tiny.annotations("train").read_text()), "annotations": []}
+    (tmp_path / "none.json").write_text(json.dumps(none))
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "folder").mkdir()
     other = {"image_id": 77, "category_id": 1, "bbox": [0, 0, 9, 9], "score": 1.0}
