@@ -141,7 +141,7 @@ TRIALS = {
     "seeds": 8,
     "steps": 5,
     "taus": 7,
-    "two-peaks": 18,
+    "two-peaks": 24,
     "units": 4,
 }
 
