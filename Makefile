@@ -11,9 +11,9 @@ demo:
 	./environment.sh
 	$(bin)/ptq4sam demo
 
-# A process for each core, up to four (tests/conftest.py).
+# In one process: with several (pytest -n auto, see CONTRIBUTING.md) a worker was lost now and then.
 test: lint site
-	$(bin)/pytest -n auto --dist worksteal
+	$(bin)/pytest
 
 # Every page, link, anchor and docstring that the site shows is there: anything else is an error.
 site:

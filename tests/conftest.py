@@ -19,6 +19,7 @@ import torch
 
 from ptq4sam.allocator import keep_freed_memory
 from ptq4sam.machine import cores
+from ptq4sam.quantization.fused import compiles
 from ptq4sam.threads import COUNTS
 from tests import golden_cases
 
@@ -46,6 +47,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     keep_freed_memory()
+    # Found out now: a test that switches kernels off must not decide for those after it.
+    compiles(torch.device("cpu"))
     if workers := config.getoption("numprocesses", None):
         # They share the cores, also with processes that their tests start.
         for name in COUNTS:

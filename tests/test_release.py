@@ -63,7 +63,7 @@ def test_contributing_names_rules_that_are_there_and_the_tests_are_run_as_it_say
     said = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^    make (\w+)", said, re.MULTILINE))
     assert {"lint", "test", "docs"} <= named <= RULES
-    tests = re.search(r"^\t\$\(bin\)/(pytest .+)$", MAKEFILE, re.MULTILINE)
+    tests = re.search(r"^\t\$\(bin\)/(pytest\b.*)$", MAKEFILE, re.MULTILINE)
     assert tests is not None
     assert f"python -m {tests[1]}\n" in WORKFLOWS[0].read_text(encoding="utf-8")
     assert "make test" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")

@@ -174,14 +174,17 @@ Written by `python tools/write_results.py`; every number was measured by it. `{m
 quantization costs, they do not compare with those of the official SAM.
 
 Mean IoU and agreement (mean IoU with the float model's masks) are with ground-truth boxes; change
-is in points of mean IoU. QDrop and PTQ4SAM-L reconstruct {steps} steps a unit with learning rates
-raised to match (published: 20,000 steps); {calibration} calibration pictures; the image encoder is
+is in points of mean IoU. {reconstruction}{calibration} calibration pictures; the image encoder is
 quantized too. Clicks are made as in interactive segmentation (docs/prompts.md), with the mean IoU
 after each; "IoU off" is how far predicted IoUs are from true ones, on average. Each row is one run,
 of one seed: figures that lie a few tenths apart, or AP a point, may change their order with another
 (docs/experiments.md has deviations over three seeds). Every quantized model passed the audit.
 """
 
+
+_RECONSTRUCTION = """\
+QDrop and PTQ4SAM-L reconstruct {steps} steps a unit with learning rates
+raised to match (published: 20,000 steps); """
 
 _BIMODAL = """\
 # What is done about bimodal keys
@@ -234,7 +237,9 @@ def page(sections: list[list[str]], arguments: argparse.Namespace, versions: dic
         _INTRODUCTION.format(
             model=arguments.model,
             parameters=sum(weight.numel() for weight in weights) / 1e6,
-            steps=arguments.steps,
+            reconstruction=""
+            if arguments.statistics_only
+            else _RECONSTRUCTION.format(steps=arguments.steps),
             calibration=arguments.calibration,
         ),
         *("\n".join(section) for section in sections),

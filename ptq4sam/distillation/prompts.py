@@ -54,7 +54,7 @@ class Prompts:
             generator: on the CPU.
         """
         points, _ = clicks_in(target, stride, generator)
-        by_box = torch.rand(len(boxes), generator=generator) < box_share
+        by_box = torch.rand(len(boxes), generator=generator, device="cpu") < box_share
         return cls(
             jittered(boxes, limit, generator),
             by_box.to(boxes.device),
@@ -114,12 +114,12 @@ def clicks_in(region: Tensor, stride: float, generator: torch.Generator) -> tupl
     """
     deep = (region * _depth(region)).flatten(1)
     deep = (deep / deep.amax(1, keepdim=True).clamp(min=1e-6)) ** 12
-    anywhere = torch.rand(len(region), 1, generator=generator).to(region.device) < 0.5
+    anywhere = torch.rand(len(region), 1, generator=generator, device="cpu").to(region.device) < 0.5
     weight = torch.where(anywhere, region.flatten(1), deep) + 1e-9
     index = torch.multinomial(weight.cpu(), 1, generator=generator)
     width = region.shape[-1]
     cell = torch.cat([index % width, index // width], dim=1)
-    inside = torch.rand(cell.shape, generator=generator)
+    inside = torch.rand(cell.shape, generator=generator, device="cpu")
     return ((cell + inside) * stride).to(region.device), index.to(region.device)
 
 
@@ -137,8 +137,8 @@ def _depth(region: Tensor) -> Tensor:
 def jittered(boxes: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     """Half of the boxes stay exact, half move like a detector's (5 % of the side, at most 10)."""
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    normal = torch.randn(boxes.shape, generator=generator).to(boxes.device)
-    uniform = torch.rand(boxes.shape, generator=generator).to(boxes.device)
+    normal = torch.randn(boxes.shape, generator=generator, device="cpu").to(boxes.device)
+    uniform = torch.rand(boxes.shape, generator=generator, device="cpu").to(boxes.device)
     noise = (0.05 * normal * sides).clamp(-10, 10) + uniform - 0.5
-    moves = (torch.rand(len(boxes), 1, generator=generator) < 0.5).to(boxes.device)
+    moves = (torch.rand(len(boxes), 1, generator=generator, device="cpu") < 0.5).to(boxes.device)
     return (boxes + noise * moves).clamp(0, limit)

@@ -171,7 +171,7 @@ class Trainer:
         for group, share in zip(self.optimizer.param_groups, self._shares, strict=True):
             group["lr"] = share * rate
         seeds = [self.settings.seed, self.number, self.step, parallel.rank()]
-        generator = torch.Generator().manual_seed(_mixed(seeds))
+        generator = torch.Generator("cpu").manual_seed(_mixed(seeds))
         self.optimizer.zero_grad(set_to_none=True)
         with learning(self.student), plain_attention(self.device):
             loss, noted = self.loss(batch.to(self.device), generator)
@@ -267,13 +267,14 @@ class Trainer:
         sampling = self.settings.sampling
         prompts = Prompts.first(batch.boxes, batch.target, stride, side, sampling.boxes, generator)
         previous: Tensor | None = None
-        rounds = int(torch.randint(sampling.rounds + 1, (), generator=generator))
+        rounds = int(torch.randint(sampling.rounds + 1, (), generator=generator, device="cpu"))
         for _ in range(rounds):
             with self._products():
                 found = decode(self.student, features, prompts, previous)
             best = 1 + found.ious[:, 1:].argmax(1)
             chosen = torch.where(prompts.lone, best, torch.zeros_like(best))
-            previous = found.masks[torch.arange(len(chosen)), chosen][:, None]
+            every = torch.arange(len(chosen), device=chosen.device)
+            previous = found.masks[every, chosen][:, None]
             prompts = prompts.refined(previous[:, 0], batch.target, stride, generator)
         return prompts, previous
 

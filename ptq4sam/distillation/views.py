@@ -89,7 +89,7 @@ class Batch:
             torch.cat([view.target for view in views]),
             torch.cat([view.points for view in views]),
             torch.cat([view.labels for view in views]),
-            torch.tensor(owner),
+            torch.tensor(owner, device="cpu"),
             torch.stack([view.seen for view in views]),
         )
 

@@ -61,7 +61,7 @@ def _sized(variant: Variant, name: str, sizes: str) -> Variant:
         with torch.device("meta"):
             sam = resized.build(None)
             side = sam.image_size
-            sam.embed(torch.zeros(1, 3, side, side))
+            sam.embed(torch.zeros(1, 3, side, side, device="meta"))
     except (ConfigError, yaml.YAMLError, RuntimeError, ValueError, AssertionError) as error:
         told = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(

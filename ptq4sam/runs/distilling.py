@@ -95,8 +95,8 @@ class DistillationRequest:
             return self.calibration
         if not self.settings.data:
             raise ConfigError(
-                "a scheme needs pictures to calibrate on: give --calibration-images and "
-                "--calibration-annotations, or --images and --annotations"
+                "a scheme needs pictures to calibrate on: give calibration pictures with "
+                "annotations, or photographs with annotations to train on"
             )
         first = self.settings.data[0]
         return DataSettings(first.images, first.annotations)
@@ -230,7 +230,7 @@ def _begin(training: Training, request: DistillationRequest) -> None:
             _log.info("nothing to resume in %s: starting from the beginning", request.work_dir)
     elif state.exists():
         raise ConfigError(
-            f"{state} is of a training that has not ended: add --resume to go on with it, delete "
+            f"{state} is of a training that has not ended: resume to go on with it, delete "
             "it, or name another work directory"
         )
 

@@ -56,7 +56,7 @@ def test_a_stopped_training_is_not_lost(
         patch.setattr(distilling, "save_file", fail)
         assert "No space left" in refusal(capsys, *command(tiny_sam))
     assert (tmp_path / "work" / STATE).exists()
-    assert "add --resume to go on with it" in refusal(capsys, *command(tiny_sam))
+    assert "resume to go on with it" in refusal(capsys, *command(tiny_sam))
     changed = refusal(capsys, *command(tiny_sam, "seed=1"), "--resume")
     assert "settings" in changed
     assert "seed: 0, asked now: seed: 1" in changed

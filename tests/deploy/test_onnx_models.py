@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from ptq4sam.deploy.onnx import attention
+from ptq4sam.deploy.onnx import attention, sums
 from ptq4sam.deploy.onnx.decoder import decoder_graph
 from ptq4sam.deploy.onnx.encoder import encoder_graph
 from ptq4sam.deploy.targets import onnxruntime, openvino
@@ -102,7 +102,7 @@ def test_products_of_digits_are_products(
     with torch.no_grad():
         expected = model.image_encoder(picture()).numpy()
     whole = encoder_graph(model, openvino.DIALECT)
-    monkeypatch.setattr(attention, "EXACT", 1.0)
+    monkeypatch.setattr(sums, "EXACT", 1.0)
     digits = encoder_graph(model, openvino.DIALECT)
     counts = []
     for graph in (whole, digits):

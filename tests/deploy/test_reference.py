@@ -10,7 +10,7 @@ from ptq4sam.deploy import reference
 from ptq4sam.deploy.reference import LONGEST_SUM, integer_model
 from ptq4sam.errors import CalibrationError, DeployError
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
-from ptq4sam.operators import arithmetic, attention, linear
+from ptq4sam.operators import arithmetic, attention_products, linear
 from ptq4sam.operators.arithmetic import Arithmetic
 from ptq4sam.operators.base import quantized_operators
 from ptq4sam.quantization.scheme import Scheme
@@ -35,7 +35,7 @@ def test_integers_are_summed(
     quantized = quantize(6)
     expected = forward(quantized)
     plain = arithmetic.integer_product
-    wrong = [linear, attention, arithmetic]
+    wrong = [linear, attention_products, arithmetic]
     for module in wrong:
         monkeypatch.setattr(module, "integer_product", lambda a, b: -plain(a, b))
     found = forward(integer_model(quantized))

@@ -102,7 +102,7 @@ VARIANTS = (
         NANO,
         Weights(
             "efficientvit_sam_nano.safetensors",
-            trained_by="ptq4sam distil --settings tools/efficientvit_sam_nano.yaml",
+            trained_by="ptq4sam distil with the settings tools/efficientvit_sam_nano.yaml",
         ),
     ),
 )
