@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="processes that prepare pictures (1); 0 for none; results do not depend on it",
+        help="threads that prepare pictures (1); 0 for none; results do not depend on it",
     )
     add_skip_bad(parser)
     add_device(parser)

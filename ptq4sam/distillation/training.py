@@ -6,11 +6,12 @@ import json
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,6 +36,8 @@ CURVE_POINTS = 200
 """Most values of a curve."""
 _SAVE_EVERY = 120.0
 """Seconds between two states."""
+_AHEAD = 8
+"""Batches that a thread makes ahead of the step that takes them."""
 _OPTIMIZER, _MODEL, _AVERAGE = "optimizer.", "model.", "average."
 
 
@@ -117,7 +120,7 @@ class Training:
         """Train to the end, from wherever it is.
 
         Args:
-            workers: processes that make batches beside this one; 0 for none. They change nothing.
+            workers: threads that make batches beside this one; 0 for none. They change nothing.
             progress: shows how far it is.
 
         Returns:
@@ -194,15 +197,28 @@ class Training:
         )
 
     def _batches(self, plan: Sequence[tuple[int, int]], workers: int) -> Iterator[Batch]:
-        """This process's part of the batches of all steps that are left."""
-        loader = torch.utils.data.DataLoader(
-            self._views,
-            batch_sampler=_Order(plan, [phase.batch for phase in self._settings.phases]),
-            collate_fn=Batch.of,
-            num_workers=workers,
-            prefetch_factor=8 if workers else None,
-        )
-        return iter(loader)
+        """This process's part of the batches of all steps that are left.
+
+        Threads make them: processes would be forked from one that has loaded runtimes, whose next
+        child then ended it by a segmentation fault.
+        """
+        order = _Order(plan, [phase.batch for phase in self._settings.phases])
+        if not workers:
+            yield from map(self._batch, order)
+            return
+        pool, waiting = ThreadPoolExecutor(workers, "views"), deque[Future[Batch]]()
+        try:
+            for keys in order:
+                waiting.append(pool.submit(self._batch, keys))
+                if len(waiting) > workers * _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _batch(self, keys: list[Key]) -> Batch:
+        return Batch.of([self._views[key] for key in keys])
 
     def _note(self, noted: dict[str, float]) -> None:
         """Keep the terms of a step; as many steps as make a point of a curve become one."""

@@ -63,7 +63,7 @@ class DistillationRequest:
         init: weights that the student begins with; None for random ones.
         teacher_checkpoint: weights of the teacher; None for the embedded ones.
         device: as `find_device` takes it.
-        workers: processes that make batches.
+        workers: threads that make batches.
         resume: go on with a state in the work directory.
         skip_bad: skip damaged pictures and unusable annotations.
         scheme: the student's quantization; None for a float one.
