@@ -191,9 +191,10 @@ _BIMODAL = """\
 
 Keys of three attentions of `vit_nano_bimodal` were given two peaks that the float masks do not see;
 `vit_nano` itself has none. BIG folds the signs of these three and nothing of `vit_nano`; in both it
-gives the decoder's keys the published observer, too, which a row shows alone. PTQ4SAM-S at 4 bits,
-the first 40 pictures of coco_mini val with ground-truth boxes, 32 calibration pictures drawn by
-each of {seeds} seeds; mean and standard deviation over seeds (`ptq4sam sweep two-peaks`).
+gives the decoder's keys the published observer, too, which is all that it changes on `vit_nano`.
+PTQ4SAM-S at 4 bits, the first 40 pictures of coco_mini val with ground-truth boxes, 32 calibration
+pictures drawn by each of {seeds} seeds; mean and standard deviation over seeds
+(`ptq4sam sweep two-peaks`).
 
 | model | keys | mean IoU | agreement | AP |
 |---|---|---|---|---|
