@@ -11,7 +11,7 @@ demo:
 	./environment.sh
 	$(bin)/ptq4sam demo
 
-# In one process: with several (pytest -n auto, see CONTRIBUTING.md) a worker was lost now and then.
+# In one process; pytest -n auto takes one for each core.
 test: lint site
 	$(bin)/pytest
 
