@@ -1,6 +1,6 @@
 """Who computes average precision: pycocotools, the reference, or faster-coco-eval.
 
-The latter is used where it is installed. It gives the same numbers several times faster, but for
+The latter is used where it is installed. It gives the same numbers in C++, but for
 2e-16 that pycocotools adds to what it divides by, and knows LVIS's rules, which pycocotools does
 not.
 """
