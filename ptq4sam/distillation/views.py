@@ -103,7 +103,7 @@ class Batch:
         return Batch([picture.to(device) for picture in self.pictures], **moved)
 
 
-class Views(torch.utils.data.Dataset[View]):
+class Views:
     """Random views, by phase and number.
 
     Args:

@@ -38,7 +38,7 @@ from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import open_prompts
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs.auditing import audit_model, require_passed
-from ptq4sam.runs.calibration import calibration_pictures
+from ptq4sam.runs.calibration import calibration_pictures, order_seed
 from ptq4sam.runs.needed import look_for_data, look_for_sam
 from ptq4sam.runs.run_log import ENDED
 from ptq4sam.runs.settings import DataSettings, find_device
@@ -176,7 +176,13 @@ def _quantized(
     data = request.calibrated_on
     dataset = data.open(skip_bad=request.skip_bad, masks=False, enough=scheme.calibrate)
     items = calibration_pictures(
-        sam, dataset, open_prompts("ground-truth", dataset), scheme.calibrate, Prompting(), progress
+        sam,
+        dataset,
+        open_prompts("ground-truth", dataset),
+        scheme.calibrate,
+        Prompting(),
+        progress,
+        order_seed(scheme, request.settings.seed),
     )
     student = begin_quantized(
         sam,

@@ -99,6 +99,28 @@ def test_pictures_without_annotations_are_refused(
     assert "learned from annotated pictures" in told
 
 
+def test_calibration_pictures_are_drawn_by_the_seed_where_the_scheme_asks_for_it(
+    tiny_sam: TinySam, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds: list[object] = []
+
+    def pictures(*arguments: object) -> None:
+        seeds.append(arguments[6])
+        raise DataError("enough is known")
+
+    monkeypatch.setattr(distilling, "calibration_pictures", pictures)
+    content = tiny_sam.scheme.read_text()
+    assert "calibrate_order: file" in content
+    for order in ("file", "random"):
+        scheme = Path(f"{order}.yaml")
+        scheme.write_text(content.replace("calibrate_order: file", f"calibrate_order: {order}"))
+        asked = ["--scheme", scheme, *tiny_sam.data("train"), "--work-dir", order]
+        own = ["--student", "tiny", "--init", tiny_sam.weights, "--output", "o.safetensors"]
+        told = refusal(capsys, "distil", *own, *asked, "--set", *QUICK, "seed=5")
+        assert "enough is known" in told
+    assert seeds == [None, 5]
+
+
 def test_a_quantized_student_resumes_and_is_scored(
     tiny_sam: TinySam,
     tmp_path: Path,
