@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq4sam.errors import is_out_of_memory
 
@@ -159,7 +159,7 @@ class _Kernel:
             result = self._function(*args)
             self._seconds += time.thread_time() - started
             return result
-        flat = _flattened(args) or _by_rows(args) or args
+        flat = _flattened(args) or _by_rows(args) or tuple(map(_without_name, args))
         try:
             if kind not in self._compiled:
                 self._compiled[kind] = self._made(kind, flat)
@@ -168,7 +168,9 @@ class _Kernel:
             # Operations one by one would need even more.
             if is_out_of_memory(error):
                 raise
-            _compiler.give_up(kind, error)
+            # Of a function torch keeps a few kernels: this call had none, others do.
+            if not _is_limit(error):
+                _compiler.give_up(kind, error)
             return self._function(*args)
 
     def _is_too_early(self, x: Tensor) -> bool:
@@ -222,6 +224,21 @@ def _options() -> dict[str, str | int | bool | Callable[..., Any]]:
     if config.cpp.vec_isa_ok is None:
         options["cpp.vec_isa_ok"] = True
     return options
+
+
+def _without_name(x: Any) -> Any:
+    """The same tensor, of which torch does not know that it is a parameter.
+
+    It makes a kernel of its own for each size of a parameter.
+    """
+    return x.view_as(x) if isinstance(x, nn.Parameter) else x
+
+
+def _is_limit(error: Exception) -> bool:
+    """Whether torch makes no more kernels of a function, for it has made many."""
+    from torch._dynamo import exc
+
+    return isinstance(error, exc.FailOnRecompileLimitHit)
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:

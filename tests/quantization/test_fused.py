@@ -212,6 +212,39 @@ def test_weights_of_all_convolutions_have_one_kernel(monkeypatch: pytest.MonkeyP
     assert len(seen) == 2
 
 
+@needs_compiler
+def test_parameters_of_all_sizes_have_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases are parameters: a model has layers of more widths than torch keeps kernels."""
+    monkeypatch.setattr(fused, "_compiler", usable_compiler())
+    rescaled = fused_exactly(whole._hard_sums)(whole._rescaled.__wrapped__)
+    kernels = torch._dynamo.utils.counters["stats"]
+    before = kernels["unique_graphs"]
+    for width in range(32, 320, 32):
+        sums = torch.randint(-1000, 1000, (2**14, width)).float()
+        scale, bias = torch.rand(width), torch.nn.Parameter(torch.randn(width))
+        with torch.no_grad():
+            assert rescaled(sums, scale, bias).equal(sums * scale + bias)
+    assert kernels["unique_graphs"] - before <= 2
+    assert fused.compiles(torch.device("cpu"))
+
+
+@needs_compiler
+def test_a_function_of_too_many_kernels_leaves_others_theirs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def times(x: Tensor, factor: int, power: float) -> Tensor:
+        return x * factor**power
+
+    monkeypatch.setattr(fused, "_compiler", usable_compiler())
+    run = fused.fused(times)
+    x = torch.ones(FEWEST_ELEMENTS)
+    with torch._dynamo.config.patch(recompile_limit=2), caplog.at_level("WARNING"):
+        for step in range(5):
+            assert run(x, 2, step / 2).equal(times(x, 2, step / 2))
+    assert fused.compiles(torch.device("cpu"))
+    assert messages(caplog) == []
+
+
 def usable_compiler() -> fused._Compiler:
     compiler = fused._Compiler()
     compiler._usable["cpu"] = True
