@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from ptq4sam.runs.settings import Metric
 from ptq4sam.sam.model import Features, Sam
 from ptq4sam.sam.predictor import ImageEmbedding, Predictor
 from ptq4sam.sam.stages import run_stages
+from ptq4sam.threads import suited_threads
 
 _NOTHING = ""
 """In place of a unit's path: nothing is exchanged."""
@@ -72,9 +74,10 @@ class Validation:
             self._embeddings.clear()
             self._encoder = encoder
         model = _EncodingOnce(sam, self._embeddings, self.cache)
-        found = evaluate_sam(
-            model, self.dataset, self.source, self.prompting, progress=self.progress
-        )
+        with _threads_of_evaluation(sam):
+            found = evaluate_sam(
+                model, self.dataset, self.source, self.prompting, progress=self.progress
+            )
         return 100 * found.metrics["mean_iou"] if self.metric == "mean_iou" else found.metrics["AP"]
 
     def gains_of_changes(
@@ -130,11 +133,12 @@ class Validation:
         if isinstance(self.source, GroundTruth):
             truth = self.source.truth(record)[: len(prompts)]
         changes = {}
-        for unit, segmented in self._masks_of_changes(sam, units, image, prompts):
-            scored = score_picture(record, prompts, segmented, truth)
-            # Masks are what AP needs, and the mean IoU does not.
-            results = scored.results if self.metric == "AP" else []
-            changes[unit] = {"results": results, "ious": scored.ious}
+        with _threads_of_evaluation(sam):
+            for unit, segmented in self._masks_of_changes(sam, units, image, prompts):
+                scored = score_picture(record, prompts, segmented, truth)
+                # Masks are what AP needs, and the mean IoU does not.
+                results = scored.results if self.metric == "AP" else []
+                changes[unit] = {"results": results, "ious": scored.ious}
         return changes
 
     def _masks_of_changes(
@@ -169,6 +173,11 @@ class Validation:
         if self.metric == "mean_iou":
             return 100 * float(np.mean([iou for part in parts for iou in part.ious]))
         return metrics_of(self.dataset.subset(pictures), parts)["AP"]
+
+
+def _threads_of_evaluation(sam: Sam) -> AbstractContextManager[None]:
+    """As `evaluate_sam` of the whole model: sums of float units depend on how many threads add."""
+    return suited_threads(sam, sam.geometry.encoder_side)
 
 
 class _EncodingOnce:

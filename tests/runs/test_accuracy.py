@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from ptq4sam.cli import main
 from ptq4sam.data import CocoDataset
 from ptq4sam.deploy.storage import load
 from ptq4sam.errors import ConfigError, DataError
+from ptq4sam.evaluation import evaluate as evaluate_module
 from ptq4sam.evaluation.evaluate import evaluate_sam
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.evaluation.segmentation import Segmented, segment
 from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.model.cache import ActivationCache
 from ptq4sam.model.exchange import exchanged
@@ -25,6 +28,7 @@ from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs import accuracy
 from ptq4sam.runs import quantizing as quantizing_module
+from ptq4sam.runs import validation as validation_module
 from ptq4sam.runs.accuracy import (
     AccuracyReport,
     control_accuracy,
@@ -35,6 +39,7 @@ from ptq4sam.runs.measurements import Measurements
 from ptq4sam.runs.settings import AccuracySettings
 from ptq4sam.runs.validation import Validation
 from ptq4sam.sam.model import Sam
+from ptq4sam.threads import COUNTS
 from tests.tiny_runs import QUICK, SCHEMES, Tiny, read_metrics, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
@@ -195,6 +200,40 @@ def test_a_change_alone_scores_as_the_whole_model_with_it(
             if name == SECOND:
                 assert validation.score(sam, "4 bits") == score(sam)
     assert len(set(gains.values())) == 3
+
+
+def test_all_ways_of_scoring_compute_with_as_many_threads(
+    tiny: Tiny, scheme: Scheme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float units add in another order with other numbers of threads, on some processors."""
+    counted: list[int] = []
+
+    def counting(*args: Any) -> Segmented:
+        counted.append(torch.get_num_threads())
+        return segment(*args)
+
+    for module in (evaluate_module, validation_module):
+        monkeypatch.setattr(module, "segment", counting)
+    for name in COUNTS:
+        monkeypatch.delenv(name, raising=False)
+    dataset = CocoDataset(tiny.images(), tiny.annotations(), limit=1)
+    source, cache = GroundTruth(dataset), ActivationCache(torch.device("cpu"), 0, tmp_path)
+    float_sam = load_sam("vit_nano")
+    paths = [path for path, _ in model_units(insert_quantizers(float_sam, scheme))]
+    sam = insert_quantizers(float_sam, scheme.with_units(dict.fromkeys(paths, "float")))
+    unit = dict(model_units(sam))[SECOND]
+    validation = Validation(dataset, source, Prompting(), "mean_iou", cache)
+    measurements = Measurements(tmp_path / "measurements.json", {}, resume=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        evaluate_sam(sam, dataset, source, Prompting())
+        validation.score(sam, "float")
+        validation.gains_of_changes(sam, {SECOND: unit}, 1, measurements, "test")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert counted == [1] * 4
 
 
 def quantize(tiny: Tiny, work_dir: Path, *more: object) -> list[str]:

@@ -35,6 +35,7 @@ from ptq4sam.sam.predictor import ImageEmbedding, Predictor
 from ptq4sam.sam.stages import Stage, State, run_stages
 from ptq4sam.studies.sensitivity.effects import Effect, PictureEffect, Power, add_up
 from ptq4sam.studies.sensitivity.targets import Target
+from ptq4sam.threads import suited_threads
 
 FLOAT, QUANTIZED, ONLY, ALL_BUT = "float", "quantized", "only", "all but"
 """What is measured: the whole models, a target alone, and all but it."""
@@ -98,13 +99,14 @@ class Study:
         chosen = self._with_boxes(pictures)
         parts: dict[Key, list[PictureEffect]] = {}
         for record in self.progress(chosen, name):
-            measured = self.measurements.value(
-                f"{name}: picture {record.id}",
-                functools.partial(
-                    parallel.from_first,
-                    functools.partial(self._picture, targets, record, kinds, scored),
-                ),
-            )
+            with suited_threads(self.sam, self.sam.geometry.encoder_side):
+                measured = self.measurements.value(
+                    f"{name}: picture {record.id}",
+                    functools.partial(
+                        parallel.from_first,
+                        functools.partial(self._picture, targets, record, kinds, scored),
+                    ),
+                )
             for kind, target, effect in measured:
                 parts.setdefault((kind, target), []).append(PictureEffect(**effect))
         return {
