@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from ptq4sam import parallel
 from ptq4sam.errors import ConfigError
 from ptq4sam.model.calibration import CalibrationItem, calibrate, methods_with
 from ptq4sam.model.float_weights import round_float_weights
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
+from ptq4sam.model.journal import BEGUN, Journal
 from ptq4sam.model.quantize import freeze, quantize_sam
 from ptq4sam.operators.base import quantized_operators
 from ptq4sam.progress import Progress, silent
@@ -50,6 +52,7 @@ def begin_quantized(
     quantize_encoder: bool = True,
     seed: int = 0,
     progress: Progress = silent,
+    journal: Journal | None = None,
 ) -> QuantizedSam:
     """A student that starts from a calibrated model, reconstructed where the scheme says so.
 
@@ -60,15 +63,29 @@ def begin_quantized(
         quantize_encoder: quantize the image encoder too.
         seed: fixes every random choice of the reconstruction.
         progress: shows how far it is.
+        journal: keeps what is finished, and gives back what was finished before; the first
+            process's only.
     """
+    quantized = insert_quantizers(sam, scheme, quantize_encoder)
+    if parallel.from_first(lambda: journal and journal.restore_model(BEGUN, quantized)):
+        parallel.copy_state_of_first(quantized)
+        quantized.folded = parallel.from_first(lambda: quantized.folded)
+        return quantized
     if scheme.recon is not None:
         quantized = quantize_sam(
-            sam, items, scheme, quantize_encoder=quantize_encoder, seed=seed, progress=progress
+            sam,
+            items,
+            scheme,
+            quantize_encoder=quantize_encoder,
+            seed=seed,
+            progress=progress,
+            journal=journal,
         )
     else:
         # Not frozen: what lies between the points of a grid is where learning goes on.
-        quantized = insert_quantizers(sam, scheme, quantize_encoder)
         calibrate(quantized, items, progress)
+    if journal is not None:
+        journal.record_model(BEGUN, quantized)
     return quantized
 
 

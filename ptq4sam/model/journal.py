@@ -32,7 +32,8 @@ _log = logging.getLogger(__name__)
 
 INDEX = "journal.json"
 """The file in a journal's folder that names its parts."""
-_CALIBRATED = "calibrated"
+CALIBRATED, BEGUN = "calibrated", "begun"
+"""Parts that are whole models: with ranges, and as the fine-tuning of a model begins."""
 
 
 class Journal:
@@ -73,18 +74,18 @@ class Journal:
         """What is known of each finished part, by name, in order; units have their losses."""
         return self._parts
 
-    def restore_calibration(self, sam: QuantizedSam) -> bool:
-        """Read the calibrated model, where the journal has it."""
-        if not self.restore(_CALIBRATED, sam):
+    def restore_model(self, name: str, sam: QuantizedSam) -> bool:
+        """Read the model as it was at a stage (CALIBRATED, BEGUN), where the journal has it."""
+        if not self.restore(name, sam):
             return False
-        sam.folded = list(self._parts[_CALIBRATED]["folded"])
-        sam.applied = dict(self._parts[_CALIBRATED]["applied"])
+        sam.folded = list(self._parts[name]["folded"])
+        sam.applied = dict(self._parts[name]["applied"])
         return True
 
-    def record_calibration(self, sam: QuantizedSam) -> None:
-        """Write the calibrated model."""
+    def record_model(self, name: str, sam: QuantizedSam) -> None:
+        """Write the model as it is at a stage."""
         # Copies: later hooks add to what the model says of itself.
-        self._record(_CALIBRATED, sam, folded=list(sam.folded), applied=dict(sam.applied))
+        self._record(name, sam, folded=list(sam.folded), applied=dict(sam.applied))
 
     def restore(self, name: str, module: nn.Module) -> bool:
         """Read the state of a finished module into it.

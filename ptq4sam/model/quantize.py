@@ -12,7 +12,7 @@ from ptq4sam.model.calibrated import CalibratedState
 from ptq4sam.model.calibration import CalibrationItem, apply_methods, calibrate, methods_with
 from ptq4sam.model.engine import reconstruct
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
-from ptq4sam.model.journal import Journal
+from ptq4sam.model.journal import CALIBRATED, Journal
 from ptq4sam.model.plan import Plan
 from ptq4sam.model.published import keep_published_defects
 from ptq4sam.operators.base import put_weights_on_grid, weight_quantizers
@@ -70,10 +70,10 @@ def quantize_sam(
     quantized = insert_quantizers(sam, scheme, quantize_encoder)
     if calibrated is not None:
         calibrated.restore(quantized)
-    elif not parallel.from_first(lambda: journal and journal.restore_calibration(quantized)):
+    elif not parallel.from_first(lambda: journal and journal.restore_model(CALIBRATED, quantized)):
         calibrate(quantized, items, progress)
         if journal is not None:
-            journal.record_calibration(quantized)
+            journal.record_model(CALIBRATED, quantized)
     exact = exact_copy(quantized) if correcting and parallel.is_first() else None
     if scheme.recon is not None and parallel.is_first():
         reconstruct(

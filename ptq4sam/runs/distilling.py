@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,8 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.files import refusal_to_write, replacing
-from ptq4sam.model.calibrated import CalibratedState
-from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
-from ptq4sam.model.journal import model_fingerprint
+from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.model.journal import Journal, model_fingerprint, run_fingerprint
 from ptq4sam.numerics import description, reproducible
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import open_prompts
@@ -40,6 +40,7 @@ from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs.auditing import audit_model, require_passed
 from ptq4sam.runs.calibration import calibration_pictures, order_seed
 from ptq4sam.runs.needed import look_for_data, look_for_sam
+from ptq4sam.runs.quantizing import JOURNAL
 from ptq4sam.runs.run_log import ENDED
 from ptq4sam.runs.settings import DataSettings, find_device
 from ptq4sam.runs.work_dir import working_in
@@ -47,9 +48,6 @@ from ptq4sam.sam.model import Sam
 from ptq4sam.version import __version__
 
 _log = logging.getLogger(__name__)
-
-START = "calibrated.safetensors"
-"""The file of a quantized student as its learning began."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,8 @@ def distil(request: DistillationRequest, progress: Progress = silent) -> Path:
         require_pair(student, teacher)
         teacher.requires_grad_(False)
     with working_in(request.work_dir):
+        if not request.resume:
+            _require_nothing_lost(request.work_dir)
         if request.scheme is None:
             average = _train(request, student, teacher, progress)
             if parallel.is_first():
@@ -135,8 +135,8 @@ def distil(request: DistillationRequest, progress: Progress = silent) -> Path:
         else:
             _fine_tune(request, request.scheme, student, teacher, progress)
         if parallel.is_first():
-            for name in (STATE, START):
-                (request.work_dir / name).unlink(missing_ok=True)
+            (request.work_dir / STATE).unlink(missing_ok=True)
+            shutil.rmtree(request.work_dir / JOURNAL, ignore_errors=True)
             _log.info("%s: %s", ENDED, request.output)
     return request.output
 
@@ -167,12 +167,11 @@ def _fine_tune(
 def _quantized(
     request: DistillationRequest, scheme: Scheme, sam: Sam, progress: Progress
 ) -> QuantizedSam:
-    """The student as learning begins: calibrated now, or by the training that is resumed."""
-    start = request.work_dir / START
-    if request.resume and start.exists() and (request.work_dir / STATE).exists():
-        student = insert_quantizers(sam, scheme, request.quantize_encoder)
-        CalibratedState.load(start).restore(student)
-        return student
+    """The student as learning begins; what the killed run had finished is in the journal.
+
+    Raises:
+        ConfigError: the journal is of other pictures, weights or another scheme.
+    """
     data = request.calibrated_on
     dataset = data.open(skip_bad=request.skip_bad, masks=False, enough=scheme.calibrate)
     items = calibration_pictures(
@@ -184,17 +183,20 @@ def _quantized(
         progress,
         order_seed(scheme, request.settings.seed),
     )
-    student = begin_quantized(
+    seed, encoder = request.settings.seed, request.quantize_encoder
+    journal = None
+    if parallel.is_first():
+        found = run_fingerprint(sam, items, scheme, quantize_encoder=encoder, seed=seed)
+        journal = Journal(request.work_dir / JOURNAL, found, resume=request.resume)
+    return begin_quantized(
         sam,
         scheme,
         items,
-        quantize_encoder=request.quantize_encoder,
-        seed=request.settings.seed,
+        quantize_encoder=encoder,
+        seed=seed,
         progress=progress,
+        journal=journal,
     )
-    if parallel.is_first():
-        CalibratedState.of(student, sam).save(start)
-    return student
 
 
 def _train(
@@ -220,21 +222,19 @@ def _train(
         _fingerprint(request, student, teacher, photographs),
         frozen=frozen,
     )
-    _begin(training, request)
+    if request.resume and not training.resume():
+        _log.info("nothing to resume in %s: training starts", request.work_dir)
     return training.run(request.workers, progress)
 
 
-def _begin(training: Training, request: DistillationRequest) -> None:
-    """Go on with a state, or begin.
+def _require_nothing_lost(folder: Path) -> None:
+    """Refuse to begin where a training has not ended.
 
     Raises:
-        ConfigError: there is a state that would be lost, or it is another training's.
+        ConfigError: there is a state that would be lost.
     """
-    state = request.work_dir / STATE
-    if request.resume:
-        if not training.resume():
-            _log.info("nothing to resume in %s: starting from the beginning", request.work_dir)
-    elif state.exists():
+    state = folder / STATE
+    if state.exists():
         raise ConfigError(
             f"{state} is of a training that has not ended: resume to go on with it, delete "
             "it, or name another work directory"

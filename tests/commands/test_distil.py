@@ -143,9 +143,9 @@ def test_a_quantized_student_resumes_and_is_scored(
     with monkeypatch.context() as patch:
         patch.setattr(distilling, "audit_model", fail)
         assert "picture was lost" in refusal(capsys, *tuned("cut"))
-    assert (tmp_path / "cut" / distilling.START).exists()
+    assert (tmp_path / "cut" / distilling.JOURNAL).exists()
     run(*tuned("cut"), "--resume")
-    assert not (tmp_path / "cut" / distilling.START).exists()
+    assert not (tmp_path / "cut" / distilling.JOURNAL).exists()
     written = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("whole", "cut")]
     assert written[0] == written[1]
     weights = ["--float-checkpoint", tiny_sam.weights]
