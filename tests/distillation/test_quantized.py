@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import ptq4sam
+from ptq4sam.deploy import open_exported
+from ptq4sam.deploy.export import export
+from ptq4sam.deploy.targets import TARGETS
 from ptq4sam.distillation.quantized import (
     begin_quantized,
     finish_quantized,
@@ -25,6 +29,7 @@ from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs.auditing import audit_model
 from ptq4sam.sam.model import Sam
+from ptq4sam.sam.predictor import Predictor
 from tests.distillation.conftest import SETTINGS, tiny_teacher
 from tests.model.conftest import scheme_of, tiny_items
 
@@ -113,3 +118,28 @@ def test_a_scheme_that_corrects_what_is_frozen_is_refused() -> None:
         require_tunable(scheme_of(4, methods=["qwt-v2"]))
     with pytest.raises(ConfigError, match="compat: published"):
         require_tunable(scheme_of(4, compat="published"))
+
+
+def test_its_exports_have_the_bits_of_the_simulation(batch: Batch, tmp_path: Path) -> None:
+    teacher, student = begun(scheme_of(4).with_overrides("w_qconfig.observer=MinMaxObserver"))
+    replaced = learn_scales(student)
+    trainer = trainer_of(teacher, student, Terms())
+    trainer.train_step(batch)
+    before = student.get_submodule(LAYER).input_quantizer.scale.detach().clone()
+    trainer.train_step(batch)
+    finish_quantized(student, replaced)
+    # What is exported was learned.
+    assert not torch.equal(student.get_submodule(LAYER).input_quantizer.scale, before)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    simulated = Predictor(student)
+    embedding = simulated.embed(image)
+    boxes = [[5.0, 6, 40, 50], [20, 10, 60, 30]]
+    expected = simulated.predict(boxes=boxes, embedding=embedding)
+    export(student, tmp_path, "onnx")
+    export(student, tmp_path, "openvino")
+    for runtime in TARGETS:
+        deployed = Predictor(open_exported(tmp_path, runtime))
+        assert torch.equal(deployed.embed(image).features, embedding.features), runtime
+        # Float layers behind the decoder's codes differ in their last bits.
+        found = deployed.predict(boxes=boxes, embedding=embedding)
+        torch.testing.assert_close(found.low_res, expected.low_res, rtol=1e-4, atol=1e-4)
