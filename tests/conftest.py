@@ -19,7 +19,7 @@ import torch
 
 from ptq4sam.allocator import keep_freed_memory
 from ptq4sam.machine import cores
-from ptq4sam.quantization.fused import compiles
+from ptq4sam.quantization import fused
 from ptq4sam.threads import COUNTS
 from tests import golden_cases
 
@@ -47,8 +47,12 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     keep_freed_memory()
-    # Found out now: a test that switches kernels off must not decide for those after it.
-    compiles(torch.device("cpu"))
+    # Compiling takes seconds a kernel, more than it saves here, and which test meets a kernel would
+    # depend on those before it. Tests of kernels take the fixture `kernels`; processes that tests
+    # start have none either. PTQ4SAM_COMPILE=1 runs all tests with kernels.
+    os.environ.setdefault(fused.SWITCH, "0")
+    # Found out now: a test that switches kernels on must not decide for those after it.
+    fused.compiles(torch.device("cpu"))
     if workers := config.getoption("numprocesses", None):
         # They share the cores, also with processes that their tests start.
         for name in COUNTS:
@@ -93,6 +97,13 @@ def shared_dir() -> Path:
     if not _SHARED.is_dir():
         pytest.skip(f"no shared folder at {_SHARED} (set PTQ4SAM_SHARED)")
     return _SHARED
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tensors are quantized by kernels, which are compiled at a function's first use."""
+    monkeypatch.setenv(fused.SWITCH, "1")
+    monkeypatch.setattr(fused._compiler, "_usable", {})
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ from ptq4sam.deploy.storage import load, save
 from ptq4sam.families import build_sam
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.operators.base import observe_weights, put_weights_on_grid
-from ptq4sam.quantization import fused
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
@@ -22,12 +21,6 @@ from ptq4sam.sam.model import Sam
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMITS = {4: 0.15, 6: 0.21, 8: 0.27}
 """Of float32, by bits of the weights: with schemes as they are, no option set."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel takes longer to compile than all weights to quantize."""
-    monkeypatch.setattr(fused, "FEWEST_ELEMENTS", 2**60)
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,7 @@ def test_gradients_of_a_caller_change_no_bits(module: nn.Module, own: nn.Module)
 
 
 @on_devices
+@pytest.mark.usefixtures("kernels")
 def test_kernels_give_the_same_bits_as_operations_one_by_one(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

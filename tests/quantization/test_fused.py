@@ -32,9 +32,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ 
 Result = tuple[Tensor, ...]
 
 
-@pytest.fixture(autouse=True)
-def _compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(fused.SWITCH, "1")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def random_bits(x: Tensor) -> torch.Generator:

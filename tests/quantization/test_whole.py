@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptq4sam.numerics import products_of
-from ptq4sam.quantization import fused, int8_products
+from ptq4sam.quantization import int8_products
 from ptq4sam.quantization import whole as whole_module
 from ptq4sam.quantization.fused import FEWEST_ELEMENTS
 from ptq4sam.quantization.int8_products import (
@@ -248,12 +248,10 @@ def test_products_are_those_of_integers(
 
 
 @on_devices
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("rows", [5, -(-FEWEST_ELEMENTS // 64)])
-def test_product_and_bias_are_rounded_one_after_the_other(
-    rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_product_and_bias_are_rounded_one_after_the_other(rows: int, device: torch.device) -> None:
     """As numpy rounds them, in compiled kernels too: a fused multiply-add would round once."""
-    monkeypatch.setenv(fused.SWITCH, "1")
     sums, scale, bias = whole(0, rows, 64, largest=2**20), torch.rand(64), torch.randn(64)
     product: np.ndarray = sums.numpy() * scale.numpy()  # type: ignore[type-arg]
     sums, scale = sums.to(device), scale.to(device)

@@ -87,9 +87,8 @@ def test_unknown_filters_name_the_nearest(asked: Request, problem: str) -> None:
 
 
 def test_every_row_is_printed_and_nothing_is_repeated(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PTQ4SAM_COMPILE", "0")
     # Two pictures to calibrate on, and annotated boxes: YOLOX-Nano is not in ckpt/.
     data = ["--images", tiny.images(), "--annotations", tiny.annotations()]
     data += ["--calibration-images", tiny.images("train")]

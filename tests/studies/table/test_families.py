@@ -172,10 +172,7 @@ def test_rows_show_sizes_and_both_figures() -> None:
     assert (line["large"], line["small"], line["also_mark"]) == ("50.0", "", "T")
 
 
-def test_a_small_table(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PTQ4SAM_COMPILE", "0")
+def test_a_small_table(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--images", tiny.images(), "--annotations", tiny.annotations()]
     data += ["--calibration-images", tiny.images("train")]
     data += ["--calibration-annotations", tiny.annotations("train")]
