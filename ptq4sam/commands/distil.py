@@ -124,7 +124,7 @@ def _request(parsed: argparse.Namespace) -> DistillationRequest:
     scheme = None if parsed.scheme is None else Scheme.from_yaml(parsed.scheme)
     settings = DistillationSettings() if scheme is None else FINE_TUNING
     if parsed.settings is not None:
-        settings = DistillationSettings.read(parsed.settings)
+        settings = DistillationSettings.read(parsed.settings, settings)
     settings = settings.with_overrides(*parsed.set)
     sources = [source.below(parsed.data) for source in settings.data]
     pair = data_pair("", parsed.images, parsed.annotations)
@@ -133,6 +133,11 @@ def _request(parsed: argparse.Namespace) -> DistillationRequest:
             raise ConfigError(
                 f"masks are learned from annotated pictures, but {pair.images} came without: add "
                 "--annotations"
+            )
+        if pair.limit is not None:
+            raise ConfigError(
+                f"{parsed.images} means its first {pair.limit} pictures, but a training shows all "
+                "of a file: give --images and --annotations of those"
             )
         sources.append(Source(pair.images, pair.annotations))
     named = {"student": parsed.student, "teacher": parsed.teacher}

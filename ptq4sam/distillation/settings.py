@@ -107,6 +107,10 @@ class Source(Record):
     weight: float = 1.0
     weights: dict[str, float] = field(default_factory=dict)
 
+    def _validate(self) -> None:
+        self._require(self.weight >= 0, "weight", "0 or more")
+        self._require(min(self.weights.values(), default=0) >= 0, "weights", "0 or more each")
+
     def below(self, folder: Path) -> Source:
         """The same with paths below a folder."""
         return Source(
@@ -187,13 +191,20 @@ class DistillationSettings(Record):
         self._require(self.seed >= 0, "seed", "0 or more")
 
     @classmethod
-    def read(cls, path: Path) -> DistillationSettings:
+    def read(cls, path: Path, others: DistillationSettings | None = None) -> DistillationSettings:
         """Read a YAML file.
+
+        Args:
+            path: the file.
+            others: have what the file does not say; None for the defaults.
 
         Raises:
             ConfigError: it is not there, or a setting is unknown or not usable.
         """
-        return cls.from_dict(read_yaml(path, "settings file"), path)
+        said = read_yaml(path, "settings file")
+        if others is not None and isinstance(said, dict):
+            said = {**others.to_dict(), **said}
+        return cls.from_dict(said, path)
 
     @property
     def steps(self) -> int:
@@ -208,10 +219,10 @@ class DistillationSettings(Record):
         """
         for number, phase in enumerate(self.phases):
             terms = phase.terms
-            if not has_teacher and terms.focal + terms.dice + terms.iou == 0:
+            if not has_teacher and terms.focal + terms.dice == 0:
                 raise ConfigError(
-                    f"phases.{number}: its terms compare with a teacher alone, and there is none: "
-                    "name one, or give focal, dice or iou a weight"
+                    f"phases.{number}: its terms that teach masks compare with a teacher alone, "
+                    "and there is none: name one, or give focal or dice a weight"
                 )
             if terms.embedding + terms.token + terms.mask + terms.focal + terms.dice == 0:
                 raise ConfigError(

@@ -257,6 +257,7 @@ def _require_inputs(request: DistillationRequest) -> None:
         ConfigError: a folder cannot be written to, or the output is one.
     """
     settings, missing = request.settings, Missing()
+    _require_together(request)
     look_for_sam(missing, settings.student, request.init)
     look_for_sam(missing, settings.teacher, request.teacher_checkpoint)
     for source in settings.data:
@@ -272,6 +273,20 @@ def _require_inputs(request: DistillationRequest) -> None:
         refusal = refusal_to_write(folder)
         if refusal is not None:
             raise ConfigError(f"{folder}: {refusal}: name another folder for what is written")
+
+
+def _require_together(request: DistillationRequest) -> None:
+    """Refuse what would be ignored.
+
+    Raises:
+        ConfigError: something is said about a teacher or about quantizers that there are none of.
+    """
+    if request.teacher_checkpoint is not None and request.settings.teacher is None:
+        raise ConfigError("weights of a teacher were given, but no teacher: name it too")
+    if request.scheme is None and request.calibration is not None:
+        raise ConfigError("calibration pictures are about quantizers: add a scheme, or leave them")
+    if request.scheme is None and not request.quantize_encoder:
+        raise ConfigError("a float image encoder is about quantizers: add a scheme")
 
 
 def _fingerprint(

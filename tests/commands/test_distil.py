@@ -83,6 +83,35 @@ def test_mistakes_are_told_before_training(
     assert not Path("work", CURVES).exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--teacher-checkpoint", "t.safetensors"], "weights of a teacher were given, but no"),
+        (["--calibration-images", "."], "calibration pictures are about quantizers"),
+        (["--decoder-only"], "a float image encoder is about quantizers"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    tiny_sam: TinySam, more: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--student", "tiny", "--output", "o.safetensors", *tiny_sam.data("train")]
+    assert told in refusal(capsys, "distil", *own, *more)
+
+
+def test_settings_in_a_file_leave_the_defaults_of_fine_tuning(
+    tiny_sam: TinySam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[distilling.DistillationRequest] = []
+    monkeypatch.setattr(distilling, "distil", lambda request, _progress: asked.append(request))
+    Path("own.yaml").write_text("seed: 3\n")
+    own = ["--settings", "own.yaml", "--output", "o.safetensors", *tiny_sam.data("train")]
+    run("distil", *own, "--scheme", tiny_sam.scheme)
+    run("distil", *own)
+    assert [request.settings.seed for request in asked] == [3, 3]
+    assert [request.settings.phases[0].steps for request in asked] == [2000, 10_000]
+    assert [request.settings.student for request in asked] == ["vit_nano", "tiny_vit_nano"]
+
+
 def vit_nano_weights() -> Path:
     from ptq4sam.families import variant_of
 

@@ -166,11 +166,12 @@ def test_sizes_of_a_name_are_checked(name: str, told: str) -> None:
 
 
 def test_phases_without_a_term_are_refused() -> None:
-    truth_alone = dataclasses.replace(
-        SETTINGS, phases=(Phase(terms=Terms(focal=0, dice=0, iou=0)),)
-    )
-    with pytest.raises(ConfigError, match=r"phases\.0: its terms compare with a teacher alone"):
-        truth_alone.require_something_to_learn(has_teacher=False)
+    for iou in (0, 1):
+        terms = Terms(focal=0, dice=0, iou=iou)
+        by_teacher = dataclasses.replace(SETTINGS, phases=(Phase(terms=terms),))
+        by_teacher.require_something_to_learn(has_teacher=True)
+        with pytest.raises(ConfigError, match=r"phases\.0: .* compare with a teacher alone"):
+            by_teacher.require_something_to_learn(has_teacher=False)
     nothing = Terms(embedding=0, token=0, mask=0, focal=0, dice=0)
     with pytest.raises(ConfigError, match=r"phases\.0\.terms: no term teaches masks"):
         dataclasses.replace(SETTINGS, phases=(Phase(terms=nothing),)).require_something_to_learn(
