@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ptq4sam.data import CocoDataset, ImageRecord, Instance
+from ptq4sam.data.annotations import repair
 from ptq4sam.data.scenes import generate_scene
 from ptq4sam.distillation.settings import Source
 from ptq4sam.errors import DataError
 from ptq4sam.files import read_json
+from ptq4sam.records import unknown_key
 
 MIN_VISIBLE_PIXELS = 3
 """Area from which on an object is asked for."""
@@ -69,7 +71,8 @@ class Photographs:
                     self._items.append((dataset, record))
                     name = of_image.get(record.id, "")
                     weights.append(source.weights.get(name, source.weight))
-        self._until = np.cumsum(weights)
+        self._weights, self._until = weights, np.cumsum(weights)
+        self._damaged: set[int] = set()
         if not self._items or self._until[-1] <= 0:
             named = ", ".join(str(source.annotations) for source in sources)
             raise DataError(f"{named}: no picture with an object is ever shown: give others")
@@ -81,16 +84,22 @@ class Photographs:
         """A random photograph, drawn by its weight.
 
         Raises:
-            DataError: it is damaged and not to be skipped.
+            DataError: it is damaged and not to be skipped, or all are.
         """
         while True:
             place = rng.random() * self._until[-1]
-            dataset, record = self._items[int(np.searchsorted(self._until, place, side="right"))]
-            pixels = dataset.load_or_skip(record)
+            index = int(np.searchsorted(self._until, place, side="right"))
+            dataset, record = self._items[index]
+            pixels = None if index in self._damaged else dataset.load_or_skip(record)
             if pixels is not None:
                 return Picture(
                     Image.fromarray(pixels),
                     [_object(i) for i in dataset.instances(record) if _is_asked_for(i)],
+                )
+            self._damaged.add(index)
+            if all(n in self._damaged for n, weight in enumerate(self._weights) if weight > 0):
+                raise DataError(
+                    f"all {len(self._damaged)} photographs that are shown are damaged: give others"
                 )
 
 
@@ -121,5 +130,21 @@ def _corners(box: NDArray[np.float32]) -> tuple[float, float, float, float]:
 
 
 def _source_names(source: Source) -> dict[int, str]:
+    """The `source` of each picture, by its id.
+
+    Raises:
+        DataError: a weight is of a source that no picture has.
+    """
     content, _ = read_json(source.annotations, "annotations file")
-    return {image["id"]: image.get("source", "") for image in content["images"]}
+    for image in content["images"]:
+        repair(image)
+    names = {image["id"]: image.get("source", "") for image in content["images"]}
+    known = sorted(set(map(str, names.values())))
+    for name in source.weights:
+        if name not in known:
+            error = unknown_key(name, known)
+            raise DataError(
+                f"weights of {source.annotations}: {error.key}: no picture has that "
+                f"source; {error.problem.partition('; ')[2]}"
+            )
+    return names

@@ -24,10 +24,14 @@ from ptq4sam.distillation.pictures import (
     draw_scene,
 )
 from ptq4sam.distillation.settings import Sampling
+from ptq4sam.errors import DataError
 from ptq4sam.sam.geometry import Geometry
 
 NEAR_POINTS = 288
 WIDE_POINTS = 64
+
+_MOST_DRAWS = 1000
+"""Pictures that a view is tried of."""
 
 Key = tuple[int, int]
 """Phase and number of a view."""
@@ -126,9 +130,14 @@ class Views:
         self._geometry, self._cells, self._seed = geometry, cells, seed
 
     def __getitem__(self, key: Key) -> View:
+        """The view of a number.
+
+        Raises:
+            DataError: a picture is damaged, or none shows an object that is large enough.
+        """
         rng = np.random.default_rng([self._seed, *key])
         sampling, side = self._sampling, self._geometry.prompt_side
-        while True:
+        for _ in range(_MOST_DRAWS):
             scene = rng.random() < sampling.scenes
             drawn = self._photographs
             picture = draw_scene(rng) if scene or drawn is None else drawn.draw(rng)
@@ -140,6 +149,11 @@ class Views:
             view = view_of(picture, rng, scale, side, self._cells, sampling.objects)
             if view is not None:
                 return view
+        raise DataError(
+            f"{_MOST_DRAWS} pictures in a row showed no object of {MIN_VISIBLE_PIXELS} pixels in "
+            f"views of {side} a side: give pictures with larger objects, or raise "
+            "sampling.smallest"
+        )
 
     def _scale(self, image: Image.Image, zoom: float) -> tuple[float, float]:
         """Pixels of the square a pixel of the picture, (x, y)."""

@@ -12,10 +12,11 @@ from PIL import Image
 
 from ptq4sam.data.scenes import write_scenes
 from ptq4sam.distillation.pictures import Object, Photographs, Picture
-from ptq4sam.distillation.settings import Source
-from ptq4sam.distillation.views import NEAR_POINTS, Batch, view_of
-from ptq4sam.errors import DataError
+from ptq4sam.distillation.settings import Sampling, Source
+from ptq4sam.distillation.views import NEAR_POINTS, Batch, Views, view_of
+from ptq4sam.errors import ConfigError, DataError
 from tests.distillation.conftest import tiny_views
+from tests.model.conftest import TINY_VARIANT
 
 
 def test_a_view_depends_on_seed_and_number_alone() -> None:
@@ -96,3 +97,37 @@ def test_photographs_are_drawn_by_weight_and_source(tmp_path: Path) -> None:
     nothing = Source(images, annotations, 0.0)
     with pytest.raises(DataError, match="no picture with an object is ever shown"):
         Photographs([nothing])
+    with pytest.raises(DataError, match="tow: no picture has that source; did you mean 'two'"):
+        Photographs([Source(images, annotations, 1.0, {"tow": 0.0})])
+    for image in content["images"]:
+        image["id"] = str(image["id"])
+    annotations.write_text(json.dumps(content))
+    again = Photographs([Source(images, annotations, 1.0, {"two": 0.0})])
+    assert np.asarray(again.draw(np.random.default_rng(0)).image).tobytes() in only
+    with pytest.raises(ConfigError, match=r"weights: .* allowed: 0 or more each"):
+        Source(images, annotations, 1.0, {"two": -1.0})
+
+
+def test_damaged_photographs_alone_are_an_error_and_no_endless_search(tmp_path: Path) -> None:
+    images, annotations = write_scenes(tmp_path, 2, seed=0)
+    shown = Photographs([Source(images, annotations)], skip_bad=True)
+    (images / "000001.jpg").write_bytes(b"no picture")
+    drawn = [np.asarray(shown.draw(np.random.default_rng(n)).image) for n in range(4)]
+    assert {pixels.tobytes() for pixels in drawn} == {Image.open(images / "000002.jpg").tobytes()}
+    (images / "000002.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="all 2 photographs that are shown are damaged"):
+        shown.draw(np.random.default_rng(0))
+
+
+def test_pictures_that_never_show_an_object_are_an_error(tmp_path: Path) -> None:
+    images, annotations = write_scenes(tmp_path, 1, seed=0)
+    content = json.loads(annotations.read_text())
+    corner = [[0, 0, 2, 0, 2, 2, 0, 2]]
+    small = {"bbox": [0, 0, 2, 2], "area": 4, "segmentation": corner}
+    content["annotations"] = [{**content["annotations"][0], **small}]
+    annotations.write_text(json.dumps(content))
+    sampling = Sampling(scenes=0, smallest=0.1, largest=0.1)
+    shown = Photographs([Source(images, annotations)])
+    views = Views(shown, sampling, TINY_VARIANT.geometry, 32, seed=0)
+    with pytest.raises(DataError, match="1000 pictures in a row showed no object of 3 pixels"):
+        views[(0, 0)]
