@@ -12,6 +12,7 @@ from ptq4sam.deploy.cost import Cost, count, meta_sam, storage
 from ptq4sam.deploy.operations import operations
 from ptq4sam.errors import ConfigError
 from ptq4sam.model.insertion import QuantizedSam, model_units
+from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sizes import parse_bytes
 
@@ -29,8 +30,8 @@ class Prices:
     """Bytes and bit operations of a model by part.
 
     Attributes:
-        fixed: of all that is not in a unit.
-        units: of each unit at each pair of bits.
+        fixed: of all that is not in a quantized unit.
+        units: of each quantized unit at each pair of bits.
     """
 
     fixed: tuple[int, int]
@@ -61,25 +62,32 @@ def prices_of(
         choices: pairs of bits.
         image_size: side of the input in pixels; None for the model's own.
     """
-    fixed = (0, 0)
     units: dict[str, dict[Bits, tuple[int, int]]] = {}
-    half = scheme.float_weights == "float16"
     for bits in choices:
-        sam = meta_sam(model, scheme.with_bits(*bits), quantize_encoder, image_size)
-        if not isinstance(sam, QuantizedSam):
-            raise TypeError("a scheme makes a quantized model")
-        names = [name for name, _ in model_units(sam)]
-        found = {name: [0, 0] for name in [*names, ""]}
-        for name, _, size in storage(sam, half):
-            found[_unit(name, names)][0] += size
-        for operation in operations(sam):
-            first, second = operation.bits
-            found[_unit(operation.name, names)][1] += operation.macs * first * second
-        rest = found.pop("")
-        fixed = (rest[0], rest[1])
-        for name, (size, work) in found.items():
-            units.setdefault(name, {})[bits] = (size, work)
+        found = _by_unit(model, scheme.with_bits(*bits), quantize_encoder, image_size)
+        for name, price in found.items():
+            if name:
+                units.setdefault(name, {})[bits] = price
+    # What is in no unit, as the upscaling, has the scheme's own bits whatever is chosen.
+    fixed = _by_unit(model, scheme, quantize_encoder, image_size)[""]
     return Prices(fixed, units)
+
+
+def _by_unit(
+    model: str, scheme: Scheme, quantize_encoder: bool, image_size: int | None
+) -> dict[str, tuple[int, int]]:
+    """Bytes and bit operations of each unit that is quantized; of all else under no name."""
+    sam = meta_sam(model, scheme, quantize_encoder, image_size)
+    if not isinstance(sam, QuantizedSam):
+        raise TypeError("a scheme makes a quantized model")
+    names = [name for name, unit in model_units(sam) if any(True for _ in quantizers(unit))]
+    found = {name: [0, 0] for name in ["", *names]}
+    for name, _, size in storage(sam, scheme.float_weights == "float16"):
+        found[_unit(name, names)][0] += size
+    for operation in operations(sam):
+        first, second = operation.bits
+        found[_unit(operation.name, names)][1] += operation.macs * first * second
+    return {name: (size, work) for name, (size, work) in found.items()}
 
 
 def _unit(name: str, units: Sequence[str]) -> str:

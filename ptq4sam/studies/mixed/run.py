@@ -227,7 +227,8 @@ def _errors(
         "scheme": json.dumps(dataclasses.replace(scheme, recon=None).to_dict()),
         "quantize_encoder": str(settings.quantize_encoder),
         "calibration": f"{calibration} {settings.calibration_prompts} {settings.prompts}",
-        "pictures": f"{asked.pictures} {dataset.fingerprint()} {source.fingerprint()}",
+        "pictures": f"{asked.pictures} of {len(dataset.images)}, {dataset.fingerprint()} "
+        f"{source.fingerprint()}",
         "prompting": json.dumps(dataclasses.asdict(settings.prompting)),
         "seed": str(settings.seed),
         "versions": json.dumps(versions()),

@@ -8,15 +8,23 @@ import random
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from ptq4sam.cli import main
+from ptq4sam.data.scenes import write_scenes
 from ptq4sam.deploy.cost import count
 from ptq4sam.errors import ConfigError
+from ptq4sam.families import VARIANTS
+from ptq4sam.model.insertion import insert_quantizers, model_units
+from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.studies.mixed.allocation import Option, allocate
 from ptq4sam.studies.mixed.prices import Budget, prices_of, read_budget
 from ptq4sam.studies.mixed.run import choose, falling, require_possible
 from ptq4sam.studies.sensitivity import study as study_module
+from tests.families.efficientvit.conftest import TINY_VARIANT as TINY_EFFICIENTVIT
+from tests.families.efficientvit.conftest import tiny_sam as tiny_efficientvit
+from tests.model.conftest import TINY_VARIANT
 from tests.tiny_runs import SCHEMES, run
 from tests.tiny_sams import TinySam
 
@@ -87,6 +95,37 @@ def test_prices_are_what_cost_counts(scheme: Scheme, encoder: bool, side: int | 
     assert prices.total(chosen) == (total.weight_bytes, total.bit_operations)
 
 
+def test_what_is_in_no_unit_has_the_bits_of_the_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, "tiny", TINY_VARIANT)
+    upscaling = Scheme.from_yaml(SCHEMES / "tinysam/w8a8.yaml")
+    prices = prices_of("tiny", upscaling, True, PAIRS)
+    chosen = dict.fromkeys(prices.units, (3, 4))
+    levels: dict[str, int | str] = dict.fromkeys(prices.units, "w3a4")
+    total = count("tiny", upscaling.with_units(levels)).total
+    assert prices.total(chosen) == (total.weight_bytes, total.bit_operations)
+
+
+def test_units_without_quantizers_have_no_bits_to_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: Scheme
+) -> None:
+    monkeypatch.setitem(VARIANTS, TINY_EFFICIENTVIT.name, TINY_EFFICIENTVIT)
+    weights = tmp_path / "tiny.safetensors"
+    sam = insert_quantizers(tiny_efficientvit(), scheme)
+    bare = {name for name, unit in model_units(sam) if not any(True for _ in quantizers(unit))}
+    assert "image_encoder.norm" in bare
+    save_file({k: v.contiguous() for k, v in tiny_efficientvit().state_dict().items()}, weights)
+    images, annotations = write_scenes(tmp_path, 1, seed=0)
+    pictures = ["--images", images, "--annotations", annotations]
+    calibration = ["--calibration-images", images, "--calibration-annotations", annotations]
+    output = tmp_path / "mixed.yaml"
+    options = ["--bits", 4, 6, "--pictures", 1, "--output", output, "--work-dir", tmp_path / "m"]
+    model = ["--model", TINY_EFFICIENTVIT.name, "--checkpoint", weights]
+    quick = ["--scheme", SCHEMES / "minmax44.yaml", "--calibration-size", 1, *calibration]
+    run("mixed", *model, *quick, *pictures, "--budget", "w4a6", *options)
+    chosen = json.loads((tmp_path / "m" / "mixed.json").read_text())["units"]
+    assert chosen.keys() == {name for name, _ in model_units(sam)} - bare
+
+
 def test_what_is_chosen_keeps_the_budget_and_spends_it_on_the_fragile(scheme: Scheme) -> None:
     prices = prices_of("vit_nano", scheme, True, PAIRS)
     budget = read_budget(["w4a4"], "vit_nano", scheme, True)
@@ -138,7 +177,10 @@ def test_fewer_bits_never_count_as_better() -> None:
 
 
 def test_the_command_writes_a_scheme_that_runs(
-    tiny_sam: TinySam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sam: TinySam,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "mixed.yaml"
     options = ["--bits", 3, 4, 6, "--pictures", 1, "--output", output, "--work-dir", tmp_path / "m"]
@@ -153,6 +195,9 @@ def test_the_command_writes_a_scheme_that_runs(
         patch.delattr(study_module.Study, "_picture")
         run("mixed", *tiny_sam.arguments(), "--budget", "w6a6", *options, "--resume")
     assert Scheme.from_yaml(output) != scheme
+    fewer = [*map(str, options), "--resume", "--limit", "2"]
+    assert main(["mixed", *tiny_sam.arguments(), "--budget", "w6a6", *fewer]) == 2
+    assert "pictures differ" in " ".join(capsys.readouterr().err.split())
     output.write_text(scheme.to_yaml())
     model = tmp_path / "model.safetensors"
     work = ["--output", model, "--work-dir", tmp_path / "q"]
