@@ -46,8 +46,8 @@ def settings_from_arguments(
         if options:
             scheme = scheme.with_overrides(*options)
     else:
-        for given in ("set", "preset", "calibration_size"):
-            if getattr(parsed, given) not in (None, []):
+        for given in ("set", "preset", "calibration_size", "decoder_only"):
+            if getattr(parsed, given) not in (None, [], False):
                 flag = given.replace("_", "-")
                 raise ConfigError(f"--{flag} changes a scheme, but none was given: add --scheme")
     checkpoint, backend = choose_backend(parsed.checkpoint, backend)

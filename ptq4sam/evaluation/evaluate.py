@@ -129,12 +129,18 @@ def require_truth(dataset: ImageSet, annotations: Path | None) -> CocoDataset:
         annotations: their file, for the message.
 
     Raises:
-        ConfigError: no picture is annotated.
+        ConfigError: no picture is annotated, or with crowd regions alone, which prompt nothing and
+            do not count.
     """
     if not isinstance(dataset, CocoDataset) or not has_truth(dataset):
         raise ConfigError(
             f"accuracy is measured on annotated pictures, but {annotations} has no "
             "annotations of those: give others"
+        )
+    if all(one.iscrowd for record in dataset.images for one in dataset.instances(record)):
+        raise ConfigError(
+            f"accuracy is measured on single objects, but {annotations} has crowd regions alone "
+            "on those pictures: give others"
         )
     return dataset
 

@@ -40,10 +40,9 @@ class PictureWriter:
 
 def file_names(dataset: ImageSet) -> dict[int, str]:
     """For each picture's id its own name, with the id where another has the same one."""
-    stems = Counter(record.path.stem for record in dataset.images)
-    return {
-        record.id: record.path.stem
-        if stems[record.path.stem] == 1
-        else f"{record.path.stem}-{record.id}"
-        for record in dataset.images
-    }
+    stems = {record.id: record.path.stem for record in dataset.images}
+    times = Counter(stems.values())
+    with_ids = {id_: f"{stem}-{id_}" for id_, stem in stems.items()}
+    names = {id_: stem if times[stem] == 1 else with_ids[id_] for id_, stem in stems.items()}
+    # A picture may be called as another is with its id.
+    return names if len(set(names.values())) == len(names) else with_ids

@@ -43,6 +43,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["--show-dir", "broken.json"], "broken.json"),
         (["--scheme", "exp/nowhere.yaml"], "nowhere.yaml"),
         (["--scheme-options", "recon.iters=2"], "--scheme"),
+        (["--decoder-only"], "--decoder-only changes a scheme, but none was given"),
         (["--scheme", "SCHEME"], "give calibration pictures"),
         (["--scheme", "SCHEME", "--scheme-options", "calibrat=2"], "calibrate"),
         (["--scheme", "SCHEME", "CALIBRATION", "--calibration-size", "0"], "1 or more"),

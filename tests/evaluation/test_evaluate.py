@@ -7,14 +7,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ptq4sam.data import CocoDataset, ImageFolder, ImageRecord
-from ptq4sam.errors import DataError
+from ptq4sam.data import CocoDataset, ImageFolder, ImageRecord, ImageSet
+from ptq4sam.errors import ConfigError, DataError
 from ptq4sam.evaluation import MaskScores, mask_ious
-from ptq4sam.evaluation.evaluate import Picture, evaluate_sam, has_truth, select
+from ptq4sam.evaluation.evaluate import (
+    Picture,
+    evaluate_sam,
+    has_truth,
+    require_truth,
+    select,
+)
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.prompts import GroundTruth, Prompts, cached
-from ptq4sam.runs.pictures import PictureWriter
+from ptq4sam.runs.pictures import PictureWriter, file_names
 from ptq4sam.sam.model import Sam
 from tests.tiny_runs import Tiny
 
@@ -53,6 +59,29 @@ def test_mean_iou_compares_each_mask_with_its_own_object(sam: Sam, tiny: Tiny) -
         chosen = [iou for iou, area in zip(ious, areas, strict=True) if low <= area <= high]
         expected = np.mean(chosen) if chosen else np.nan
         assert evaluation.metrics[f"mean_iou_{size}"] == pytest.approx(expected, nan_ok=True)
+
+
+def test_crowd_regions_alone_are_nothing_to_measure_accuracy_on(tiny: Tiny, tmp_path: Path) -> None:
+    content = json.loads(tiny.annotations().read_text())
+    for annotation in content["annotations"][1:]:
+        annotation["iscrowd"] = 1
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(content))
+    dataset = CocoDataset(tiny.images(), own)
+    assert require_truth(dataset, own) is dataset
+    content["annotations"][0]["iscrowd"] = 1
+    own.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="crowd regions alone"):
+        require_truth(CocoDataset(tiny.images(), own), own)
+
+
+def test_names_of_pictures_are_each_their_own() -> None:
+    dataset = ImageSet(skip_bad=False)
+    names = ("a/one.jpg", "b/one.jpg", "two.jpg")
+    dataset.images = [ImageRecord(n, Path(name), 1, 1) for n, name in enumerate(names, start=1)]
+    assert file_names(dataset) == {1: "one-1", 2: "one-2", 3: "two"}
+    dataset.images.append(ImageRecord(4, Path("one-2.png"), 1, 1))
+    assert file_names(dataset) == {1: "one-1", 2: "one-2", 3: "two-3", 4: "one-2-4"}
 
 
 def test_boxes_that_are_used() -> None:

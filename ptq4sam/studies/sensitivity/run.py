@@ -92,14 +92,15 @@ def study_model(
         study = _study(settings, asked, prepared, progress)
         measure = _measure_alone if asked.alone else _measure
         found = measure(study, targets, asked, metric)
+        proxy = asked.pictures if asked.alone else asked.proxy_pictures
         about = {
             "model": prepared.sam.name,
             "scheme": prepared.sam.scheme.to_dict(),
             "metric": metric,
             "prompts": settings.prompts,
             "pictures": {
-                "proxy": asked.pictures if asked.alone else asked.proxy_pictures,
-                "measured": asked.pictures,
+                "proxy": len(study.with_boxes(proxy)),
+                "measured": len(study.with_boxes(asked.pictures)),
             },
             "published_float": {"mean_iou": FLOAT_MEAN_IOU.get(label(prepared.sam.name))},
             "seed": settings.seed,

@@ -69,6 +69,7 @@ class Study:
     def __post_init__(self) -> None:
         self._switches = Switches(self.sam, self.float_sam)
         self._predictor = Predictor(self.sam)
+        self._chosen: dict[int, list[ImageRecord]] = {}
 
     def effects(
         self,
@@ -96,7 +97,7 @@ class Study:
         Raises:
             DataError: no picture has a box.
         """
-        chosen = self._with_boxes(pictures)
+        chosen = self.with_boxes(pictures)
         parts: dict[Key, list[PictureEffect]] = {}
         for record in self.progress(chosen, name):
             with suited_threads(self.sam, self.sam.geometry.encoder_side):
@@ -114,8 +115,14 @@ class Study:
             for key, found in parts.items()
         }
 
-    def _with_boxes(self, pictures: int) -> list[ImageRecord]:
-        """The first pictures that can be read and have boxes."""
+    def with_boxes(self, pictures: int) -> list[ImageRecord]:
+        """The first pictures that can be read and have boxes, as many or all there are.
+
+        Raises:
+            DataError: no picture has a box.
+        """
+        if pictures in self._chosen:
+            return self._chosen[pictures]
         chosen: list[ImageRecord] = []
         for record in self.dataset.images:
             if len(chosen) == pictures:
@@ -125,6 +132,7 @@ class Study:
                 chosen.append(record)
         if not chosen:
             raise DataError(f"{self.source.name} gave no box on any picture: nothing to measure on")
+        self._chosen[pictures] = chosen
         return chosen
 
     def _prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.families import VARIANTS
 from ptq4sam.quantization.scheme import Scheme
@@ -137,7 +138,7 @@ class StudyTable:
         request: which part of it; its `detectors` are measures.
 
     Raises:
-        ConfigError: a filter is unknown.
+        ConfigError: a filter is unknown, or something is asked that its schemes have not.
     """
 
     name: str
@@ -166,6 +167,11 @@ class StudyTable:
         ]
         self._saved: dict[tuple[str, str], float] = {}
         self._schemes = {name: self._scheme(self._known[name]) for name in self._methods}
+        if asked.steps is not None and all(s.recon is None for s in self._schemes.values()):
+            raise ConfigError(
+                f"asked for {asked.steps} steps of reconstruction, but no scheme of the table "
+                f"{self.name} reconstructs: leave the steps away"
+            )
 
     def cells(self) -> Iterator[Cell]:
         """The cells in the order of the table, each with what it misses."""
@@ -216,6 +222,7 @@ class StudyTable:
         asked = self.request
         return TrialSettings(
             scheme=scheme,
+            steps=asked.steps if scheme.recon is not None else None,
             # A model that is not there yet runs nothing.
             model=model if model in VARIANTS else "vit_nano",
             checkpoint=_checkpoint(model),

@@ -65,8 +65,11 @@ def of_file(tiny_sam: TinySam, path: Path, work_dir: Path, *more: object) -> lis
 def test_the_fragile_unit_is_the_worst(
     tiny_sam: TinySam, fragile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(*of_file(tiny_sam, fragile, tmp_path / "s", "--by", "unit", "quantizer", "--measure", 3))
+    asked = ["--by", "unit", "quantizer", "--measure", 3, "--pictures", 9]
+    run(*of_file(tiny_sam, fragile, tmp_path / "s", *asked))
     content = studied(tmp_path / "s")
+    # There are three to measure on.
+    assert content["pictures"] == {"proxy": 1, "measured": 3}
     by_error = min(
         content["targets"], key=lambda target: target["only"]["embedding_sqnr_db"] or 999
     )

@@ -52,6 +52,11 @@ def test_figures_are_the_published_ones(
     assert (str(found), found.sizes) == (figure, sizes)
 
 
+def test_steps_of_a_table_that_reconstructs_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="asked for 5 steps of reconstruction, but no scheme"):
+        _cells("tinysam", steps=5)
+
+
 def test_figures_of_devices_and_of_older_weights_stand_beside() -> None:
     def also(table: str, measure: str, model: str, method: str) -> str:
         return str(published_of_family(table, measure, model, method).also)
