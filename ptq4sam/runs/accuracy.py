@@ -19,6 +19,7 @@ from ptq4sam.methods.assignment import make_quantizer
 from ptq4sam.model.exchange import exchanged, take_units
 from ptq4sam.model.insertion import ENCODER, QuantizedSam, model_units
 from ptq4sam.quantization.levels import FLOAT, bits_of_level, described_level
+from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs.measurements import Measurements
 from ptq4sam.runs.settings import AccuracySettings
@@ -160,11 +161,13 @@ class _Control:
 
     def effects(self, level: Level, donor: QuantizedSam, pictures: int) -> dict[str, float]:
         """What each lower unit gives back at a level, on some pictures, best first."""
-        scheme = self.sam.scheme
+        scheme, own = self.sam.scheme, dict(model_units(self.sam))
         units = {
             name: unit
             for name, unit in model_units(donor)
-            if _bits(scheme.units.get(name, 0)) < _bits(level)
+            # A norm between units is one too, and has nothing to give back.
+            if any(True for _ in quantizers(own[name]))
+            and _bits(scheme.units.get(name, 0)) < _bits(level)
         }
         found = self.validation.gains_of_changes(
             self.sam,

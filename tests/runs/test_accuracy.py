@@ -40,6 +40,7 @@ from ptq4sam.runs.settings import AccuracySettings
 from ptq4sam.runs.validation import Validation
 from ptq4sam.sam.model import Sam
 from ptq4sam.threads import COUNTS
+from tests.families.efficientvit.conftest import tiny_sam as tiny_efficientvit
 from tests.tiny_runs import QUICK, SCHEMES, Tiny, read_metrics, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
@@ -71,7 +72,8 @@ class KnownDamage:
 
     def _cost(self, name: str, bits: set[int]) -> float:
         full = self.damage.get(name, self.others)
-        return {(4,): full, (8,): self.at_8_bits, (): 0.0}[tuple(bits)]
+        # The state of a linear attention has more bits than the rest of its unit.
+        return {4: full, 8: self.at_8_bits, 0: 0.0}[min(bits, default=0)]
 
     def gains_of_changes(
         self, sam: QuantizedSam, units: dict[str, nn.Module], *_: object
@@ -84,16 +86,20 @@ class KnownDamage:
 
 
 def controlled(
-    scheme: Scheme, validation: KnownDamage, tmp_path: Path, max_drop: float
+    scheme: Scheme,
+    validation: KnownDamage,
+    tmp_path: Path,
+    max_drop: float,
+    whole: Sam | None = None,
 ) -> tuple[QuantizedSam, AccuracyReport]:
-    float_sam = load_sam("vit_nano")
-    sam = insert_quantizers(float_sam, scheme, quantize_encoder=False)
+    """Of the decoder of vit_nano, or of another SAM as a whole."""
+    float_sam = whole or load_sam("vit_nano")
+    sam = insert_quantizers(float_sam, scheme, whole is not None)
 
     def at_level(level: int | str) -> QuantizedSam:
         names = [name for name, _ in model_units(sam)]
-        return insert_quantizers(
-            float_sam, scheme.with_units(dict.fromkeys(names, level)), quantize_encoder=False
-        )
+        units = scheme.with_units(dict.fromkeys(names, level))
+        return insert_quantizers(float_sam, units, whole is not None)
 
     report = control_accuracy(
         sam,
@@ -145,6 +151,14 @@ def test_units_that_a_scheme_keeps_higher_are_not_lowered(scheme: Scheme, tmp_pa
     sam, report = controlled(given, KnownDamage({WORST: 5, SECOND: 3}), tmp_path, max_drop=0.08)
     assert sam.scheme.units == {SECOND: "float", WORST: 8}
     assert SECOND not in report.effects["8"]
+
+
+def test_units_without_quantizers_are_not_returned(scheme: Scheme, tmp_path: Path) -> None:
+    sam, report = controlled(scheme, KnownDamage({}), tmp_path, 0, tiny_efficientvit())
+    bare = {name for name, unit in model_units(sam) if not any(True for _ in quantizers(unit))}
+    assert "image_encoder.norm" in bare
+    others = {name for name, _ in model_units(sam)} - bare
+    assert report.kept.keys() == report.effects["8"].keys() == others
 
 
 @pytest.mark.parametrize(
