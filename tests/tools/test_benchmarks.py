@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ptq4sam.errors import ConfigError
 from ptq4sam.families import VARIANTS
 from tests.families.efficientvit.conftest import TINY, TINY_VARIANT
 
@@ -40,15 +42,41 @@ def test_a_table_comes_out(script: str, arguments: list[str], rows: int) -> None
     )
 
 
-def test_uneven_channels_break_the_studys_int8_and_not_ours(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = ROOT / "benchmarks" / "efficientvit_ranges.py"
-    spec = importlib.util.spec_from_file_location("efficientvit_ranges", path)
+def imported(name: str) -> Any:
+    """The module of a benchmark."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
+    # Dataclasses look for their module.
+    sys.modules[name] = benchmark
     spec.loader.exec_module(benchmark)
+    return benchmark
+
+
+def test_students_are_trained_once_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = imported("distillation")
+    monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
+    smallest = ["--steps", "2", "--batch", "1", "--pictures", "1", "--only", "students"]
+    asked = [*smallest, "--work-dir", str(tmp_path)]
+    assert benchmark.main(asked) == 0
+    told = capsys.readouterr().out
+    means = [float(line.split("|")[2]) for line in told.splitlines()[2:5]]
+    assert means[0] > max(means[1:])
+    assert f"less {benchmark.ALONE}: {means[1] - means[2]:+.1f}" in told.replace("-0.0", "+0.0")
+    monkeypatch.setattr(benchmark, "distil", None)
+    assert benchmark.main(asked) == 0
+    assert capsys.readouterr().out == told
+    with pytest.raises(ConfigError, match="begun with other steps"):
+        benchmark.main([*asked, "--steps", "3"])
+
+
+def test_uneven_channels_break_the_studys_int8_and_not_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = imported("efficientvit_ranges")
     monkeypatch.setitem(VARIANTS, "tiny_efficientvit", TINY_VARIANT)
     with torch.random.fork_rng(), torch.no_grad():
         even = benchmark.uneven_sam("tiny_efficientvit", 0.0, ["depthwise", "fused"])
