@@ -13,7 +13,7 @@ from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.prompts import GroundTruth
 from ptq4sam.runs.calibration import calibration_pictures
 from ptq4sam.sam.predictor import Predictor
-from tests.tiny_runs import QUICK, SCHEMES, Tiny
+from tests.tiny_runs import QUICK, SCHEMES, SMALL, Tiny
 
 pytest_plugins = ("tests.tiny_fixtures",)
 
@@ -26,7 +26,7 @@ def test_everything_that_is_listed_is_there() -> None:
 
 
 def test_quantize_evaluate_save_and_load(tiny: Tiny, tmp_path: Path) -> None:
-    sam = ptq4sam.load_sam("vit_nano", tiny.checkpoint)
+    sam = ptq4sam.load_sam(SMALL, tiny.checkpoint)
     before = {name: tensor.clone() for name, tensor in sam.state_dict().items()}
     train = ptq4sam.CocoDataset(tiny.images("train"), tiny.annotations("train"))
     val = ptq4sam.CocoDataset(tiny.images(), tiny.annotations(), limit=1)
@@ -52,7 +52,7 @@ def test_quantize_evaluate_save_and_load(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_calibration_items_give_the_model_that_their_data_set_gives(tiny: Tiny) -> None:
-    sam = ptq4sam.load_sam("vit_nano", tiny.checkpoint)
+    sam = ptq4sam.load_sam(SMALL, tiny.checkpoint)
     train = ptq4sam.CocoDataset(tiny.images("train"), tiny.annotations("train"))
     scheme = ptq4sam.Scheme.from_yaml(SCHEMES / "minmax66.yaml").with_overrides(
         "calibrate=1", *QUICK
@@ -67,7 +67,7 @@ def test_calibration_items_give_the_model_that_their_data_set_gives(tiny: Tiny) 
 
 
 def test_bad_input_is_a_named_error(tiny: Tiny) -> None:
-    sam = ptq4sam.load_sam("vit_nano", tiny.checkpoint)
+    sam = ptq4sam.load_sam(SMALL, tiny.checkpoint)
     folder = ptq4sam.ImageFolder(tiny.images())
     with pytest.raises(ConfigError, match="no such scheme file"):
         ptq4sam.quantize(sam, folder, "nowhere.yaml")

@@ -1,4 +1,4 @@
-"""Five generated scenes of few objects, a vit_nano with random weights, and the same one quantized.
+"""Five generated scenes of few objects, a small SAM with random weights, and it quantized.
 
 A module that needs them says `pytest_plugins = ("tests.tiny_fixtures",)`: they are then made once
 for all of them.
@@ -6,8 +6,11 @@ for all of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 from ptq4sam.data.scenes import write_scenes
-from ptq4sam.families import build_sam
-from tests.tiny_runs import Quantized, Tiny, read_metrics, run
+from ptq4sam.families import VARIANTS, build_sam
+from ptq4sam.families.family import Weights
+from ptq4sam.families.sam_vit.variants import variant
+from tests.model.conftest import TINY
+from tests.tiny_runs import SMALL, Quantized, Tiny, read_metrics, run
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +31,50 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     for count, seed, split in ((2, 0, "train"), (3, 1, "val")):
         _, annotations = write_scenes(folder, count, seed=seed, split=split)
         _keep_few_objects(annotations)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = build_sam("vit_nano").state_dict()
     checkpoint = folder / "random.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, checkpoint)
+    _write_weights(checkpoint, 0)
     return Tiny(folder, checkpoint)
+
+
+def _write_weights(path: Path, seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_sam(SMALL)
+        for parameter in model.parameters():
+            # Zero-initialised tables would hide mistakes in the relative positions.
+            torch.nn.init.normal_(parameter, std=0.15) if parameter.dim() > 1 else None
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+
+
+@pytest.fixture(scope="session")
+def _embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("embedded") / "vit_nano.safetensors"
+    _write_weights(path, 1)
+    return path
+
+
+@pytest.fixture
+def small_nano(_embedded: Path) -> Iterator[None]:
+    """The embedded vit_nano is a small SAM with random weights, in this process."""
+    with _small_nano(_embedded):
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_nano_in_module(_embedded: Path) -> Iterator[None]:
+    """The same for all tests of a module, and for what they share."""
+    with _small_nano(_embedded):
+        yield
+
+
+@contextlib.contextmanager
+def _small_nano(weights: Path) -> Iterator[None]:
+    # An absolute path is not looked for in the package.
+    small = variant("vit_nano", TINY, Weights(str(weights)))
+    with pytest.MonkeyPatch.context() as patch:
+        own = VARIANTS["vit_nano"]
+        patch.setitem(VARIANTS, "vit_nano", replace(small, everything=own.everything))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ def test_audit_of_a_file_with_a_defect(
     quantized: Quantized, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sam = ptq4sam.load(quantized.path)
-    path = "image_encoder.blocks.2.mlp.lin2.input_quantizer"
+    path = "image_encoder.blocks.1.mlp.lin2.input_quantizer"
     sam.get_submodule(path).scale *= 1000
     ptq4sam.save(sam, tmp_path / "defect.safetensors")
     capsys.readouterr()

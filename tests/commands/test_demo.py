@@ -11,8 +11,11 @@ import pytest
 from ptq4sam.runs import demo
 from tests.tiny_runs import AP, QUICK, read_metrics, run
 
+pytest_plugins = ("tests.tiny_fixtures",)
+
 
 def test_the_demo_in_an_empty_folder_ends_without_a_warning(
+    small_nano: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

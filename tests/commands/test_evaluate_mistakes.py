@@ -9,7 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ptq4sam.cli import main
-from tests.tiny_runs import SCHEMES, Quantized, Tiny, refusal
+from tests.tiny_runs import REPOSITORY, SCHEMES, Quantized, Tiny, refusal
+
+NANO = REPOSITORY / "ptq4sam" / "assets" / "vit_nano.safetensors"
 
 pytest_plugins = ("tests.tiny_fixtures",)
 
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["--annotations", "empty.json"], "no image"),
         (["--annotations", "broken.json"], "broken.json"),
         (["--checkpoint", "nowhere.pth"], "nowhere.pth"),
-        (["--model", "vit_b"], "vit_nano"),
+        (["--model", "vit_b", "--checkpoint", str(NANO)], "vit_nano"),
         (["--model", "vit_x"], "vit_b, vit_l"),
         (["--prompts", "scene-detektor"], "did you mean scene-detector"),
         (["--prompts", "nowhere.json"], "nowhere.json"),

@@ -30,13 +30,17 @@ def test_file_scores_as_the_model_that_was_written(
 
 
 def test_no_agreement_with_weights_that_the_file_was_not_made_of(
-    tiny: Tiny, quantized: Quantized, tmp_path: Path
+    tiny: Tiny, small_nano: None, tmp_path: Path
 ) -> None:
-    run("evaluate", "--checkpoint", quantized.path, *tiny.data(), "--work-dir", "alone")
-    metrics = read_metrics(tmp_path / "alone")
+    scheme = tiny.scheme("minmax44")
+    made = ["quantize", "--checkpoint", tiny.checkpoint, *tiny.data(), *scheme]
+    run(*made, "--output", "w4a4.safetensors", "--work-dir", "made")
+    run("evaluate", "--checkpoint", "w4a4.safetensors", *tiny.data(), "--work-dir", "alone")
+    metrics, before = (read_metrics(tmp_path / name) for name in ("alone", "made"))
+    assert "agreement" in before
     assert "agreement" not in metrics
     assert "float" not in metrics
-    assert metrics["mean_iou"] == quantized.metrics["mean_iou"]
+    assert metrics["mean_iou"] == before["mean_iou"]
 
 
 def test_folder_of_pictures_agrees_with_the_float_model(

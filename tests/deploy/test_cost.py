@@ -14,7 +14,7 @@ from ptq4sam.deploy.operations import operations
 from ptq4sam.deploy.size_report import size_report
 from ptq4sam.errors import ConfigError
 from ptq4sam.quantization.scheme import Scheme
-from tests.tiny_runs import SCHEMES, Quantized, run
+from tests.tiny_runs import SCHEMES, SMALL, Quantized, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
 
@@ -155,7 +155,7 @@ def test_exceptions_of_a_scheme_and_half_precision_count() -> None:
 
 def test_bytes_are_those_of_a_file(quantized: Quantized) -> None:
     codes = sum(part.size for part in size_report(quantized.path).parts if "bits" in part.kind)
-    parts = count("vit_nano", exact("ptq4sam-s44")).parts
+    parts = count(SMALL, exact("ptq4sam-s44")).parts
     values = sum(p.values for p in size_report(quantized.path).parts if "bits" in p.kind)
     with_codes = [part for part in parts if part.weight_bytes < part.float_weight_bytes]
     # Of these parts what is no code is biases, and scales and zero points a channel.
@@ -163,7 +163,7 @@ def test_bytes_are_those_of_a_file(quantized: Quantized) -> None:
     biases = sum(part.parameters for part in with_codes) - values
     channels = sum(
         weight.shape[0]
-        for name, weight in meta_sam("vit_nano").state_dict().items()
+        for name, weight in meta_sam(SMALL).state_dict().items()
         if (
             any(f".{layer}.weight" in name for layer in ("qkv", "proj", "lin1", "lin2"))
             and "patch_embed" not in name

@@ -11,6 +11,8 @@ import pytest
 from tests.docs.pages import small
 from tests.tiny_runs import REPOSITORY
 
+pytest_plugins = ("tests.tiny_fixtures",)
+
 NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
 
 
@@ -23,6 +25,7 @@ def test_there_are_two() -> None:
     assert [path.stem for path in NOTEBOOKS] == ["quantize-and-look", "your-own-sam"]
 
 
+@pytest.mark.usefixtures("small_nano")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

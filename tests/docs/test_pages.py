@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from ptq4sam import families
-from ptq4sam.quantization import fused
 from ptq4sam.quantization.registry import METHODS, OBSERVERS, QUANTIZERS
 from tests.docs.pages import blocks, run
 from tests.tiny_runs import REPOSITORY
 from tools.write_readme import readme_table, with_table
+
+pytest_plugins = ("tests.tiny_fixtures",)
 
 DOCS = REPOSITORY / "docs"
 PAGES = (
@@ -35,15 +36,13 @@ PAGES = (
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def checkout(small_nano: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with what pages expect of a checkout; what they register is forgotten afterwards."""
     for name in ("exp", "projects"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(families, "VARIANTS", dict(families.VARIANTS))
-    monkeypatch.setenv(fused.SWITCH, "0")
-    monkeypatch.setattr(fused._compiler, "_usable", {})
     for registry in (OBSERVERS, QUANTIZERS, METHODS):
         # Those of ours that were not imported yet would be forgotten with the examples.
         assert all(registry[name] for name in registry.names)

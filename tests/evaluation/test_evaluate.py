@@ -22,7 +22,7 @@ from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.prompts import GroundTruth, Prompts, cached
 from ptq4sam.runs.pictures import PictureWriter, file_names
 from ptq4sam.sam.model import Sam
-from tests.tiny_runs import Tiny
+from tests.tiny_runs import SMALL, Tiny
 
 FIELDS = ("boxes", "scores", "category_ids")
 
@@ -31,7 +31,7 @@ pytest_plugins = ("tests.tiny_fixtures",)
 
 @pytest.fixture(scope="module")
 def sam(tiny: Tiny) -> Sam:
-    return load_sam("vit_nano", tiny.checkpoint)
+    return load_sam(SMALL, tiny.checkpoint)
 
 
 def test_mean_iou_compares_each_mask_with_its_own_object(sam: Sam, tiny: Tiny) -> None:

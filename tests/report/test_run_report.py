@@ -36,8 +36,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_a_real_run_is_reported(quantized: Quantized, tmp_path: Path) -> None:
     record = RunRecord.read(quantized.work_dir)
     assert record.distributions is not None
-    assert len(record.distributions.attentions) == 13
-    assert len(record.distributions.layers) == 58
+    assert len(record.distributions.attentions) == 9
+    assert len(record.distributions.layers) == 42
     assert sum(part.size for part in record.file) == quantized.path.stat().st_size
     assert len(record.scores) == quantized.metrics["pictures"]
     assert len(record.worst) == len(record.scores)

@@ -14,14 +14,14 @@ from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.prompts import CocoResults, GroundTruth
 from ptq4sam.runs.calibration import calibration_pictures
 from ptq4sam.sam.model import Sam
-from tests.tiny_runs import Tiny
+from tests.tiny_runs import SMALL, Tiny
 
 pytest_plugins = ("tests.tiny_fixtures",)
 
 
 @pytest.fixture(scope="module")
 def sam(tiny: Tiny) -> Sam:
-    return load_sam("vit_nano", tiny.checkpoint)
+    return load_sam(SMALL, tiny.checkpoint)
 
 
 @pytest.fixture
@@ -34,12 +34,12 @@ def test_pictures_and_boxes_in_the_models_scale(sam: Sam, dataset: CocoDataset) 
     items = calibration_pictures(sam, dataset, source, 1, Prompting(max_per_image=3))
     assert len(items) == 1
     item = items[0]
-    assert item.pixels.shape == (1, 3, 256, 256)
-    # Scenes of 320 x 256 pixels become 256 wide.
+    assert item.pixels.shape == (1, 3, 64, 64)
+    # Scenes of 320 x 256 pixels become 64 wide.
     record = dataset.images[0]
     boxes = source.prompts(record, dataset.load(record)).boxes[:3]
-    height = round(256 * 256 / 320)
-    scale = [256 / 320, height / 256] * 2
+    height = round(256 * 64 / 320)
+    scale = [64 / 320, height / 256] * 2
     np.testing.assert_allclose(item.boxes.numpy(), boxes * scale, rtol=1e-5)
 
 

@@ -15,16 +15,19 @@ from safetensors.torch import load_file
 from ptq4sam import parallel
 from ptq4sam.data.scenes import write_scenes
 from ptq4sam.errors import ConfigError
+from tests.tiny_runs import Tiny
+
+pytest_plugins = ("tests.tiny_fixtures",)
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def quantized_by(processes: int, folder: Path, data: Path) -> tuple[dict[str, object], Path]:
-    """Metrics and model file of a run of so many processes."""
-    work_dir = folder / f"{processes}"
+def quantizing(processes: int, model: list[str], data: Path) -> subprocess.Popen[str]:
+    """A run of so many processes, started, on the data in a folder; it writes there."""
+    work_dir = data / f"{processes}"
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launch if processes > 1 else []), "-m", "ptq4sam", "quantize"]
-    command += ["--scheme", str(ROOT / "exp/ptq4sam-l44.yaml"), "--skip-bad"]
+    command += [*model, "--scheme", str(ROOT / "exp/ptq4sam-l44.yaml"), "--skip-bad"]
     command += ["--scheme-options", "w_qconfig.observer=MinMaxObserver", "recon.iters=2"]
     command += ["--output", str(work_dir / "model.safetensors"), "--work-dir", str(work_dir)]
     for option, part in (("", "val"), ("calibration-", "train")):
@@ -32,21 +35,27 @@ def quantized_by(processes: int, folder: Path, data: Path) -> tuple[dict[str, ob
         command += [f"--{option}annotations", str(data / f"annotations/{part}.json")]
     command += ["--calibration-size", "3", "--max-per-image", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("metrics.json") == 1, "one process tells"
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, cwd=data, stdout=pipe, stderr=pipe, text=True)
+
+
+def quantized(work_dir: Path, said: str) -> tuple[dict[str, object], Path]:
+    """Metrics and model file of a run that has ended, by what it said."""
+    assert said.count("metrics.json") == 1, "one process tells"
     return json.loads((work_dir / "metrics.json").read_text()), work_dir / "model.safetensors"
 
 
-def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(tiny: Tiny, tmp_path: Path) -> None:
     write_scenes(tmp_path, 3, 0, "train")
     images, _ = write_scenes(tmp_path, 4, 1, "val")
     # The second process finds it, and the first must know.
     damaged = images / "000002.jpg"
     damaged.write_bytes(damaged.read_bytes()[:2000])
-    (one, first), (two, second) = (quantized_by(count, tmp_path, tmp_path) for count in (1, 2))
+    # At the same time: most of it is the start of a Python.
+    runs = {count: quantizing(count, tiny.model(), tmp_path) for count in (1, 2)}
+    told = {count: started.communicate() for count, started in runs.items()}
+    assert [started.returncode for started in runs.values()] == [0, 0], told
+    (one, first), (two, second) = (quantized(tmp_path / f"{n}", told[n][0]) for n in runs)
     for metrics in (one, two):
         metrics.pop("phases")
     assert one == two

@@ -14,7 +14,7 @@ from ptq4sam.runs.phases import Phases
 from ptq4sam.runs.run import Run
 from ptq4sam.runs.settings import DataSettings, RunSettings
 from ptq4sam.runs.summary import summary_table
-from tests.tiny_runs import SCHEMES, Tiny, read_metrics
+from tests.tiny_runs import SCHEMES, SMALL, Tiny, read_metrics
 
 pytest_plugins = ("tests.tiny_fixtures",)
 
@@ -22,7 +22,7 @@ pytest_plugins = ("tests.tiny_fixtures",)
 @pytest.fixture
 def settings(tiny: Tiny, tmp_path: Path) -> RunSettings:
     return RunSettings(
-        model="vit_nano",
+        model=SMALL,
         data=DataSettings(tiny.images(), tiny.annotations()),
         prompts="ground-truth",
         work_dir=tmp_path / "w",

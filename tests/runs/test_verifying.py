@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from ptq4sam.cli import main
 from ptq4sam.deploy.verify import OperatorCheck
@@ -21,7 +22,7 @@ Output = pytest.CaptureFixture[str]
 def test_verify_on_generated_scenes(quantized: Quantized, capsys: Output) -> None:
     assert main(["verify", str(quantized.path), "--limit", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("verify passed: 71 operators on 1 pictures, sums of 71 equal, ")
+    assert lines[0].startswith("verify passed: 51 operators on 1 pictures, sums of 51 equal, ")
     assert all(line.endswith("equal") and line.startswith("  ") for line in lines[3:11])
     agreement = re.match(
         r"masks of integer model and simulation: mean IoU ([0-9.]+) of 0.99", lines[-2]
@@ -64,20 +65,22 @@ def test_masks_below_the_goal_are_named() -> None:
 def test_size_by_part(quantized: Quantized, capsys: Output) -> None:
     assert main(["size", str(quantized.path)]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[2].split()[:4] == ["image", "encoder", "4", "bits"]
+    assert ["image", "encoder", "4", "bits"] in [line.split()[:4] for line in table[2:]]
     assert sum(line.startswith("total") for line in table) == 1
     assert "float32" in table[-1]  # what a share is of
 
 
-def test_quantize_says_how_large_the_file_is(quantized: Quantized) -> None:
+def test_quantize_says_how_large_the_file_is(quantized: Quantized, tiny: Tiny) -> None:
+    weights = sum(tensor.numel() for tensor in load_file(tiny.checkpoint).values())
     log = (quantized.work_dir / "run.log").read_text()
-    assert "of the 11.95 MB" in log
+    assert f"of the {4 * weights / 1e6:.2f} MB" in log
     assert "MB of its float32 weights" in log
 
 
 def test_audit_sees_a_flipped_byte(quantized: Quantized, tmp_path: Path, capsys: Output) -> None:
     content = bytearray(quantized.path.read_bytes())
-    content[len(content) // 2] ^= 0x10
+    # Behind the description, among the tensors.
+    content[len(content) * 9 // 10] ^= 0x10
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(content)
     assert main(["audit", str(damaged)]) == 2

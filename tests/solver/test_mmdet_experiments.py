@@ -24,8 +24,8 @@ PUBLISHED = [
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(elsewhere: Path) -> None:
-    """No weights, and nothing is written beside the repository."""
+def _elsewhere(elsewhere: Path, small_nano: None) -> None:
+    """No weights, nothing is written beside the repository, and vit_nano is small."""
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)

@@ -9,7 +9,7 @@ import pytest
 
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.solver.test_quant import build_parser, main, settings_from
-from tests.tiny_runs import REPOSITORY, Quantized, Tiny, numbers, read_metrics
+from tests.tiny_runs import REPOSITORY, Tiny, numbers, read_metrics
 
 pytest_plugins = ("tests.tiny_fixtures",)
 
@@ -19,8 +19,8 @@ EXP = REPOSITORY / "exp"
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(elsewhere: Path) -> None:
-    """Nothing is written beside the repository."""
+def _elsewhere(elsewhere: Path, small_nano: None) -> None:
+    """Nothing is written beside the repository, and vit_nano is small."""
 
 
 def command(tiny: Tiny, *flags: object) -> list[str]:
@@ -156,9 +156,12 @@ def test_detector_that_is_not_there_says_where_it_is(capsys: pytest.CaptureFixtu
 
 
 def test_float_weights_of_the_configuration_give_the_agreement_of_a_file(
-    tiny: Tiny, quantized: Quantized, tmp_path: Path
+    tiny: Tiny, tmp_path: Path
 ) -> None:
-    assert main(command(tiny, "--load_sam_path", quantized.path, "--work-dir", "w")) == 0
+    scheme = tiny.short_scheme("minmax66", tmp_path / "scheme.yaml")
+    saved = tmp_path / "model.safetensors"
+    assert main(command(tiny, "--q_config", scheme, "--save_sam_path", saved)) == 0
+    assert main(command(tiny, "--load_sam_path", saved, "--work-dir", "w")) == 0
     assert 0 <= read_metrics(tmp_path / "w")["agreement"] <= 1
 
 

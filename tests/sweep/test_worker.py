@@ -23,6 +23,7 @@ from tests.sweep.fake_workers import InlinePool
 from tests.tiny_runs import SCHEMES, Tiny
 
 pytest_plugins = ("tests.tiny_fixtures",)
+pytestmark = pytest.mark.usefixtures("small_nano")
 
 
 def sweep_of(tiny: Tiny, folder: Path, grid: str, *base: str) -> Sweep:
