@@ -19,6 +19,7 @@ from ptq4sam.deploy.storage import load, save
 from ptq4sam.errors import DataError
 from ptq4sam.evaluation.evaluate import evaluate_sam
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.families import VARIANTS
 from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.switches import Switches
@@ -30,6 +31,7 @@ from ptq4sam.sam.predictor import Predictor
 from ptq4sam.studies.sensitivity import study as study_module
 from ptq4sam.studies.sensitivity.study import ALL_BUT, ONLY, QUANTIZED, Study
 from ptq4sam.studies.sensitivity.targets import Target, targets_of
+from tests.model.conftest import TINY_VARIANT
 from tests.tiny_runs import SCHEMES, run
 from tests.tiny_sams import TinySam
 
@@ -39,16 +41,19 @@ FRAGILE = "image_encoder.blocks.0.attn"
 DECODER = "mask_decoder.transformer"
 
 
-@pytest.fixture
-def fragile(tiny_sam: TinySam, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def fragile(tiny_files: TinySam, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quantized file whose one attention hardly keeps anything of its query."""
-    whole = tmp_path / "whole.safetensors"
-    run("quantize", *tiny_sam.arguments(), "--output", whole, "--work-dir", tmp_path / "quantize")
-    sam = load(whole)
-    # At 8 bits nothing else costs much.
-    dict(quantizers(sam))[f"{FRAGILE}.core.query_quantizer"].scale.mul_(40)
-    save(sam, tmp_path / "fragile.safetensors")
-    return tmp_path / "fragile.safetensors"
+    folder = tmp_path_factory.mktemp("fragile")
+    whole, path = folder / "whole.safetensors", folder / "fragile.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VARIANTS, "tiny", TINY_VARIANT)
+        run("quantize", *tiny_files.arguments(), "--output", whole, "--work-dir", folder / "w")
+        sam = load(whole)
+        # At 8 bits nothing else costs much.
+        dict(quantizers(sam))[f"{FRAGILE}.core.query_quantizer"].scale.mul_(40)
+        save(sam, path)
+    return path
 
 
 def studied(work_dir: Path) -> dict[str, Any]:
