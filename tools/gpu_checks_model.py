@@ -23,6 +23,7 @@ from torch import nn
 import ptq4sam
 from ptq4sam.data.scenes import write_scenes
 from ptq4sam.errors import is_out_of_memory
+from ptq4sam.families import build_sam
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.memory import free_memory
 from ptq4sam.quantization.grid import Grid, fake_quantize
@@ -40,6 +41,7 @@ _FAST = (
     "ptq4sam.quantization.whole",
 )
 """Loggers that say where something has to go a slower way."""
+_SMALL = "vit_nano:depth=2,global_attn_indexes=[1],image_size=64,window_size=3"
 _BOXES = np.array([[20.0, 20, 120, 140], [60, 30, 200, 180]])
 
 
@@ -67,7 +69,7 @@ def smoke(device: str, small: bool) -> Found:
     """vit_nano all the way: calibrate, reconstruct, freeze, audit, save, load on a CPU, segment."""
     steps = _NoWaiting(torch.device(device))
     with tempfile.TemporaryDirectory() as folder, _slower_ways() as slower:
-        quantized = _quantized(device, Path(folder), 5 if small else 20, steps)
+        quantized = _quantized(device, Path(folder), 5 if small else 20, small, steps)
         elsewhere = {
             name
             for name, tensor in (*quantized.named_parameters(), *quantized.named_buffers())
@@ -93,10 +95,11 @@ def smoke(device: str, small: bool) -> Found:
         file = Path(folder, "model.safetensors")
         ptq4sam.save(quantized, file)
         loaded = ptq4sam.load(file)
+        known = loaded.state_dict()
         same = all(
-            torch.equal(tensor.cpu(), loaded.state_dict()[name])
+            torch.equal(tensor.cpu(), known[name])
             for name, tensor in quantized.state_dict().items()
-            if name in loaded.state_dict()
+            if name in known
         )
         yield "loaded on a CPU, the same tensors", str(same), "", same
         ours, theirs = (_logits(model) for model in (quantized, loaded))
@@ -132,7 +135,7 @@ def same_again(device: str, small: bool) -> Found:
     ways = (True, False) if small else (True, True, False)
     with tempfile.TemporaryDirectory() as folder:
         steps = 3 if small else 50
-        models = [_quantized(device, Path(folder), steps, graphs=graphs) for graphs in ways]
+        models = [_quantized(device, Path(folder), steps, small, graphs=graphs) for graphs in ways]
         states = [_digest(list(model.state_dict().values())) for model in models]
         others = [number for number, state in enumerate(states) if state != states[0]]
         yield "runs with another result (the last without CUDA graphs)", str(others), "", not others
@@ -227,17 +230,19 @@ def _quantized(
     device: str,
     folder: Path,
     steps: int,
+    small: bool,
     progress: Any = ptq4sam.progress.silent,
     graphs: bool = True,
 ) -> QuantizedSam:
-    """vit_nano by PTQ4SAM-L at 4 bits, from two scenes."""
+    """vit_nano by PTQ4SAM-L at 4 bits, from two scenes; in small, one with random weights."""
     data = ptq4sam.CocoDataset(*write_scenes(folder, 2, seed=0))
     scheme = Scheme.from_yaml(_ROOT / "exp" / "ptq4sam-l44.yaml")
     # The search for the ranges of weights takes longest, and is timed by another check.
     quick = scheme.with_overrides(
         "calibrate=2", "w_qconfig.observer=MinMaxObserver", f"recon.cuda_graphs={graphs}"
     )
-    sam = ptq4sam.load_sam("vit_nano", device=device)
+    torch.manual_seed(0)
+    sam = build_sam(_SMALL).to(device) if small else ptq4sam.load_sam("vit_nano", device=device)
     return ptq4sam.quantize(sam, data, quick.with_steps(steps), progress=progress)
 
 

@@ -15,6 +15,7 @@ import torch
 from ptq4sam.errors import ConfigError
 from ptq4sam.families import VARIANTS
 from tests.families.efficientvit.conftest import TINY, TINY_VARIANT
+from tests.tiny_runs import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
     ("script", "arguments", "rows"),
     [
         ("observers.py", ["--side", "16", "--bits", "3", "--keys", "64"], 2),
-        ("quantized_forward.py", ["--model", "vit_nano", "--rounds", "1", "--device", "cpu"], 1),
+        ("quantized_forward.py", ["--model", SMALL, "--rounds", "1", "--device", "cpu"], 1),
     ],
 )
 def test_a_table_comes_out(script: str, arguments: list[str], rows: int) -> None:
