@@ -149,7 +149,8 @@ def run_fingerprint(
     return {
         "model": model_fingerprint(sam),
         "calibration data": f"{len(items)} pictures {data.hexdigest()[:16]}",
-        "scheme": json.dumps(scheme.to_dict(), sort_keys=True),
+        # Not sorted: methods work in their order, and of several exceptions the last counts.
+        "scheme": json.dumps(scheme.to_dict()),
         "quantized encoder": str(quantize_encoder),
         "seed": str(seed),
         "extensions": extensions_fingerprint() or "none",
@@ -203,12 +204,15 @@ def require_same(index: Path, found: Mapping[str, str], asked: Mapping[str, str]
 
 
 def _parts_that_differ(there: str | None, now: str) -> tuple[str | None, str]:
-    """Of two JSON mappings what is not equal in both; other texts whole."""
+    """Of two JSON mappings what is not equal in both, or its order; other texts whole."""
     try:
         first, second = _flat(json.loads(there or "")), _flat(json.loads(now))
     except (ValueError, AttributeError):
         return there, now
     names = [name for name in first | second if first.get(name) != second.get(name)]
+    if not names:
+        others = [pair for pair in zip(first, second, strict=False) if pair[0] != pair[1]]
+        return ", ".join(there for there, _ in others), ", ".join(now for _, now in others)
     return tuple(", ".join(f"{n}: {x.get(n)}" for n in names) for x in (first, second))  # type: ignore[return-value]
 
 
@@ -216,7 +220,8 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in mapping.items():
-        inner = isinstance(value, Mapping)
+        # An empty one has a place too.
+        inner = isinstance(value, Mapping) and len(value) > 0
         flat.update(_flat(value, f"{prefix}{name}.") if inner else {prefix + name: value})
     return flat
 

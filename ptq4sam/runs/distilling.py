@@ -296,7 +296,7 @@ def _fingerprint(
     scheme = request.scheme
     return {
         "settings": json.dumps(request.settings.to_dict(), sort_keys=True),
-        "scheme": "none" if scheme is None else json.dumps(scheme.to_dict(), sort_keys=True),
+        "scheme": "none" if scheme is None else json.dumps(scheme.to_dict()),
         "student": model_fingerprint(student),
         "teacher": "none" if teacher is None else model_fingerprint(teacher),
         "data": "scenes" if shown is None else " ".join(shown.fingerprints),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.quantization.scheme import STUDY, Scheme
 from ptq4sam.runs.calibration import order_seed
 from ptq4sam.sweep.grid import Trial
 from ptq4sam.sweep.settings import TrialSettings, digest, with_extensions
@@ -140,8 +140,12 @@ def calibration_key(settings: TrialSettings) -> str:
 
 
 def calibration_scheme(scheme: Scheme) -> Scheme:
-    """The part of a scheme that calibration depends on: all but the reconstruction."""
-    return replace(scheme, recon=None, compat="faithful")
+    """The part of a scheme that calibration depends on: all but the reconstruction.
+
+    A study has operators of its own, published defects come after calibration.
+    """
+    compat = STUDY if scheme.compat == STUDY else "faithful"
+    return replace(scheme, recon=None, compat=compat)
 
 
 def _order(settings: TrialSettings) -> int | None:

@@ -196,6 +196,23 @@ def test_another_run_is_not_resumed(
     Journal(tmp_path / "j", fingerprint(sam, items, scheme), resume=True)
 
 
+def test_another_order_of_methods_is_another_run(
+    sam: Sam, items: Items, make_scheme: MakeScheme, tmp_path: Path
+) -> None:
+    """Each method works on what those before it left."""
+    one, other = (
+        fingerprint(sam, items, make_scheme(4, methods=names))
+        for names in (["key-centring", "aqer", "mac"], ["mac", "aqer", "key-centring"])
+    )
+    Journal(tmp_path / "j", one, resume=False)
+    told = r"scheme there: methods.key-centring, .*, asked now: methods.mac"
+    with pytest.raises(ConfigError, match=told):
+        Journal(tmp_path / "j", other, resume=True)
+    without = fingerprint(sam, items, make_scheme(4, methods=["aqer", "mac"]))
+    with pytest.raises(ConfigError, match=r"there: methods.key-centring: {}, asked now: .*None"):
+        Journal(tmp_path / "j", without, resume=True)
+
+
 def test_a_forgotten_resume_loses_nothing(
     sam: Sam, items: Items, make_scheme: MakeScheme, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ import yaml
 from ptq4sam.errors import ConfigError
 from ptq4sam.quantization.registry import EXTENSIONS
 from ptq4sam.sweep.grid import Sweep, read_sweep
-from ptq4sam.sweep.tasks import calibration_key
+from ptq4sam.sweep.tasks import calibration_key, calibration_scheme
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEME = str(ROOT / "exp" / "ptq4sam-l44.yaml")
@@ -168,6 +168,32 @@ def test_trials_and_calibrations_follow_the_files_of_extensions(
         found.append((settings.key(), calibration_key(settings)))
     trials, calibrations = zip(*found, strict=True)
     assert len(set(trials)) == len(set(calibrations)) == 3
+
+
+def test_the_order_of_methods_and_of_units_tells_trials_apart(tmp_path: Path) -> None:
+    orders = [["aqer", "mac"], ["mac", "aqer"]]
+    attention, encoder = "image_encoder.blocks.0.attn", "image_encoder"
+    units = [{attention: 8, encoder: 6}, {encoder: 6, attention: 8}]
+    for key, values in (("scheme.methods", orders), ("scheme.units", units)):
+        base = {"scheme": str(ROOT / "exp" / "ptq4sam-s44.yaml")}
+        sweep = read(tmp_path, {"base": base, "grid": {key: values}})
+        settings = [trial.settings for trial in sweep.trials]
+        assert len({one.key() for one in settings}) == 2
+        assert len({calibration_key(one) for one in settings}) == 2
+
+
+def test_a_study_is_calibrated_as_one(tmp_path: Path) -> None:
+    """Its operators observe what those of other schemes do not have; published defects do not."""
+    base = {"scheme": str(ROOT / "exp" / "ptq4sam-s44.yaml")}
+    compat = ["faithful", "published", "study"]
+    sweep = read(tmp_path, {"base": base, "grid": {"scheme.compat": compat}})
+    settings = [trial.settings for trial in sweep.trials]
+    assert [calibration_scheme(one.scheme).compat for one in settings] == [
+        "faithful",
+        "faithful",
+        "study",
+    ]
+    assert len({calibration_key(one) for one in settings}) == 2
 
 
 def test_seeds_share_a_calibration_unless_they_draw_its_pictures(tmp_path: Path) -> None:
