@@ -6,7 +6,8 @@ is computed. The correction of least squared error, ridge regression, is
     c = -W E[d x'^T] (E[x' x'^T] + r I)^-1.
 
 It is added to a weight when that is quantized, not to the float model, so that reconstruction still
-learns what the float model gives. Inputs are the float model's, so that all layers are corrected by
+learns what the float model gives. W is the weight with what methods before this one added to it,
+which stays. Inputs are the float model's, so that all layers are corrected by
 as few passes over the pictures as memory allows.
 
 A layer with few different inputs, as tokens of masks and of corners of boxes are, has corrections
@@ -148,13 +149,17 @@ class AqerMethod(Method[Aqer]):
         """Correct a layer by all inputs, if a correction by some is of use to others."""
         quantizer, weight = layer.weight_quantizer, layer.weight
         others = other if other.count else made
-        without = error(quantizer(weight), weight, others)
-        found = correction(weight, made, self.settings.ridge).to(weight.dtype)
-        before = set_correction(layer, found)
-        rise = error(quantizer(weight), weight, others) - without
+        wanted = quantizer.corrected(weight)
+
+        def correct(products: InputProducts) -> dict[str, Tensor]:
+            found = correction(wanted, products, self.settings.ridge).to(weight.dtype)
+            return set_correction(layer, wanted - weight + found)
+
+        without = error(quantizer(weight), wanted, others)
+        before = correct(made)
+        rise = error(quantizer(weight), wanted, others) - without
         if rise < 0:
-            both = made.with_those(other)
-            set_correction(layer, correction(weight, both, self.settings.ridge).to(weight.dtype))
+            correct(made.with_those(other))
             return True
         quantizer.load_state_dict(before)
         _log.info(

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq4sam.methods.aqer import Aqer, AqerMethod, InputProducts, correction, error
+from ptq4sam.methods.aqer import (
+    Aqer,
+    AqerMethod,
+    InputProducts,
+    correction,
+    error,
+    set_correction,
+)
 from ptq4sam.methods.method import Calibration
 from ptq4sam.model.audit import audit
 from ptq4sam.model.calibration import CalibrationItem
@@ -106,6 +113,17 @@ def test_a_layer_gives_less_error_and_stays_itself_while_it_is_off() -> None:
     wanted = quantizer.corrected(weight)
     within = (wanted >= moved.amin(1, True)) & (wanted <= moved.amax(1, True))
     torch.testing.assert_close(quantizer(weight)[within], wanted[within], rtol=0, atol=1e-4)
+
+
+def test_what_a_method_before_it_added_stays() -> None:
+    made, x = layer()
+    added = 0.5 * torch.randn(5, 12, generator=torch.Generator().manual_seed(7))
+    set_correction(made, added)
+    wanted = made.weight + added
+    assert correct(made, x) == ["0"]
+    found = made.weight_quantizer.corrected(made.weight)
+    expected = wanted + correction(wanted, products_of(made, x), Aqer().ridge).float()
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_correction_that_rounding_undoes_is_left_out() -> None:
