@@ -137,8 +137,7 @@ class _Seeing:
 
     def __call__(self, _exact: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         found = self._layer(inputs[0])
-        axis = 1 if self._layer.weight.dim() == 4 else -1
-        rows = (y.movedim(axis, -1).flatten(0, -2) for y in (output, found))
+        rows = (self._layer.by_output(y).flatten(1).t() for y in (output, found))
         self._moments.add(*rows)
 
 

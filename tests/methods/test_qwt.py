@@ -131,3 +131,20 @@ def test_what_a_correction_would_make_wrong_is_refused(
     corrected = quantize_sam(sam, items[:2], scheme)
     with pytest.raises(ConfigError, match="a model that qwt-v2 corrected after reconstruction"):
         Switches(corrected, sam)
+
+
+def test_places_of_an_upscaled_square_have_factors_of_their_own(
+    sam: Sam, items: list[CalibrationItem], make_scheme: Callable[..., Scheme]
+) -> None:
+    scheme = make_scheme(4, methods=["qwt-v2"], upscaling="quantized")
+    scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
+    quantized = quantize_sam(sam, items[:2], scheme)
+    upscaling = [name for name in quantized.applied["qwt-v2"] if "upscaling" in name]
+    assert upscaling == [f"mask_decoder.output_upscaling.{place}" for place in (0, 3)]
+    plain = quantize_sam(sam, items[:2], scheme.with_overrides("methods={}"))
+    for name in upscaling:
+        one, other = (model.get_submodule(name) for model in (quantized, plain))
+        ratio = one.get_buffer("weight_quantizer.scale") / other.get_buffer(
+            "weight_quantizer.scale"
+        )
+        assert len(ratio.unique()) > len(ratio) // 4
