@@ -44,6 +44,12 @@ class TensorFormat(Record):
     def _renamed(cls, mapping: Mapping[str, Any]) -> Mapping[str, Any]:
         if mapping.get("granularity") == PER_GROUP and not mapping.get("group_size"):
             raise FieldError("group_size", f"missing; {PER_GROUP} needs one, as 32")
+        if mapping.get("granularity", PER_GROUP) != PER_GROUP and mapping.get("group_size"):
+            raise FieldError(
+                "group_size",
+                f"{mapping['group_size']} given with granularity: {mapping['granularity']}: set "
+                f"it to 0, or granularity to {PER_GROUP}",
+            )
         return with_ch_axis(mapping)
 
     def to_dict(self) -> dict[str, Any]:

@@ -234,7 +234,9 @@ class Scheme(Record):
             return replace(found, bit=found.bit or base.bit)
         given = {key: value for key, value in found.to_dict().items() if value is not None}
         given.pop("grid")
-        if "ch_axis" in given:
+        base_bits, symmetric = given.get("bit", base.bit), given.get("symmetric", base.symmetric)
+        # As in `with_bits`; steps of groups of 8 bits with zero points would be no bytes.
+        if "ch_axis" in given or not octaves(base_bits, symmetric):
             base = replace(base, group_size=0)
         return TensorFormat.from_dict({**base.to_dict(), **given})
 

@@ -63,3 +63,20 @@ def test_exports_give_what_it_gives(model: QuantizedSam, runtime: str, tmp_path:
     picture: Any = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
     found = Predictor(open_exported(tmp_path / "exported", runtime)).embed(picture)
     assert torch.equal(found.features, Predictor(model).embed(picture).features)
+
+
+def test_slots_of_more_bits_have_no_groups_and_are_exported(
+    quantize: Callable[..., QuantizedSam], tmp_path: Path
+) -> None:
+    """Steps of groups at 8 bits with zero points would be no bytes."""
+    given = quantize(4, w_qconfig=WEIGHTS, slots={"weight@decoder": {"bit": 8}})
+    shapes = {
+        (
+            name.startswith("mask"),
+            layer.weight_quantizer.scale.dim(),
+            layer.weight_quantizer.grid.bits,
+        )
+        for name, layer in quantized_layers(given)
+    }
+    assert shapes == {(False, 2, 4), (True, 1, 8)}
+    assert export(given, tmp_path, "onnx").exact

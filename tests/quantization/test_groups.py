@@ -192,3 +192,18 @@ def test_what_cannot_have_groups_is_named(
         mapping[section] = {**mapping.get(section, {}), **fields}
     with pytest.raises(ConfigError, match=problem):
         Scheme.from_dict(mapping)
+
+
+@pytest.mark.parametrize("granularity", ["per channel", "per tensor"])
+def test_groups_are_not_left_in_silence(granularity: str) -> None:
+    """As --set w_qconfig.granularity="per channel" on a scheme with groups."""
+    scheme = Scheme.from_yaml("ptq4sam-s44").with_overrides(
+        "w_qconfig={quantizer: FixedFakeQuantize, observer: MinMaxObserver, bit: 4, granularity: "
+        "per group, group_size: 16}"
+    )
+    with pytest.raises(ConfigError, match=rf"w_qconfig.group_size: 16 given with .*{granularity}"):
+        scheme.with_overrides(f'w_qconfig.granularity="{granularity}"')
+    again = scheme.with_overrides(
+        f'w_qconfig.granularity="{granularity}"', "w_qconfig.group_size=0"
+    )
+    assert again.w_qconfig.group_size == 0
