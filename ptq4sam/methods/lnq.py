@@ -154,8 +154,13 @@ class LnqQuantizer(Quantizer):
         return {**super().derived(), "zero_point": torch.zeros((), device="cpu")}
 
     def grid_problems(self) -> Iterator[str]:
-        """Points that are no bytes, or not in their order."""
-        points = self.points
+        """Points that are no bytes, not in their order, or not one for each code."""
+        points, ends, levels = self.points, self.ends, self.grid.levels
+        if (points.numel(), ends.numel()) != (levels, levels - 1):
+            yield f"has {points.numel()} points and {ends.numel()} ends for {levels} codes"
+            return
+        if not bool((ends > 0).all() & (ends.diff() >= 0).all() & ends.isfinite().all()):
+            yield "has ends of codes that are not ascending numbers above 0"
         whole = bool((points == points.round()).all()) and float(points[-1]) <= BYTE
         if not (whole and float(points[0]) == 0 and bool((points.diff() > 0).all())):
             yield f"has points that are not ascending whole numbers from 0 to {BYTE}"

@@ -118,6 +118,18 @@ def test_a_state_gives_the_same_points() -> None:
     assert list(quantizer.problems()) == [
         "has points that are not ascending whole numbers from 0 to 255"
     ]
+    for ends in (other.ends.flip(0), -other.ends, torch.full_like(other.ends, torch.nan)):
+        quantizer.load_state_dict({**other.state_dict(), "ends": ends})
+        assert list(quantizer.problems()) == [
+            "has ends of codes that are not ascending numbers above 0"
+        ]
+    # As published: one point more than there are codes.
+    more = {
+        "points": torch.cat([other.points, other.points[-1:] + 1]),
+        "ends": torch.cat([other.ends, other.ends[-1:] + 1]),
+    }
+    quantizer.load_state_dict({**other.state_dict(), **more})
+    assert list(quantizer.problems()) == ["has 17 points and 16 ends for 16 codes"]
 
 
 def test_what_has_no_such_points() -> None:
