@@ -22,6 +22,27 @@ def exchanged(sam: nn.Module, units: Mapping[str, nn.Module]) -> Iterator[None]:
         _put(sam, before)
 
 
+def norms_before(source: QuantizedSam) -> dict[str, dict[str, nn.Module]]:
+    """Norms outside of units, into which methods fold scales of a unit's channels.
+
+    A unit goes into another model with them.
+
+    Args:
+        source: the model that has both.
+
+    Returns:
+        By path of the unit, the norms by theirs.
+    """
+    found: dict[str, dict[str, nn.Module]] = {name: {} for name, _ in model_units(source)}
+    for path, owner in source.named_modules():
+        for pair in source.description.normalized_at(path):
+            layer, norm = f"{path}.{pair.layer}", f"{path}.{pair.norm}"
+            for unit, norms in found.items():
+                if layer.startswith(f"{unit}.") and not norm.startswith(f"{unit}."):
+                    norms[norm] = owner.get_submodule(pair.norm)
+    return found
+
+
 def take_units(sam: QuantizedSam, levels: Mapping[str, int | str], source: QuantizedSam) -> None:
     """Give a frozen model units of another one for good; its scheme then says which.
 
@@ -30,9 +51,12 @@ def take_units(sam: QuantizedSam, levels: Mapping[str, int | str], source: Quant
         levels: bits of these units in `source`, or "float", by path.
         source: the other model, which shares them from now on.
     """
-    units = dict(model_units(source))
-    _put(sam, {name: units[name] for name in levels})
-    sam.scheme = sam.scheme.with_units({**sam.scheme.units, **levels})
+    units, norms = dict(model_units(source)), norms_before(source)
+    for name in levels:
+        _put(sam, {name: units[name], **norms[name]})
+    # Of several that name a unit the last counts.
+    others = {name: level for name, level in sam.scheme.units.items() if name not in levels}
+    sam.scheme = sam.scheme.with_units({**others, **levels})
     left_float = {name for name, level in sam.scheme.units.items() if level == FLOAT}
     sam.folded = [name for name in sam.folded if f"{TRANSFORMER}.{name}" not in left_float]
 

@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from ptq4sam.errors import ConfigError
 from ptq4sam.methods.assignment import make_quantizer
-from ptq4sam.model.exchange import exchanged, take_units
+from ptq4sam.model.exchange import exchanged, norms_before, take_units
 from ptq4sam.model.insertion import ENCODER, QuantizedSam, model_units
 from ptq4sam.quantization.levels import FLOAT, bits_of_level, described_level
 from ptq4sam.quantization.modes import quantizers
@@ -152,8 +154,12 @@ class _Control:
         encoder = _described({k: v for k, v in every.items() if k.startswith(f"{ENCODER}.")})
 
         def measure() -> float:
-            units = {} if donor is None else dict(model_units(donor))
-            with exchanged(self.sam, {name: units[name] for name in levels}):
+            taken: dict[str, nn.Module] = {}
+            if donor is not None:
+                units, norms = dict(model_units(donor)), norms_before(donor)
+                for name in levels:
+                    taken.update({name: units[name], **norms[name]})
+            with exchanged(self.sam, taken):
                 return self.validation.score(self.sam, encoder)
 
         score: float = self.measurements.value(f"units {described}", measure)
@@ -175,6 +181,7 @@ class _Control:
             pictures,
             self.measurements,
             f"one unit to {level} beside {_described(scheme.units)}",
+            norms_before(donor),
         )
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 

@@ -87,6 +87,7 @@ class Validation:
         pictures: int,
         measurements: Measurements,
         name: str,
+        norms: Mapping[str, Mapping[str, nn.Module]] | None = None,
     ) -> dict[str, float]:
         """What a model gains by one of its units exchanged, for each, on the first pictures.
 
@@ -99,7 +100,11 @@ class Validation:
             pictures: how many pictures.
             measurements: keeps what was measured of each picture.
             name: tells this model and these units from others, for `measurements`.
+            norms: that go with units, by path of the unit (`exchange.norms_before`).
         """
+        with_norms = {
+            unit: {unit: module, **(norms or {}).get(unit, {})} for unit, module in units.items()
+        }
         chosen: list[ImageRecord] = []
         parts: dict[str, list[Scored]] = {unit: [] for unit in (_NOTHING, *units)}
         for record in self.progress(self.dataset.images, "measuring units"):
@@ -108,7 +113,7 @@ class Validation:
             changes = measurements.value(
                 f"{name}: picture {record.id}",
                 functools.partial(
-                    parallel.from_first, functools.partial(self._changes, sam, units, record)
+                    parallel.from_first, functools.partial(self._changes, sam, with_norms, record)
                 ),
             )
             if changes:
@@ -120,7 +125,10 @@ class Validation:
 
     @torch.no_grad()
     def _changes(
-        self, sam: QuantizedSam, units: Mapping[str, nn.Module], record: ImageRecord
+        self,
+        sam: QuantizedSam,
+        units: Mapping[str, Mapping[str, nn.Module]],
+        record: ImageRecord,
     ) -> dict[str, dict[str, Any]]:
         """What one picture adds to the scores of each change and none; nothing without boxes."""
         image = self.dataset.load_or_skip(record)
@@ -144,7 +152,7 @@ class Validation:
     def _masks_of_changes(
         self,
         sam: QuantizedSam,
-        units: Mapping[str, nn.Module],
+        units: Mapping[str, Mapping[str, nn.Module]],
         image: NDArray[np.uint8],
         prompts: Prompts,
     ) -> Iterator[tuple[str, Segmented]]:
@@ -160,13 +168,14 @@ class Validation:
         for place, stage in enumerate(stages):
             name = f"{ENCODER}.{stage.name}"
             if name in units:
-                changed = dataclasses.replace(stage, unit=units[name]).run(state)
+                with exchanged(sam, units[name]):
+                    changed = sam.image_encoder.stages()[place].run(state)
                 yield name, segmented(run_stages(stages[place + 1 :], changed))
             state = stage.run(state)
         yield _NOTHING, segmented(state)
-        for name, unit in units.items():
+        for name, modules in units.items():
             if not name.startswith(f"{ENCODER}."):
-                with exchanged(sam, {name: unit}):
+                with exchanged(sam, modules):
                     yield name, segmented(state)
 
     def _score_of(self, parts: Sequence[Scored], pictures: Sequence[ImageRecord]) -> float:

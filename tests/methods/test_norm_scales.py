@@ -21,7 +21,8 @@ from ptq4sam.methods.channel_sizes import Seen, Strengths
 from ptq4sam.methods.norm_scales import fold, folded_scales, output_error
 from ptq4sam.model.audit import audit
 from ptq4sam.model.calibration import CalibrationItem, apply_methods, run_item
-from ptq4sam.model.insertion import insert_quantizers
+from ptq4sam.model.exchange import take_units
+from ptq4sam.model.insertion import insert_quantizers, model_units
 from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.model.switches import Switches
 from ptq4sam.operators.linear import QuantizedLinear
@@ -237,3 +238,26 @@ def test_settings_are_checked() -> None:
     for wrong in ((), (0.0,), (1.5,)):
         with pytest.raises(ConfigError, match="allowed"):
             Strengths(strengths=wrong)
+
+
+def test_units_go_elsewhere_with_their_norms(
+    uneven: Sam, items: list[CalibrationItem], make_scheme: MakeScheme
+) -> None:
+    """As accuracy control takes them: norms with scales of another model would scale twice."""
+    scheme = make_scheme(4).with_overrides("w_qconfig.observer=MinMaxObserver", ONE)
+    quantized = quantize_sam(uneven, items[:2], scheme)
+    names = [name for name, _ in model_units(quantized) if name.startswith("image_encoder.")]
+    levels: dict[str, int | str] = dict.fromkeys(names, "float")
+    donor = insert_quantizers(uneven, scheme.with_units(levels))
+    take_units(quantized, levels, donor)
+    pixels = items[0].pixels
+    assert torch.equal(quantized.embed(pixels)[0], donor.embed(pixels)[0])
+
+
+def test_levels_of_taken_units_are_the_last_that_count(sam: Sam, make_scheme: MakeScheme) -> None:
+    unit = "image_encoder.blocks.0.attn"
+    scheme = make_scheme(4).with_units({unit: 5, "image_encoder": 6})
+    quantized = insert_quantizers(sam, scheme)
+    assert quantized.level_of(unit) == 6
+    take_units(quantized, {unit: 8}, insert_quantizers(sam, make_scheme(8)))
+    assert quantized.level_of(unit) == 8

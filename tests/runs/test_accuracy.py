@@ -21,7 +21,7 @@ from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import Segmented, segment
 from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.model.cache import ActivationCache
-from ptq4sam.model.exchange import exchanged
+from ptq4sam.model.exchange import exchanged, norms_before
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
 from ptq4sam.prompts import GroundTruth
 from ptq4sam.quantization.modes import quantizers
@@ -191,7 +191,9 @@ def test_a_change_alone_scores_as_the_whole_model_with_it(
     source = GroundTruth(dataset)
     float_sam = load_sam("vit_nano")
     items = calibration_pictures(float_sam, dataset, source, 1, Prompting())
-    sam = quantize_sam(float_sam, items, scheme.with_overrides("ptq4sam.AGQ=false"))
+    # Scales are folded into norms, which lie between units.
+    scheme = scheme.with_overrides("ptq4sam.AGQ=false", "methods=[norm-scales]")
+    sam = quantize_sam(float_sam, items, scheme)
     names = [name for name, _ in model_units(sam)]
     every = insert_quantizers(float_sam, scheme.with_units(dict.fromkeys(names, "float")))
     chosen = ["image_encoder.blocks.2.mlp", "image_encoder.neck", SECOND]
@@ -200,7 +202,9 @@ def test_a_change_alone_scores_as_the_whole_model_with_it(
         dataset, source, Prompting(), "mean_iou", ActivationCache(sam.device, 0, tmp_path)
     )
     measurements = Measurements(tmp_path / "measurements.json", {}, resume=False)
-    gains = validation.gains_of_changes(sam, units, 2, measurements, "test")
+    norms = norms_before(every)
+    assert list(norms[chosen[0]]) == ["image_encoder.blocks.2.norm2"]
+    gains = validation.gains_of_changes(sam, units, 2, measurements, "test", norms)
 
     def score(model: Sam) -> float:
         return 100 * evaluate_sam(model, dataset, source, Prompting()).metrics["mean_iou"]
@@ -208,7 +212,7 @@ def test_a_change_alone_scores_as_the_whole_model_with_it(
     before = score(sam)
     assert validation.score(sam, "4 bits") == before
     for name, unit in units.items():
-        with exchanged(sam, {name: unit}):
+        with exchanged(sam, {name: unit, **norms[name]}):
             assert gains[name] == score(sam) - before
             # The decoder alone changed: the encoder is not run again.
             if name == SECOND:
