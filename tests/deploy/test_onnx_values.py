@@ -270,6 +270,23 @@ def test_a_linear_layer_runs_on_integers(bits: int, runtime: str, tmp_path: Path
         assert set(openvino_precisions(path, kinds)) <= {"i8", "u8"}
 
 
+def test_a_kernel_of_wide_weights_is_named(runtime: str) -> None:
+    """Its sums are more than float32 holds, however they are cut."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 9, 11)
+    layer = QuantizedConv2d(
+        nn.Conv2d(8, 8, 3, groups=8),
+        FixedQuantizer(Grid(16), channel_axis=0),
+        FixedQuantizer(Grid(8)),
+    )
+    calibrated(layer.weight_quantizer, layer.weight)
+    calibrated(layer.input_quantizer, x)
+    put_weights_on_grid(layer)
+    graph = Graph("convolution", dialect(runtime))
+    with pytest.raises(DeployError, match=r"convolution\.weight has 16 bits"):
+        convolution(graph, layer.requires_grad_(False), given(graph, x))
+
+
 def test_what_has_no_exact_form_is_named(runtime: str) -> None:
     x = torch.randn(1, 5, 40)
     graph = Graph("refused", dialect(runtime))

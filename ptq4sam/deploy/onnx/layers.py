@@ -12,7 +12,15 @@ from torch.nn import functional as F
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.lowering import operator
 from ptq4sam.deploy.onnx.traced import Product, Traced
-from ptq4sam.deploy.onnx.values import Value, array, codes_of, dequantize, quantized_steps, steps_of
+from ptq4sam.deploy.onnx.values import (
+    Value,
+    array,
+    check_bits,
+    codes_of,
+    dequantize,
+    quantized_steps,
+    steps_of,
+)
 from ptq4sam.deploy.onnx.weights import dequantized_weight, held_weight, pieces_of_input
 from ptq4sam.errors import DeployError
 from ptq4sam.operators.activation import PortableChannelGELU, PortableGELU
@@ -89,6 +97,8 @@ def _product_of_steps(
     The sums are those of pieces where float32 does not hold all: it depends on the processor
     whether OpenVINO multiplies integers, and integers with zero points it never does.
     """
+    # Of wider weights a single product may be more than float32 holds.
+    check_bits(layer.weight_quantizer.grid, f"{path}.weight")
     pieces, axis, kind, geometry = pieces_of_input(layer), -1, "MatMul", {}
     step = array(step_of_sums(layer))
     step = step[outputs] if step.ndim and outputs is not None else step
