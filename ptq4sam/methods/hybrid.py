@@ -87,6 +87,7 @@ class HybridQuantizer(Quantizer):
         self.register_buffer("minimum", torch.zeros(()))
         self.register_buffer("logarithmic", torch.ones(()))
         self._logarithmic = 1
+        self._pair = 0
         self._numbers: Memo[HybridNumbers] = Memo()
         self._batches, self._low, self._high = 0, 0.0, 0.0
         self._errors = [0.0] * len(self._pairs)
@@ -162,9 +163,17 @@ class HybridQuantizer(Quantizer):
         self.use_pair(self._errors.index(min(self._errors)))
 
     def choices(self, low: Tensor, high: Tensor, shares: Sequence[float]) -> Choices:
-        """Pairs of a knee and a share of logarithmic codes, for the range that was observed."""
+        """Pairs of a knee and a share of logarithmic codes, for the range that was observed.
+
+        The one that it has is the first, by which a search tells whether it changed something.
+        """
         del low, high, shares
-        return Choices(len(self._pairs), self.use_pair, lambda best: self.use_pair(int(best)))
+        order = sorted(range(len(self._pairs)), key=lambda pair: pair != self._pair)
+        return Choices(
+            len(order),
+            lambda place: self.use_pair(order[place]),
+            lambda best: self.use_pair(order[int(best)]),
+        )
 
     def use_pair(self, index: int) -> None:
         """Use one of them, for the range that was observed.
@@ -174,6 +183,7 @@ class HybridQuantizer(Quantizer):
         """
         if self._batches == 0:
             raise CalibrationError(f"{self._label()} was to use a knee before it had a range")
+        self._pair = index
         rate, share = self._pairs[index]
         codes = log_codes(self.grid.bits, share, rate)
         extent = torch.tensor(self._high - self._low, dtype=torch.float64, device="cpu")

@@ -144,6 +144,23 @@ def test_the_search_finds_the_pair_of_least_error() -> None:
     assert total.min() < 0.9 * total.max()
 
 
+def test_the_pair_that_it_has_is_its_first_choice() -> None:
+    quantizer, (x, _) = calibrated(), behind_gelu()
+    nothing = torch.zeros(())
+    for own in (4, 7):
+        quantizer.use_pair(own)
+        expected = quantizer(x)
+        options = quantizer.choices(nothing, nothing, ())
+        found = []
+        for place in range(options.count):
+            options.use(place)
+            found.append(in_use(quantizer))
+        assert options.count == 9
+        assert len(set(found)) > 5
+        options.settle(torch.tensor(0))
+        assert torch.equal(quantizer(x), expected)
+
+
 def test_the_weight_decides() -> None:
     """Errors are those of the product, not of the input."""
     x, weight = behind_gelu()
