@@ -16,6 +16,7 @@ from ptq4sam.operators.base import QuantizedLayer
 from ptq4sam.quantization.grid import Grid, along_channels
 from ptq4sam.quantization.groups import GROUPED, ratio_of, step_of
 from ptq4sam.quantization.quantizers import Quantizer
+from ptq4sam.quantization.slots import HEADS
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,13 @@ class UniformGrid:
     """The grid of an activation: values (code - zero_point) * scale.
 
     Attributes:
-        scale: a float32 number.
-        zero_point: the code of zero.
+        scale: a float32 number, or float32 [heads] where heads have scales.
+        zero_point: the code of zero, or int32 [heads] where they are not all the same.
         grid: bits, and whether codes are signed.
     """
 
-    scale: float
-    zero_point: int
+    scale: float | Tensor
+    zero_point: int | Tensor
     grid: Grid
 
 
@@ -100,14 +101,19 @@ def uniform_grid(quantizer: Quantizer) -> UniformGrid:
     """The grid of an activation.
 
     Raises:
-        DeployError: it is no evenly spaced grid with one scale.
+        DeployError: it is no evenly spaced grid with one scale, or one for each head.
         CalibrationError: the quantizer was not calibrated.
     """
     affine = quantizer.as_affine()
-    if affine is None or affine.channel_axis is not None:
+    if affine is None or affine.channel_axis not in (None, HEADS):
         raise DeployError(
             f"{quantizer.name or 'an activation'} ({type(quantizer).__name__}) has no evenly "
-            "spaced grid with one scale: only such activations can be deployed"
+            "spaced grid with one scale, or one for each head: only such activations can be "
+            "deployed"
         )
     scale, zero_point = affine.parameters_in_use()
-    return UniformGrid(float(scale), int(zero_point), affine.grid)
+    if scale.dim() == 0:
+        return UniformGrid(float(scale), int(zero_point), affine.grid)
+    zero = zero_point.to(torch.int32)
+    alike = bool((zero == zero[0]).all())
+    return UniformGrid(scale.cpu(), int(zero[0]) if alike else zero.cpu(), affine.grid)

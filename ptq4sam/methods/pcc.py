@@ -5,7 +5,8 @@ query attends to stay the same. A map's mask are the places above a share of the
 the loss of a range is 1 less the intersection over union of the masks with and without it, averaged
 over prompts and heads. For the decoder's attentions in their order, and of each for the inputs of
 both projections, the query and the key, some thirty symmetric percentiles are tried, twice, with
-what was chosen before switched on.
+what was chosen before switched on. Heads with scales of their own have the percentiles of their own
+numbers, the same for all.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class AttentionParts:
             "key": self.core.quantizer(KEY),
         }
         affine = {slot: quantizer.as_affine() for slot, quantizer in found.items()}
-        return {s: q for s, q in affine.items() if q is not None and q.channel_axis is None}
+        return {slot: quantizer for slot, quantizer in affine.items() if quantizer is not None}
 
 
 def mask_of(attention: Tensor, share: float) -> Tensor:
@@ -107,9 +108,9 @@ def mask_loss(found: Tensor, wanted: Tensor) -> float:
 
 
 def percentile_ranges(x: Tensor, percentiles: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
-    """Ranges from the 1 - p to the p quantile, of many numbers some."""
-    values = x.detach().float().flatten()
-    values = values[:: max(1, values.numel() // _MOST)].sort().values
+    """Ranges from the 1 - p to the p quantile of the last axis, of many numbers some."""
+    values = x.detach().float()
+    values = values[..., :: max(1, values.shape[-1] // _MOST)].sort().values.movedim(-1, 0)
     last = len(values) - 1
     ranges = []
     for percentile in percentiles:
@@ -169,6 +170,11 @@ class PccMethod(Method[Pcc]):
             quantizer.mode = Mode.QUANTIZE
             kept = best = (quantizer.scale.detach().clone(), quantizer.zero_point.detach().clone())
             least = self._loss(parts, seen.inputs, goal)
+            if quantizer.channel_axis is None:
+                values = values.flatten()
+            else:
+                # Of heads with scales each has the percentile of its own numbers.
+                values = values.movedim(quantizer.channel_axis, 0).flatten(1)
             for low, high in percentile_ranges(values, self.settings.percentiles):
                 tried = quantizer.grid.affine_parameters(low, high)
                 quantizer.set_parameters(*tried)

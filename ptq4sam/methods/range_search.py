@@ -4,8 +4,9 @@ Product after product in the order of execution, with all before it quantized: o
 (the input and the weight of a layer; query and key, softmax and value of an attention) one has its
 range chosen while the other keeps its own, in turns. Ranges are shares of the widest one. The error
 is that of the product's output, each number of it squared and weighed by what it does to masks
-(`task_gradients`), or squared alone. Where a weight has a scale for each output channel, each
-channel has its own choice. The paper says as much; what it leaves open is in docs/tinysam.md.
+(`task_gradients`), or squared alone. Where a weight has a scale for each output channel, or an
+operand of an attention one for each head, each channel or head has its own choice. The paper says
+as much; what it leaves open is in docs/tinysam.md.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ptq4sam.operators.base import (
 from ptq4sam.quantization.base import Mode, Quantizer
 from ptq4sam.quantization.choices import Choices
 from ptq4sam.quantization.modes import quantizer_mode
+from ptq4sam.quantization.slots import HEADS
 from ptq4sam.records import Record
 
 HESSIAN, ERROR = "hessian", "error"
@@ -114,18 +116,28 @@ class Searched:
         given = [self.operator.quantizer(s)(x) for s, x in zip(slots, operands, strict=True)]
         return self.product.module(*given)  # type: ignore[no-any-return]
 
-    def error(self, seen: Sequence[Seen], channels: bool) -> Tensor:
-        """Weighed squared errors of the output over all pictures: [] or one a channel, float64."""
+    def error(self, seen: Sequence[Seen], slot: str) -> Tensor:
+        """Weighed squared errors of the output over all pictures, float64.
+
+        Returns:
+            One for each scale of a slot: [], [channels] or [heads].
+        """
+        each = has_channels(self.operator.quantizer(slot))
         total = torch.zeros((), dtype=torch.float64, device=seen[0].target.device)
         for picture in seen:
             errors = (self.output(picture.operands) - picture.target).square()
             errors = errors if picture.weights is None else errors * picture.weights
-            if channels:
-                layer = cast(QuantizedLayer, self.operator)
-                total = total + layer.by_output(errors).flatten(1).double().sum(1)
+            if each:
+                total = total + self._by_scale(errors, slot).flatten(1).double().sum(1)
             else:
                 total = total + errors.sum(dtype=torch.float64)
         return total
+
+    def _by_scale(self, output: Tensor, slot: str) -> Tensor:
+        """An output with the axis first that a slot has scales along."""
+        if slot == WEIGHT:
+            return cast(QuantizedLayer, self.operator).by_output(output)
+        return output.movedim(HEADS, 0)
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,7 @@ class Seen:
 
     Attributes:
         operands: that are looked at; of a layer the input alone.
-        ends: smallest and largest number of each, of all of it.
+        ends: smallest and largest number of each, of all of it; [] or [heads].
         target: the output of these, without quantization.
         weights: of its squared errors, in its shape; None for 1.
     """
@@ -157,14 +169,21 @@ def choices_of(
             low, high = low.amin(), high.amax()
     else:
         place = 0 if slot == searched.product.first else 1
-        low = torch.stack([picture.ends[place][0] for picture in seen]).amin()
-        high = torch.stack([picture.ends[place][1] for picture in seen]).amax()
+        low = torch.stack([picture.ends[place][0] for picture in seen]).amin(0)
+        high = torch.stack([picture.ends[place][1] for picture in seen]).amax(0)
     return quantizer.choices(low, high, shares)
 
 
 def has_channels(quantizer: Quantizer) -> bool:
-    """Whether it has a scale for each channel."""
+    """Whether it has a scale for each channel, or each head."""
     return quantizer.scale.dim() > 0
+
+
+def _ends(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    """Smallest and largest number of an activation, of each head where heads have scales."""
+    rows = x.movedim(HEADS, 0).flatten(1) if has_channels(quantizer) else x.reshape(1, -1)
+    low, high = torch.aminmax(rows, dim=1)
+    return (low, high) if has_channels(quantizer) else (low[0], high[0])
 
 
 @METHODS.register("range-search")
@@ -206,21 +225,20 @@ class RangeSearchMethod(Method[RangeSearch]):
             before = dict(best)
             for slot, options in choices.items():
                 if options is not None:
-                    channels = slot == WEIGHT and has_channels(quantizers[slot])
-                    best[slot] = self._best(searched, seen, options, channels)
+                    best[slot] = self._best(searched, seen, options, slot)
                     options.settle(best[slot])
             if best and all(s in before and torch.equal(best[s], before[s]) for s in best):
                 break
         yield from (f"{searched.name}: {slot}" for slot, found in best.items() if found.any())
 
     def _best(
-        self, searched: Searched, seen: Sequence[Seen], options: Choices, channels: bool
+        self, searched: Searched, seen: Sequence[Seen], options: Choices, slot: str
     ) -> Tensor:
-        """The first of the least error, [] or [channels]."""
+        """The first of the least error, for each scale of the slot."""
         errors = []
         for index in range(options.count):
             options.use(index)
-            errors.append(searched.error(seen, channels))
+            errors.append(searched.error(seen, slot))
         return torch.stack(errors).argmin(0)
 
 
@@ -257,8 +275,12 @@ class _Picture:
     def seen(self, searched: Searched, weights: Tensor | None) -> Seen:
         """What a product sees, and what it gives without quantization."""
         (inputs,) = first_inputs(searched.product.module, self)
-        count = 1 if searched.product.second == WEIGHT else 2
-        ends = tuple(torch.aminmax(x) for x in inputs[:count])
+        slots = (searched.product.first, searched.product.second)
+        count = 1 if slots[1] == WEIGHT else 2
+        ends = tuple(
+            _ends(x, searched.operator.quantizer(slot))
+            for x, slot in zip(inputs[:count], slots, strict=False)
+        )
         operands = (searched.some(inputs[0]).clone(), *(x.clone() for x in inputs[1:count]))
         return Seen(operands, ends, searched.output(operands), weights)
 

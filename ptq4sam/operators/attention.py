@@ -17,6 +17,7 @@ from ptq4sam.operators.attention_products import (
     AttentionValueProduct,
     QueryKeyProduct,
     Whole,
+    by_head,
     logits_worth,
     values_worth,
 )
@@ -204,12 +205,14 @@ class QuantizedSoftmaxAttention(QuantizedOperator):
             part = query[:, head, tokens]
             terms = None
             if bias is not None:
-                step = self.query_quantizer.step
+                step = by_head(self.query_quantizer.step, head)
                 largest = self.query_quantizer.grid.largest_step
                 terms = bias.of_steps(part, step, largest, head, first, last)
-            logits: Tensor = self.query_key(part, key[:, head], logits_of, terms)
+            worth = logits_of.of_heads(head)
+            logits: Tensor = self.query_key(part, key[:, head], worth, terms)
             attention = self.softmax_quantizer(portable_softmax(logits), steps=True)
-            result[:, head, tokens] = self.attention_value(attention, value[:, head], values_of)
+            worth = values_of.of_heads(head)
+            result[:, head, tokens] = self.attention_value(attention, value[:, head], worth)
         return result
 
     def _products_worth(self, head_dim: int) -> tuple[Whole, Whole]:

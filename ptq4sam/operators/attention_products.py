@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -16,12 +16,17 @@ from ptq4sam.quantization.quantizers import Quantizer
 from ptq4sam.quantization.whole import LARGEST_ROW, operand, whole_product
 
 
+def by_head(parameter: Tensor, heads: slice = slice(None)) -> Tensor:
+    """Numbers [heads] as some heads of [batch, heads, n, m] take them, [heads, 1, 1]; [] stays."""
+    return parameter[heads, None, None] if parameter.dim() else parameter
+
+
 @dataclass(frozen=True)
 class Whole:
     """What a product of steps is worth.
 
     Attributes:
-        step: [] float32, worth of a product of 1.
+        step: float32, worth of a product of 1: [], or [heads, 1, 1] where heads have scales.
         largest: what no partial sum exceeds.
         integer: sum in int64.
     """
@@ -29,6 +34,10 @@ class Whole:
     step: Tensor
     largest: float
     integer: bool = False
+
+    def of_heads(self, heads: slice) -> Whole:
+        """The same of some heads."""
+        return replace(self, step=self.step[heads]) if self.step.dim() else self
 
     def operand(self, x: Tensor) -> Tensor:
         """`x` as the product takes it, to be made once where it is multiplied in pieces."""
@@ -53,13 +62,13 @@ def logits_worth(query: Quantizer, key: Quantizer, scale: float, terms: int) -> 
         terms: head_dim.
     """
     largest = float(terms) * query.grid.largest_step * key.grid.largest_step
-    return Whole(query.step * (key.step * scale), largest)
+    return Whole(by_head(query.step * (key.step * scale)), largest)
 
 
 def values_worth(softmax: Quantizer, value: Quantizer) -> Whole:
     """Worth of the product of softmax and value steps, for any number of keys."""
     row = LARGEST_ROW / float(softmax.step)
-    return Whole(softmax.step * value.step, row * value.grid.largest_step)
+    return Whole(by_head(softmax.step * value.step), row * value.grid.largest_step)
 
 
 class QueryKeyProduct(nn.Module):
@@ -95,20 +104,23 @@ def biased(sums: Tensor, step: Tensor, bias: Terms) -> Tensor:
 
     Args:
         sums: [batch, heads, n, keys] float32, whole numbers; is written over.
-        step: [], what 1 of them is worth.
+        step: [] or [heads, 1, 1], what 1 of them is worth.
         bias: see `PositionBias.of_steps`.
     """
     if len(bias) == 1:
         return sums.mul_(step).add_(bias[0])
     by_row, by_column = (terms.reshape(-1, *terms.shape[-2:]) for terms in bias)
     grid = sums.reshape(-1, by_row.shape[-2], by_column.shape[-1])
+    if step.dim():
+        step = step.expand(*sums.shape[:3], 1).reshape(-1, 1, 1)
     return _biased(grid, step, by_row, by_column).reshape(sums.shape)
 
 
 def _hard_sums(sums: Tensor, step: Tensor, *bias: Tensor) -> Iterator[tuple[Tensor, ...]]:
     rows = len(hard_numbers.some_rows(sums.flatten(1)))
     whole = hard_numbers.whole_numbers(sums[:rows])
-    yield whole, *(hard_numbers.numbers(x) for x in (step, *(terms[:rows] for terms in bias)))
+    others = (x[:rows] if x.dim() else x for x in (step, *bias))
+    yield whole, *(hard_numbers.numbers(x) for x in others)
 
 
 @unwatched()

@@ -55,7 +55,7 @@ class PositionBias(Protocol):
 
         Args:
             steps: the query.
-            step: what one is worth.
+            step: what one is worth, [], or [heads, 1, 1] of these heads.
             largest: of them, absolute.
             heads: which ones the query has.
             first: row.
@@ -133,6 +133,9 @@ class RelativePositions:
         (row_digits, row_worth), (column_digits, column_worth) = self._digits
         tables = row_digits.to(steps.dtype), column_digits.to(steps.dtype)
         row_sums, column_sums = position_terms(steps, tables, first, last)
+        if step.dim():
+            # As the sums lie, [batch * heads, rows, columns, 3 * keys].
+            step = step.repeat(len(steps), 1, 1)[..., None]
         shape = (*steps.shape[:3], -1)
         by_row = of_terms(row_sums.float().chunk(3, -1), row_worth, step).reshape(shape)
         by_column = of_terms(column_sums.float().chunk(3, -1), column_worth, step).reshape(shape)
@@ -231,7 +234,7 @@ def table_digits(table: Tensor) -> tuple[Digits, float]:
     return digits((table.detach() * (FIXED / bound)).round()), bound * 2.0**14 / FIXED
 
 
-def of_terms(sums: Sequence[X], worth: float, step: X | float) -> X:
+def of_terms(sums: Sequence[X], worth: float, step: Tensor | float) -> X:
     """Terms from the sums of steps times each of three digits."""
     first, second, third = sums
     return apart(of_digits(first, second, third) * worth * step)

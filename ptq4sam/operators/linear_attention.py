@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.operators.arithmetic import Arithmetic, whole_numbers
-from ptq4sam.operators.attention_products import Whole
+from ptq4sam.operators.attention_products import Whole, by_head
 from ptq4sam.operators.base import (
     KEY,
     QUERY,
@@ -154,15 +154,17 @@ class QuantizedReluLinearAttention(QuantizedOperator):
 
         Returns:
             Worths of both products (of the second one steps, whose quotients count), what a step of
-            the sum of keys is worth in the state, and the largest value.
+            the sum of keys is worth in the state, and the largest value: each [] or, where heads
+            have scales, [heads, 1, 1].
         """
         query, key, value, state = (self.quantizer(slot).grid for slot in self.slot_names)
         unit = largest_value(self.value_quantizer)
         largest = float(places) * key.largest_step * value.largest_step
-        first = Whole(self.key_quantizer.step * self.value_quantizer.step, largest, exact)
+        step = by_head(self.key_quantizer.step)
+        first = Whole(step * by_head(self.value_quantizer.step), largest, exact)
         largest = float(head_dim) * query.largest_step * state.largest_step
-        second = Whole(torch.ones_like(unit), largest, exact)
-        return first, second, self.key_quantizer.step * unit, unit
+        second = Whole(unit.new_ones(()), largest, exact)
+        return first, second, step * unit, unit
 
     def _unit(self, value: Tensor) -> Tensor:
         """The largest value: of the grid, or of what came where that is not in use."""
@@ -175,16 +177,16 @@ class QuantizedReluLinearAttention(QuantizedOperator):
         slots = (self.query_quantizer, self.state_quantizer)
         if any(quantizer.mode is not Mode.QUANTIZE for quantizer in slots):
             return EPS
-        return (slots[0].step * slots[1].step).detach()
+        return by_head(slots[0].step * slots[1].step).detach()
 
 
 def largest_value(quantizer: Quantizer) -> Tensor:
-    """The point of a grid that is farthest from 0: [], positive."""
+    """The point of a grid that is farthest from 0: [], or [heads, 1, 1], positive."""
     affine = quantizer.as_affine()
     if affine is not None:
         scale, zero_point = affine.parameters_in_use()
         grid = affine.grid
-        return scale * torch.maximum(zero_point - grid.qmin, grid.qmax - zero_point)
+        return by_head(scale * torch.maximum(zero_point - grid.qmin, grid.qmax - zero_point))
     return quantizer.step * quantizer.grid.largest_step
 
 

@@ -1,4 +1,4 @@
-"""Evenly spaced points: one scale and zero point a tensor or a channel."""
+"""Evenly spaced points: one scale and zero point a tensor, a channel or a head."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from ptq4sam.quantization.observers import OBSERVERS
 
 
 class AffineQuantizer(Quantizer):
-    """Evenly spaced points: one scale and zero point a tensor or a channel.
+    """Evenly spaced points: one scale and zero point a tensor, a channel or a head.
 
     Args:
         grid: the codes allowed.
         observer: name of the observer that sets the range, a key of OBSERVERS.
-        channel_axis: axis with a scale for each index; None for one in all.
+        channel_axis: axis with a scale for each index (that of heads is `slots.HEADS`); None for
+            one in all.
 
     Attributes:
         group_size: input channels of a weight that share a scale; None where all do.

@@ -54,7 +54,7 @@ class Quantizer(nn.Module):
             et al. 2022); 0 is off.
         generator: source of that choice; None is torch's own.
         recorded: receives the statistics of batches instead of merging them; None while it merges.
-        scale: [] or [channels], in the units of the data.
+        scale: [], [channels] or [heads], in the units of the data.
         zero_point: the code of zero, as floating point, of that shape.
     """
 
@@ -181,7 +181,7 @@ class Quantizer(nn.Module):
 
     @property
     def step(self) -> Tensor:
-        """What one of `steps` is worth: [] or [channels], float32."""
+        """What one of `steps` is worth: [], [channels] or [heads], float32."""
         raise NotImplementedError
 
     def grid_in_use(self) -> PointGrid:

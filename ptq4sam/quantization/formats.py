@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptq4sam.quantization.registry import OBSERVERS, QUANTIZERS
-from ptq4sam.quantization.slots import ADAROUND, PER_GROUP, with_ch_axis
+from ptq4sam.quantization.slots import ADAROUND, HEADS, PER_GROUP, with_ch_axis
 from ptq4sam.records import FieldError, Record
 
 PER_TENSOR_OBSERVER_NAMES = (
@@ -27,8 +27,9 @@ class TensorFormat(Record):
         observer: a name in OBSERVERS.
         bit: bits, 2 to 16.
         symmetric: zero point 0 on a signed grid, else an unsigned grid with a zero point.
-        ch_axis: 0 for a scale per output channel, -1 for one per tensor. Files may say
-            `granularity: per channel` or `per tensor` instead, which goes before.
+        ch_axis: 0 for a scale per output channel, -1 for one per tensor, 1 for one per head of a
+            query, key or value. Files may say `granularity: per channel`, `per tensor` or `per
+            head` instead, which goes before.
         group_size: ours; with `granularity: per group`, input channels of a weight that share a
             scale, one power of two of the channel's step; 0 for all.
     """
@@ -74,8 +75,9 @@ class TensorFormat(Record):
         OBSERVERS.require(self.observer, "observer")
         self._require(2 <= self.bit <= 16, "bit", "2 to 16")
         self._validate_groups()
-        self._require(self.ch_axis in (-1, 0), "ch_axis", "-1 (per tensor), 0 (per channel)")
-        if self.ch_axis == 0 and _is_per_tensor_only(self.observer):
+        allowed = "-1 (per tensor), 0 (per channel), 1 (per head)"
+        self._require(self.ch_axis in (-1, 0, HEADS), "ch_axis", allowed)
+        if self.ch_axis >= 0 and _is_per_tensor_only(self.observer):
             channelwise = [name for name in OBSERVERS.names if not _is_per_tensor_only(name)]
             raise FieldError(
                 "observer",

@@ -13,6 +13,7 @@ from ptq4sam.quantization.division import divided
 from ptq4sam.quantization.dropping import Choice, chosen, stays_float
 from ptq4sam.quantization.fused import fused, fused_exactly
 from ptq4sam.quantization.hard_numbers import near_steps
+from ptq4sam.quantization.slots import HEADS
 
 MIN_SCALE = 1e-8
 """Smallest scale a range can give; a tensor of zeros would have none otherwise."""
@@ -96,13 +97,37 @@ def along_channels(parameter: Tensor, shape: torch.Size, channel_axis: int | Non
     return each.reshape(*each.shape, *[1] * (len(shape) - 2))
 
 
+def _spread(
+    x: Tensor, scale: Tensor, zero_point: Tensor, channel_axis: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`x`, and a scale and a zero point that broadcast over it.
+
+    Heads are made rows: what is compiled for weights (`fused`) serves them too.
+
+    Returns:
+        `x` as it is, or [batch * heads, ...] of [batch, heads, ...].
+
+    Raises:
+        ConfigError: there are not as many heads as scales.
+    """
+    if channel_axis == HEADS and scale.dim() > 0:
+        if x.dim() <= HEADS or len(scale) != x.shape[HEADS]:
+            raise ConfigError(
+                f"a tensor {list(x.shape)} came to {len(scale)} scales, one a head of [batch, "
+                "heads, ...]: quantize the model anew"
+            )
+        batch, channel_axis = len(x), 0
+        x, scale, zero_point = x.flatten(0, 1), scale.repeat(batch), zero_point.repeat(batch)
+    scale, zero_point = (along_channels(p, x.shape, channel_axis) for p in (scale, zero_point))
+    return x, scale, zero_point
+
+
 def affine_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, channel_axis: int | None = None
 ) -> Tensor:
     """Codes of `x` on the grid: clamp(round(x / scale) + zero point), at least float32."""
-    scale = along_channels(scale, x.shape, channel_axis)
-    zero_point = along_channels(zero_point, x.shape, channel_axis)
-    return _codes(precise(x), scale, zero_point, grid.qmin, grid.qmax)
+    rows, scale, zero_point = _spread(x, scale, zero_point, channel_axis)
+    return _codes(precise(rows), scale, zero_point, grid.qmin, grid.qmax).reshape(x.shape)
 
 
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -127,14 +152,13 @@ def fake_quantize(
     Returns:
         The shape of `x`.
     """
-    scale = along_channels(scale, x.shape, channel_axis)
-    zero_point = along_channels(zero_point, x.shape, channel_axis)
+    rows, scale, zero_point = _spread(x, scale, zero_point, channel_axis)
     if not torch.is_grad_enabled():
-        return _move_to_grid(x, scale, zero_point, grid.qmin, grid.qmax)
+        return _move_to_grid(rows, scale, zero_point, grid.qmin, grid.qmax).reshape(x.shape)
     result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, scale, zero_point, grid
+        rows, scale, zero_point, grid
     )
-    return result
+    return result.reshape(x.shape)
 
 
 def in_products(x: Tensor) -> Tensor:
@@ -172,9 +196,8 @@ def steps_from_zero(
     x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, channel_axis: int | None = None
 ) -> Tensor:
     """Codes of `x`, rounded to float32, less the zero point, as float32; no gradients."""
-    scale = along_channels(scale, x.shape, channel_axis)
-    zero_point = along_channels(zero_point, x.shape, channel_axis)
-    return _steps_from_zero(x, scale, zero_point, grid.qmin, grid.qmax)
+    rows, scale, zero_point = _spread(x, scale, zero_point, channel_axis)
+    return _steps_from_zero(rows, scale, zero_point, grid.qmin, grid.qmax).reshape(x.shape)
 
 
 @fused_exactly(near_steps(scale_at=1))

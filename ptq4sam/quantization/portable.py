@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ptq4sam.quantization.division import reciprocal
@@ -208,17 +209,20 @@ def turn(x: X) -> tuple[X, X]:
     return sine, cosine
 
 
-def quotient(x: X, divisor: float) -> X:
-    """X / divisor, rounded right, without dividing.
+def quotient(x: X, divisor: float | Tensor) -> X:
+    """X / divisor, rounded right, without dividing; divisors of a tensor spread over x.
 
     What the product with the reciprocal leaves is exact in halves of 12 bits (Dekker, 1971), and
     corrects it. Quotients are cut to FIXED.
     """
-    held = np.float32(divisor)
-    inverse = float(np.float32(1) / held)
-    high = float(np.float32(held * _HALVES) - (np.float32(held * _HALVES) - held))
-    low = float(held) - high
-    x = x.clamp(-FIXED * float(held), FIXED * float(held))
+    held = np.asarray(divisor, np.float32)
+    upper = held * _HALVES - (held * _HALVES - held)
+    numbers = (np.float32(1) / held, upper, held - upper, held * np.float32(FIXED))
+    inverse, high, low, bound = (
+        torch.from_numpy(number) if isinstance(divisor, Tensor) else float(number)
+        for number in numbers
+    )
+    x = x.clamp(-bound, bound)
     guess = apart(x * inverse)
     scaled = apart(guess * float(_HALVES))
     top = scaled - (scaled - guess)

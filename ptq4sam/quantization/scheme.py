@@ -22,8 +22,10 @@ from ptq4sam.quantization.slots import (
     ADAROUND,
     AFFINE,
     STATE,
+    WEIGHT,
     SlotFormat,
     octaves,
+    require_heads,
     selected,
     slot_formats,
 )
@@ -80,7 +82,7 @@ class Scheme(Record):
     """A quantization: formats, methods and reconstruction.
 
     Attributes:
-        a_qconfig: format of the activations, per tensor.
+        a_qconfig: format of the activations, per tensor; `slots` may give heads scales.
         w_qconfig: format of the weights.
         calibrate: number of calibration pictures.
         calibrate_order: ours; "file" takes the first pictures, as published, so that by statistics
@@ -133,6 +135,11 @@ class Scheme(Record):
                 raise error.within(f"units.{name}") from None
             if not all(2 <= each <= 16 for each in bits):
                 raise FieldError(f"units.{name}", f"{level} given, allowed: {LEVELS}")
+        for section, slot in (("w_qconfig", WEIGHT), ("a_qconfig", "all activations")):
+            try:
+                require_heads(getattr(self, section).ch_axis, slot)
+            except FieldError as error:
+                raise error.within(section) from None
         if self.a_qconfig.group_size:
             raise FieldError(
                 "a_qconfig.group_size",
@@ -153,6 +160,12 @@ class Scheme(Record):
             raise FieldError(
                 "a_qconfig.quantizer", f"{ADAROUND} is for weights; allowed: {allowed}"
             )
+        for selector in self.slot_formats:
+            slot, *roles = selector.split("@")
+            try:
+                self.format_of(slot, frozenset(roles))
+            except FieldError as error:
+                raise error.within(f"slots.{selector}") from None
         if self.compat == STUDY and (self.recon is not None or self.upscaling != FLOAT):
             raise FieldError(
                 "compat", "study given, which simulates ranges alone: leave recon and upscaling out"

@@ -22,15 +22,32 @@ ADAROUND = "AdaRoundFakeQuantize"
 """The quantizer that learns the rounding of weights."""
 WEIGHT = "weight"
 
-PER_GROUP = "per group"
+PER_GROUP, PER_HEAD = "per group", "per head"
+HEADS = 1
+"""Axis of an attention's query, key and value, which heads have scales along."""
+_OF_HEADS = ("query", "key", "value")
 _BYTE_BITS = 8
-GRANULARITIES = {"per tensor": -1, "per channel": 0, PER_GROUP: 0}
+GRANULARITIES = {"per tensor": -1, "per channel": 0, PER_GROUP: 0, PER_HEAD: HEADS}
 """What has a scale of its own, and the published way to write it, `ch_axis`."""
 
 
 def octaves(bits: int, symmetric: bool) -> int:
     """Powers of two by which scales of a weight's groups may differ within a byte."""
     return max(0, _BYTE_BITS - bits - (not symmetric))
+
+
+def require_heads(ch_axis: int | None, slot: str) -> None:
+    """Refuse a scale for each head where there are no heads.
+
+    Raises:
+        FieldError: where there are is named.
+    """
+    if ch_axis == HEADS and slot not in _OF_HEADS:
+        raise FieldError(
+            "granularity",
+            f"{PER_HEAD!r} given for {slot}, which is for {', '.join(_OF_HEADS)} of attentions: "
+            f"slots: {{{_OF_HEADS[0]}: {{granularity: {PER_HEAD}}}}}",
+        )
 
 
 def with_ch_axis(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -123,7 +140,10 @@ def _check(said: SlotFormat, slot: str) -> None:
         others = ", ".join(GRIDS[said.grid].slots)
         raise FieldError("grid", f"{said.grid!r} given, which is for {others}")
     settings = said.settings
-    if slot == WEIGHT or not isinstance(settings, AffineFormat):
+    if not isinstance(settings, AffineFormat):
+        return
+    require_heads(settings.ch_axis, slot)
+    if slot == WEIGHT:
         return
     if settings.ch_axis == 0:
         raise FieldError("ch_axis", "activations are quantized per tensor: -1")

@@ -102,6 +102,13 @@ def test_quotients_are_rounded_right(divisor: float) -> None:
     assert float(portable.quotient(torch.tensor(1e30), divisor)) == portable.FIXED
 
 
+def test_divisors_of_a_tensor_spread() -> None:
+    torch.manual_seed(3)
+    divisors = torch.tensor([0.0371, 2.7e-5, 3.1])[:, None, None]
+    x = 100 * divisors * torch.randn(2, 3, 40, 50)
+    assert torch.equal(portable.quotient(x, divisors), x / divisors)
+
+
 def test_sums_of_pieces_are_rounded_once() -> None:
     torch.manual_seed(4)
     high, low = torch.randint(-(2**23), 2**23, (2, 10_000)).float()

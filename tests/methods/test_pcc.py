@@ -42,6 +42,11 @@ def test_percentiles_are_numpys(count: int) -> None:
     for percentile, (low, high) in zip(chosen, percentile_ranges(x, chosen), strict=True):
         expected = np.quantile(x.double().numpy(), [1 - percentile, percentile])
         assert [float(low), float(high)] == pytest.approx(expected.tolist(), abs=1e-5)
+    # Rows have their own.
+    rows = percentile_ranges(torch.stack([x, 3 * x]), chosen)
+    for (low, high), alone in zip(rows, percentile_ranges(3 * x, chosen), strict=True):
+        assert (low.shape, high.shape) == ((2,), (2,))
+        assert (low[1], high[1]) == alone
 
 
 def maps(exact: Sam, quantized: QuantizedSam, item: CalibrationItem) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.quantizers import Mode
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.quantization.slots import HEADS
 from ptq4sam.sam.model import Sam
 from tests.tiny_runs import SCHEMES
 
@@ -202,6 +203,47 @@ def test_channels_have_choices_of_their_own(sam: Sam, items: list[CalibrationIte
     assert (taken <= by_share.amin(0) * 1.02 + 1e-9).float().mean() > 0.9
 
 
+def points_of_heads(x: Tensor, scale: Tensor) -> Tensor:
+    """Of 4 bits, [batch, heads, n, d]."""
+    scale = scale[:, None, None]
+    return (x / scale).round().clamp(-8, 7) * scale
+
+
+def test_heads_have_choices_of_their_own(sam: Sam, items: list[CalibrationItem]) -> None:
+    """Of keys, whose turn comes when the queries have theirs: the least error of each head."""
+    found = quantize_sam(sam, items[:2], scheme(steps=9, rounds=1, metric="error", rows=10**6))
+    allowed = torch.tensor([8 / 7.5, *(0.01 + 1.19 * step / 8 for step in range(9))])
+    different = False
+    for name in ("image_encoder.blocks.0.attn.core", "image_encoder.blocks.1.attn.core"):
+        core: Any = found.get_submodule(name)
+        seen: list[tuple[Tensor, ...]] = []
+        handle = core.register_forward_pre_hook(lambda _m, x, seen=seen: seen.append(x[:2]))
+        for item in items[:2]:
+            run_item(found, item)
+        handle.remove()
+        largest = torch.stack([key.abs().amax((0, 2, 3)) for _, key in seen]).amax(0)
+        shares = core.key_quantizer.scale * 8 / largest
+        chosen = (shares[:, None] - allowed).abs()
+        assert chosen.amin(1).max() < 1e-3
+        different |= len(chosen.argmin(1).unique()) > 1
+
+        moved = [points_of_heads(query, core.query_quantizer.scale) for query, _ in seen]
+        by_share = torch.stack(
+            [
+                sum(
+                    (q @ points_of_heads(key, share * largest / 8).mT - query @ key.mT)
+                    .square()
+                    .sum((0, 2, 3))
+                    for q, (query, key) in zip(moved, seen, strict=True)
+                )
+                for share in allowed
+            ]
+        )
+        taken = by_share.gather(0, chosen.argmin(1)[None])[0]
+        assert (taken <= by_share.amin(0) * 1.02).all()
+    assert different
+
+
 def test_a_better_metric_than_the_observed_range(
     sam: Sam,
     items: list[CalibrationItem],
@@ -310,6 +352,7 @@ def test_the_schemes_are_tinysams(bits: int, sam: Sam) -> None:
         of_convolution = operator.kind == "convolution"
         for slot, quantizer in operator.slots().items():
             assert quantizer.grid == Grid(bits, symmetric=not of_convolution), name
-            channels = 0 if of_convolution and slot == "weight" else None
-            assert getattr(quantizer, "channel_axis", None) == channels, (name, slot)
+            axis = 0 if of_convolution and slot == "weight" else None
+            axis = HEADS if slot in ("query", "key", "value") else axis
+            assert getattr(quantizer, "channel_axis", None) == axis, (name, slot)
     assert RangeSearchMethod.settings_type is RangeSearch

@@ -17,6 +17,7 @@ from ptq4sam.quantization.published import BIMODAL, BimodalIntegration
 from ptq4sam.quantization.quantizers import FixedQuantizer, LSQQuantizer, Quantizer
 from ptq4sam.quantization.registry import METHODS
 from ptq4sam.quantization.scheme import Scheme
+from ptq4sam.quantization.slots import HEADS
 from ptq4sam.records import Record
 from tests.tiny_runs import SCHEMES
 
@@ -201,6 +202,48 @@ def test_granularity_is_another_way_to_write_ch_axis() -> None:
         scheme_with("w_qconfig.granularity=per row")
     with pytest.raises(ConfigError, match="activations are quantized per tensor"):
         scheme_with("a_qconfig.granularity=per channel", "a_qconfig.observer=MinMaxObserver")
+
+
+def test_heads_have_scales_where_there_are_heads() -> None:
+    given = "{granularity: per head, observer: MinMaxObserver}"
+    scheme = scheme_with(f"slots={{query: {given}, key@decoder: {given}}}")
+    for slot, role, axis in (
+        ("query", "encoder", HEADS),
+        ("key", "decoder", HEADS),
+        ("key", "encoder", None),
+        ("value", "decoder", None),
+    ):
+        quantizer = made(scheme, slot, role)
+        assert isinstance(quantizer, AffineQuantizer)
+        assert quantizer.channel_axis == axis
+    assert Scheme.from_dict(scheme.to_dict()) == scheme
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["slots={softmax: {granularity: per head}}"], "slots.softmax.granularity: .* for softmax"),
+        (["slots={input: {granularity: per head}}"], "slots.input.granularity: .* for input"),
+        (["slots={weight: {ch_axis: 1}}"], "slots.weight.granularity: .* for weight"),
+        (
+            ["w_qconfig.granularity=per head", "w_qconfig.observer=MinMaxObserver"],
+            "w_qconfig.granularity: .* for weight",
+        ),
+        (
+            ["a_qconfig.granularity=per head", "a_qconfig.observer=MinMaxObserver"],
+            "a_qconfig.granularity: .* for all activations",
+        ),
+    ],
+)
+def test_elsewhere_scales_of_heads_are_refused(overrides: list[str], where: str) -> None:
+    with pytest.raises(ConfigError, match=f"{where}, which is for query, key, value of attentions"):
+        scheme_with(*overrides)
+
+
+def test_an_observer_without_channels_has_none_of_heads() -> None:
+    problem = "slots.key.observer: AvgMinMaxObserver works per tensor only: .* or use one of MinMax"
+    with pytest.raises(ConfigError, match=problem):
+        scheme_with("slots={key: {granularity: per head, observer: AvgMinMaxObserver}}")
 
 
 def test_learned_quantizers_stay_learned() -> None:

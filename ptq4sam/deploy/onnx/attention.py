@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch import Tensor
 
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.lowering import operator
@@ -21,7 +23,7 @@ from ptq4sam.deploy.onnx.values import (
 )
 from ptq4sam.errors import DeployError
 from ptq4sam.operators.attention import QuantizedSoftmaxAttention, SoftmaxAttention
-from ptq4sam.operators.attention_products import logits_worth, values_worth
+from ptq4sam.operators.attention_products import by_head, logits_worth, values_worth
 from ptq4sam.quantization import portable
 from ptq4sam.quantization.grids import PointGrid
 from ptq4sam.quantization.portable import MOST_TERMS, apart
@@ -31,15 +33,16 @@ _FLOAT_BYTES = 4
 _MOST_PARTS = 64
 
 Terms = tuple[Traced, ...]
-Take = Callable[[str, str], str]
-"""From the name of a tensor, and a path, to the name of what a product takes."""
+Take = Callable[[str, str, slice], str]
+"""From the name of a tensor, a path, and which heads it has, to the name of what a product takes.
+"""
 
-BIASES: dict[type, Callable[[Any, Traced, float | None], Terms]] = {}
+BIASES: dict[type, Callable[[Any, Traced, Tensor | None], Terms]] = {}
 """What writes a bias of logits, by its type.
 
 Called with the bias, the query [batch, heads, n, d] and what 1 of it is worth, if it is in steps,
-else None. Gives terms [batch or 1, heads or 1, n, *keys], to be added to each other, then to
-logits.
+[] or [heads, 1, 1], else None. Gives terms [batch or 1, heads or 1, n, *keys], to be added to each
+other, then to logits.
 """
 
 
@@ -53,6 +56,7 @@ class _Operands:
         value: [batch, heads, m, d].
         takes: how a product takes each of these three.
         terms: of the bias.
+        heads: which ones of all these are.
     """
 
     query: Traced
@@ -60,6 +64,7 @@ class _Operands:
     value: Traced
     takes: tuple[Take, Take, Take]
     terms: Terms = ()
+    heads: slice = field(default_factory=lambda: slice(None))
 
     def split(self, parts: int, axis: int, path: str) -> list[_Operands]:
         """Cut into equal parts along the axis of batch, heads or queries."""
@@ -72,13 +77,20 @@ class _Operands:
             else _split(x, parts, axis, f"{path}.{number}")
             for number, x in enumerate(every)
         ]
-        pieces = zip(*cut, strict=True)
-        return [_Operands(q, k, v, self.takes, tuple(terms)) for q, k, v, *terms in pieces]
+        side = self.query.shape[1] // parts
+        heads = [
+            slice(place * side, (place + 1) * side) if axis == 1 else self.heads
+            for place in range(parts)
+        ]
+        return [
+            _Operands(q, k, v, self.takes, tuple(terms), its)
+            for (q, k, v, *terms), its in zip(zip(*cut, strict=True), heads, strict=True)
+        ]
 
     def taken(self, path: str) -> tuple[Traced, Traced, Traced]:
         """Query, key and value as products take them."""
         three = zip(_ROLES, (self.query, self.key, self.value), self.takes, strict=True)
-        names = [(x, take(x.name, f"{path}.{role}")) for role, x, take in three]
+        names = [(x, take(x.name, f"{path}.{role}", self.heads)) for role, x, take in three]
         query, key, value = (x.new(name, x.shape) for x, name in names)
         return query, key, value
 
@@ -126,6 +138,13 @@ class _Core:
         """Whether points of softmax outputs are looked up in a table."""
         return self.slots is not None and type(_softmax_grid(self.slots)) in SUMS
 
+    def multiplies_steps(self, graph: Graph, *roles: str) -> bool:
+        """Whether the product of these is of steps: as the dialect says, or for scales of heads."""
+        if self.slots is None:
+            return False
+        by_heads = any(self.slots.quantizer(role).step.dim() > 0 for role in roles)
+        return graph.multiplies_steps or by_heads
+
 
 def _softmax_grid(slots: QuantizedSoftmaxAttention) -> PointGrid:
     return slots.softmax_quantizer.grid_in_use()
@@ -151,7 +170,8 @@ def _attention(
         DeployError: there are too many keys for exact sums, or the bias is of another type.
     """
     given, path = core.slots, graph.path
-    whole = graph.multiplies_steps and given is not None
+    logits_of_steps = core.multiplies_steps(graph, *_ROLES[:2])
+    values_of_steps = core.multiplies_steps(graph, _ROLES[2]) or core.has_table
     slots = [None if given is None else given.quantizer(role) for role in _ROLES]
 
     held = [
@@ -162,9 +182,9 @@ def _attention(
     def operand(place: int, take: Callable[[Graph, Value, str], str]) -> tuple[Traced, Take]:
         codes, behind = held[place]
         if graph.dialect.dequantizes == "products" and codes.affine is not None:
-            return behind, lambda name, inner: take(graph, codes.renamed(name), inner)
+            return behind, lambda name, inner, heads: take(graph, codes.part(name, heads), inner)
         name = take(graph, codes, f"{path}.{_ROLES[place]}")
-        return behind.of(name), lambda name, _inner: name
+        return behind.of(name), lambda name, _inner, _heads: name
 
     def scaled(graph: Graph, codes: Value, inner: str) -> str:
         if codes.affine is None:
@@ -172,9 +192,9 @@ def _attention(
         return dequantize(graph, codes, inner, core.scale)
 
     (q, take_q), (k, take_k), (v, take_v) = (
-        operand(0, steps_of if whole else dequantize),
-        operand(1, steps_of if whole else scaled),
-        operand(2, steps_of if whole or core.has_table else dequantize),
+        operand(0, steps_of if logits_of_steps else dequantize),
+        operand(1, steps_of if logits_of_steps else scaled),
+        operand(2, steps_of if values_of_steps else dequantize),
     )
     # Keys lie as the product takes them.
     operands = _Operands(q, k.moved(Permute((0, 1, 3, 2))), v, (take_q, take_k, take_v))
@@ -184,7 +204,8 @@ def _attention(
                 f"{path} adds a {type(bias).__name__}, which has no form in a graph: it cannot be "
                 "exported"
             )
-        step = float(given.query_quantizer.step) if given and graph.portable else None
+        of_steps = given is not None and (graph.portable or logits_of_steps)
+        step = by_head(given.query_quantizer.step) if given and of_steps else None
         placing, (codes, behind) = q, held[0]
         if graph.dialect.dequantizes == "products":
             take = dequantize if step is None else steps_of
@@ -247,8 +268,9 @@ def _attend(core: _Core, given: _Operands, path: str) -> str:
     if given.key.shape[3] >= UNKNOWN:
         keys = MOST_TERMS
     query, key, value = given.taken(path)
-    if graph.multiplies_steps and slots is not None:
+    if slots is not None and core.multiplies_steps(graph, *_ROLES[:2]):
         worth = logits_worth(slots.query_quantizer, slots.key_quantizer, core.scale, head_dim)
+        worth = worth.of_heads(given.heads)
         sums = sums_of_steps(query, key, worth.largest, f"{path}.logits")
         logits = worth_of_sums(sums, worth)
     else:
@@ -259,7 +281,7 @@ def _attend(core: _Core, given: _Operands, path: str) -> str:
     if slots is None:
         return graph.node("MatMul", [shares, value.name], f"{path}.attended")
     softmax, values = slots.softmax_quantizer, slots.value_quantizer
-    worth = values_worth(softmax, values)
+    worth = values_worth(softmax, values).of_heads(given.heads)
     queries, heads = given.query.shape[2], given.query.shape[1]
     parts = heads if queries >= UNKNOWN else _divisor(queries, _MOST_PARTS)
     inner = f"{path}.softmax_quantizer"
@@ -268,7 +290,7 @@ def _attend(core: _Core, given: _Operands, path: str) -> str:
         sum_up = SUMS[type(_softmax_grid(slots))]
         return worth_of_sums(sum_up(graph, softmax, shares, value.name, cut, path, parts), worth)
     weights = quantize(graph, shares, softmax, inner)
-    if graph.multiplies_steps:
+    if core.multiplies_steps(graph, _ROLES[2]):
         most = keys * softmax.grid.largest_step * values.grid.largest_step
         steps = value.new(steps_of(graph, weights, f"{path}.softmax"), shape)
         return worth_of_sums(sums_of_steps(steps, value, min(worth.largest, most), path), worth)

@@ -292,10 +292,13 @@ def _reciprocal(x: Traced) -> Traced:
 
 
 @lowers("clamp")
-def _clamped(x: Traced, min: float | None = None, max: float | None = None) -> Traced:
-    """Not by Clip, past which OpenVINO's low-precision passes move a factor before it."""
+def _clamped(x: Traced, min: Any = None, max: Any = None) -> Traced:
+    """Between numbers, or tensors of them.
+
+    Not by Clip, past which OpenVINO's low-precision passes move a factor before it.
+    """
     for kind, bound in (("Max", min), ("Min", max)):
-        x = x if bound is None else x.node(kind, x.graph.number(bound))
+        x = x if bound is None else x.node(kind, _name_of(x, bound))
     return x
 
 

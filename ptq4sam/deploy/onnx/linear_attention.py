@@ -11,7 +11,7 @@ import torch
 from ptq4sam.deploy.codes import uniform_grid
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.lowering import operator
-from ptq4sam.deploy.onnx.sums import sums_of_steps, worth_of_sums
+from ptq4sam.deploy.onnx.sums import factor, sums_of_steps, worth_of_sums
 from ptq4sam.deploy.onnx.traced import Traced
 from ptq4sam.deploy.onnx.values import codes_of, require_quantizing, steps_of
 from ptq4sam.errors import DeployError
@@ -48,10 +48,10 @@ def relu_linear_attention(
     shape = (*k.shape[:2], head_dim, v.shape[3])
     products = k.new(worth_of_sums(sums, first), shape)
     keys = apart(k.sum(-2, keepdim=True)).transpose(-1, -2)
-    state = torch.cat([products, apart(keys * float(worth))], dim=-1)  # type: ignore[list-item]
+    state = torch.cat([products, apart(keys * factor(worth))], dim=-1)  # type: ignore[list-item]
     steps = _state_steps(state, core.state_quantizer, f"{path}.state_quantizer")  # type: ignore[arg-type]
     found = _of_queries(q, steps, second.largest, (*q.shape[:3], v.shape[3] + 1))
-    attended = quotients(found[..., :-1], found[..., -1:], float(unit))
+    attended = quotients(found[..., :-1], found[..., -1:], factor(unit))
     exact = graph.portable and all(x.exact for x in (query, key, value))
     graph.quantized(f"{path}.state_quantizer", exact)
     return Traced(graph, attended.name, attended.shape, exact=exact)

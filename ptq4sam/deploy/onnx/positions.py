@@ -18,7 +18,7 @@ from ptq4sam.operators.bias import (
 )
 
 
-def relative_positions(bias: RelativePositions, query: Traced, step: float | None) -> Terms:
+def relative_positions(bias: RelativePositions, query: Traced, step: Tensor | None) -> Terms:
     """Relative-position logits of both axes (ViTDet, section 3), from the unscaled query.
 
     Returns:
@@ -36,7 +36,7 @@ def relative_positions(bias: RelativePositions, query: Traced, step: float | Non
     )
 
 
-def table_bias(bias: TableBias, query: Traced, _step: float | None) -> Terms:
+def table_bias(bias: TableBias, query: Traced, _step: Tensor | None) -> Terms:
     """A logit for each head, query and key: [1, heads, queries, keys]."""
     table = bias.tensors[0][None]
     name = query.graph.tensor(table, f"{query.graph.path}.table")
@@ -47,7 +47,7 @@ BIASES[RelativePositions] = relative_positions
 BIASES[TableBias] = table_bias
 
 
-def _terms(query: Traced, positions: Tensor, side: int, step: float | None, name: str) -> Traced:
+def _terms(query: Traced, positions: Tensor, side: int, step: Tensor | None, name: str) -> Traced:
     """What positions on one axis add, from a query whose grid has that axis third."""
     graph, path = query.graph, f"{query.graph.path}.{name}"
     shape, table = (*query.shape[:4], side), table_of_size(positions, side)
@@ -64,7 +64,9 @@ def _terms(query: Traced, positions: Tensor, side: int, step: float | None, name
         for place, digit in enumerate(digits)
     ]
     traced = [Traced(graph, name, shape) for name in sums]
-    return of_terms(traced, worth, step).portable(query)
+    # Beside heads the query has two axes of its grid and that of head_dim.
+    each = step[..., None] if step.dim() else float(step)
+    return of_terms(traced, worth, each).portable(query)
 
 
 def _table(graph: Graph, table: Tensor, side: int, path: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+from torch import Tensor
+
 from ptq4sam.deploy.onnx.graph import Graph
 from ptq4sam.deploy.onnx.points import cut_points, looked_up, point_codes, points_of
 from ptq4sam.deploy.onnx.traced import Traced
@@ -71,4 +73,9 @@ Called as `_sums_of_points`.
 def worth_of_sums(sums: Traced, worth: Whole) -> str:
     """The name of what sums of steps are worth."""
     # Apart, or OpenVINO multiplies one of the operands with what the sums are worth.
-    return apart(apart(sums) * float(worth.step)).name
+    return apart(apart(sums) * factor(worth.step)).name
+
+
+def factor(step: Tensor) -> Tensor | float:
+    """What a traced tensor is multiplied with: one number, or a constant where heads have each."""
+    return step if step.dim() else float(step)

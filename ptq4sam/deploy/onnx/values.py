@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from ptq4sam.errors import DeployError
 from ptq4sam.methods.grouped import GroupedGrid
 from ptq4sam.methods.hybrid_grid import BYTE, HybridGrid, hybrid_steps
 from ptq4sam.methods.lnq import TableGrid
+from ptq4sam.operators.attention_products import by_head
 from ptq4sam.quantization.base import Mode, Quantizer
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.grids import PointGrid
@@ -32,8 +34,8 @@ class Affine:
     """What integer codes mean: (code - zero_point) * scale.
 
     Attributes:
-        scale: [] or [channels], float32.
-        zero_point: of the codes' type, in the shape of `scale`.
+        scale: [], [channels] or [heads], float32.
+        zero_point: of the codes' type, [], [channels], or int32 [heads].
     """
 
     scale: NDArray[np.float32]
@@ -51,6 +53,12 @@ class Value:
 
     name: str
     affine: Affine | None = None
+
+    def part(self, name: str, heads: slice) -> Value:
+        """Some heads of the same, at other places."""
+        if self.affine is None or self.affine.zero_point.dtype != np.int32:
+            return self.renamed(name)
+        return Value(name, replace(self.affine, zero_point=self.affine.zero_point[heads]))
 
     def renamed(self, name: str) -> Value:
         """The same numbers at other places (reshaped, transposed, sliced)."""
@@ -74,7 +82,13 @@ def dequantize(graph: Graph, value: Value, path: str, factor: float = 1.0) -> st
 def steps_of(graph: Graph, value: Value, path: str) -> str:
     """The whole numbers that codes are less their zero point, as a float tensor."""
     assert value.affine is not None
-    return _dequantized(graph, value.name, value.affine, np.array(1, np.float32), path)
+    affine, one = value.affine, np.array(1, np.float32)
+    if affine.zero_point.dtype != np.int32:
+        return _dequantized(graph, value.name, affine, one, path)
+    # No kernel takes zero points of heads.
+    codes = graph.cast(value.name, np.float32, f"{path}.numbers")
+    zeros = by_head(torch.from_numpy(affine.zero_point))
+    return (Traced(graph, codes, ()) - zeros).name
 
 
 def quantized_steps(steps: Traced) -> Traced:
@@ -103,8 +117,9 @@ def codes_of(x: Traced, quantizer: Quantizer | None, path: str) -> tuple[Value, 
     Returns:
         The codes before the moves, and behind them; zeros around these are the codes of 0.
     """
-    by_channel = quantizer is not None and quantizer.grid_in_use().channels_last
-    # These are on the last axis behind all moves.
+    points = None if quantizer is None else quantizer.grid_in_use()
+    by_channel = points is not None and (points.channels_last or points.step.dim() > 0)
+    # These, or heads, are on their axis behind all moves.
     name, shape, moves = (x.name, tuple(x.shape), ()) if by_channel else x.unmoved
     value = quantize(x.graph, name, quantizer, path)
     if quantizer is not None:
@@ -129,7 +144,7 @@ def quantize(graph: Graph, x: str, quantizer: Quantizer | None, path: str) -> Va
         return LOWERINGS[type(points)](graph, x, points, path)
     grid = uniform_grid(quantizer)
     affine = activation_format(grid, graph.dialect.codes == "signed", path)
-    if graph.multiplies_steps:
+    if graph.multiplies_steps or isinstance(grid.scale, Tensor):
         return _rounded_codes(graph, x, grid, affine, path)
     if grid.grid.bits < CONTAINER_BITS:
         bounds = [
@@ -205,13 +220,22 @@ def _quantize_linear(graph: Graph, x: str, affine: Affine, path: str) -> str:
 
 
 def _rounded_codes(graph: Graph, x: str, grid: UniformGrid, affine: Affine, path: str) -> Value:
-    """Codes of a scale of 1, for OpenVINO, which would multiply with the reciprocal of another.
+    """Codes of a scale of 1: for OpenVINO, and where heads have scales.
 
-    It takes them into its integer kernels like those of any scale.
+    OpenVINO would multiply with the reciprocal of another scale, and of all numbers in the end. It
+    takes these codes into its integer kernels like those of any scale, as ONNX Runtime does, whose
+    kernels have no scales of heads.
     """
-    steps = quotient(Traced(graph, x, ()), grid.scale).round()
-    low, high = (float(code - grid.zero_point) for code in (grid.grid.qmin, grid.grid.qmax))
+    scale, zero = grid.scale, grid.zero_point
+    scale = by_head(scale) if isinstance(scale, Tensor) else scale
+    given = Traced(graph, x, ())
+    quotients: Traced = quotient(given, scale) if graph.multiplies_steps else given / scale
+    steps = quotients.round()
     whole = replace(affine, scale=np.array(1, np.float32))
+    if isinstance(zero, Tensor):
+        steps, zero = steps + by_head(zero), 0
+        whole = replace(whole, zero_point=np.array(0, np.uint8))
+    low, high = (float(code - zero) for code in (grid.grid.qmin, grid.grid.qmax))
     return Value(_quantize_linear(graph, steps.clamp(low, high).name, whole, path), affine)
 
 
@@ -221,7 +245,9 @@ def activation_format(grid: UniformGrid, signed: bool, path: str) -> Affine:
     Rounding x / scale and adding the zero point, as the simulation does, gives the same points.
     """
     check_bits(grid.grid, path)
-    scale = np.array(grid.scale, np.float32)
+    scale = np.asarray(grid.scale, np.float32)
+    if isinstance(grid.zero_point, Tensor):
+        return Affine(scale, np.asarray(grid.zero_point, np.int32))
     if signed and (grid.grid.symmetric or grid.grid.bits < CONTAINER_BITS):
         return Affine(scale, np.array(0, np.int8))
     shift = UNSIGNED if grid.grid.symmetric else 0

@@ -30,13 +30,18 @@ def is_on_grid(
     Args:
         x: operand of a product.
         quantizer: has the grid.
-        channel_axis: axis of `x` with a grid for each index; None for one in all.
+        channel_axis: axis of `x` with a grid for each index; None for one in all. Of grids that
+            belong to other axes all whole steps that one of them has are points.
         factor: what values, but not steps, were multiplied with.
 
     Returns:
         Booleans of the shape of `x`.
     """
     x, grid = x.double(), quantizer.grid_in_use()
+    if grid.step.numel() not in (1, 0 if channel_axis is None else x.shape[channel_axis]):
+        # Some of the channels, as a convolution by groups multiplies them, or some of the heads.
+        largest = max(map(abs, quantizer.step_bounds))
+        return (x == x.round()) & (x.abs() <= largest)
     on_grid = grid.holds_steps(x, channel_axis)
     return on_grid if bool(on_grid.all()) else on_grid | grid.holds(x / factor, channel_axis)
 

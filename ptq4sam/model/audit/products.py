@@ -58,12 +58,7 @@ class Operand:
         if x.dtype == torch.int8 and self.role != WEIGHT:
             # Whole numbers that int8 does not hold are shifted until it does.
             compared = compared.int() + (int8_shift(*self.quantizer.step_bounds) or 0)
-        if axis is not None and self.quantizer.step.numel() not in (1, x.shape[axis]):
-            # Some of the channels, as a convolution by groups multiplies them: whole steps.
-            largest = max(map(abs, self.quantizer.step_bounds))
-            on_grid = (compared == compared.round()) & (compared.abs() <= largest)
-        else:
-            on_grid = is_on_grid(compared, self.quantizer, axis, self.factor)
+        on_grid = is_on_grid(compared, self.quantizer, axis, self.factor)
         self.elements += compared.numel()
         self.off += int((~on_grid).sum())
 

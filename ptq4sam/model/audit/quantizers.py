@@ -12,7 +12,7 @@ from ptq4sam.methods.assignment import make_quantizer
 from ptq4sam.model.audit.modules import slot_of
 from ptq4sam.model.audit.report import Finding
 from ptq4sam.model.insertion import QuantizedSam
-from ptq4sam.operators.base import QuantizedLayer, quantized_layers, weight_quantizers
+from ptq4sam.operators.base import QuantizedLayer, quantized_layers
 from ptq4sam.quantization.affine import AffineQuantizer
 from ptq4sam.quantization.grid import along_channels
 from ptq4sam.quantization.modes import quantizers
@@ -28,7 +28,6 @@ def unusable_parameters(sam: QuantizedSam) -> Iterator[Finding]:
 
 def other_than_the_scheme(sam: QuantizedSam) -> Iterator[Finding]:
     """Quantizers that are not what the scheme says; none may be in a unit that is kept float."""
-    weights = {id(quantizer) for quantizer in weight_quantizers(sam)}
     shapes = {id(q.weight_quantizer): q.weight.shape for _, q in quantized_layers(sam)}
     wanted_of = functools.cache(functools.partial(_wanted, sam.scheme))
     for name, quantizer in quantizers(sam):
@@ -40,9 +39,8 @@ def other_than_the_scheme(sam: QuantizedSam) -> Iterator[Finding]:
             yield Finding(name, f"{problem[0]} where the scheme says {problem[1]}")
         affine, wanted = quantizer.as_affine(), said.as_affine()
         if affine is not None and wanted is not None:
-            is_weight = id(quantizer) in weights
-            shape = wanted.parameter_shape(shapes[id(quantizer)]) if is_weight else ()
-            yield from (Finding(name, problem) for problem in _other_shape(affine, shape))
+            shape = shapes.get(id(quantizer))
+            yield from (Finding(name, problem) for problem in _other_shape(affine, wanted, shape))
 
 
 def _wanted(
@@ -53,18 +51,28 @@ def _wanted(
     return None if own is None else make_quantizer(own, slot, roles)
 
 
-def _other_shape(quantizer: AffineQuantizer, wanted: tuple[int, ...]) -> Iterator[str]:
-    """Scales and zero points for other channels or groups than there are.
+def _other_shape(
+    quantizer: AffineQuantizer, said: AffineQuantizer, weight: torch.Size | None
+) -> Iterator[str]:
+    """Scales and zero points for other channels, groups or heads than there are.
 
     Args:
-        quantizer: its quantizer.
-        wanted: [], [channels] or [channels, groups].
+        quantizer: one of the model.
+        said: what the scheme says.
+        weight: the shape of what it quantizes; None of an activation.
     """
+    if weight is not None:
+        wanted = said.parameter_shape(weight)
+        of_groups = f" and {wanted[1]} groups" if len(wanted) > 1 else ""
+        told = f"one for each of {wanted[0]} channels{of_groups}" if wanted else "one"
+    elif said.channel_axis is None:
+        wanted, told = (), "one"
+    else:
+        # As many as came when it was calibrated; others are refused by a forward pass.
+        wanted, told = (quantizer.scale.numel(),), "one for each head"
     for parameter in ("scale", "zero_point"):
         shape = tuple(getattr(quantizer, parameter).shape)
         if quantizer.is_calibrated and shape != wanted:
-            of_groups = f" and {wanted[1]} groups" if len(wanted) > 1 else ""
-            told = f"one for each of {wanted[0]} channels{of_groups}" if wanted else "one"
             yield f"has a {parameter} of shape {list(shape)} where the scheme says {told}"
 
 

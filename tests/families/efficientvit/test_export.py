@@ -20,6 +20,9 @@ from ptq4sam.sam.predictor import Predictor
 from tests.deploy.runtime_graphs import RUNTIMES, dialect, relative_error, run_graph
 from tests.tiny_runs import SCHEMES
 
+_OWN = "{granularity: per head, observer: MinMaxObserver}"
+HEADS = f"slots={{query: {_OWN}, key: {_OWN}, value: {_OWN}}}"
+
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_float_encoder_is_itself(
@@ -32,12 +35,25 @@ def test_a_float_encoder_is_itself(
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("name", ["w8a8", "ptq4sam-l44"])
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("w8a8", []),
+        ("ptq4sam-l44", []),
+        ("w8a8", ["a_qconfig.symmetric=True", HEADS]),
+        ("w8a8", [HEADS]),
+    ],
+)
 def test_a_quantized_encoder_is_that_of_the_simulation(
-    tiny: Sam, items: list[CalibrationItem], name: str, runtime: str, tmp_path: Path
+    tiny: Sam,
+    items: list[CalibrationItem],
+    name: str,
+    overrides: list[str],
+    runtime: str,
+    tmp_path: Path,
 ) -> None:
     scheme = Scheme.from_yaml(SCHEMES / f"{name}.yaml").with_overrides(
-        "w_qconfig.observer=MinMaxObserver"
+        "w_qconfig.observer=MinMaxObserver", *overrides
     )
     if scheme.recon is not None:
         scheme = scheme.with_overrides("recon.iters=2")

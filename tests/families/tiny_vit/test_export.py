@@ -36,7 +36,7 @@ def test_a_float_encoder_is_itself(runtime: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("name", ["w8a8", "ptq4sam-s44", "ptq4sam-l44"])
+@pytest.mark.parametrize("name", ["w8a8", "ptq4sam-s44", "ptq4sam-l44", "tinysam/w8a8"])
 def test_a_quantized_encoder_is_that_of_the_simulation(
     name: str, runtime: str, tmp_path: Path
 ) -> None:
@@ -46,6 +46,8 @@ def test_a_quantized_encoder_is_that_of_the_simulation(
     )
     if scheme.recon is not None:
         scheme = scheme.with_overrides("recon.iters=2")
+    if "range-search" in scheme.method_settings:
+        scheme = scheme.with_overrides("methods.range-search={steps: 3, rounds: 1, pictures: 1}")
     items = [CalibrationItem(picture(), torch.tensor([[4.0, 4, 40, 40]]))]
     model = quantize_sam(build_sam("tiny_vit_nano", SIDE), items, scheme)
     expected = model.image_encoder(picture()).numpy()
