@@ -1,7 +1,7 @@
 """What a teacher is worth to a student, and fine-tuning with quantizers against reconstruction.
 
     python benchmarks/distillation.py --data DIR [--steps 400] [--tuning 100] [--iters 100]
-                                      [--calibrate 32] [--pictures 60]
+                                      [--rate 1e-4] [--calibrate 32] [--pictures 60]
                                       [--only students quantized]
 
 Students of half of vit_nano's width begin alike (the teacher's prompt encoder and mask decoder, the
@@ -64,7 +64,7 @@ FLOAT, TAUGHT, ALONE = "vit_nano", "half the width, with the teacher", "half the
 PLAIN, TUNED = "W4A4, PTQ4SAM-S", "W4A4, PTQ4SAM-S, fine-tuned"
 LEARNED = "W4A4, PTQ4SAM-L, reconstructed"
 GROUPS = {"students": (FLOAT, TAUGHT, ALONE), "quantized": (FLOAT, LEARNED, TUNED, PLAIN)}
-COUNTS = ("steps", "tuning", "iters", "calibrate", "batch")
+COUNTS = ("steps", "tuning", "iters", "calibrate", "batch", "rate")
 """Flags that are numbers of the work."""
 PAIRS = {"students": ((TAUGHT, ALONE),), "quantized": ((TUNED, LEARNED), (TUNED, PLAIN))}
 
@@ -83,6 +83,7 @@ class Work:
         iters: of the reconstruction of each unit.
         calibrate: calibration pictures.
         batch: views of a step.
+        rate: of the fine-tuning.
     """
 
     folder: Path
@@ -94,6 +95,7 @@ class Work:
     iters: int
     calibrate: int
     batch: int
+    rate: float
 
     def student(self, name: str, first: Terms, then: Terms) -> Path:
         """Train a student; three quarters of the steps are of the first phase."""
@@ -109,7 +111,7 @@ class Work:
 
     def tuned(self, name: str) -> Path:
         """Fine-tune a quantized model."""
-        phase = Phase(self.tuning, self.batch, 3e-4, 3e-6, self.tuning // 10)
+        phase = Phase(self.tuning, self.batch, self.rate, self.rate / 100, self.tuning // 10)
         settings = DistillationSettings(
             student=TEACHER, data=self.sources, sampling=SAMPLING, phases=(phase,)
         )
@@ -246,6 +248,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--iters", type=int, default=100, help="of the reconstruction, a unit")
     parser.add_argument("--calibrate", type=int, default=32, help="calibration pictures")
     parser.add_argument("--batch", type=int, default=2, help="views of a step")
+    parser.add_argument("--rate", type=float, default=1e-4, help="of the fine-tuning")
     parser.add_argument("--pictures", type=int, default=60, help="that score")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/distillation"))
