@@ -72,7 +72,7 @@ def test_a_correction_is_the_ridge_regression_of_the_error(ridge: float) -> None
     stacked = np.vstack([moved, np.sqrt(size) * np.eye(12)])
     wanted = np.vstack([(rows - moved) @ weight.T, np.zeros((12, 5))])
     expected = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_errors_are_those_of_the_sums() -> None:
