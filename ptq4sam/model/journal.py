@@ -57,9 +57,7 @@ class Journal:
         self._parts: dict[str, dict[str, Any]] = {}
         index = folder / INDEX
         if resume and index.exists():
-            content, _ = read_json(index, "journal")
-            require_same(index, content["fingerprint"], self._fingerprint)
-            self._parts = content["parts"]
+            self._parts = read_own(index, "journal", "parts", self._fingerprint)
             _log.info("going on after %d finished parts in %s", len(self._parts), folder)
             return
         if resume:
@@ -185,6 +183,31 @@ def _move_aside(folder: Path) -> None:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def read_own(path: Path, what: str, entries: str, fingerprint: Mapping[str, str]) -> dict[str, Any]:
+    """Entries of a JSON file that a run has kept, beside its fingerprint.
+
+    Args:
+        path: the file.
+        what: what it is, for messages, as "journal".
+        entries: under which key they are.
+        fingerprint: of the run that asks.
+
+    Raises:
+        ConfigError: it is no such file, or of another run.
+        DataError: it is damaged.
+    """
+    content, _ = read_json(path, what)
+    whole = content if isinstance(content, dict) else {}
+    found, kept = whole.get("fingerprint"), whole.get(entries)
+    if not (isinstance(found, dict) and isinstance(kept, dict)):
+        raise ConfigError(
+            f"{path} is no {what}: it has no fingerprint with {entries}; delete it, or start "
+            "without resuming"
+        )
+    require_same(path, found, fingerprint)
+    return kept
 
 
 def require_same(index: Path, found: Mapping[str, str], asked: Mapping[str, str]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ptq4sam import parallel
-from ptq4sam.files import read_json, write_json
-from ptq4sam.model.journal import require_same
+from ptq4sam.files import write_json
+from ptq4sam.model.journal import read_own
 
 _log = logging.getLogger(__name__)
 
@@ -38,9 +38,7 @@ class Measurements:
             return
         while (file := self._file(self._full)).exists():
             if resume:
-                content, _ = read_json(file, "file of measurements")
-                require_same(file, content["fingerprint"], self._fingerprint)
-                self._values |= content["values"]
+                self._values |= read_own(file, "file of measurements", "values", self._fingerprint)
             else:
                 file.unlink()
             self._full += 1
