@@ -81,7 +81,7 @@ class OpenVinoSession:
         if products is not None:
             # Activations that the runtime quantizes for itself have other codes.
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
-        self._compiled = _compiled(core, model, settings)
+        self._compiled = compile_for_cpu(core, model, settings)
         self._request = self._compiled.create_infer_request()
         self._outputs = list(outputs)
 
@@ -113,8 +113,8 @@ class OpenVinoSession:
         return {name for port in self._compiled.inputs for name in port.names}
 
 
-def _compiled(core: Any, model: Any, settings: Mapping[str, object]) -> Any:
-    """A model for the CPU.
+def compile_for_cpu(core: Any, model: Any, settings: Mapping[str, object]) -> Any:
+    """Compile a model for the CPU.
 
     OpenVINO joins chains of elementwise operations, and gives up where a chain needs more registers
     than the processor has (16 with AVX2): then it runs them one by one.
