@@ -10,9 +10,9 @@ before the picture, in MiB.
     python benchmarks/everything.py --images DIR --annotations FILE [--limit 40]
 
 compares the plain grid with hierarchical ones on the pictures of a data set instead, with one
-float, quantized or exported model (`--name`, `--checkpoint`) under `--options`: the ways take turns
-on each picture. Recall is the share of annotated objects that one of the masks fits with an IoU of
-0.5 or more.
+float, quantized or exported model (`--name`, `--checkpoint`), under thresholds that suit it and
+`--options`: the ways take turns on each picture. Recall is the share of annotated objects that one
+of the masks fits with an IoU of 0.5 or more.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def compare(
     from ptq4sam.everything import EverythingSettings, Hierarchical, MaskGenerator
     from ptq4sam.sam.predictor import Predictor
 
-    plain = EverythingSettings().with_overrides(*options)
+    plain = EverythingSettings.suited_to(sam.name).with_overrides(*options)
     settings: dict[str, EverythingSettings] = {
         name: plain if way is None else replace(plain, hierarchical=Hierarchical(**way))
         for name, way in WAYS.items()
