@@ -209,10 +209,14 @@ def assign(mapping: dict[str, Any], key: str, value: object) -> None:
 
 def unknown_key(key: str, known: Iterable[str]) -> FieldError:
     """The error for a key that does not exist, naming the nearest one that does."""
+    return FieldError(key, f"unknown key; {nearest_of(key, known)}")
+
+
+def nearest_of(name: str, known: Iterable[str]) -> str:
+    """The end of a message on a name that is not known: the nearest one, or all."""
     known = list(known)
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-    return FieldError(key, f"unknown key; {hint}")
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
 
 
 def _item(target: object, part: str, path: str) -> Any:

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -84,8 +85,13 @@ def suited_threads(model: object, side: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def suited_to(sam: Any) -> AbstractContextManager[None]:
+    """`suited_threads` of a SAM, of any kind, and its pictures."""
+    return suited_threads(sam, sam.geometry.encoder_side)
+
+
 def suited_to_model(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Let a function compute with `suited_threads`; its first argument is a SAM, of any kind.
+    """Let a function compute as `suited_to` says; its first argument is a SAM.
 
     For all that calibrates, learns and evaluates: a number that comes of two ways of doing the same
     has the same bits.
@@ -93,7 +99,7 @@ def suited_to_model(function: Callable[Concatenate[Any, P], R]) -> Callable[Conc
 
     @functools.wraps(function)
     def run(sam: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with suited_threads(sam, sam.geometry.encoder_side):
+        with suited_to(sam):
             return function(sam, *args, **kwargs)
 
     return run

@@ -16,7 +16,7 @@ from ptq4sam.data.scenes import generate_scene
 from ptq4sam.distillation.settings import Source
 from ptq4sam.errors import DataError
 from ptq4sam.files import read_json
-from ptq4sam.records import unknown_key
+from ptq4sam.records import nearest_of
 
 MIN_VISIBLE_PIXELS = 3
 """Area from which on an object is asked for."""
@@ -142,9 +142,8 @@ def _source_names(source: Source) -> dict[int, str]:
     known = sorted(set(map(str, names.values())))
     for name in source.weights:
         if name not in known:
-            error = unknown_key(name, known)
             raise DataError(
-                f"weights of {source.annotations}: {error.key}: no picture has that "
-                f"source; {error.problem.partition('; ')[2]}"
+                f"weights of {source.annotations}: {name}: no picture has that source; "
+                f"{nearest_of(name, known)}"
             )
     return names

@@ -26,7 +26,7 @@ from ptq4sam.distillation.prompts import Prompts
 from ptq4sam.distillation.settings import DistillationSettings, Phase
 from ptq4sam.distillation.views import Batch
 from ptq4sam.operators.arithmetic import learning
-from ptq4sam.quantization.modes import quantizers
+from ptq4sam.quantization.modes import has_quantizers, quantizers
 from ptq4sam.sam.model import Sam
 
 _BETAS = (0.9, 0.98)
@@ -286,7 +286,7 @@ class Trainer:
         asked = self.settings.precision
         if asked is None:
             asked = "bfloat16" if self.device.type == "cuda" else "float32"
-        enabled = asked == "bfloat16" and not any(True for _ in quantizers(self.student))
+        enabled = asked == "bfloat16" and not has_quantizers(self.student)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     @torch.no_grad()

@@ -22,24 +22,24 @@ def exchanged(sam: nn.Module, units: Mapping[str, nn.Module]) -> Iterator[None]:
         _put(sam, before)
 
 
-def norms_before(source: QuantizedSam) -> dict[str, dict[str, nn.Module]]:
-    """Norms outside of units, into which methods fold scales of a unit's channels.
+def units_with_norms(source: QuantizedSam) -> dict[str, dict[str, nn.Module]]:
+    """What of a model goes into another one for each of its units: the unit itself, and norms.
 
-    A unit goes into another model with them.
+    Methods fold scales of a unit's channels into norms that are in no unit, or in another one.
 
     Args:
         source: the model that has both.
 
     Returns:
-        By path of the unit, the norms by theirs.
+        By path of the unit, the modules by theirs, the unit first.
     """
-    found: dict[str, dict[str, nn.Module]] = {name: {} for name, _ in model_units(source)}
+    found: dict[str, dict[str, nn.Module]] = {name: {name: u} for name, u in model_units(source)}
     for path, owner in source.named_modules():
         for pair in source.description.normalized_at(path):
             layer, norm = f"{path}.{pair.layer}", f"{path}.{pair.norm}"
-            for unit, norms in found.items():
+            for unit, modules in found.items():
                 if layer.startswith(f"{unit}.") and not norm.startswith(f"{unit}."):
-                    norms[norm] = owner.get_submodule(pair.norm)
+                    modules[norm] = owner.get_submodule(pair.norm)
     return found
 
 
@@ -51,9 +51,9 @@ def take_units(sam: QuantizedSam, levels: Mapping[str, int | str], source: Quant
         levels: bits of these units in `source`, or "float", by path.
         source: the other model, which shares them from now on.
     """
-    units, norms = dict(model_units(source)), norms_before(source)
+    units = units_with_norms(source)
     for name in levels:
-        _put(sam, {name: units[name], **norms[name]})
+        _put(sam, units[name])
     # Of several that name a unit the last counts.
     others = {name: level for name, level in sam.scheme.units.items() if name not in levels}
     sam.scheme = sam.scheme.with_units({**others, **levels})

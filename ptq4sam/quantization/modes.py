@@ -21,6 +21,11 @@ def quantizers(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
             yield name, child
 
 
+def has_quantizers(module: nn.Module) -> bool:
+    """Whether anything in `module` is quantized."""
+    return any(True for _ in quantizers(module))
+
+
 @contextlib.contextmanager
 def quantizer_mode(
     module: nn.Module, mode: Mode, select: Callable[[Quantizer], bool] | None = None

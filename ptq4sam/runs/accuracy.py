@@ -14,14 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from ptq4sam.errors import ConfigError
 from ptq4sam.methods.assignment import make_quantizer
-from ptq4sam.model.exchange import exchanged, norms_before, take_units
+from ptq4sam.model.exchange import exchanged, take_units, units_with_norms
 from ptq4sam.model.insertion import ENCODER, QuantizedSam, model_units
 from ptq4sam.quantization.levels import FLOAT, bits_of_level, described_level
-from ptq4sam.quantization.modes import quantizers
+from ptq4sam.quantization.modes import has_quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs.measurements import Measurements
 from ptq4sam.runs.settings import AccuracySettings
@@ -154,11 +152,8 @@ class _Control:
         encoder = _described({k: v for k, v in every.items() if k.startswith(f"{ENCODER}.")})
 
         def measure() -> float:
-            taken: dict[str, nn.Module] = {}
-            if donor is not None:
-                units, norms = dict(model_units(donor)), norms_before(donor)
-                for name in levels:
-                    taken.update({name: units[name], **norms[name]})
+            units = {} if donor is None else units_with_norms(donor)
+            taken = {path: module for name in levels for path, module in units[name].items()}
             with exchanged(self.sam, taken):
                 return self.validation.score(self.sam, encoder)
 
@@ -170,10 +165,9 @@ class _Control:
         scheme, own = self.sam.scheme, dict(model_units(self.sam))
         units = {
             name: unit
-            for name, unit in model_units(donor)
+            for name, unit in units_with_norms(donor).items()
             # A norm between units is one too, and has nothing to give back.
-            if any(True for _ in quantizers(own[name]))
-            and _bits(scheme.units.get(name, 0)) < _bits(level)
+            if has_quantizers(own[name]) and _bits(scheme.units.get(name, 0)) < _bits(level)
         }
         found = self.validation.gains_of_changes(
             self.sam,
@@ -181,7 +175,6 @@ class _Control:
             pictures,
             self.measurements,
             f"one unit to {level} beside {_described(scheme.units)}",
-            norms_before(donor),
         )
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 

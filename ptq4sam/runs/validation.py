@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from ptq4sam.runs.settings import Metric
 from ptq4sam.sam.model import Features, Sam
 from ptq4sam.sam.predictor import ImageEmbedding, Predictor
 from ptq4sam.sam.stages import run_stages
-from ptq4sam.threads import suited_threads
+from ptq4sam.threads import suited_to
 
 _NOTHING = ""
 """In place of a unit's path: nothing is exchanged."""
@@ -74,7 +73,8 @@ class Validation:
             self._embeddings.clear()
             self._encoder = encoder
         model = _EncodingOnce(sam, self._embeddings, self.cache)
-        with _threads_of_evaluation(sam):
+        # Sums of float units depend on how many threads add.
+        with suited_to(sam):
             found = evaluate_sam(
                 model, self.dataset, self.source, self.prompting, progress=self.progress
             )
@@ -83,11 +83,10 @@ class Validation:
     def gains_of_changes(
         self,
         sam: QuantizedSam,
-        units: Mapping[str, nn.Module],
+        units: Mapping[str, Mapping[str, nn.Module]],
         pictures: int,
         measurements: Measurements,
         name: str,
-        norms: Mapping[str, Mapping[str, nn.Module]] | None = None,
     ) -> dict[str, float]:
         """What a model gains by one of its units exchanged, for each, on the first pictures.
 
@@ -96,15 +95,12 @@ class Validation:
 
         Args:
             sam: the model.
-            units: the other units, by path.
+            units: by path of the other unit, what goes into the model with it, by its path
+                (`exchange.units_with_norms`).
             pictures: how many pictures.
             measurements: keeps what was measured of each picture.
             name: tells this model and these units from others, for `measurements`.
-            norms: that go with units, by path of the unit (`exchange.norms_before`).
         """
-        with_norms = {
-            unit: {unit: module, **(norms or {}).get(unit, {})} for unit, module in units.items()
-        }
         chosen: list[ImageRecord] = []
         parts: dict[str, list[Scored]] = {unit: [] for unit in (_NOTHING, *units)}
         for record in self.progress(self.dataset.images, "measuring units"):
@@ -113,7 +109,7 @@ class Validation:
             changes = measurements.value(
                 f"{name}: picture {record.id}",
                 functools.partial(
-                    parallel.from_first, functools.partial(self._changes, sam, with_norms, record)
+                    parallel.from_first, functools.partial(self._changes, sam, units, record)
                 ),
             )
             if changes:
@@ -141,7 +137,7 @@ class Validation:
         if isinstance(self.source, GroundTruth):
             truth = self.source.truth(record)[: len(prompts)]
         changes = {}
-        with _threads_of_evaluation(sam):
+        with suited_to(sam):
             for unit, segmented in self._masks_of_changes(sam, units, image, prompts):
                 scored = score_picture(record, prompts, segmented, truth)
                 # Masks are what AP needs, and the mean IoU does not.
@@ -182,11 +178,6 @@ class Validation:
         if self.metric == "mean_iou":
             return 100 * float(np.mean([iou for part in parts for iou in part.ious]))
         return metrics_of(self.dataset.subset(pictures), parts)["AP"]
-
-
-def _threads_of_evaluation(sam: Sam) -> AbstractContextManager[None]:
-    """As `evaluate_sam` of the whole model: sums of float units depend on how many threads add."""
-    return suited_threads(sam, sam.geometry.encoder_side)
 
 
 class _EncodingOnce:

@@ -85,20 +85,6 @@ def test_an_exported_folder_needs_no_backend(
     assert "4 points, 12 masks proposed" in capsys.readouterr().out
 
 
-def test_files_are_small(deployed: Path, tmp_path: Path) -> None:
-    run("export", "vit_nano", "--format", "openvino", "--output", tmp_path)
-    folder = deployed.with_suffix("")
-    sizes = [
-        [(where / f"{part}.bin").stat().st_size for part in ("encoder", "decoder")]
-        for where in (folder, tmp_path)
-    ]
-    # More of a small model stays float than of a large one: 26 % of a ViT-B encoder are left.
-    ratios = [packed / whole for packed, whole in zip(*sizes, strict=True)]
-    assert ratios[0] < 0.6, ratios
-    # Of floats of 16 bits more than 0.85 would be left.
-    assert ratios[1] < 0.82, ratios
-
-
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

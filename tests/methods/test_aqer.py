@@ -63,16 +63,18 @@ def products_of(made: QuantizedLinear, x: Tensor) -> InputProducts:
 @pytest.mark.parametrize("ridge", [1e-6, 0.01, 1.0])
 def test_a_correction_is_the_ridge_regression_of_the_error(ridge: float) -> None:
     made, x = layer()
+    # In float64 throughout, so that nothing but the formula can differ.
+    made, x = made.double(), x.double()
     found = correction(made.weight, products_of(made, x), ridge)
-    rows = x.reshape(-1, 12).double().numpy()
-    moved = made.input_quantizer(x).reshape(-1, 12).double().numpy()
-    weight = made.weight.double().numpy()
+    rows = x.reshape(-1, 12).numpy()
+    moved = made.input_quantizer(x).reshape(-1, 12).numpy()
+    weight = made.weight.numpy()
     # Least squares with rows for the ridge beneath, by numpy's decomposition of the whole problem.
     size = ridge * np.mean(np.sum(moved**2, axis=0))
     stacked = np.vstack([moved, np.sqrt(size) * np.eye(12)])
     wanted = np.vstack([(rows - moved) @ weight.T, np.zeros((12, 5))])
     expected = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_errors_are_those_of_the_sums() -> None:

@@ -21,7 +21,7 @@ from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import Segmented, segment
 from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.model.cache import ActivationCache
-from ptq4sam.model.exchange import exchanged, norms_before
+from ptq4sam.model.exchange import exchanged, units_with_norms
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
 from ptq4sam.prompts import GroundTruth
 from ptq4sam.quantization.modes import quantizers
@@ -76,11 +76,11 @@ class KnownDamage:
         return {4: full, 8: self.at_8_bits, 0: 0.0}[min(bits, default=0)]
 
     def gains_of_changes(
-        self, sam: QuantizedSam, units: dict[str, nn.Module], *_: object
+        self, sam: QuantizedSam, units: dict[str, dict[str, nn.Module]], *_: object
     ) -> dict[str, float]:
         before, gains = self.score(sam, ""), {}
-        for name, unit in units.items():
-            with exchanged(sam, {name: unit}):
+        for name, modules in units.items():
+            with exchanged(sam, modules):
                 gains[name] = self.score(sam, "") - before
         return gains
 
@@ -197,22 +197,21 @@ def test_a_change_alone_scores_as_the_whole_model_with_it(
     names = [name for name, _ in model_units(sam)]
     every = insert_quantizers(float_sam, scheme.with_units(dict.fromkeys(names, "float")))
     chosen = ["image_encoder.blocks.2.mlp", "image_encoder.neck", SECOND]
-    units = {name: dict(model_units(every))[name] for name in chosen}
+    units = {name: units_with_norms(every)[name] for name in chosen}
     validation = Validation(
         dataset, source, Prompting(), "mean_iou", ActivationCache(sam.device, 0, tmp_path)
     )
     measurements = Measurements(tmp_path / "measurements.json", {}, resume=False)
-    norms = norms_before(every)
-    assert list(norms[chosen[0]]) == ["image_encoder.blocks.2.norm2"]
-    gains = validation.gains_of_changes(sam, units, 2, measurements, "test", norms)
+    assert list(units[chosen[0]]) == [chosen[0], "image_encoder.blocks.2.norm2"]
+    gains = validation.gains_of_changes(sam, units, 2, measurements, "test")
 
     def score(model: Sam) -> float:
         return 100 * evaluate_sam(model, dataset, source, Prompting()).metrics["mean_iou"]
 
     before = score(sam)
     assert validation.score(sam, "4 bits") == before
-    for name, unit in units.items():
-        with exchanged(sam, {name: unit, **norms[name]}):
+    for name, modules in units.items():
+        with exchanged(sam, modules):
             assert gains[name] == score(sam) - before
             # The decoder alone changed: the encoder is not run again.
             if name == SECOND:
@@ -247,7 +246,7 @@ def test_all_ways_of_scoring_compute_with_as_many_threads(
     try:
         evaluate_sam(sam, dataset, source, Prompting())
         validation.score(sam, "float")
-        validation.gains_of_changes(sam, {SECOND: unit}, 1, measurements, "test")
+        validation.gains_of_changes(sam, {SECOND: {SECOND: unit}}, 1, measurements, "test")
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -12,7 +12,7 @@ from ptq4sam.deploy.cost import Cost, count, meta_sam, storage
 from ptq4sam.deploy.operations import operations
 from ptq4sam.errors import ConfigError
 from ptq4sam.model.insertion import QuantizedSam, model_units
-from ptq4sam.quantization.modes import quantizers
+from ptq4sam.quantization.modes import has_quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sizes import parse_bytes
 
@@ -80,7 +80,7 @@ def _by_unit(
     sam = meta_sam(model, scheme, quantize_encoder, image_size)
     if not isinstance(sam, QuantizedSam):
         raise TypeError("a scheme makes a quantized model")
-    names = [name for name, unit in model_units(sam) if any(True for _ in quantizers(unit))]
+    names = [name for name, unit in model_units(sam) if has_quantizers(unit)]
     found = {name: [0, 0] for name in ["", *names]}
     for name, _, size in storage(sam, scheme.float_weights == "float16"):
         found[_unit(name, names)][0] += size

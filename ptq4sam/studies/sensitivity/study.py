@@ -35,7 +35,7 @@ from ptq4sam.sam.predictor import ImageEmbedding, Predictor
 from ptq4sam.sam.stages import Stage, State, run_stages
 from ptq4sam.studies.sensitivity.effects import Effect, PictureEffect, Power, add_up
 from ptq4sam.studies.sensitivity.targets import Target
-from ptq4sam.threads import suited_threads
+from ptq4sam.threads import suited_to
 
 FLOAT, QUANTIZED, ONLY, ALL_BUT = "float", "quantized", "only", "all but"
 """What is measured: the whole models, a target alone, and all but it."""
@@ -100,7 +100,7 @@ class Study:
         chosen = self.with_boxes(pictures)
         parts: dict[Key, list[PictureEffect]] = {}
         for record in self.progress(chosen, name):
-            with suited_threads(self.sam, self.sam.geometry.encoder_side):
+            with suited_to(self.sam):
                 measured = self.measurements.value(
                     f"{name}: picture {record.id}",
                     functools.partial(
