@@ -9,6 +9,10 @@ plain loop (benchmarks/plain.py) runs with the C library's default allocator, ou
 commands set. Each side runs in a process of its own, since a peak can never be taken back. On a GPU
 peaks are those of its memory.
 
+"Float" is the float unit forward and backward, to its inputs and weights, without a quantizer or an
+optimizer: what both sides have to compute in any case. A step that only did this would be so many
+times faster than the plain one as "at most" says.
+
 A unit's inputs and targets have to be captured before its steps: by the plain loop from the image
 each time, through the float and the quantized model up to the unit; by ours from the cached output
 of the unit before, which takes one float and three quantized passes of the unit. And the ranges of
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
 
     from ptq4sam.model.insertion import QuantizedSam
 
-SIDES = ("plain", "ours")
+SIDES = ("plain", "ours", "float")
 SHAPES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
     "attention": ("image_encoder.blocks.6.attn", [(25, 14, 14, 768)]),
     "global attention": ("image_encoder.blocks.5.attn", [(1, 64, 64, 768)]),
@@ -106,7 +110,7 @@ def measure(
     from ptq4sam.quantization.quantizers import Mode
     from ptq4sam.quantization.scheme import Scheme
 
-    if side == "ours":
+    if side != "plain":
         keep_freed_memory()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -124,6 +128,11 @@ def measure(
         with quantizer_mode(unit, Mode.FLOAT):
             targets = [unit(*exact[0])]
     clock = Clock(device)
+    if side == "float":
+        step_in_float(
+            build_sam("vit_b").to(device).get_submodule(path), exact[0], clock(range(steps))
+        )
+        return {"seconds": statistics.median(clock.seconds[1:])}
     if side == "ours":
         losses = reconstruct_unit(
             name,
@@ -153,6 +162,14 @@ def measure(
         "capture": capture,
         "search": search,
     }
+
+
+def step_in_float(unit: nn.Module, arguments: tuple[Tensor, ...], steps: Iterable[int]) -> None:
+    """Forward and backward of a unit without quantizers, to its arguments and its weights."""
+    inputs = [argument.clone().requires_grad_() for argument in arguments]
+    for _ in steps:
+        outputs = unit(*inputs)
+        outputs.pow(2).sum(1).mean().backward()
 
 
 def seconds_of_search(unit: nn.Module, device: str) -> float:
@@ -270,15 +287,16 @@ def main(write: Callable[[str], object] = sys.stdout.write) -> None:
         f"{precision}; "
         "seconds are medians\n"
     )
-    write("| unit | plain s | ours s | faster | plain GiB | ours GiB | loss ours / plain |\n")
-    write("|---|---|---|---|---|---|---|\n")
+    write("| unit | plain s | ours s | faster | float s | at most | plain GiB | ours GiB ")
+    write("| loss ours / plain |\n|---|---|---|---|---|---|---|---|---|\n")
     measured = {}
     for name in arguments.units:
-        plain, ours = (measure_apart(side, name, *given) for side in SIDES)
+        plain, ours, alone = (measure_apart(side, name, *given) for side in SIDES)
         measured[name] = plain, ours
         write(
             f"| {name} | {plain['seconds']:.2f} | {ours['seconds']:.2f} "
-            f"| {plain['seconds'] / ours['seconds']:.1f} | {plain['peak']:.1f} "
+            f"| {plain['seconds'] / ours['seconds']:.1f} | {alone['seconds']:.2f} "
+            f"| {plain['seconds'] / alone['seconds']:.1f} | {plain['peak']:.1f} "
             f"| {ours['peak']:.1f} | {ours['loss'] / plain['loss']:.3f} |\n"
         )
     write(f"\nWith captures of {PICTURES} pictures and the weights' search, for so many steps\n")

@@ -39,7 +39,8 @@ from ptq4sam.distillation.settings import Phase, Source
 from ptq4sam.distillation.trainer import one_order, plain_attention
 from ptq4sam.files import replacing
 from ptq4sam.operators.norm import LayerNorm2d
-from ptq4sam.records import Record, read_yaml
+from ptq4sam.records import Record
+from ptq4sam.yaml_files import read_yaml
 
 _log = logging.getLogger("train_vit_nano")
 

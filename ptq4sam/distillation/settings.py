@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.records import Record, read_yaml
+from ptq4sam.records import Record
+from ptq4sam.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)

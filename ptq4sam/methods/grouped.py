@@ -137,6 +137,9 @@ class GroupedQuantizer(Quantizer):
         powers = self.ratio.log2()
         if not bool((whole & (powers == powers.round()) & (powers >= 0)).all()):
             yield "has groups whose points are no whole numbers of steps"
+        groups = torch.stack([self.zero_point, self.ratio]).unique(dim=1).shape[1]
+        if groups > self._groups:
+            yield f"has {groups} groups of channels, its scheme has {self._groups}"
         low, high = self.step_bounds
         if high - low > BYTE:
             yield f"has points of {low} to {high} steps, a byte has {BYTE + 1}"

@@ -17,20 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
+from ptq4sam.methods import hybrid_kernels
 from ptq4sam.methods.hybrid_grid import (
     DEVICE_BITS,
     HybridCodes,
     HybridGrid,
     HybridNumbers,
     hybrid_numbers,
-    hybrid_steps,
     log_codes,
 )
 from ptq4sam.quantization.base import EPS, Quantizer, Statistics
 from ptq4sam.quantization.choices import Choices
-from ptq4sam.quantization.fused import fused, fused_exactly
-from ptq4sam.quantization.grid import Grid, precise, summed
-from ptq4sam.quantization.hard_numbers import near_steps
+from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.memo import Memo
 from ptq4sam.quantization.registry import GRIDS
 from ptq4sam.records import Record
@@ -145,7 +143,7 @@ class HybridQuantizer(Quantizer):
             if (codes, rate) not in errors:
                 knee, even_scale = self._scales(high - low, rate, codes)
                 numbers = hybrid_numbers(knee, even_scale, low, self.grid.bits, codes)
-                difference = _values(x, numbers, self._even(codes)) - x
+                difference = hybrid_kernels.points(x, *numbers, self._even(codes)) - x
                 product = difference if value is None else difference @ value
                 errors[codes, rate] = product.double().square().mean()
         by_pair = [
@@ -206,7 +204,7 @@ class HybridQuantizer(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """Move `x` to its points; gradients reach `x` and both scales."""
         if not torch.is_grad_enabled():
-            return _values(x, self._in_use(), self._even(self._logarithmic))
+            return hybrid_kernels.points(x, *self._in_use(), self._even(self._logarithmic))
         self._numbers.clear()
         moved: Tensor = _Hybrid.apply(  # type: ignore[no-untyped-call]
             x, self.scale, self.even_scale, self._make_numbers(), self._even(self._logarithmic)
@@ -217,7 +215,7 @@ class HybridQuantizer(Quantizer):
     def steps(self, x: Tensor) -> Tensor:
         """Steps from 0, whole."""
         numbers = self._in_use()
-        above: Tensor = _steps(x, *numbers, self._even(self._logarithmic))
+        above: Tensor = hybrid_kernels.steps(x, *numbers, self._even(self._logarithmic))
         steps: Tensor = above - numbers.zero
         return steps
 
@@ -258,82 +256,6 @@ class HybridQuantizer(Quantizer):
         self._logarithmic = int(self.logarithmic)
 
 
-def _values(x: Tensor, numbers: HybridNumbers, even: int) -> Tensor:
-    return _points(x, *numbers, even)
-
-
-@fused_exactly(near_steps(scale_at=1))
-def _points(
-    x: Tensor,
-    step: Tensor,
-    inverse: Tensor,
-    zero: Tensor,
-    ends: Tensor,
-    jumps: Tensor,
-    knee: Tensor,
-    even_step: Tensor,
-    inverse_even: Tensor,
-    even: int,
-) -> Tensor:
-    numbers = HybridNumbers(step, inverse, zero, ends, jumps, knee, even_step, inverse_even)
-    return ((hybrid_steps(precise(x), numbers, even) - zero) * step).to(x.dtype)
-
-
-@fused_exactly(near_steps(scale_at=1))
-def _steps(
-    x: Tensor,
-    step: Tensor,
-    inverse: Tensor,
-    zero: Tensor,
-    ends: Tensor,
-    jumps: Tensor,
-    knee: Tensor,
-    even_step: Tensor,
-    inverse_even: Tensor,
-    even: int,
-) -> Tensor:
-    numbers = HybridNumbers(step, inverse, zero, ends, jumps, knee, even_step, inverse_even)
-    return hybrid_steps(x.float(), numbers, even)
-
-
-@fused
-def _gradients(
-    x: Tensor,
-    gradient: Tensor,
-    step: Tensor,
-    inverse: Tensor,
-    zero: Tensor,
-    ends: Tensor,
-    jumps: Tensor,
-    knee: Tensor,
-    even_step: Tensor,
-    inverse_even: Tensor,
-    even: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x`, the knee and the even step.
-
-    Straight through both roundings: below the knee points are proportional to `x`, whatever the
-    knee; above it u d + s moves with `x` until u is clamped, and then with s and d.
-    """
-    numbers = HybridNumbers(step, inverse, zero, ends, jumps, knee, even_step, inverse_even)
-    point = hybrid_steps(precise(x), numbers, even)
-    above = precise(x) * inverse + zero
-    # Numbers, not booleans: on a CPU a choice by booleans takes ten times as long.
-    in_even = (above > knee).float()
-    ratio = (above - knee) * inverse_even
-    inside = in_even * (ratio <= even + 0.5).float()
-    outside = in_even - inside
-    slope = (1 - in_even) * point / above.clamp(min=EPS) + inside
-    count = (point - knee) * inverse_even
-    for_even = inside * (count - ratio) + outside * even
-    nothing = torch.Size(())
-    return (
-        (slope * gradient).to(x.dtype),
-        summed(outside * gradient, nothing),
-        summed(for_even * gradient, nothing),
-    )
-
-
 class _Hybrid(torch.autograd.Function):
     """Quantization that keeps nothing but its input for the backward pass."""
 
@@ -349,10 +271,10 @@ class _Hybrid(torch.autograd.Function):
         del knee, even_scale  # they get gradients; `numbers` are made of them
         ctx.save_for_backward(x, *numbers)
         ctx.even = even
-        return _values(x, numbers, even)
+        return hybrid_kernels.points(x, *numbers, even)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *numbers = ctx.saved_tensors
         given: tuple[Any, ...] = (x, gradients[0].contiguous(), *numbers, ctx.even)
-        return *_gradients(*given), None, None
+        return *hybrid_kernels.gradients(*given), None, None

@@ -124,7 +124,8 @@ def hybrid_numbers(
     whole_knee, even_step = (x.index_select(0, nearest)[0] for x in (knees, steps))
     reach = knee.double() + even * even_scale.double()
     step = (reach / (whole_knee + even * even_step)).float()
-    zero = (-minimum.double() / step.double()).round()
+    # Learned scales may leave the lowest value out of reach: zero stays a byte.
+    zero = (-minimum.double() / step.double()).round().clamp(max=largest_step(bits))
     # Powers of two as shares of the knee, and what each adds to the one before.
     octaves = torch.arange(1 - logarithmic, 1, dtype=torch.float64, device=knee.device)
     powers = torch.exp2(octaves) * whole_knee

@@ -262,6 +262,11 @@ class LnqQuantizer(Quantizer):
         """From 0."""
         return 0, BYTE
 
+    @property
+    def largest_row(self) -> float:
+        """As many times 1 as a point is its smallest output: near zero points are moved up."""
+        return float((self.points[1:] * self.step / self.ends).max())
+
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Codes of `x`, int32."""

@@ -13,7 +13,7 @@ from ptq4sam.operators.watching import unwatched
 from ptq4sam.quantization import hard_numbers, portable
 from ptq4sam.quantization.fused import fused_exactly
 from ptq4sam.quantization.quantizers import Quantizer
-from ptq4sam.quantization.whole import LARGEST_ROW, operand, whole_product
+from ptq4sam.quantization.whole import operand, whole_product
 
 
 def by_head(parameter: Tensor, heads: slice = slice(None)) -> Tensor:
@@ -67,7 +67,7 @@ def logits_worth(query: Quantizer, key: Quantizer, scale: float, terms: int) -> 
 
 def values_worth(softmax: Quantizer, value: Quantizer) -> Whole:
     """Worth of the product of softmax and value steps, for any number of keys."""
-    row = LARGEST_ROW / float(softmax.step)
+    row = softmax.largest_row / float(softmax.step)
     return Whole(by_head(softmax.step * value.step), row * value.grid.largest_step)
 
 

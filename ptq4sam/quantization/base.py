@@ -15,6 +15,7 @@ from ptq4sam.quantization.dropping import Choice, choose
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.grids import PointGrid
 from ptq4sam.quantization.observers import require_finite
+from ptq4sam.quantization.whole import LARGEST_ROW
 from ptq4sam.records import NoSettings, Record
 
 if TYPE_CHECKING:
@@ -183,6 +184,11 @@ class Quantizer(nn.Module):
     def step(self) -> Tensor:
         """What one of `steps` is worth: [], [channels] or [heads], float32."""
         raise NotImplementedError
+
+    @property
+    def largest_row(self) -> float:
+        """Sum of a row of softmax outputs behind it, at most."""
+        return LARGEST_ROW
 
     def grid_in_use(self) -> PointGrid:
         """Its points.

@@ -29,8 +29,9 @@ from ptq4sam.quantization.slots import (
     selected,
     slot_formats,
 )
-from ptq4sam.records import FieldError, Record, read_yaml
+from ptq4sam.records import FieldError, Record
 from ptq4sam.shipped import SCHEMES, find
+from ptq4sam.yaml_files import read_yaml
 
 STUDY: Literal["study"] = "study"
 SIMULATIONS = {

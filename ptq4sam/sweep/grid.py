@@ -27,9 +27,10 @@ from typing import Any
 
 from ptq4sam.errors import ConfigError
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.records import FieldError, assign, read_yaml, unknown_key
+from ptq4sam.records import FieldError, assign, unknown_key
 from ptq4sam.shipped import SWEEPS, find
 from ptq4sam.sweep.settings import TrialSettings, known_keys
+from ptq4sam.yaml_files import read_yaml
 
 _log = logging.getLogger(__name__)
 

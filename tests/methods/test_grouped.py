@@ -43,6 +43,12 @@ def calibrated(x: Tensor, bits: int = 4, groups: int = 4) -> GroupedQuantizer:
     return quantizer.requires_grad_(False)
 
 
+def test_more_groups_than_the_scheme_has_are_found() -> None:
+    quantizer = calibrated(inputs(), groups=4)
+    quantizer.ratio[3] *= 2
+    assert "has 5 groups of channels, its scheme has 4" in list(quantizer.problems())
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("groups", [1, 4, 24])
 def test_points_are_bytes_and_reach_to_the_ends_of_their_channels(bits: int, groups: int) -> None:

@@ -97,6 +97,18 @@ def test_all_points_are_bytes_of_one_step(bits: int, rate: float, share: float) 
     )
 
 
+@pytest.mark.parametrize("bits", [4, 6])
+def test_learned_scales_that_leave_zero_out_of_reach_still_give_bytes(bits: int) -> None:
+    quantizer = calibrated(bits)
+    with torch.no_grad():
+        quantizer.minimum.fill_(-50.0)
+    grid = quantizer.grid_in_use()
+    assert grid.zero == 255
+    assert quantizer.step_bounds == (-255, 0)
+    x, _ = behind_gelu()
+    assert bool(grid.holds_steps(quantizer.steps(x)).all())
+
+
 def test_the_pair_of_whole_numbers_is_the_nearest() -> None:
     bits, codes = 4, 4
     even = 2**bits - codes - 1

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ptq4sam.errors import CalibrationError, ConfigError
 from ptq4sam.methods.lnq import Lnq, LnqQuantizer, points_and_ends
+from ptq4sam.operators.attention_products import values_worth
+from ptq4sam.quantization.affine import FixedQuantizer
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
+from ptq4sam.quantization.whole import EXACT
 
 CURVATURES = Lnq().curvatures
 
@@ -82,6 +85,25 @@ def test_the_search_finds_curvature_and_largest_point() -> None:
     np.testing.assert_allclose(quantizer._errors, errors, rtol=0.15)
     assert int(np.argmin(quantizer._errors)) == int(errors.argmin())
     assert errors.min() < 0.7 * errors.max()
+
+
+@pytest.mark.parametrize("curvature", [0.001, 5.0, 200.0, 1e6])
+def test_no_row_exceeds_the_bound_of_its_sums(curvature: float) -> None:
+    quantizer = calibrated(settings=Lnq((curvature,)))
+    bound = quantizer.largest_row
+    # The worst row: as many outputs as add up to 1 at the beginning of a code.
+    worst = 0.0
+    for end in quantizer.ends.tolist():
+        row = torch.full((int(1 / end),), end * (1 + 1e-6))
+        worst = max(worst, float(quantizer(row).double().sum()))
+    assert 0.9 * bound < worst <= bound * (1 + 1e-5)
+
+
+def test_a_product_whose_sums_float32_would_round_is_made_in_float64() -> None:
+    quantizer = calibrated(settings=Lnq((1e6,)))
+    value = FixedQuantizer(Grid(8))
+    value.merge((torch.tensor(-1.0), torch.tensor(1.0)))
+    assert values_worth(quantizer, value).largest > EXACT
 
 
 def test_codes_steps_and_values_say_the_same() -> None:

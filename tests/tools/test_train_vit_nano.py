@@ -19,7 +19,7 @@ from ptq4sam.distillation.students import require_pair
 from ptq4sam.distillation.views import NEAR_POINTS, WIDE_POINTS
 from ptq4sam.errors import ConfigError
 from ptq4sam.families import build_sam
-from ptq4sam.records import read_yaml
+from ptq4sam.yaml_files import read_yaml
 
 PHASE = WindowPhase(4, 2, 1e-3, 1e-4, window=128)
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

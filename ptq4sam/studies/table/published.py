@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptq4sam.records import read_yaml
+from ptq4sam.yaml_files import read_yaml
 
 FLOAT = "float"
 """Among the methods: the model that nothing is quantized in."""
