@@ -137,7 +137,7 @@ class GroupedQuantizer(Quantizer):
         powers = self.ratio.log2()
         if not bool((whole & (powers == powers.round()) & (powers >= 0)).all()):
             yield "has groups whose points are no whole numbers of steps"
-        groups = torch.stack([self.zero_point, self.ratio]).unique(dim=1).shape[1]
+        groups = len(torch.unique(torch.stack([self.zero_point, self.ratio]), dim=1).T)
         if groups > self._groups:
             yield f"has {groups} groups of channels, its scheme has {self._groups}"
         low, high = self.step_bounds
