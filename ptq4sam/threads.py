@@ -57,6 +57,19 @@ def wait_asleep() -> bool:
 
 
 @contextlib.contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """Compute with so many threads of torch."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def suited_threads(model: object, side: int) -> Iterator[None]:
     """Compute with no more threads than a model has work for, by its weights and its pictures.
 
@@ -72,17 +85,15 @@ def suited_threads(model: object, side: int) -> Iterator[None]:
     import torch
     from torch import nn
 
-    before = torch.get_num_threads()
+    threads = torch.get_num_threads()
     if isinstance(model, nn.Module) and not any(name in os.environ for name in COUNTS):
         weights = sum(
             tensor.numel() for tensor in itertools.chain(model.parameters(), model.buffers())
         )
         products = weights * side**2 // _PATCH_PIXELS
-        torch.set_num_threads(max(1, min(before, products // ENOUGH_PRODUCTS)))
-    try:
+        threads = max(1, min(threads, products // ENOUGH_PRODUCTS))
+    with computing_with(threads):
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def suited_to(sam: Any) -> AbstractContextManager[None]:

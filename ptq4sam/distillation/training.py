@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +26,7 @@ from ptq4sam.files import replacing, write_json
 from ptq4sam.model.journal import require_same
 from ptq4sam.progress import Progress, silent
 from ptq4sam.sam.model import Sam
+from ptq4sam.threads import computing_with
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +85,8 @@ class Training:
         self._trainer = self._begin(0)
         self._curves: dict[str, list[tuple[int, float]]] = {}
         self._recent: list[dict[str, float]] = []
+        # Another number of threads adds in another order.
+        self._threads = torch.get_num_threads()
 
     @property
     def done(self) -> int:
@@ -113,6 +117,7 @@ class Training:
         self._restore(tensors, said["step"])
         self._curves = {k: [(s, v) for s, v in points] for k, points in said["curves"].items()}
         self._recent = said["recent"]
+        self._threads = said.get("threads", self._threads)
         _log.info("going on after step %d of %d", self.done, self._settings.steps)
         return True
 
@@ -131,6 +136,10 @@ class Training:
             DataError: a picture is damaged.
             ResourceError: a state cannot be written; the last complete one stays.
         """
+        with computing_with(self._threads):
+            return self._run(workers, progress)
+
+    def _run(self, workers: int, progress: Progress) -> dict[str, Tensor]:
         plan = [(n, s) for n, p in enumerate(self._settings.phases) for s in range(p.steps)]
         plan = plan[self.done :]
         saved = time.monotonic()
@@ -167,6 +176,7 @@ class Training:
             "step": trainer.step,
             "curves": self._curves,
             "recent": self._recent,
+            "threads": self._threads,
         }
         curves = {
             "student": self._student.name,

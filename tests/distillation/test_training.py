@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from ptq4sam.distillation.training import CURVES, STATE
 from ptq4sam.errors import ConfigError, ResourceError
+from ptq4sam.threads import computing_with
 from tests.distillation.conftest import SETTINGS, one_thread
 from tests.distillation.killed_training import tiny_training
 from tests.full_disks import no_bytes
@@ -59,6 +60,25 @@ def require_same_end(whole: tuple[Path, dict[str, Any]], folder: Path, resumed_a
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
     assert (folder / CURVES).read_text() == (straight / CURVES).read_text()
+
+
+def test_a_resumed_training_computes_with_the_threads_of_the_one_before(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    with computing_with(2):
+        tiny_training(tmp_path).save()
+    seen = []
+
+    def progress(plan: Sequence[Any], _description: str) -> Iterator[Any]:
+        for step in plan:
+            seen.append(torch.get_num_threads())
+            yield step
+
+    with computing_with(1):
+        resumed = tiny_training(tmp_path)
+        assert resumed.resume()
+        resumed.run(workers=0, progress=progress)
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == before
 
 
 def test_batches_do_not_depend_on_who_makes_them(
