@@ -167,6 +167,7 @@ class DistillationSettings(Record):
         scale_rate: learning rate of a quantized student's scales, as a share of the phase's.
         precision: of products; None for bfloat16 on CUDA and float32 elsewhere. A quantized student
             learns in float32.
+        float_weights: what weights are written as; a quantized student's as its scheme says.
         seed: fixes every random choice.
     """
 
@@ -181,6 +182,7 @@ class DistillationSettings(Record):
     clip: float = 1.0
     scale_rate: float = 0.1
     precision: Literal["float32", "bfloat16"] | None = None
+    float_weights: Literal["float32", "float16"] = "float32"
     seed: int = 0
 
     def _validate(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +75,20 @@ def _copy(source: nn.Module, target: nn.Module, what: str) -> None:
         _log.info("the student's %s has other sizes than the teacher's: it begins at random", what)
 
 
-def finished_state(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a trained student as files have them: batch normalisations are folded."""
+def finished_state(state: Mapping[str, Tensor], half: bool = False) -> dict[str, Tensor]:
+    """Weights of a trained student as files have them, batch normalisations as published files do.
+
+    Args:
+        state: of the student.
+        half: float16 for all but what a channel has one number of, statistics above all.
+    """
     return {
-        key: value.detach().float().cpu().contiguous()
-        for key, value in variant_of(name).family.fold(state).items()
+        name: value.detach().cpu().to(_written_as(value, half)).contiguous()
+        for name, value in state.items()
     }
+
+
+def _written_as(value: Tensor, half: bool) -> torch.dtype:
+    if not value.is_floating_point():
+        return value.dtype
+    return torch.float16 if half and value.dim() > 1 else torch.float32

@@ -131,7 +131,8 @@ def distil(request: DistillationRequest, progress: Progress = silent) -> Path:
             average = _train(request, student, teacher, progress)
             if parallel.is_first():
                 with replacing(request.output) as temporary:
-                    save_file(finished_state(settings.student, average), temporary)
+                    half = settings.float_weights == "float16"
+                    save_file(finished_state(average, half), temporary)
         else:
             _fine_tune(request, request.scheme, student, teacher, progress)
         if parallel.is_first():
