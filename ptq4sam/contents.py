@@ -5,12 +5,16 @@ from __future__ import annotations
 import codecs
 import re
 import zipfile
+import zlib
 from pathlib import Path
 
 _HEAD = 4096
 """Bytes that are looked at."""
 _LONGEST_HEADER = 100_000_000
 """Bytes that the header of a safetensors file may have (its specification)."""
+
+_PIECE = 2**24
+"""Bytes that are read at once to check them."""
 
 _LAST_PROTOCOL = 5
 """Of Python's pickles."""
@@ -54,8 +58,41 @@ def is_pickle(path: Path) -> bool:
     return zipfile.is_zipfile(path) or (head[:1] == b"\x80" and 2 <= head[-1] <= _LAST_PROTOCOL)
 
 
-def otherwise(path: Path) -> str | None:
-    """What a file is that cannot be weights, and what to do.
+def damaged_entry(path: Path) -> str | None:
+    """Name of the first entry of a ZIP archive whose bytes have another checksum than it says.
+
+    torch does not look at checksums, and may have written none (`set_crc32_options(False)`): where
+    none at all is right, none is wrong.
+
+    Returns:
+        None for no such entry, and for no archive.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        right, wrong = 0, None
+        for entry in archive.infolist():
+            if entry.file_size == 0:
+                continue
+            try:
+                with archive.open(entry) as file:
+                    while file.read(_PIECE):
+                        pass
+                right += 1
+            except (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError):
+                wrong = wrong or entry.filename
+    return wrong if right else None
+
+
+def otherwise(
+    path: Path, wanted: str = "weights", advice: str = "give the file of a SAM's weights"
+) -> str | None:
+    """What a file is that cannot be what is wanted, and what to do.
+
+    Args:
+        path: the file.
+        wanted: what it should be: weights, or what is told by no other bytes.
+        advice: what to do with a file of something else.
 
     Returns:
         The rest of a sentence that begins with the file, as "is empty: download it again"; None for
@@ -73,14 +110,14 @@ def otherwise(path: Path) -> str | None:
     if head[257:262] == b"ustar":
         return "is packed (tar): unpack it and give what is in it"
     for magic, kind in _OTHERS.items():
-        if head.startswith(magic):
-            return f"is {kind}, not weights: give the file of a SAM's weights"
+        if head.startswith(magic) and kind != wanted:
+            return f"is {kind}, not {wanted}: {advice}"
     if _ONNX.match(head):
         return (
             "is an ONNX graph, not weights: give the folder that ptq4sam export wrote, or the "
             "weights that the graph was made of"
         )
-    return _archive(path) or _text(head)
+    return _archive(path) or _text(head, wanted)
 
 
 def _archive(path: Path) -> str | None:
@@ -101,23 +138,24 @@ def _archive(path: Path) -> str | None:
     return None
 
 
-def _text(head: bytes) -> str | None:
-    """As `otherwise`, for a text: what a server, Git or an editor left in the place of weights."""
+def _text(head: bytes, wanted: str) -> str | None:
+    """As `otherwise`, for a text: what a server, Git or an editor left in the place of a file."""
     text = _decoded(head)
     if text is None:
         return None
     pointer = _LFS.match(text)
     if pointer is not None:
         return (
-            f"is a Git LFS pointer to {int(pointer[1]):,} bytes, not the weights: run git lfs pull "
-            "where it was cloned, or download the file itself"
+            f"is a Git LFS pointer to {int(pointer[1]):,} bytes, not the "
+            f"{wanted.removeprefix('a ')}: run git lfs pull where it was cloned, or download the "
+            "file itself"
         )
     lowered = text.lower()
     if lowered.startswith(("<!doctype html", "<html")) or "<html" in lowered[:500]:
         title = _TITLE.search(text)
         named = f' ("{_short(title[1])}")' if title is not None and title[1].strip() else ""
         return (
-            f"is a web page{named}, not weights: download the file itself again (a page comes "
+            f"is a web page{named}, not {wanted}: download the file itself again (a page comes "
             "instead where a server wants a login or a confirmation)"
         )
     if lowered.startswith("<?xml") and "<net " in lowered:
@@ -125,7 +163,7 @@ def _text(head: bytes) -> str | None:
             "is an OpenVINO graph, not weights: give the folder that ptq4sam export wrote, or the "
             "weights that the graph was made of"
         )
-    return f'is a text that begins "{_short(text)}", not weights: {_AGAIN}'
+    return f'is a text that begins "{_short(text)}", not {wanted}: {_AGAIN}'
 
 
 def _decoded(head: bytes) -> str | None:

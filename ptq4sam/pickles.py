@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ptq4sam.contents import otherwise
+from ptq4sam.contents import damaged_entry, otherwise
 
 UNREADABLE = (
     OSError,
@@ -98,6 +98,9 @@ def load_pickle(path: Path) -> Any:
     instead = otherwise(path)
     if instead is not None:
         raise ValueError(f"it {instead}")
+    damaged = damaged_entry(path)
+    if damaged is not None:
+        raise ValueError(f"the checksum of its entry {damaged} is wrong")
     stand_ins = [
         (StandIn, f"{module}.{name}")
         for module, names in _HARMLESS.items()

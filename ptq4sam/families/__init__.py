@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib import import_module
 
 import torch
@@ -34,7 +35,10 @@ def variant_of(name: str, folded: bool = True) -> Variant:
     """
     own, _, sizes = name.partition(":")
     if own not in VARIANTS:
-        raise ConfigError(f"unknown SAM {own!r}: choose one of {', '.join(VARIANTS)}")
+        plain = own.lower().replace("-", "_").removeprefix("sam_")
+        near = difflib.get_close_matches(plain, VARIANTS, n=1, cutoff=0.85)
+        hint = f"did you mean {near[0]}? Else " if near else ""
+        raise ConfigError(f"unknown SAM {own!r}: {hint}choose one of {', '.join(VARIANTS)}")
     variant = _sized(VARIANTS[own], name, sizes) if sizes else VARIANTS[own]
     if folded:
         return variant

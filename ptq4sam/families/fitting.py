@@ -46,6 +46,11 @@ def fit_state(
                 f"{origin}: {name} needs {key} in floating point, but found {tensor.dtype}; "
                 "give the float weights"
             )
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            kind_of = "has no values (a meta tensor)" if tensor.is_meta else f"is {tensor.layout}"
+            raise CheckpointError(
+                f"{origin}: {key} {kind_of}; save plain tensors, as model.state_dict() has them"
+            )
         # A copy, since the file is mapped into memory and may be replaced while the model lives.
         kind = reference.dtype if counts else torch.float32
         copied = tensor.detach().to(kind, copy=True).contiguous()

@@ -107,7 +107,8 @@ def find_state(
     tensors = [named for path, mapping in mappings.items() for named in _named(path, mapping)]
     if not tensors:
         raise CheckpointError(
-            f"{origin}: holds no named tensors, but {type(content).__name__}; give a state dict"
+            f"{origin}: holds no named tensors, but {_described(content)}; save a state dict of "
+            f"tensors: {SAVE_AGAIN}"
         )
     check([named.name if named.part else named.key for named in tensors], origin)
     parts = [named for named in tensors if named.part is not None]
@@ -132,9 +133,11 @@ def find_state(
 def _mappings(
     content: object, seen: set[int], path: _Path = ()
 ) -> Iterator[tuple[_Path, Mapping[Any, Any]]]:
-    """A mapping and those in it, each once, by the keys that lead there."""
-    if isinstance(content, Mapping) and id(content) not in seen:
+    """A mapping and those in it, each once, by the keys that lead there; lists have numbers."""
+    if isinstance(content, (Mapping, list, tuple)) and id(content) not in seen:
         seen.add(id(content))
+        if not isinstance(content, Mapping):
+            content = {str(place): value for place, value in enumerate(content)}
         yield path, content
         for key, value in content.items():
             yield from _mappings(value, seen, (*path, str(key)))
@@ -168,6 +171,13 @@ def _constants(
                         "three values"
                     ) from error
     return constants
+
+
+def _described(content: object) -> str:
+    """What a file holds that has no tensors by name, for a message."""
+    if not isinstance(content, Mapping) or not content:
+        return type(content).__name__
+    return f"{type(content).__name__} with {_some([str(key) for key in content])}"
 
 
 def _last(key: str) -> str:
@@ -234,7 +244,7 @@ def _notes(
         for word in named.key.removeprefix(named.prefix).split(".")
         if word in _INNER_WRAPPERS
     }
-    if taken_off := [*prefixes, *sorted(inner)]:
+    if taken_off := list(dict.fromkeys([*prefixes, *sorted(inner)])):
         were = "prefix {} was" if len(taken_off) == 1 else "prefixes {} were"
         yield f"the {were.format(_quoted(taken_off))} taken off"
     averages = dict.fromkeys(

@@ -150,6 +150,9 @@ def test_official_models_need_a_file(name: str, tmp_path: Path) -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ConfigError, match="vit_b, vit_l"):
         load_sam("vit_x")
+    for name, near in (("sam_vit_b", "vit_b"), ("VIT-L", "vit_l"), ("mobilesam", "mobile_sam")):
+        with pytest.raises(ConfigError, match=rf"unknown SAM '{name}': did you mean {near}\?"):
+            load_sam(name)
 
 
 NECK = "image_encoder.neck.0.weight"
@@ -169,6 +172,14 @@ def _reshaped(state: dict[str, Tensor]) -> None:
 
 def _not_finite(state: dict[str, Tensor]) -> None:
     state[NECK][3, 2] = float("inf")
+
+
+def _sparse(state: dict[str, Tensor]) -> None:
+    state[NECK] = state[NECK].to_sparse()
+
+
+def _without_values(state: dict[str, Tensor]) -> None:
+    state[NECK] = state[NECK].to("meta")
 
 
 def _integer(state: dict[str, Tensor]) -> None:
@@ -203,6 +214,42 @@ def test_unfit_tensors_are_refused(
     assert str(path) in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"), [(_sparse, "is torch.sparse_coo"), (_without_values, "has no values")]
+)
+def test_tensors_that_are_not_plain_are_refused(
+    state: dict[str, Tensor],
+    tmp_path: Path,
+    damage: Callable[[dict[str, Tensor]], None],
+    told: str,
+) -> None:
+    damage(state)
+    torch.save(state, tmp_path / "nano.pth")
+    assert f"{NECK} {told}" in refusal("vit_nano", tmp_path / "nano.pth")
+
+
+def test_bytes_that_changed_within_a_file_are_noticed(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """As a copy that broke off leaves zeros; torch itself reads them as weights."""
+    path = tmp_path / "nano.pth"
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    path.write_bytes(content)
+    assert "the checksum of its entry" in refusal("vit_nano", path)
+
+
+def test_a_file_without_checksums_loads(state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "nano.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    load_sam("vit_nano", tmp_path / "nano.pth")
 
 
 @pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.9, 0.999])
@@ -249,7 +296,7 @@ def test_code_in_a_pickle_is_never_run(
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {}, {"model": 3}, {"a": "b"}])
+@pytest.mark.parametrize("content", [[1, 2], {}, {"model": 3}, {"a": "b"}, {"a": 3 * [0.5]}])
 def test_what_holds_no_tensors_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "other.pth")
     assert "tensor" in refusal("vit_nano", tmp_path / "other.pth")

@@ -80,8 +80,10 @@ def same(found: Mapping[str, Tensor], state: State) -> bool:
         (lambda s: {**s, "epoch": 3}, "passed over epoch"),
         (lambda s: {**s, "step": torch.tensor(3.0), "rng": torch.get_rng_state()}, "step, rng"),
         (lambda s: {**prefixed(s, "module."), "n_averaged": torch.tensor(3)}, "n_averaged"),
+        (lambda s: [s], "the weights are under '0'"),
+        (lambda s: (7, {"model": s}), "under '1.model'; passed over 0"),
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_wrappers_are_taken_off(
     state: State,
