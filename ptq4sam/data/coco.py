@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from ptq4sam.data.annotations import TEXT_NUMBERS, ImageEntry, InstancesFile
 from ptq4sam.data.file_names import PictureFinder
-from ptq4sam.data.images import ImageRecord, ImageSet, check_limit, read_size
+from ptq4sam.data.images import ImageRecord, ImageSet, check_limit, read_size, require_folder
 from ptq4sam.data.objects import FLAT, UNUSABLE, AnnotatedObjects, UnusableObject
 from ptq4sam.data.segmentation import decode_segmentation
-from ptq4sam.downloads import where_from
 from ptq4sam.errors import DataError
 from ptq4sam.files import read_json
 
@@ -102,8 +101,7 @@ class CocoDataset(ImageSet):
         super().__init__(skip_bad)
         images, annotations = Path(images), Path(annotations)
         check_limit(limit)
-        if not images.is_dir():
-            raise DataError(f"there is no image folder {images}: {where_from(images)}")
+        require_folder(images)
         self.path = annotations
         content, self._digest = read_json(annotations, "annotations file")
         file = InstancesFile(content, annotations)
@@ -201,6 +199,14 @@ class CocoDataset(ImageSet):
                 f"none of its {len(entries)} images is there" if entries else "it lists no image"
             )
             raise DataError(f"{self.path}: {found}")
+        twice = len(present) - len({record.path for record in present})
+        if twice:
+            _log.warning(
+                "%s: %d of %d pictures are there before, under another id: each counts",
+                self.path,
+                twice,
+                len(present),
+            )
         if finder.renamed:
             name, path = next(iter(finder.renamed.items()))
             _log.info(

@@ -14,9 +14,14 @@ from urllib.parse import unquote
 
 
 def named_file(entry: Mapping[str, Any]) -> Any:
-    """What an entry of "images" calls its file: `file_name`, or in LVIS the end of `coco_url`."""
+    """What an entry of "images" calls its file: `file_name`, or in LVIS the end of `coco_url`.
+
+    A `file_name` that is an address is one, too.
+    """
     name, url = entry.get("file_name"), entry.get("coco_url")
-    if name not in (None, "") or not isinstance(url, str):
+    if isinstance(name, str) and "://" in name:
+        url = name
+    elif name not in (None, "") or not isinstance(url, str):
         return name
     _, absolute, rest = url.partition("://")
     path = rest.partition("/")[2] if absolute else url
@@ -29,7 +34,8 @@ class PictureFinder:
     A file is taken by the name as it is written, else by the name in another case (.JPG), with / in
     the place of \, or in another Unicode form (macOS writes the letter and the accent of é as two);
     then without the folders that lie above (img/a.png in the folder img), and at last without any
-    of its folders, if no other picture has that name without folders.
+    of its folders, if no other picture has that name without folders. A name without a suffix (a)
+    is that of the only file that has one besides (a.png).
 
     Args:
         folder: holds the pictures.
@@ -61,6 +67,10 @@ class PictureFinder:
     def advice(self, name: str) -> str:
         """Which other folder has a picture that was not found, for a message; "" for none."""
         split = name.partition("/")[0] if "/" in name else None
+        path = self.folder / name
+        others = [n for n in self._listed(path.parent) if Path(n).stem == path.stem]
+        if others:
+            return f"; there is {path.with_name(min(others))}: correct its file_name"
         above = self.folder.parent / name
         if above.is_file():
             return f"; there is {above}: give {self.folder.parent}"
@@ -109,19 +119,24 @@ class PictureFinder:
         return self._listings[folder]
 
     def _plainly_listed(self, folder: Path) -> dict[str, str | None]:
-        """Names in a folder by their plain form; None where several have one."""
+        """Names in a folder by their plain form, with suffix and without; None if ambiguous."""
         if folder not in self._plain_listings:
             listing: dict[str, str | None] = {}
             for name in self._listed(folder):
                 plain = _plain(name)
                 listing[plain] = None if plain in listing else name
+            stems = Counter(_plain(Path(name).stem) for name in self._listed(folder))
+            for name in self._listed(folder):
+                stem = _plain(Path(name).stem)
+                if stems[stem] == 1:
+                    listing.setdefault(stem, name)
             self._plain_listings[folder] = listing
         return self._plain_listings[folder]
 
 
 def _plain(name: str) -> str:
-    """The same for names that differ in case, Unicode form or the sign between folders."""
-    return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
+    """The same for names that differ in case, Unicode form, the sign between folders or spaces."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold().strip()
 
 
 def _parts(name: str) -> list[str]:

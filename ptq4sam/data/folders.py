@@ -11,8 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ptq4sam.data.images import ImageRecord, ImageSet, check_limit, read_size
-from ptq4sam.downloads import where_from
+from ptq4sam.data.images import ImageRecord, ImageSet, check_limit, read_size, require_folder
 from ptq4sam.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -50,8 +49,7 @@ class ImageFolder(ImageSet):
         super().__init__(skip_bad)
         check_limit(limit)
         images = Path(images)
-        if not images.is_dir():
-            raise DataError(f"there is no image folder {images}: {where_from(images)}")
+        require_folder(images)
         self._folder = images
         content = _content(images, recursive)
         self._files = content.pictures

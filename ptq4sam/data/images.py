@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from ptq4sam.contents import otherwise
 from ptq4sam.data.wide_values import has_wide_colours, narrow_colours, narrow_grey
+from ptq4sam.downloads import where_from
 from ptq4sam.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
@@ -27,6 +29,11 @@ _BAD_IMAGE = "damaged image"
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 _SCALED = "image file %s holds %s: values of more than 8 bits are scaled by the largest"
+
+_TURNED = (
+    "image file %s is turned as its EXIF orientation says, and so are others: were they annotated "
+    "as they are stored, remove the orientation"
+)
 
 MOST_PIXELS = 2**28
 """Pixels of the largest picture that is read."""
@@ -57,10 +64,18 @@ class ImageRecord:
 
 
 class Decoded(NamedTuple):
-    """A picture as RGB, uint8 [height, width, 3], and what its file held if that was wider."""
+    """A picture as RGB.
+
+    Attributes:
+        pixels: uint8 [height, width, 3].
+        held: what its file held if that was wider.
+        perhaps_turned: its EXIF orientation was applied, and it would have the size that was asked
+            for without, too.
+    """
 
     pixels: NDArray[np.uint8]
     held: str | None
+    perhaps_turned: bool
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
@@ -71,7 +86,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.ui
     Returns:
         uint8 [height, width, 3].
     """
-    pixels, held = decode(path, size)
+    pixels, held, _ = decode(path, size)
     if held is not None:
         _log.info(_SCALED, path, held)
     return pixels
@@ -99,15 +114,17 @@ def decode(path: Path, size: tuple[int, int] | None = None) -> Decoded:
         orientation = stored.getexif().get(ExifTags.Base.Orientation, 1)
         eight_bits, colours = narrow_colours(stored, path) if wide else (stored, None)
         picture, grey = _to_rgb(eight_bits)
-        turned = picture.size[::-1] if orientation in _SIDEWAYS else picture.size
-        if orientation in _UPRIGHT and size in (None, turned):
+        own = picture.size
+        turned = own[::-1] if orientation in _SIDEWAYS else own
+        turns = orientation in _UPRIGHT and size in (None, turned)
+        if turns:
             picture = picture.transpose(_UPRIGHT[orientation])
         if size is not None and picture.size != size:
             raise DataError(
                 f"image file {path} has {_shape(picture.size)} pixels where its annotations say "
                 f"{_shape(size)}: they belong to another picture"
             )
-        return Decoded(np.array(picture), colours or grey)
+        return Decoded(np.array(picture), colours or grey, turns and size == own)
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -131,6 +148,12 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(f"there is no image file {path}") from None
+    except UnidentifiedImageError as error:
+        convert = "convert it to PNG or JPEG"
+        instead = otherwise(path, "a picture", convert) or (
+            f"is damaged or of no format that Pillow knows: download it again, or {convert}"
+        )
+        raise DataError(f"image file {path} cannot be read: it {instead}") from error
     except _DAMAGED as error:
         raise DataError(f"image file {path} cannot be read: {reason(error)}") from error
 
@@ -191,12 +214,15 @@ class ImageSet:
             DataError: it cannot be read, or has another size than its record.
         """
         try:
-            pixels, held = decode(record.path, (record.width, record.height))
+            pixels, held, perhaps_turned = decode(record.path, (record.width, record.height))
         except DataError as error:
             raise DataError(f"image id {record.id}: {error}") from error.__cause__
         if held is not None and _SCALED not in self._noted:
             self._noted.add(_SCALED)
             _log.info(_SCALED, record.path, held)
+        if perhaps_turned and self.category_names and _TURNED not in self._noted:
+            self._noted.add(_TURNED)
+            _log.info(_TURNED, record.path)
         return pixels
 
     def file_name(self, record: ImageRecord) -> str:
@@ -238,6 +264,21 @@ class ImageSet:
             raise DataError(f"{problems[0]}{more}; repair it, or skip what is bad")
         self.skipped[reason] += len(problems)
         _log.warning("skipped %d x %s, first: %s", len(problems), reason, problems[0])
+
+
+def require_folder(images: Path) -> None:
+    """Refuse a folder of pictures that is none.
+
+    Raises:
+        DataError: it is not there, or a file.
+    """
+    if images.is_file():
+        told = otherwise(images) or ""
+        if not told.startswith("is packed"):
+            told = f"is a file, not an image folder: give {images.parent}"
+        raise DataError(f"{images} {told}")
+    if not images.is_dir():
+        raise DataError(f"there is no image folder {images}: {where_from(images)}")
 
 
 def check_limit(limit: int | None) -> None:

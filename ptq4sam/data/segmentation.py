@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +13,51 @@ from numpy.typing import NDArray
 
 _FLAT = 1e-6
 """Distance from a line, in pixels, up to which a point is on it."""
+
+
+def plain_form(segmentation: Any) -> Any:
+    """A segmentation as COCO writes it, of one that is written a little otherwise.
+
+    So are one polygon that is in no list of polygons, points as pairs [x, y], a run-length encoding
+    in a list, run lengths as 3.0, and compressed ones as Python shows bytes. What is none of these
+    is given back itself.
+    """
+    if isinstance(segmentation, dict):
+        return _plain_runs(segmentation)
+    first = segmentation[0] if isinstance(segmentation, list) and segmentation else None
+    if isinstance(first, dict) and len(segmentation) == 1:
+        return _plain_runs(first)
+    if isinstance(first, int | float):
+        return [segmentation]
+    if not isinstance(first, list) or not first:
+        return segmentation
+    if isinstance(first[0], list):
+        return [_flattened(polygon) for polygon in segmentation]
+    # As polygons they were single points.
+    if len(first) == 2 and len(segmentation) > 2:
+        flat = _flattened(segmentation)
+        return segmentation if flat is segmentation else [flat]
+    return segmentation
+
+
+def _flattened(points: Any) -> Any:
+    """x, y, x, y, ... of a list of pairs; anything else itself."""
+    if isinstance(points, list) and all(isinstance(p, list) and len(p) == 2 for p in points):
+        return list(itertools.chain.from_iterable(points))
+    return points
+
+
+def _plain_runs(encoded: dict[str, Any]) -> dict[str, Any]:
+    counts = encoded.get("counts")
+    if isinstance(counts, list) and float in map(type, counts):
+        whole = [int(run) if isinstance(run, float) and run.is_integer() else run for run in counts]
+        return {**encoded, "counts": whole}
+    if isinstance(counts, str) and counts[:2] in ("b'", 'b"'):
+        try:
+            return {**encoded, "counts": ast.literal_eval(counts).decode("ascii")}
+        except (ValueError, SyntaxError):
+            return encoded
+    return encoded
 
 
 def segmentation_problem(segmentation: Any, height: int, width: int) -> str | None:
@@ -25,7 +72,7 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> str | No
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "the segmentation is neither polygons nor a run-length encoding"
     if segmentation["size"] != [height, width]:
-        return f"its mask has size {segmentation['size']}, not {[height, width]}"
+        return f"its mask has size {segmentation['size']}, not {[height, width]} (height, width)"
     counts = segmentation["counts"]
     runs = uncompress(counts) if isinstance(counts, str) else counts
     if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):

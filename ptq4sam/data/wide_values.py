@@ -18,6 +18,9 @@ from PIL import Image, ImageFile
 _DEPTHS = (8, 10, 12, 14, 16)
 """Bits that values may be of; the fewest that hold the largest value are taken."""
 
+_FEW = 1e-3
+"""Share of values that may be larger than a picture's others without being a part of it."""
+
 _SINGLE = ("R", "G", "B", "A")
 """Bands of which some files hold one after the other."""
 
@@ -52,7 +55,7 @@ def narrow_grey(values: NDArray[Any]) -> tuple[NDArray[np.uint8], str]:
         if values.max() < 2:
             return np.rint(values.clip(max=1) * 255).astype(np.uint8), "fractions from 0 to 1"
     bits = _bits(values)
-    return _upper_bits(values, bits), f"{bits}-bit values"
+    return _upper_bits(values, bits), _told(values, bits)
 
 
 def has_wide_colours(stored: ImageFile.ImageFile) -> bool:
@@ -76,8 +79,9 @@ def narrow_colours(upper: Image.Image, path: Path) -> tuple[Image.Image, str]:
         ValueError: the lower bytes are needed and cannot be read.
     """
     colours = np.asarray(upper)[..., : _COLOURS[upper.mode]]
-    if _bits(colours.astype(np.uint16) << 8) == _DEPTHS[-1]:
-        return upper, f"{_DEPTHS[-1]}-bit values"
+    bits = _bits(colours.astype(np.uint16) << 8)
+    if bits == _DEPTHS[-1]:
+        return upper, _told(colours.astype(np.uint16) << 8, bits)
     mode, values = _stored_values(path)
     count = _COLOURS[mode]
     bits = _bits(values[..., :count])
@@ -85,7 +89,8 @@ def narrow_colours(upper: Image.Image, path: Path) -> tuple[Image.Image, str]:
     if narrow.shape[-1] > count:
         narrow[..., count] = _upper_bits(values[..., count], _bits(values[..., count]))
     picture = Image.frombytes(mode, upper.size, narrow.tobytes())
-    return picture.convert("RGBA") if mode == "RGBa" else picture, f"{bits}-bit values"
+    told = _told(values[..., :count], bits)
+    return picture.convert("RGBA") if mode == "RGBa" else picture, told
 
 
 def _bits(values: NDArray[Any]) -> int:
@@ -95,6 +100,17 @@ def _bits(values: NDArray[Any]) -> int:
             f"its pixels exceed 16 bits: they go from {low} to {high}; convert it to 8 bits"
         )
     return next(bits for bits in _DEPTHS if high < 2**bits)
+
+
+def _told(values: NDArray[Any], bits: int) -> str:
+    """What values are, and whether a few (of a broken sensor) make all others dark."""
+    most = bits
+    for fewer in _DEPTHS[: _DEPTHS.index(bits)][::-1]:
+        if np.count_nonzero(values >= 2**fewer) > _FEW * values.size:
+            break
+        most = fewer
+    but = f", though hardly any needs more than {most} (hot pixels?)" if most < bits else ""
+    return f"{bits}-bit values{but}"
 
 
 def _upper_bits(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:

@@ -287,6 +287,22 @@ def test_annotations_of_a_stored_and_of_a_turned_picture(files: Any) -> None:
         other.load(other.images[0])
 
 
+def test_a_turned_picture_whose_size_tells_nothing_is_noted(
+    files: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for orientation, told in ((3, 1), (6, 0), (1, 0)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for name in ("a.jpg", "b.jpg"):
+            Image.new("RGB", (40, 30)).save(files.images / name, exif=exif)
+        dataset = files.open()
+        for record in dataset.images:
+            dataset.load(record)
+        assert caplog.text.count("is turned as its EXIF orientation says") == told
+        caplog.clear()
+
+
 def test_a_missing_picture(files: Any, caplog: pytest.LogCaptureFixture) -> None:
     (files.images / "b.jpg").unlink()
     with pytest.raises(DataError, match=r"image id 11: there is no image file .*b\.jpg.*skip what"):
@@ -349,7 +365,10 @@ def test_an_annotation_without_segmentation(files: Any, empty: Any) -> None:
         ({"segmentation": {"size": [30, 40], "counts": [1300, -100]}}, "not numbers"),
         ({"segmentation": {"size": [30, 40], "counts": ""}}, "not numbers"),
         ({"segmentation": {"size": [30, 40], "counts": "1234"}}, "do not fill"),
-        ({"category_id": 4}, "no category 4"),
+        ({"category_id": 4}, "no category 4, there are 3, 7"),
+        ({"segmentation": {"size": [30, 40], "counts": "b'x"}}, "not numbers"),
+        ({"segmentation": [[[1, 2], [3, 4, 5], [6, 7]]]}, "three points"),
+        ({"segmentation": [[1, 2], [3, 4], [5, "6"]]}, "three points"),
         ({"category_id": [3]}, r"no category \[3\]"),
         ({"image_id": 99}, "no such image"),
         ({"bbox": [1, 2, 3]}, "bbox is"),
@@ -357,6 +376,7 @@ def test_an_annotation_without_segmentation(files: Any, empty: Any) -> None:
         ({"bbox": "1, 2, 3, 4"}, "bbox is"),
         ({"category_id": "cat"}, "no category 'cat'"),
         ({"area": "large"}, "area is"),
+        ({"bbox": ["1", "2", "3", "wide"]}, "bbox is"),
         ({"iscrowd": 2}, "iscrowd is 2"),
     ],
 )
@@ -400,6 +420,13 @@ def test_all_skipped_annotations_are_counted_in_one_warning(
         (lambda c: c["images"][1].update(id=11.5), r"images\[1\]\.id is 11\.5, int needed"),
         (lambda c: c["images"][1].update(id="10"), "image id 10 is there twice"),
         (lambda c: c["images"][1].pop("file_name"), r"images\[1\]\.file_name is None"),
+        (
+            lambda c: c["images"][1].update(filename=c["images"][1].pop("file_name")),
+            r"images\[1\]\.file_name is None, str needed \(there is 'filename'\)",
+        ),
+        (lambda c: c["images"][1].update(id=2**63), rf"images\[1\]\.id is {2**63}, int needed"),
+        (lambda c: c.update(image=c.pop("images")), "looks like SA-1B's file of one picture"),
+        (lambda c: (c.pop("categories"), c.update(shapes=[])), "but images, annotations, shapes; "),
         (lambda c: c["images"][1].update(file_name=""), r"images\[1\]\.file_name is ''"),
         (lambda c: c["images"][1].update(width=0), "image id 11 has no pixels"),
         (lambda c: c["images"][1].update(height="tall"), r"images\[1\]\.height is 'tall', int n"),

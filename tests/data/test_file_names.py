@@ -43,6 +43,10 @@ def _files(folder: Path, *names: str) -> Path:
         ("C:\\Users\\me\\a.PNG", "a.png"),
         ("/home/me/data/x/a.png", "x/a.png"),
         ("../elsewhere/a.png", "a.png"),
+        ("a", "a.png"),
+        ("a.v2", "a.v2.png"),
+        ("x/a", "x/a.png"),
+        (" a.png ", "a.png"),
     ],
 )
 def test_a_picture_is_found_by_a_name_like_its_own(tmp_path: Path, name: str, file: str) -> None:
@@ -60,13 +64,14 @@ def test_what_could_mean_two_pictures_means_none(tmp_path: Path) -> None:
     folder = _files(tmp_path / "train", "a.png", "c.jpg", "C.jpg")
     if len(list(folder.iterdir())) < 3:
         pytest.skip("names that differ in case alone are one file here")
-    names = ["train/a.png", "val/a.png", "b/a.png", "c.JPG", "A.png"]
+    names = ["train/a.png", "val/a.png", "b/a.png", "c.JPG", "A.png", "c"]
     finder = PictureFinder(folder, names)
     # Only the first is told by the folder that it lies in; two files may be the fourth.
     assert finder.find("train/a.png") == folder / "a.png"
     assert finder.find("val/a.png") is None
     assert finder.find("b/a.png") is None
     assert finder.find("c.JPG") is None
+    assert finder.find("c") is None
 
 
 def test_the_exact_name_goes_first(tmp_path: Path) -> None:
@@ -109,6 +114,14 @@ def test_which_name_an_entry_has() -> None:
     assert named_file({"coco_url": "val2017/a.jpg"}) == "val2017/a.jpg"
     assert named_file({"coco_url": "http://[h/a.jpg"}) == "a.jpg"
     assert named_file({}) is None
+    assert named_file({"file_name": url, "coco_url": "http://h/c.jpg"}) == "val2017/a b.jpg"
+
+
+def test_a_picture_in_another_format_is_named_and_not_taken(files: Any) -> None:
+    """It may be a mask of the picture."""
+    (files.images / "b.jpg").rename(files.images / "b.png")
+    with pytest.raises(DataError, match=r"there is .*images.b\.png: correct its file_name"):
+        files.open()
 
 
 def test_a_missing_picture_that_lies_nearby(files: Any) -> None:

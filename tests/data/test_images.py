@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,40 @@ def test_damaged_files_are_one_line_that_names_them(tmp_path: Path, suffix: str,
     with pytest.raises(DataError, match=rf"a\{suffix} cannot be read: .+") as caught:
         read_image(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "it is empty"),
+        (
+            b"<!doctype html><html><title>Log in</title>",
+            r'it is a web page \("Log in"\), not a pict',
+        ),
+        (
+            b"version https://git-lfs.github.com/spec/v1\nsize 12\n",
+            "LFS pointer .* not the picture",
+        ),
+        (b"\x93NUMPY\x01", "it is a NumPy array, not a picture: convert it to PNG or JPEG"),
+        (b"<svg/>", "it is a text that begins .*, not a picture"),
+        (b"\0\0\0\x18ftypheic" + bytes(40), "no format that Pillow knows: .*convert it to PNG"),
+        (b"\x89PNG\r\n\x1a\n", "damaged or of no format"),
+    ],
+)
+def test_what_is_no_picture_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.jpg cannot be read: .*{told}"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png is a file, not an image folder: give .+"):
+        ImageFolder(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "val/a.png")
+    with pytest.raises(DataError, match=r"val\.zip is packed \(ZIP, with val/a\.png\): unpack it"):
+        ImageFolder(tmp_path / "val.zip")
 
 
 def test_missing_file_and_folder_in_its_place(tmp_path: Path) -> None:

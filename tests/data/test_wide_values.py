@@ -105,6 +105,25 @@ def test_colours_of_16_bits_are_scaled_by_the_bits_of_the_largest(
     assert np.array_equal(read_image(path), pixels >> (bits - 8))
 
 
+@pytest.mark.parametrize("colours", [False, True])
+def test_a_few_values_far_above_all_others_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, colours: bool
+) -> None:
+    """A hot pixel makes a picture of 12 bits one of 16, and so dark."""
+    caplog.set_level("INFO")
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 2**12, (50, 60, 3) if colours else (50, 60)).astype(np.uint16)
+    for few, told in ((0, False), (1, True), (300, False)):
+        pixels.reshape(-1)[:few] = 65535
+        if colours:
+            read_image(_png(tmp_path / "a.png", pixels, RGB))
+        else:
+            Image.fromarray(pixels).save(tmp_path / "a.png")
+            read_image(tmp_path / "a.png")
+        assert ("16-bit values, though hardly any needs more than 12" in caplog.text) == told
+        caplog.clear()
+
+
 @pytest.mark.parametrize("most", [0xFFFF, 4095])
 def test_transparency_of_16_bits_is_scaled_by_itself(tmp_path: Path, most: int) -> None:
     pixels = np.array([[[255, 128, 0, alpha] for alpha in (0, most // 2, most)]])
