@@ -22,6 +22,7 @@ from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.evaluation.segmentation import Segmented, segment
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import CocoResults, GroundTruth, Prompts, PromptSource
+from ptq4sam.prompts.agreement import warn_of_miscategorized
 from ptq4sam.prompts.record import warn_of_categories
 from ptq4sam.sam.model import PromptableModel
 from ptq4sam.sam.predictor import Predictor
@@ -189,12 +190,14 @@ def evaluate_sam(
     predictor = Predictor(sam)
     reference_predictor = Predictor(reference) if reference is not None else None
     outcomes: list[_Outcome | None] = []
+    given: list[tuple[ImageRecord, Prompts]] = []
     for record in progress(parallel.share(images), "segmenting"):
         image = dataset.load_or_skip(record)
         if image is None:
             outcomes.append(None)
             continue
         prompts = select(source.prompts(record, image), prompting)
+        given.append((record, prompts))
         if len(prompts.boxes) == 0:
             outcomes.append(_Outcome())
             continue
@@ -214,6 +217,8 @@ def evaluate_sam(
     if parallel.is_first() and not isinstance(source, CocoResults):
         used = Counter(result["category_id"] for result in evaluation.results)
         warn_of_categories(source.name, used, dataset)
+        if not isinstance(source, GroundTruth):
+            warn_of_miscategorized(source.name, dataset, given)
     return evaluation
 
 

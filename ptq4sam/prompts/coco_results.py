@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq4sam.data.annotations import TEXT_NUMBERS, repair
-from ptq4sam.data.boxes import suspicion
+from ptq4sam.data.annotations import TEXT_NUMBERS, is_id, repair, some_names
+from ptq4sam.data.boxes import ADVICE, suspicion
+from ptq4sam.data.coco import CocoDataset
 from ptq4sam.data.images import ImageRecord, ImageSet
 from ptq4sam.data.segmentation import are_numbers
 from ptq4sam.errors import DataError
 from ptq4sam.files import read_json, write_json
+from ptq4sam.prompts.agreement import Agreement
 from ptq4sam.prompts.categories import COCO_CATEGORY_IDS
+from ptq4sam.prompts.named import Names
 from ptq4sam.prompts.record import NOT_A_NUMBER, Prompts, clean, some_ids, warn_of_categories
 
 _log = logging.getLogger(__name__)
 
-_IDS = ("image_id", "category_id")
+_IDS = {"image_id": "picture", "category_id": "category"}
+_HIGHEST_SCORE = 1.01
 _ENOUGH = 8
 """Categories of a file from which on it is no chance that all of 1203 are among COCO's 80 ids."""
 
@@ -34,9 +38,10 @@ class CocoResults:
     A picture that it does not name has no boxes. Boxes of pictures outside of the data set are not
     used: a data set may be a part of what the detector saw. Boxes of a category that the data set
     lacks cannot score, and equal results count as often as they are there: both with a warning, as
-    boxes that do not look like x, y, width and height in pixels. A result without a score has 1, as
-    annotated boxes have. An "id", which some writers give their results, means nothing here and may
-    be there twice.
+    boxes that do not look like x, y, width and height in pixels or lie where no annotated object
+    is, and categories that these do not have. A result without a score has 1, as annotated boxes
+    have. Pictures and categories may be named instead of numbered. An "id", which some writers give
+    their results, means nothing here and may be there twice.
 
     Args:
         path: the file.
@@ -55,13 +60,10 @@ class CocoResults:
         self.path = path
         self.limit = limit
         self.dropped: Counter[str] = Counter()
-        entries, self._digest = read_json(path, "file of boxes")
-        if not isinstance(entries, list):
-            annotations = isinstance(entries, dict) and "annotations" in entries
-            hint = "; this looks like annotations" if annotations else ""
-            raise DataError(f"{path} is not a list of COCO results{hint}")
+        content, self._digest = read_json(path, "file of boxes")
+        entries = _listed(content, path)
         self._entries: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
-        for entry in self._usable(entries):
+        for entry in self._usable(entries, Names(dataset)):
             self._entries[entry["image_id"]].append(entry)
         self._check_fit(dataset)
 
@@ -75,17 +77,22 @@ class CocoResults:
         boxes = [[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in entries)]
         return clean(
             record,
-            np.array(boxes, np.float32).reshape(-1, 4),
+            np.array(boxes, np.float64).reshape(-1, 4),
             [entry["score"] for entry in entries],
             [entry["category_id"] for entry in entries],
             self.limit,
             self.dropped,
         )
 
-    def _usable(self, entries: list[Any]) -> Iterator[dict[str, Any]]:
+    def _usable(self, entries: list[Any], names: Names) -> Iterator[dict[str, Any]]:
         """The results that are made of numbers, in file order, each with a score."""
         text_number, unscored = None, 0
+        for entry in entries:
+            if isinstance(entry, dict):
+                names.replace(entry)
         for number, entry in enumerate(entries):
+            if isinstance(entry, dict) and names.is_of_another(entry):
+                continue
             text = _check(entry, number, self.path)
             text_number = text_number or text
             unscored += "score" not in entry
@@ -94,6 +101,7 @@ class CocoResults:
                 yield entry
             else:
                 self.dropped[NOT_A_NUMBER] += 1
+        names.tell(self.path)
         if text_number is not None:
             _log.info(TEXT_NUMBERS, self.path, text_number)
         if unscored:
@@ -126,7 +134,7 @@ class CocoResults:
                 len(dataset.images) - len(here),
                 len(dataset.images),
             )
-        self._check_meaning([record for record in dataset.images if record.id in self._entries])
+        self._check_meaning([r for r in dataset.images if r.id in self._entries], dataset)
         repeated = self._repeated(here)
         if repeated:
             _log.warning(
@@ -163,16 +171,36 @@ class CocoResults:
                 f"({some_ids(every)}), the pictures have LVIS's {len(known)}: give boxes of those"
             )
 
-    def _check_meaning(self, records: Iterable[ImageRecord]) -> None:
-        pairs = [
-            (entry["bbox"], (record.width, record.height))
-            for record in records
-            for entry in self._entries[record.id]
+    def _check_meaning(self, records: Sequence[ImageRecord], dataset: ImageSet) -> None:
+        """Warn of boxes, categories and scores that do not look like what they should be."""
+        boxes = [np.array([e["bbox"] for e in self._entries[r.id]], np.float64) for r in records]
+        sizes = [
+            np.array([[r.width, r.height]] * len(own), np.float64)
+            for r, own in zip(records, boxes, strict=True)
         ]
-        boxes, sizes = (np.array(values, np.float64) for values in zip(*pairs, strict=True))
-        odd = suspicion(boxes, sizes)
-        if odd is not None:
-            _log.warning("%s: %s", self.path, odd)
+        doubts: list[str | None] = [suspicion(np.concatenate(boxes), np.concatenate(sizes))]
+        if isinstance(dataset, CocoDataset):
+            categories = [
+                np.array([e["category_id"] for e in self._entries[r.id]]) for r in records
+            ]
+            agreement = Agreement(dataset, zip(records, boxes, categories, strict=True))
+            misplaced = agreement.misplaced()
+            # What is seen without the truth asks a question, which this may answer.
+            if misplaced is not None:
+                doubts = [f"{doubts[0]}; {misplaced}" if doubts[0] else f"{misplaced} {ADVICE}"]
+            doubts.append(agreement.miscategorized())
+        for doubt in doubts:
+            if doubt is not None:
+                _log.warning("%s: %s", self.path, doubt)
+        scores = [entry["score"] for record in records for entry in self._entries[record.id]]
+        if min(scores) < 0 or max(scores) > _HIGHEST_SCORE:
+            _log.warning(
+                "%s: scores go from %g to %g: write probabilities, from 0 to 1 (boxes below the "
+                "threshold, 0 as a rule, are not used)",
+                self.path,
+                min(scores),
+                max(scores),
+            )
 
     def _repeated(self, image_ids: Iterable[int]) -> int:
         """How many results equal an earlier one."""
@@ -204,17 +232,46 @@ def write_results(prompts: Iterable[Prompts], path: Path) -> None:
     write_json([result for one in prompts for result in to_results(one)], path)
 
 
+def _listed(content: Any, path: Path) -> list[Any]:
+    """The list of results that a file is.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if isinstance(content, list):
+        return content
+    hint = ""
+    if isinstance(content, dict):
+        hint = f", but an object with {some_names(content)}"
+        if "annotations" in content and "images" in content:
+            hint += "; this looks like annotations"
+    raise DataError(
+        f"{path} is not a list of COCO results{hint}: write "
+        '[{"image_id": 1, "category_id": 1, "bbox": [x, y, width, height], "score": 0.9}, ...]'
+    )
+
+
 def _check(entry: Any, number: int, path: Path) -> str | None:
     """Refuse what is no result; as `repair`, which is done in place."""
-    text = repair(entry, _IDS) if isinstance(entry, dict) else None
-    box = entry.get("bbox") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict):
+        raise DataError(
+            f"{path}: result {number} has no bbox [x, y, width, height], it is no object"
+        )
+    text = repair(entry, _IDS)
+    box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise DataError(f"{path}: result {number} has no bbox [x, y, width, height]")
-    for key in _IDS:
-        if not isinstance(entry.get(key), int):
-            raise DataError(f"{path}: result {number} has {key} {entry.get(key)!r}, not a number")
+        found = f"but {box!r:.60}" if "bbox" in entry else f"but {some_names(entry)}"
+        raise DataError(f"{path}: result {number} has no bbox [x, y, width, height], {found}")
+    for key, what in _IDS.items():
+        if not is_id(entry.get(key)):
+            raise DataError(
+                f"{path}: result {number} has {key} {entry.get(key)!r:.60}, no whole number: write "
+                f"the {what}'s id, as in the annotations"
+            )
     if not _is_number(entry.get("score", 1.0)):
-        raise DataError(f"{path}: result {number} has score {entry.get('score')!r}, not a number")
+        raise DataError(
+            f"{path}: result {number} has score {entry.get('score')!r:.60}, not a number"
+        )
     return text
 
 

@@ -120,12 +120,13 @@ def clean(
         limit: keep at most so many.
         dropped: receives the counts by reason.
     """
-    raw = Prompts(
-        record.id,
-        np.asarray(boxes, np.float32),
-        np.asarray(scores, np.float32),
-        np.asarray(category_ids, np.int64),
-    )
+    with np.errstate(over="ignore"):
+        raw = Prompts(
+            record.id,
+            np.asarray(boxes, np.float32),
+            np.asarray(scores, np.float32),
+            np.asarray(category_ids, np.int64),
+        )
     finite = np.isfinite(raw.boxes).all(axis=1) & np.isfinite(raw.scores)
     border = np.array([record.width, record.height] * 2, np.float32)
     inside = np.clip(raw.boxes, 0, border)

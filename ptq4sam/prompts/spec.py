@@ -97,7 +97,7 @@ def _clicks(text: str, count: str) -> int:
 
 def is_boxes_file(text: str) -> bool:
     """Whether a prompt source's name is that of a file of boxes."""
-    return text.endswith((".json", ".json.gz"))
+    return text.lower().endswith((".json", ".json.gz"))
 
 
 def _with_argument(kind: str, rest: str) -> Spec:
@@ -135,6 +135,8 @@ def _hint(text: str) -> str:
     kind = text.partition(":")[0]
     if kind == text and Path(text).suffix == ".onnx":
         return f"did you mean onnx:{text}? "
+    if Path(text).is_file():
+        return "a file of boxes is a list of COCO results, named *.json; "
     near = difflib.get_close_matches(kind, [name for name in FORMS if name != BOXES], n=1)
     return f"did you mean {FORMS[near[0]]}? " if near else ""
 

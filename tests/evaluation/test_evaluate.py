@@ -188,6 +188,29 @@ def test_categories_that_the_data_set_lacks_are_counted(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_detector_with_the_categories_of_others_is_noticed(
+    sam: Sam, tiny: Tiny, caplog: pytest.LogCaptureFixture, shift: int
+) -> None:
+    """Its classes are numbered otherwise than those of the data set."""
+    dataset = CocoDataset(tiny.images(), tiny.annotations())
+    truth = GroundTruth(dataset)
+
+    class Numbered:
+        name = "numbered"
+
+        def fingerprint(self) -> str:
+            return ""
+
+        def prompts(self, record: ImageRecord, image: NDArray[np.uint8]) -> Prompts:
+            found = truth.prompts(record, image)
+            return Prompts(record.id, found.boxes, found.scores, found.category_ids + shift)
+
+    evaluate_sam(sam, dataset, Numbered(), Prompting())
+    told = "they fit if each category_id is 1 more than it should be"
+    assert (told in caplog.text) == bool(shift)
+
+
 def test_truth_is_known_of_annotated_data_only(tiny: Tiny) -> None:
     assert has_truth(CocoDataset(tiny.images(), tiny.annotations()))
     assert not has_truth(ImageFolder(tiny.images()))

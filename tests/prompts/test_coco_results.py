@@ -128,7 +128,17 @@ def test_a_file_compressed_by_gzip(tmp_path: Path, scenes: CocoDataset) -> None:
         (lambda x, y, w, h: [x, y, x + w, y + h], "are they [x1, y1, x2, y2] (xyxy)"),
         (lambda x, y, w, h: [x / 320, y / 256, w / 320, h / 256], "boxes lie within one pixel"),
         (lambda x, y, w, h: [4 * x, 4 * y, 4 * w, 4 * h], "of pictures of another size"),
+        (lambda x, y, w, h: [x + w / 2, y + h / 2, w, h], "fit as [centre x, centre y, width,"),
+        (lambda x, y, w, h: [x / 3.2, y / 2.56, w / 3.2, h / 2.56], "fit as percent [x, y, "),
+        (
+            lambda x, y, w, h: [x / 0.32, y / 0.256, (x + w) / 0.32, (y + h) / 0.256],
+            "fit as thousandths [x1, y1, x2, y2] (xyxy)",
+        ),
+        (lambda x, y, w, h: [y, x, h, w], "fit as [y, x, height, width]"),
+        (lambda x, y, w, h: [y, x, y + h, x + w], "fit as [y1, x1, y2, x2]"),
+        (lambda x, y, w, h: [x / 2, y / 2, w / 2, h / 2], "are they of these pictures in this"),
         (lambda x, y, w, h: [x, y, w, h], None),
+        (lambda x, y, w, h: [x + w / 8, y, w, h], None),
     ],
 )
 def test_boxes_that_are_no_sizes_in_pixels_are_noticed(
@@ -155,10 +165,103 @@ def test_boxes_that_are_no_sizes_in_pixels_are_noticed(
         assert np.array_equal(source.prompts(record, NO_PIXELS).boxes, expected.boxes)
 
 
+def _annotated(scenes: CocoDataset) -> list[dict[str, Any]]:
+    """The annotated boxes as results."""
+    return [
+        result
+        for record in scenes.images
+        for result in to_results(GroundTruth(scenes).prompts(record, NO_PIXELS))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda category: category - 1, "fit if each category_id is 1 less than it should be"),
+        (lambda category: category + 1, "fit if each category_id is 1 more than it should be"),
+        (lambda category: 1, "write the data set's own category ids"),
+        (lambda category: category, None),
+    ],
+)
+def test_boxes_with_the_categories_of_others_are_noticed(
+    tmp_path: Path,
+    scenes: CocoDataset,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[int], int],
+    told: str | None,
+) -> None:
+    entries = [{**r, "category_id": change(r["category_id"])} for r in _annotated(scenes)]
+    CocoResults(_write(tmp_path, entries), scenes)
+    found = [r.getMessage() for r in caplog.records if "have its category" in r.getMessage()]
+    assert len(found) == (told is not None)
+    assert told is None or f"of {len(entries)} boxes that are where an object is" in found[0]
+    assert told is None or told in found[0]
+
+
+def test_boxes_under_the_ids_of_other_pictures_are_noticed(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = [record.id for record in scenes.images]
+    entries = [{**r, "image_id": ids[ids.index(r["image_id"]) - 1]} for r in _annotated(scenes)]
+    CocoResults(_write(tmp_path, entries), scenes)
+    assert "under the right image_id?" in caplog.text
+
+
+def test_one_kind_of_object_found_well_is_no_mistake(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = _annotated(scenes)
+    one = [result for result in entries if result["category_id"] == entries[0]["category_id"]]
+    CocoResults(_write(tmp_path, one), scenes)
+    assert "annotated objects" not in caplog.text
+    assert "category" not in caplog.text
+
+
+def test_names_stand_for_ids(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As ultralytics names pictures; "007" is a file's name, "7" an id."""
+    caplog.set_level(logging.INFO)
+    first, second, *_ = scenes.images
+    name = scenes.category_names[4]
+    entries = [
+        _result("000009"),
+        _result(first.path.name, category_id=name.upper()),
+        _result(second.path.stem),
+        _result("elsewhere.jpg"),
+        _result(str(first.id)),
+    ]
+    source = CocoResults(_write(tmp_path, entries), scenes)
+    assert source.prompts(first, NO_PIXELS).category_ids.tolist() == [4, 1]
+    assert len(source.prompts(second, NO_PIXELS)) == 1
+    assert f"2 results write image_id as {first.path.name!r}" in caplog.text
+    assert f"1 results write category_id as {name.upper()!r}" in caplog.text
+
+
+def test_a_score_by_another_name_and_as_text(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    one = _result(confidence=0.25)
+    del one["score"]
+    source = CocoResults(_write(tmp_path, [one, _result(score="0.75")]), scenes)
+    assert source.prompts(scenes.images[0], NO_PIXELS).scores.tolist() == [0.75, 0.25]
+    assert "1 results write score as 'confidence'" in caplog.text
+    assert 'written as text, as "0.75"' in caplog.text
+
+
+@pytest.mark.parametrize(("score", "told"), [(-0.5, "from -0.5 to 0.5"), (87, "from 0.5 to 87")])
+def test_scores_that_are_no_probabilities_are_noticed(
+    tmp_path: Path, scenes: CocoDataset, caplog: pytest.LogCaptureFixture, score: float, told: str
+) -> None:
+    CocoResults(_write(tmp_path, [_result(), _result(score=score)]), scenes)
+    assert f"scores go {told}: write probabilities" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ({"images": [], "annotations": []}, "not a list of COCO results; this looks like annot"),
+        ({"images": [], "annotations": []}, "not a list of COCO results.*this looks like annot"),
         ({}, "not a list of COCO results"),
         (3, "not a list of COCO results"),
         (None, "not a list of COCO results"),
@@ -168,7 +271,18 @@ def test_boxes_that_are_no_sizes_in_pixels_are_noticed(
         ([_result(score="high")], "result 0 has score 'high', not a number"),
         ([_result(score=True)], "result 0 has score True"),
         ([_result(image_id="a")], "result 0 has image_id 'a'"),
-        ([_result(score="0.9")], "result 0 has score '0.9', not a number"),
+        ([_result(score=[0.9])], r"result 0 has score \[0\.9\], not a number"),
+        (
+            [{**_result(), "box": 3, "bbox": None}],
+            "no bbox .*, but image_id, category_id, score, box",
+        ),
+        ([_result(bbox={"x": 1})], "no bbox .*, but {'x': 1}"),
+        ([[_result()]], "result 0 has no bbox .*, it is no object"),
+        ({"results": [_result()]}, "but an object with results: write"),
+        ([_result(2**63)], f"result 0 has image_id {2**63}, no whole number"),
+        ([_result(), _result(category_id=2**63)], f"result 1 has category_id {2**63}"),
+        ([_result(True)], "result 0 has image_id True"),
+        ([_result("other.jpg")], "image_id 'other.jpg', no whole number: write the picture's id"),
         ([_result(category_id=1.5)], "result 0 has category_id 1.5"),
         ([_result(77), _result(78)], "boxes of 2 images, none of which is among the"),
         ([_result(category_id=77)], "has category ids 77, the data set has 1, 2, 3"),
