@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from importlib import import_module
 
+from ptq4sam.commands.overwriting import refuse_overwriting
+from ptq4sam.commands.parsing import OneLineParser
 from ptq4sam.terminal import guarded
 from ptq4sam.version import __version__
 
@@ -44,12 +46,18 @@ _VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for an error the user can fix)."""
     parsed = build_parser().parse_args(arguments)
-    return guarded(lambda: parsed.run(parsed), verbose=parsed.verbose)
+    return guarded(lambda: _run(parsed), verbose=parsed.verbose)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    refuse_overwriting(parsed)
+    status: int = parsed.run(parsed)
+    return status
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line with all its verbs."""
-    parser = argparse.ArgumentParser(prog="ptq4sam", description=__doc__)
+    parser = OneLineParser(prog="ptq4sam", description=__doc__)
     parser.add_argument("--version", action="version", version=f"ptq4sam {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log details")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")

@@ -173,7 +173,8 @@ def unknown_key(key: str, known: Iterable[str]) -> FieldError:
 def nearest_of(name: str, known: Iterable[str]) -> str:
     """The end of a message on a name that is not known: the nearest one, or all."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    plain = {one.lower(): one for one in known}
+    close = [plain[one] for one in difflib.get_close_matches(name.lower(), plain, n=1)]
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
 
 

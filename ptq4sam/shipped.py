@@ -33,20 +33,29 @@ def find(given: str | Path, folder: Path, what: str) -> Path:
 
     Args:
         given: a path, in the current folder or among what ships, or a name: that of a file of
-            `folder` without its suffix, as ptq4sam-l44.
+            `folder` without its suffix, as ptq4sam-l44, in a folder of it as tinysam/w8a8.
         folder: SCHEMES, SWEEPS or CONFIGS.
         what: it is, for messages, as "scheme".
 
     Raises:
-        ConfigError: it is a name, and none of those that ship; the nearest one is named.
+        ConfigError: it is a name, or a file here, and none of those; the nearest one is named.
     """
     path = located(Path(given))
-    if path.is_file() or path.suffix or len(path.parts) != 1:
+    if path.is_file() or path.is_absolute():
         return path
     names = shipped_names(folder)
+    if not path.suffix and len(path.parts) > 1:
+        inside = ROOT / folder / f"{given}.yaml"
+        return inside if inside.is_file() else path
+    if path.suffix:
+        if len(path.parts) == 1 and path.stem in names:
+            raise ConfigError(
+                f"there is no file {given} here: the {what} that ships is named {path.stem}"
+            )
+        return path
     if str(given) in names:
         return names[str(given)]
-    near = difflib.get_close_matches(str(given), names, n=1)
+    near = difflib.get_close_matches(str(given).lower(), names, n=1)
     hint = f"did you mean {near[0]}? there are" if near else "there are"
     raise ConfigError(
         f"no {what} is named {str(given)!r}: {hint} {', '.join(names)}; or give a file"

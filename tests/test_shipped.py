@@ -21,6 +21,18 @@ def test_a_scheme_by_its_name() -> None:
     assert Scheme.from_yaml("ptq4sam-l44") == Scheme.from_yaml(ROOT / "exp" / "ptq4sam-l44.yaml")
 
 
+def test_a_scheme_of_a_folder_by_its_name() -> None:
+    assert find("tinysam/w8a8", SCHEMES, "scheme") == ROOT / "exp/tinysam/w8a8.yaml"
+
+
+def test_a_name_with_a_suffix_or_in_capitals_names_what_ships() -> None:
+    for given in ("ptq4sam-l44.yaml", "ptq4sam-l44.yml"):
+        with pytest.raises(ConfigError, match=rf"no file {given} here: .* is named ptq4sam-l44$"):
+            Scheme.from_yaml(given)
+    with pytest.raises(ConfigError, match=r"named 'PTQ4SAM-L44': did you mean ptq4sam-l44\?"):
+        Scheme.from_yaml("PTQ4SAM-L44")
+
+
 def test_a_path_of_a_checkout_from_any_folder() -> None:
     given = Path("exp/config66.yaml")
     assert find(given, SCHEMES, "scheme") == ROOT / given

@@ -179,6 +179,13 @@ class RunSettings:
                 f"backend {self.backend} runs what is quantized or exported already: give it as "
                 "the checkpoint, without a scheme"
             )
+        if self.prompts.partition(":")[0] == "clicks" and (
+            self.prompting.cascade or self.prompting.best_in_multi_mask
+        ):
+            raise ConfigError(
+                "a cascade and the best of three masks are about boxes, but prompts are clicks: "
+                "leave them away"
+            )
         self._check_accuracy()
         self._check_saving()
 

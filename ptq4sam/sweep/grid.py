@@ -121,6 +121,10 @@ class _Reader:
         self._axes = _axes(_mapping(sections.get("grid", {}), "grid"))
         for key in self._base:
             _require_known(key, "base")
+        for key in overrides.keys() & self._axes.keys():
+            _log.warning(
+                "%s=%s was asked for, but the grid has values of its own", key, overrides[key]
+            )
         self._exclude = [self._partial(one, "exclude") for one in _list(sections, "exclude")]
         self._include = [self._partial(one, "include") for one in _list(sections, "include")]
 

@@ -23,6 +23,10 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
     ("changed", "told"),
     [
         (["--images", "nowhere"], "nowhere"),
+        (["--images", "broken.json"], "broken.json is a file, not an image folder: give ."),
+        (["--prompts", "clicks:2", "--cascade"], "about boxes, but prompts are clicks"),
+        (["--prompts", "clicks", "--best-in-multi-mask"], "about boxes, but prompts are clicks"),
+        (["--prompts", "broken.txt"], "a list of COCO results, named *.json; known are BOXES.json"),
         (["--annotations", "nowhere.json"], "nowhere.json"),
         (["--annotations", "empty.json"], "no image"),
         (["--annotations", "broken.json"], "broken.json"),
@@ -71,6 +75,7 @@ def test_bad_input_is_one_line(
     none = {**json.loads(tiny.annotations("train").read_text()), "annotations": []}
     (tmp_path / "none.json").write_text(json.dumps(none))
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "broken.txt").write_text("{")
     (tmp_path / "folder").mkdir()
     other = {"image_id": 77, "category_id": 1, "bbox": [0, 0, 9, 9], "score": 1.0}
     (tmp_path / "others.json").write_text(json.dumps([other]))

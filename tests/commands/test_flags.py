@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ptq4sam.cli import build_parser
+import pytest
+
+from ptq4sam.cli import build_parser, main
 from ptq4sam.commands.flags import MODELS
 from ptq4sam.families import VARIANTS
 from tests.tiny_runs import REPOSITORY
@@ -50,3 +52,28 @@ def test_no_module_below_the_commands_names_a_flag() -> None:
 
 def test_help_names_every_sam() -> None:
     assert sorted(MODELS) == sorted(VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["evalute"], "did you mean evaluate?; see ptq4sam --help"),
+        (["evaluate", "--images", "x", "--imagse", "y"], "--imagse y: did you mean --images?; see"),
+        (
+            ["evaluate", "--images", "x", "--limit", "all"],
+            "invalid int value: 'all'; see ptq4sam ev",
+        ),
+        (["quantize", "--output", "x", "--method", "nncff"], "did you mean nncf?; see"),
+        (["evaluate"], "required: --images; see ptq4sam evaluate --help"),
+        ([], "required: VERB; see ptq4sam --help"),
+    ],
+)
+def test_flags_that_are_none_are_one_line(
+    given: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert told in line

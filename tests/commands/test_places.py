@@ -216,3 +216,40 @@ def test_a_report_is_written_beside_a_run(quantized: Quantized, tmp_path: Path) 
     with alone_in(quantized.work_dir):
         run("report", quantized.work_dir, "--output", tmp_path / "r.html")
     assert (tmp_path / "r.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["evaluate", "--images", "val", "--annotations", "a.json", "--output", "a.json"],
+        ["evaluate", "--images", "val", "--prompts", "a.json", "--output", "./a.json"],
+        ["evaluate", "--images", "val", "--annotations", "a.json", "--show-dir", "val"],
+        ["quantize", "--checkpoint", "f.pth", "--scheme", "w8a8", "--output", "f.pth"],
+        [
+            "mixed",
+            "--images",
+            "val",
+            "--scheme",
+            "s.yaml",
+            "--budget",
+            "w4a4",
+            "--output",
+            "s.yaml",
+        ],
+        ["distil", "--student", "vit_nano", "--init", "f.pth", "--output", "f.pth"],
+        ["prompts", "--detector", "a.json", "--images", "val", "--output", "a.json"],
+        ["export", "f.pth", "--format", "onnx", "--output", "f.pth"],
+    ],
+)
+def test_what_is_read_is_not_written_over(
+    given: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "val").mkdir()
+    for name in ("a.json", "f.pth", "s.yaml"):
+        (tmp_path / name).write_text(name)
+    assert "would be written over what is read as" in refusal(capsys, *given)
+    assert all((tmp_path / name).read_text() == name for name in ("a.json", "f.pth", "s.yaml"))

@@ -84,7 +84,9 @@ def test_two_ways_to_say_the_same_are_one_trial(
     assert "is the same as bits=4" in caplog.text
 
 
-def test_overrides_go_before_base_and_the_grid_before_overrides(tmp_path: Path) -> None:
+def test_overrides_go_before_base_and_the_grid_before_overrides(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     content = {"base": {"scheme": SCHEME, "limit": 3, "steps": 9}, "grid": {"steps": [1, 2]}}
     sweep = read(tmp_path, content, limit=5, steps=4)
     assert [trial.settings.limit for trial in sweep.trials] == [5, 5]
@@ -92,6 +94,8 @@ def test_overrides_go_before_base_and_the_grid_before_overrides(tmp_path: Path) 
         1,
         2,
     ]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told == "steps=4 was asked for, but the grid has values of its own"
 
 
 BASE = f"base: {{scheme: {SCHEME}}}\n"
