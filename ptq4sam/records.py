@@ -54,7 +54,7 @@ class Record:
     """
 
     def __post_init__(self) -> None:
-        kinds = typing.get_type_hints(type(self))
+        kinds = _kinds(type(self))
         for field in fields(self):
             try:
                 value = _convert(getattr(self, field.name), kinds[field.name])
@@ -199,11 +199,21 @@ def _read(kind: type[R], mapping: object) -> R:
     for key in mapping:
         if key not in known:
             raise unknown_key(str(key), known)
-    kinds = typing.get_type_hints(kind)
+    kinds = _kinds(kind)
     for name, field in known.items():
         if name not in mapping and _is_required(field):
             raise FieldError(name, f"missing; {_named(kinds[name])} is needed")
     return kind(**mapping)
+
+
+_KINDS: dict[type[Record], dict[str, Any]] = {}
+
+
+def _kinds(record: type[Record]) -> dict[str, Any]:
+    """The kind of each field. Annotations are text, which takes long to read."""
+    if record not in _KINDS:
+        _KINDS[record] = typing.get_type_hints(record)
+    return _KINDS[record]
 
 
 def _is_required(field: Field[Any]) -> bool:

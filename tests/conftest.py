@@ -53,6 +53,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault(fused.SWITCH, "0")
     # Found out now: a test that switches kernels on must not decide for those after it.
     fused.compiles(torch.device("cpu"))
+    if config.getoption("dist", "no") == "load":
+        # Neighbours stay in a process, which makes what they share once; whoever has none left
+        # takes half of another's.
+        config.option.dist = "worksteal"
     if workers := config.getoption("numprocesses", None):
         # They share the cores, also with processes that their tests start.
         for name in COUNTS:

@@ -34,6 +34,7 @@ from ptq4sam.quantization.groups import GROUPED, doubled, octaves_of
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import SIMULATIONS, Scheme
 from ptq4sam.sam.geometry import SAM_NORMALIZATION, Normalization
+from ptq4sam.skeletons import shapes_alone
 from ptq4sam.version import __version__
 
 _ATTENTION_SLOT = re.compile(r"\.(query|key|value|softmax)_quantizer\.")
@@ -113,7 +114,7 @@ def _skeleton(path: Path, description: Mapping[str, Any]) -> QuantizedSam:
     try:
         scheme = Scheme.from_dict(description["scheme"], path)
         # Made without memory first: random weights that are overwritten take seconds.
-        with torch.device("meta"):
+        with shapes_alone():
             # Files of earlier versions say neither size nor normalisation: all had the model's own.
             empty = build_sam(description["model"], description.get("image_size"))
         # Made anew, so that the constants of normalisation are real.

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from ptq4sam.evaluation.overlap import mask_ious
 from ptq4sam.evaluation.segmentation import Segmented
@@ -106,7 +106,7 @@ def _middle(region: NDArray[np.bool_]) -> tuple[float, tuple[float, float]]:
         return 0.0, (0.0, 0.0)
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     part = region[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    depth = ndimage.distance_transform_edt(np.pad(part, 1))[1:-1, 1:-1]
+    depth = scipy.ndimage.distance_transform_edt(np.pad(part, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(int(depth.argmax()), depth.shape)
     return float(depth[row, column]), (float(columns[0] + column), float(rows[0] + row))
 

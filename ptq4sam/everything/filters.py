@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 
 from ptq4sam.everything.crops import Crop
@@ -97,5 +97,5 @@ def without_small_regions(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bo
 
 def _regions(mask: NDArray[np.bool_]) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
     """The connected regions of a mask, numbered from 1, and their sizes in pixels."""
-    numbered, count = ndimage.label(mask, _EIGHT_NEIGHBOURS)
+    numbered, count = scipy.ndimage.label(mask, _EIGHT_NEIGHBOURS)
     return numbered, np.bincount(numbered.ravel(), minlength=count + 1)[1:]

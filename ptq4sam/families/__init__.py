@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from importlib import import_module
 
 import torch
@@ -11,6 +12,7 @@ import yaml
 from ptq4sam.errors import ConfigError
 from ptq4sam.families.family import Variant
 from ptq4sam.sam.model import Sam
+from ptq4sam.skeletons import shapes_alone
 
 FAMILIES = ("sam_vit", "tiny_vit", "efficientvit")
 """Folders here, each with a module `variants` that lists VARIANTS."""
@@ -51,8 +53,9 @@ def variant_of(name: str, folded: bool = True) -> Variant:
     return variant.unfolded
 
 
+@functools.cache
 def _sized(variant: Variant, name: str, sizes: str) -> Variant:
-    """A variant with the sizes that a name says.
+    """A variant with the sizes that a name says; that it can have them is tried once.
 
     Raises:
         ConfigError: it cannot have them.
@@ -62,7 +65,7 @@ def _sized(variant: Variant, name: str, sizes: str) -> Variant:
     try:
         changes = yaml.safe_load("{" + sizes.replace("=", ": ") + "}")
         resized = variant.sized(name, changes)
-        with torch.device("meta"):
+        with shapes_alone():
             sam = resized.build(None)
             side = sam.image_size
             sam.embed(torch.zeros(1, 3, side, side, device="meta"))

@@ -18,6 +18,7 @@ from ptq4sam.families.foreign import refuse_foreign
 from ptq4sam.families.state_dict import FoundState, find_state
 from ptq4sam.families.weight_file import read_file
 from ptq4sam.sam.model import Sam
+from ptq4sam.skeletons import shapes_alone
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def load_sam(
     """
     variant = variant_of(name, folded)
     found, side, origin = _read(variant, checkpoint)
-    with torch.device("meta"):
+    with shapes_alone():
         skeleton = variant.build(side)
     state = fit_state(variant, found.tensors, skeleton.state_dict(), origin)
     skeleton.load_state_dict(state, assign=True)

@@ -107,7 +107,7 @@ class Family:
     read_directory: Callable[[str, Path], dict[str, Tensor]] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """One SAM by name.
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy.signal import find_peaks
-from scipy.stats import gaussian_kde
 from torch import Tensor, nn
 
 from ptq4sam.methods.method import METHODS, Calibration, Method
@@ -58,8 +57,8 @@ def key_density(x: Tensor, settings: BimodalIntegration) -> KeyDensity:
         none = np.zeros(0)
         return KeyDensity(none, none, none.astype(np.intp))
     points = np.linspace(low, high, settings.global_num)
-    density = gaussian_kde(values)(points)
-    peaks, _ = find_peaks(
+    density = scipy.stats.gaussian_kde(values)(points)
+    peaks, _ = scipy.signal.find_peaks(
         density, height=settings.peak_height * density.sum(), distance=settings.peak_distance
     )
     return KeyDensity(points, density, peaks)

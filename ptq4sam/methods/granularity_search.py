@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import scipy
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from ptq4sam.methods.granularity_points import (
@@ -171,7 +171,7 @@ class ScaleSearch:
 
     def best_scale(self, tau: int, largest: float) -> tuple[float, float]:
         """The scale of least error up to the largest attention, and that error."""
-        found = minimize_scalar(
+        found = scipy.optimize.minimize_scalar(
             lambda scale: self.error(tau, scale),
             bounds=(min(0.1, 0.01 * largest), largest),
             method="bounded",

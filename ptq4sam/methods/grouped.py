@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from ptq4sam.errors import CalibrationError
@@ -256,6 +256,6 @@ def _members(points: NDArray[np.float64], groups: int) -> Iterator[NDArray[np.in
     with warnings.catch_warnings():
         # A group may lose all of its channels to others.
         warnings.simplefilter("ignore", UserWarning)
-        _, found = kmeans2(points, np.stack(centres), iter=_ROUNDS, minit="matrix")
+        _, found = scipy.cluster.vq.kmeans2(points, np.stack(centres), iter=_ROUNDS, minit="matrix")
     for group in np.unique(found):
         yield np.flatnonzero(found == group)

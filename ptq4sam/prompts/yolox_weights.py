@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ptq4sam.errors import CheckpointError, ConfigError
 from ptq4sam.pickles import UNREADABLE, load_pickle, refused_name, short_reason
 from ptq4sam.prompts.yolox_network import SIZES, STRIDES, YoloxNetwork, YoloxSize
+from ptq4sam.skeletons import shapes_alone
 
 _STEM = "backbone.backbone.stem.conv.conv.weight"
 _DEPTHWISE = "backbone.backbone.dark2.0.dconv.conv.weight"
@@ -45,7 +45,7 @@ def load_yolox(path: Path, side: int | None = None) -> YoloxNetwork:
                 f"YOLOX was asked to see {side} pixels: give a multiple of {STRIDES[-1]}"
             )
         size = replace(size, side=side)
-    with torch.device("meta"):
+    with shapes_alone():
         network = YoloxNetwork(size, len(state[_CLASSES]))
     _check(state, network.state_dict(), path)
     state = {

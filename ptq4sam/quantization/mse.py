@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 
+import numpy as np
+import scipy
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from ptq4sam.quantization.bins import add_to_bins_
@@ -304,7 +305,7 @@ def _minimize_threshold(row: Tensor, grid: Grid, side: Side, largest: float) -> 
         return float(range_loss(row, *ends, grid))
 
     bounds = (min(0.1, 0.01 * largest), largest)
-    return float(minimize_scalar(loss, bounds=bounds, method="bounded").x)
+    return float(scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded").x)
 
 
 def _minimize_width(row: Tensor, grid: Grid, extent: float) -> tuple[float, float]:
@@ -317,17 +318,16 @@ def _minimize_width(row: Tensor, grid: Grid, extent: float) -> tuple[float, floa
     known: dict[tuple[float, float], float] = {}
 
     def loss(width: float, shift: float) -> float:
-        ends = torch.tensor([[-shift], [width - shift]], dtype=torch.float64, device="cpu")
-        scale, zero_point = grid.affine_parameters(*ends)
-        parameters = (scale.to(row), zero_point.to(row))
-        key = (float(parameters[0]), float(zero_point))
+        scale, zero_point = grid.affine_numbers(-shift, width - shift)
+        key = (float(np.float32(scale)), zero_point)
         if key not in known:
-            known[key] = float(quantization_loss(row, *parameters, grid))
+            steps, zero_points = row.new_tensor([key]).unbind(1)
+            known[key] = float(quantization_loss(row, steps, zero_points, grid))
         return known[key]
 
     def best_shift(width: float) -> tuple[float, float]:
         step = width / (grid.qmax - grid.qmin)
-        found = minimize_scalar(
+        found = scipy.optimize.minimize_scalar(
             lambda shift: loss(width, shift),
             bounds=(step * grid.qmin, step * grid.qmax),
             method="bounded",
@@ -335,6 +335,8 @@ def _minimize_width(row: Tensor, grid: Grid, extent: float) -> tuple[float, floa
         return float(found.x), float(found.fun)
 
     bounds = (min(0.1, 0.01 * extent), extent)
-    found = minimize_scalar(lambda width: best_shift(width)[1], bounds=bounds, method="bounded")
+    found = scipy.optimize.minimize_scalar(
+        lambda width: best_shift(width)[1], bounds=bounds, method="bounded"
+    )
     width = float(found.x)
     return width, best_shift(width)[0]

@@ -35,6 +35,18 @@ def test_range_is_extended_to_zero() -> None:
     assert float(zero_point) == 15
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_numbers_of_a_range_are_those_of_tensors(bits: int) -> None:
+    grid = Grid(bits)
+    generator = torch.Generator().manual_seed(bits)
+    ends = torch.randn(500, 2, generator=generator, dtype=torch.float64).sort(1).values
+    # Zero points in the middle of two codes, and ranges of nothing, are among them.
+    step = ends.new_tensor([[-0.5, grid.qmax - 0.5], [-1.5, grid.qmax - 1.5], [0, 0], [-1e-12, 0]])
+    for low, high in torch.cat([ends, step]):
+        expected = grid.affine_parameters(low, high)
+        assert grid.affine_numbers(float(low), float(high)) == tuple(map(float, expected))
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_empty_range_has_a_scale(grid: Grid) -> None:
     scale, zero_point = grid.affine_parameters(torch.zeros(3), torch.zeros(3))

@@ -6,13 +6,13 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ptq4sam.families.efficientvit.variants import SIZES, build_variant
 from ptq4sam.quantization.levels import FLOAT
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.addresses import is_address, label, select
+from ptq4sam.skeletons import shapes_alone
 
 MEGABYTE = 2**20
 
@@ -74,7 +74,7 @@ def megabytes_saved(name: str, scheme: Scheme) -> float:
         name: of the model, a key of SIZES.
         scheme: its exceptions say what stays float.
     """
-    with torch.device("meta"):
+    with shapes_alone():
         sam = build_variant(name, SIZES[name], folded=False)
     found = ((path, sam.description.address_of(path)) for path, _ in sam.named_modules())
     known = {path: address for path, address in found if address is not None}

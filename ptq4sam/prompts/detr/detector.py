@@ -21,6 +21,7 @@ from ptq4sam.prompts.detr.checkpoint import load_into, read_tensors, rename
 from ptq4sam.prompts.detr.dino import FocalNetDino
 from ptq4sam.prompts.detr.hdetr import HDetr
 from ptq4sam.prompts.record import Prompts, clean
+from ptq4sam.skeletons import shapes_alone
 
 _SHORTER, _LONGER = 800, 1333
 _MEAN = (123.675, 116.28, 103.53)
@@ -114,7 +115,7 @@ class DetrDetector:
 
     @cached_property
     def _model(self) -> nn.Module:
-        with torch.device("meta"):
+        with shapes_alone():
             model = self._variant.build()
         state = read_tensors(self.path)
         state = rename(state, self._variant.rules, self._variant.unused, str(self.path))
