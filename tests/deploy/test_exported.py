@@ -367,7 +367,7 @@ def test_size_and_normalization_go_with_the_model(
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(1, 3, 40, 40, generator=generator)
     items = [CalibrationItem(pixels, torch.tensor([[4.0, 4, 30, 30]]))]
-    scheme = make_scheme(8).with_overrides("w_qconfig.observer=MinMaxObserver")
+    scheme = make_scheme(8)
     quantized = quantize_sam(sam, items, scheme)
     # By a name that says nothing.
     save(quantized, tmp_path / "model.safetensors")

@@ -121,7 +121,7 @@ def test_a_scheme_that_corrects_what_is_frozen_is_refused() -> None:
 
 
 def test_its_exports_have_the_bits_of_the_simulation(batch: Batch, tmp_path: Path) -> None:
-    teacher, student = begun(scheme_of(4).with_overrides("w_qconfig.observer=MinMaxObserver"))
+    teacher, student = begun(scheme_of(4))
     replaced = learn_scales(student)
     trainer = trainer_of(teacher, student, Terms())
     trainer.train_step(batch)

@@ -72,7 +72,6 @@ def test_a_model_is_conditioned_frozen_and_its_float_part_stays(
     forward: Forward,
 ) -> None:
     scheme = make_scheme(4, 2, methods={"acnr": {"condition": 5.0}}, ptq4sam={})
-    scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
     before = {name: value.clone() for name, value in sam.state_dict().items()}
     quantized = quantize_sam(sam, items[:2], scheme)
     assert quantized.applied["acnr"]

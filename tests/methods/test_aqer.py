@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -177,8 +176,7 @@ def test_a_model_is_corrected_and_frozen(
     forward: Forward,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    scheme: Any = make_scheme(4, steps, methods=["aqer"])
-    scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
+    scheme = make_scheme(4, steps, methods=["aqer"])
     with caplog.at_level("INFO", logger="ptq4sam.model.calibration"):
         quantized = quantize_sam(sam, items, scheme)
     assert "mask_decoder.transformer.layers.0.self_attn.q_proj" in quantized.applied["aqer"]

@@ -146,9 +146,7 @@ def test_a_model_has_them_saved_audited_and_in_integers(
 ) -> None:
     slots = {"input@decoder": {"grid": "grouped"}}
     scheme = make_scheme(4, steps, slots=slots, ptq4sam={"AGQ": True})
-    quantized = quantize_sam(
-        sam, items[:2], scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
-    )
+    quantized = quantize_sam(sam, items[:2], scheme)
     report = audit(quantized, lambda: forward(quantized))
     assert report.findings == ()
     save(quantized, tmp_path / "grouped.safetensors")

@@ -108,7 +108,7 @@ def test_grids_of_keys_become_narrower(
     items: list[CalibrationItem],
     make_scheme: MakeScheme,
 ) -> None:
-    scheme = make_scheme(6, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver")
+    scheme = make_scheme(6, ptq4sam={})
     scales = []
     for given in (scheme, scheme.with_overrides("methods=[key-centring]")):
         quantized = quantize_sam(off_centre, items[:2], given)

@@ -222,7 +222,7 @@ def test_a_model_is_corrected_and_frozen(
     make_scheme: Callable[..., Scheme],
     forward: Forward,
 ) -> None:
-    scheme = make_scheme(4, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver")
+    scheme = make_scheme(4, ptq4sam={})
     without = quantize_sam(sam, items[:2], scheme)
     quantized = quantize_sam(sam, items[:2], scheme.with_overrides("methods=[mac]"))
     changed = quantized.applied["mac"]
@@ -240,7 +240,7 @@ def test_what_becomes_worse_goes_without_and_that_is_said(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scheme = make_scheme(4, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver")
+    scheme = make_scheme(4, ptq4sam={})
     right = mac.Sums.solution
     monkeypatch.setattr(mac.Sums, "solution", lambda sums, ridge: -3 * right(sums, ridge))
     with caplog.at_level("INFO", logger="ptq4sam.methods.mac"):

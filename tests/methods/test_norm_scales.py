@@ -117,7 +117,7 @@ def test_channels_become_alike_and_the_float_output_stays(
     make_scheme: MakeScheme,
     forward: Forward,
 ) -> None:
-    scheme = make_scheme(4, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver", ONE)
+    scheme = make_scheme(4, ptq4sam={}).with_overrides(ONE)
     quantized = insert_quantizers(uneven, scheme)
     with quantizer_mode(quantized, Mode.FLOAT):
         expected, before = forward(quantized), inputs_of(quantized, items)
@@ -146,7 +146,7 @@ def test_a_model_is_nearer_saved_and_switched(
     forward: Forward,
     tmp_path: Path,
 ) -> None:
-    scheme = make_scheme(4, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver")
+    scheme = make_scheme(4, ptq4sam={})
     without = quantize_sam(uneven, items[:2], scheme)
     quantized = quantize_sam(uneven, items[:2], scheme.with_overrides("methods=[norm-scales]"))
     assert quantized.applied["norm-scales"]
@@ -221,7 +221,7 @@ def test_norms_of_tiny_vit(make_scheme: MakeScheme) -> None:
             if isinstance(module, nn.LayerNorm):
                 module.weight *= torch.exp(torch.randn(module.weight.shape))
     item = CalibrationItem(torch.randn(1, 3, 64, 64), torch.tensor([[4.0, 4, 40, 40]]))
-    scheme = make_scheme(4, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver", ONE)
+    scheme = make_scheme(4, ptq4sam={}).with_overrides(ONE)
     quantized = insert_quantizers(model, scheme)
     with quantizer_mode(quantized, Mode.FLOAT), torch.no_grad():
         before = quantized.embed(item.pixels)[0]
@@ -244,7 +244,7 @@ def test_units_go_elsewhere_with_their_norms(
     uneven: Sam, items: list[CalibrationItem], make_scheme: MakeScheme
 ) -> None:
     """As accuracy control takes them: norms with scales of another model would scale twice."""
-    scheme = make_scheme(4).with_overrides("w_qconfig.observer=MinMaxObserver", ONE)
+    scheme = make_scheme(4).with_overrides(ONE)
     quantized = quantize_sam(uneven, items[:2], scheme)
     names = [name for name, _ in model_units(quantized) if name.startswith("image_encoder.")]
     levels: dict[str, int | str] = dict.fromkeys(names, "float")

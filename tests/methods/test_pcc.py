@@ -83,7 +83,7 @@ def test_attentions_look_where_they_did(
     decoder: Any = sam.mask_decoder.transformer
     with torch.no_grad():
         decoder.layers[0].norm1.weight[0] *= 40
-    scheme = make_scheme(4, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver")
+    scheme = make_scheme(4, ptq4sam={})
     losses = []
     for methods in ([], ["pcc"]):
         quantized = quantize_sam(sam, items[:1], scheme.with_overrides(f"methods={methods}"))
@@ -102,7 +102,7 @@ def test_the_observed_ranges_stay_where_none_is_better(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """At 8 bits with a single percentile that clips half of everything."""
-    scheme = make_scheme(8, ptq4sam={}).with_overrides("w_qconfig.observer=MinMaxObserver")
+    scheme = make_scheme(8, ptq4sam={})
     method = "methods={pcc: {percentiles: [0.51], passes: 1}}"
     with caplog.at_level("INFO", logger="ptq4sam.model.calibration"):
         quantized = quantize_sam(sam, items[:1], scheme.with_overrides(method))

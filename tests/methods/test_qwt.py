@@ -87,7 +87,6 @@ def test_a_model_is_corrected_saved_and_nearer_to_the_float_one(
     tmp_path: Path,
 ) -> None:
     scheme = make_scheme(4, steps, methods=["qwt-v2"], ptq4sam={"AGQ": True})
-    scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
     quantized = quantize_sam(sam, items[:2], scheme)
     without = quantize_sam(sam, items[:2], scheme.with_overrides("methods=[]"))
     changed = quantized.applied["qwt-v2"]
@@ -124,7 +123,6 @@ def test_what_a_correction_would_make_wrong_is_refused(
     make_scheme: Callable[..., Scheme],
 ) -> None:
     scheme = make_scheme(4, methods=["qwt-v2"])
-    scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
     with pytest.raises(ConfigError, match=r"asked for qwt-v2 with compat: published"):
         quantize_sam(sam, items[:2], scheme.with_overrides("compat=published"))
     # Its summands are in biases: with all quantizers off it is not the float model.
@@ -137,7 +135,6 @@ def test_places_of_an_upscaled_square_have_factors_of_their_own(
     sam: Sam, items: list[CalibrationItem], make_scheme: Callable[..., Scheme]
 ) -> None:
     scheme = make_scheme(4, methods=["qwt-v2"], upscaling="quantized")
-    scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
     quantized = quantize_sam(sam, items[:2], scheme)
     upscaling = [name for name in quantized.applied["qwt-v2"] if "upscaling" in name]
     assert upscaling == [f"mask_decoder.output_upscaling.{place}" for place in (0, 3)]

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Callable
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ptq4sam.families import VARIANTS
@@ -11,6 +14,8 @@ from ptq4sam.families.family import Weights
 from ptq4sam.families.sam_vit.sizes import SamVariant
 from ptq4sam.families.sam_vit.variants import build_variant, variant
 from ptq4sam.model.calibration import CalibrationItem
+from ptq4sam.model.insertion import QuantizedSam
+from ptq4sam.model.quantize import quantize_sam
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor
@@ -68,7 +73,10 @@ def items() -> list[CalibrationItem]:
 
 
 def scheme_of(bits: int = 4, steps: int = 0, **more: object) -> Scheme:
-    """A scheme with all methods of PTQ4SAM."""
+    """A scheme with all methods of PTQ4SAM, but ranges of weights that need no search.
+
+    Those of the best grid (MSEObserver) take most of a calibration of 8 bits.
+    """
     content: dict[str, object] = {
         "a_qconfig": {
             "quantizer": "LSQFakeQuantize",
@@ -77,7 +85,7 @@ def scheme_of(bits: int = 4, steps: int = 0, **more: object) -> Scheme:
         },
         "w_qconfig": {
             "quantizer": "AdaRoundFakeQuantize",
-            "observer": "MSEObserver",
+            "observer": "MinMaxObserver",
             "bit": bits,
             "ch_axis": 0,
         },
@@ -94,6 +102,35 @@ def scheme_of(bits: int = 4, steps: int = 0, **more: object) -> Scheme:
 @pytest.fixture
 def make_scheme() -> Callable[..., Scheme]:
     return scheme_of
+
+
+@pytest.fixture(scope="session")
+def quantized_before() -> dict[str, QuantizedSam]:
+    """Models that `quantize` made, by weights and scheme; they are copied, never given away."""
+    return {}
+
+
+@pytest.fixture
+def quantize(
+    quantized_before: dict[str, QuantizedSam],
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
+) -> Callable[..., QuantizedSam]:
+    """Quantize the tiny SAM on two pictures: (bits, steps, further content of the scheme).
+
+    What was made of the same weights by the same scheme before is given again, as a copy.
+    """
+
+    def run(bits: int = 4, steps: int = 0, *, encoder: bool = True, **more: object) -> QuantizedSam:
+        scheme = make_scheme(bits, steps, **more)
+        weights = save(dict(sam.state_dict()))
+        key = hashlib.sha256(weights + f"{encoder}\n{scheme.to_yaml()}".encode()).hexdigest()
+        if key not in quantized_before:
+            quantized_before[key] = quantize_sam(sam, items[:2], scheme, quantize_encoder=encoder)
+        return copy.deepcopy(quantized_before[key])
+
+    return run
 
 
 @pytest.fixture

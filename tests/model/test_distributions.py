@@ -34,13 +34,7 @@ def bimodal(sam: Sam, items: list[CalibrationItem], make_scheme: MakeScheme) -> 
     signs = torch.where(torch.arange(projection.bias.numel()) % 2 == 0, 1.0, -1.0)
     with torch.no_grad():
         projection.bias.copy_(6 * signs)
-    weights = {
-        "quantizer": "AdaRoundFakeQuantize",
-        "observer": "MinMaxObserver",
-        "bit": 4,
-        "ch_axis": 0,
-    }
-    return quantize_sam(sam, items[:1], make_scheme(4, w_qconfig=weights))
+    return quantize_sam(sam, items[:1], make_scheme())
 
 
 def test_two_peaks_become_one_where_signs_were_folded(

@@ -21,7 +21,7 @@ from ptq4sam.methods import reconstruction
 from ptq4sam.model import journal as journal_module
 from ptq4sam.model.cache import ActivationCache
 from ptq4sam.model.calibration import CalibrationItem
-from ptq4sam.model.insertion import insert_quantizers, model_units
+from ptq4sam.model.insertion import QuantizedSam, insert_quantizers, model_units
 from ptq4sam.model.journal import Journal, run_fingerprint
 from ptq4sam.model.plan import make_plan
 from ptq4sam.model.quantize import calibrate, quantize_sam, reconstruct
@@ -254,8 +254,15 @@ def test_a_full_disk_keeps_what_was_finished(
     assert same(whole, quantize_sam(sam, items, scheme, journal=journal))
 
 
+@pytest.fixture(scope="module")
+def not_killed() -> QuantizedSam:
+    return killed_run.quantized(None)
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path, seed: int) -> None:
+def test_a_killed_run_ends_in_the_same_bits(
+    tmp_path: Path, seed: int, not_killed: QuantizedSam
+) -> None:
     """SIGKILL at a random place of a run in a process of its own, then resume it here."""
     place = int(
         torch.randint(1, killed_run.EVENTS, (), generator=torch.Generator().manual_seed(seed))
@@ -264,4 +271,4 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path, seed: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert same(killed_run.quantized(None), killed_run.quantized(tmp_path / "j"))
+    assert same(not_killed, killed_run.quantized(tmp_path / "j"))

@@ -32,16 +32,17 @@ def run(sam: Sam, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return features[0], sam.decode(features, None, BOXES, None, True)[0]
 
 
+METHODS = {"BIG": True, "AGQ": True, "exact": False, "taus": [2]}
+
+
 def quick(make_scheme: MakeScheme, bits: int = 4, **more: object) -> Scheme:
     """A scheme whose calibration takes no time."""
-    weights = {"quantizer": "AdaRoundFakeQuantize", "observer": "MinMaxObserver", "ch_axis": 0}
-    methods = {"BIG": True, "AGQ": True, "exact": False, "taus": [2]}
-    return make_scheme(bits, w_qconfig={**weights, "bit": bits}, ptq4sam=methods, **more)
+    return make_scheme(bits, ptq4sam=METHODS, **more)
 
 
 @pytest.fixture
-def quantized(sam: Sam, items: Items, make_scheme: MakeScheme) -> QuantizedSam:
-    return quantize_sam(sam, items[:1], quick(make_scheme, steps=1))
+def quantized(quantize: Callable[..., QuantizedSam]) -> QuantizedSam:
+    return quantize(4, 1, ptq4sam=METHODS)
 
 
 @pytest.fixture

@@ -33,13 +33,12 @@ def hybrids(sam: Sam) -> dict[str, HybridQuantizer]:
 
 
 def scheme_of(make_scheme: MakeScheme, steps: int = 0, **more: object) -> Scheme:
-    scheme = make_scheme(4, steps, **{"slots": SLOTS, **more})
-    return scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
+    return make_scheme(4, steps, **{"slots": SLOTS, **more})
 
 
 @pytest.fixture
-def quantized(sam: Sam, items: list[CalibrationItem], make_scheme: MakeScheme) -> QuantizedSam:
-    return quantize_sam(sam, items[:2], scheme_of(make_scheme))
+def quantized(quantize: Callable[..., QuantizedSam]) -> QuantizedSam:
+    return quantize(slots=SLOTS)
 
 
 def test_it_sits_behind_activations_alone(quantized: QuantizedSam) -> None:
@@ -110,11 +109,9 @@ def test_a_file_gives_the_same_bits(
 
 
 def test_it_is_learned(
-    sam: Sam, items: list[CalibrationItem], make_scheme: MakeScheme, forward: Forward
+    quantized: QuantizedSam, quantize: Callable[..., QuantizedSam], forward: Forward
 ) -> None:
-    before = quantize_sam(sam, items[:2], scheme_of(make_scheme))
-    scheme = scheme_of(make_scheme, steps=10, recon={"scale_lr": 0.01})
-    after = quantize_sam(sam, items[:2], scheme)
+    before, after = quantized, quantize(4, 10, slots=SLOTS, recon={"scale_lr": 0.01})
     moved = [
         [float(a) != float(b) for a, b in zip(one.learned(), other.learned(), strict=True)]
         for one, other in zip(hybrids(before).values(), hybrids(after).values(), strict=True)

@@ -92,7 +92,6 @@ def test_all_of_a_joint_unit_is_learned_at_once(
 
     monkeypatch.setattr(engine, "reconstruct_unit", record)
     scheme = make_scheme(4, 3, recon={"granularity": "joint", "scale_lr": 1e-3})
-    scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
     quantized = quantize_sam(sam, items[:2], scheme)
     plan = make_plan(sam, items[:2], scheme, quantize_encoder=True, budget=10**9)
     assert [unit.name for unit in plan.units] == list(learned)
@@ -105,7 +104,6 @@ def test_defects_of_published_code_are_those_of_a_joint_unit(
     sam: Sam, items: list[CalibrationItem], make_scheme: Callable[..., Scheme]
 ) -> None:
     scheme = make_scheme(4, 3, recon={"granularity": "joint"}, compat="published")
-    scheme = scheme.with_overrides("w_qconfig.observer=MinMaxObserver")
     quantized = quantize_sam(sam, items[:2], scheme)
     block = quantized.mask_decoder.transformer.layers[0]
     # Only the first layer of what is learned at once is rounded hard.

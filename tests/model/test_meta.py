@@ -110,11 +110,10 @@ def test_a_step_copies_nothing_from_the_host(
 ) -> None:
     # torch knows no autocast for the meta device.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _kind: False)
-    weights = {"quantizer": "AdaRoundFakeQuantize", "observer": "MinMaxObserver", "ch_axis": 0}
     slots = {"input@after-gelu": {"grid": "hybrid"}, "softmax": {"grid": "hybrid"}}
     methods = {"BIG": True, "AGQ": True, "exact": False, "taus": [2]}
     more = {"slots": slots} if hybrid else {"ptq4sam": methods}
-    scheme = make_scheme(4, 1, w_qconfig={**weights, "bit": 4}, **more)
+    scheme = make_scheme(4, 1, **more)
     model = insert_quantizers(sam, scheme)
     calibrate(model, items[:1])
     for name, unit in model_units(model):

@@ -47,7 +47,7 @@ def image_behind(sam: Sam, x: Tensor, boxes: Tensor) -> Tensor:
 
 def scheme_of(make_scheme: MakeScheme, steps: int, **more: Any) -> Scheme:
     scheme = make_scheme(4, steps, recon={**PROMPT_AWARE, **more})
-    return scheme.with_overrides("w_qconfig.observer=MinMaxObserver", "ptq4sam.AGQ=false")
+    return scheme.with_overrides("ptq4sam.AGQ=false")
 
 
 def test_a_unit_is_learned_by_what_the_decoder_makes_of_it(

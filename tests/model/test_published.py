@@ -30,9 +30,8 @@ Items = list[CalibrationItem]
 
 def quick(make_scheme: MakeScheme, compat: str = "published", **recon: object) -> Scheme:
     """A scheme whose calibration searches nothing."""
-    weights = {**make_scheme(4).to_dict()["w_qconfig"], "observer": "MinMaxObserver"}
     recon = {"rounding_lr": 0.05, **recon}
-    return make_scheme(4, steps=2, w_qconfig=weights, ptq4sam={}, recon=recon, compat=compat)
+    return make_scheme(4, steps=2, ptq4sam={}, recon=recon, compat=compat)
 
 
 def defects(unit: nn.Module) -> list[tuple[float, str]]:

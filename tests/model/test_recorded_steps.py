@@ -20,6 +20,7 @@ from ptq4sam.quantization.recon import Reconstruction
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 from tests.fake_graphs import FakeGraphs
+from tests.model.conftest import scheme_of, tiny_items, tiny_sam
 
 UNITS = (
     "image_encoder.blocks.0.attn",
@@ -43,16 +44,19 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     return made
 
 
-@pytest.fixture
-def model(
-    sam: Sam, items: list[CalibrationItem], make_scheme: Callable[..., Scheme]
-) -> QuantizedSam:
-    weights = {"quantizer": "AdaRoundFakeQuantize", "observer": "MinMaxObserver", "ch_axis": 0}
-    methods = {"BIG": True, "AGQ": True, "exact": False, "taus": [2]}
-    scheme = make_scheme(4, 1, w_qconfig={**weights, "bit": 4}, ptq4sam=methods)
-    quantized = insert_quantizers(sam, scheme)
-    calibrate(quantized, items[:2])
+METHODS = {"BIG": True, "AGQ": True, "exact": False, "taus": [2]}
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> QuantizedSam:
+    quantized = insert_quantizers(tiny_sam(), scheme_of(4, 1, ptq4sam=METHODS))
+    calibrate(quantized, tiny_items()[:2])
     return quantized
+
+
+@pytest.fixture
+def model(calibrated: QuantizedSam) -> QuantizedSam:
+    return copy.deepcopy(calibrated)
 
 
 @torch.no_grad()
@@ -167,9 +171,7 @@ def test_steps_of_every_unit_can_be_recorded(
     caplog: pytest.LogCaptureFixture,
     more: dict[str, object],
 ) -> None:
-    weights = {"quantizer": "AdaRoundFakeQuantize", "observer": "MinMaxObserver", "ch_axis": 0}
-    methods = {} if "slots" in more else {"BIG": True, "AGQ": True, "exact": False, "taus": [2]}
-    given = {"w_qconfig": {**weights, "bit": 4}, "ptq4sam": methods, **more}
+    given = {"ptq4sam": {} if "slots" in more else METHODS, **more}
     quantized = quantize_sam(sam, items[:1], make_scheme(4, 8, **given))
     assert len(fakes) >= len(model_units(quantized))
     assert {fake.recorded for fake in fakes} == {1}

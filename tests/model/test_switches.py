@@ -33,7 +33,7 @@ SOME = {
 def scheme(make_scheme: Callable[..., Scheme], monkeypatch: pytest.MonkeyPatch) -> Scheme:
     """With signs folded wherever bimodal integration looks."""
     monkeypatch.setattr(bimodal, "is_bimodal", lambda *_: True)
-    return make_scheme().with_overrides("w_qconfig.observer=MinMaxObserver")
+    return make_scheme()
 
 
 @pytest.fixture

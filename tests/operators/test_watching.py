@@ -93,7 +93,7 @@ def test_no_kernel_of_a_model_is_called_under_watch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A compiler that meets a dispatch mode never compiles that function again."""
-    scheme = make_scheme().with_overrides("w_qconfig.observer=MinMaxObserver")
+    scheme = make_scheme()
     model = quantize_sam(sam, items[:1], scheme)
     watched: list[str] = []
     kernels: list[str] = []

@@ -19,7 +19,7 @@ Forward = Callable[[Sam], tuple[Tensor, ...]]
 
 @pytest.fixture(scope="module")
 def without_defect() -> QuantizedSam:
-    scheme = scheme_of(4).with_overrides("w_qconfig.observer=MinMaxObserver")
+    scheme = scheme_of(4)
     return quantize_sam(tiny_sam(), tiny_items()[:2], scheme)
 
 

@@ -22,10 +22,8 @@ Forward = Callable[[Sam], tuple[Tensor, ...]]
 
 
 @pytest.fixture
-def quantized(
-    sam: Sam, items: list[CalibrationItem], make_scheme: Callable[..., Scheme]
-) -> QuantizedSam:
-    return quantize_sam(sam, items[:2], make_scheme(4, steps=3))
+def quantized(quantize: Callable[..., QuantizedSam]) -> QuantizedSam:
+    return quantize(4, 3)
 
 
 @pytest.fixture
@@ -68,7 +66,7 @@ def test_a_model_of_any_bits_passes(
     bits: int,
     encoder: bool,
 ) -> None:
-    scheme = make_scheme(bits).with_overrides("w_qconfig.observer=MinMaxObserver")
+    scheme = make_scheme(bits)
     model = quantize_sam(sam, items[:2], scheme, quantize_encoder=encoder)
     report = audit(model, lambda: forward(model))
     assert report.passed, problems(report)
