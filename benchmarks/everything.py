@@ -45,6 +45,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "published points": {"grid": "published"},
     "two rounds": {},
     "two rounds, relative": {"relative": True, "high_score_thresh": 0.9},
+    "two rounds, relative to 0.7": {"relative": True, "high_score_thresh": 0.7},
     "batches, relative": {"relative": True, "high_score_thresh": 0.9, "batch": 64},
     "batches until two find nothing": {
         "relative": True,
@@ -68,7 +69,12 @@ class Row:
 
 
 def compare(
-    sam: PromptableModel, images: Path, annotations: Path, limit: int, options: Sequence[str]
+    sam: PromptableModel,
+    images: Path,
+    annotations: Path,
+    limit: int,
+    options: Sequence[str],
+    ways: Sequence[str] = tuple(WAYS),
 ) -> dict[str, Row]:
     """Find masks in each picture by each way, in turns."""
     from ptq4sam.data import CocoDataset
@@ -81,14 +87,15 @@ def compare(
     settings: dict[str, EverythingSettings] = {
         name: plain if way is None else replace(plain, hierarchical=Hierarchical(**way))
         for name, way in WAYS.items()
+        if name in ways
     }
-    rows = {name: Row() for name in WAYS}
+    rows = {name: Row() for name in settings}
     dataset = CocoDataset(images, annotations)
     predictor = Predictor(sam)
     for number, record in enumerate(dataset.annotated_images()[:limit]):
         image = dataset.load(record)
         objects = encode_masks(np.stack([one.mask for one in dataset.instances(record)]))
-        names = list(WAYS)
+        names = list(settings)
         # No way is always the first on a picture.
         for name in names[number % len(names) :] + names[: number % len(names)]:
             generator, row = MaskGenerator(predictor, settings[name]), rows[name]
@@ -191,6 +198,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40, help="pictures")
     parser.add_argument("--checkpoint", type=Path, help="of the model whose ways are compared")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="of each way")
+    parser.add_argument(
+        "--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="besides the plain one"
+    )
     add_device(parser)
     given = parser.parse_args()
     if (given.images is None) != (given.annotations is None):
@@ -198,7 +208,10 @@ def main() -> None:
     write = sys.stdout.write
     if given.images:
         sam = open_model(given.name, given.checkpoint, given.device)
-        write_comparison(compare(sam, given.images, given.annotations, given.limit, given.options))
+        ways = ["plain", *given.ways]
+        write_comparison(
+            compare(sam, given.images, given.annotations, given.limit, given.options, ways)
+        )
         return
     if given.model:
         size = tuple(given.picture)
