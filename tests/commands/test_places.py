@@ -111,7 +111,7 @@ def test_a_full_disk_is_one_line_with_the_file(
         "evaluate": common[:-3] + common[-2:],
         "quantize": [*common, *scheme, "--output", "d/m.safetensors"],
         "sensitivity": [*common, *scheme],
-        "mixed": [*common, *scheme, "--budget", "w8a8", "--output", "d/m.yaml"],
+        "mixed": [*common, *scheme, "--bits", 4, 8, "--budget", "w8a8", "--output", "d/m.yaml"],
         "sweep": [sweep, "--work-dir", "d/w"],
         "demo": ["--work-dir", "d/w"],
         "scenes": ["d/w"],

@@ -30,6 +30,7 @@ from ptq4sam.numerics import reproducible
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import PromptableModel, Sam
 from ptq4sam.sam.predictor import Predictor
+from tests.tiny_runs import QUICK
 
 RECORDED = Path(__file__).with_name("pins.json")
 SCHEMES = Path(__file__).parents[2] / "exp"
@@ -73,10 +74,19 @@ def nano() -> Sam:
 
 
 @functools.cache
-def quantized(case: str) -> QuantizedSam:
-    """vit_nano quantized as a case says, on one thread: their number changes sums too."""
+def quantized(case: str, quick: bool = False) -> QuantizedSam:
+    """vit_nano quantized as a case says, on one thread: their number changes sums too.
+
+    Args:
+        case: a key of CASES.
+        quick: without searches for ranges, and with two steps of learning at most: for what holds
+            of any quantized model.
+    """
     file, overrides = CASES[case]
     scheme = Scheme.from_yaml(SCHEMES / f"{file}.yaml").with_overrides(*overrides)
+    if quick:
+        scheme = scheme.with_overrides(*QUICK)
+        scheme = scheme if scheme.recon is None else scheme.with_overrides("recon.iters=2")
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

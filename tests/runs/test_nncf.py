@@ -15,26 +15,49 @@ from ptq4sam.cli import main
 from ptq4sam.data.images import read_image
 from ptq4sam.deploy.exported import open_exported
 from ptq4sam.deploy.manifest import read_manifest
+from ptq4sam.families import VARIANTS
 from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.runs import nncf as nncf_module
 from ptq4sam.runs.summary import summary_table
 from ptq4sam.sam.predictor import Predictor
-from tests.model.conftest import sam, tiny_variant  # noqa: F401
+from tests.model.conftest import TINY_VARIANT, tiny_sam, tiny_variant  # noqa: F401
 from tests.tiny_runs import Tiny, read_metrics, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
 
 
-@pytest.fixture
-def command(tiny: Tiny, sam: Any, tmp_path: Path) -> list[str]:  # noqa: F811
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("openvino")
     pytest.importorskip("nncf")
-    checkpoint = tmp_path / "tiny.safetensors"
-    save_file({name: value.contiguous() for name, value in sam.state_dict().items()}, checkpoint)
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    with torch.random.fork_rng():
+        state = tiny_sam().state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    return path
+
+
+def quantizing(tiny: Tiny, checkpoint: Path, output: Path) -> list[str]:
     weights = ["--model", "tiny", "--checkpoint", checkpoint]
     pictures = ["--calibration-images", tiny.images("train"), "--calibration-size", 2]
-    given = ["quantize", "--method", "nncf", *weights, *pictures, "--output", tmp_path / "int8"]
+    given = ["quantize", "--method", "nncf", *weights, *pictures, "--output", output]
     return [str(part) for part in given]
+
+
+@pytest.fixture
+def command(tiny: Tiny, checkpoint: Path, tmp_path: Path) -> list[str]:
+    return quantizing(tiny, checkpoint, tmp_path / "int8")
+
+
+@pytest.fixture(scope="module")
+def int8(tiny: Tiny, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes."""
+    folder = tmp_path_factory.mktemp("nncf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VARIANTS, "tiny", TINY_VARIANT)
+        patch.chdir(folder)
+        run(*quantizing(tiny, checkpoint, folder / "int8"))
+    return folder / "int8"
 
 
 def integer_constants(folder: Path) -> int:
@@ -42,27 +65,25 @@ def integer_constants(folder: Path) -> int:
 
 
 def test_an_int8_encoder_that_is_scored_as_any_export(
-    tiny: Tiny, command: list[str], tmp_path: Path
+    tiny: Tiny, checkpoint: Path, int8: Path
 ) -> None:
-    checkpoint = command[command.index("--checkpoint") + 1]
     run("export", "tiny", "--checkpoint", checkpoint, "--format", "openvino", "--output", "float")
-    run(*command)
-    manifest = read_manifest(tmp_path / "int8", "openvino")
+    manifest = read_manifest(int8, "openvino")
     assert manifest.nncf is not None
     assert (manifest.nncf["pictures"], manifest.nncf["preset"]) == (2, "mixed")
     assert manifest.nncf["max_drop"] is None
     # 2 blocks of 4 layers, 2 convolutions of the neck, the patch embedding.
-    assert integer_constants(tmp_path / "int8") >= 11 > integer_constants(Path("float")) == 0
-    sizes = [(folder / "encoder.bin").stat().st_size for folder in (Path("float"), Path("int8"))]
+    assert integer_constants(int8) >= 11 > integer_constants(Path("float")) == 0
+    sizes = [(folder / "encoder.bin").stat().st_size for folder in (Path("float"), int8)]
     assert sizes[1] < sizes[0] / 2
-    float_sam = load_sam("tiny", Path(checkpoint))
-    exported = open_exported("int8", "openvino")
+    float_sam = load_sam("tiny", checkpoint)
+    exported = open_exported(int8, "openvino")
     image = read_image(tiny.images() / "000001.jpg")
     expected, found = (Predictor(model).embed(image).features for model in (float_sam, exported))
     error = (found - expected).norm() / expected.norm()
     assert 1e-4 < error < 0.2
     run(
-        *("evaluate", "--checkpoint", "int8", "--backend", "openvino", *tiny.data()),
+        *("evaluate", "--checkpoint", int8, "--backend", "openvino", *tiny.data()),
         *("--float-checkpoint", checkpoint, "--work-dir", "w"),
     )
     metrics = read_metrics(Path("w"))
@@ -77,14 +98,11 @@ def test_an_int8_encoder_that_is_scored_as_any_export(
     ]
 
 
-def test_masks_of_everything_by_an_exported_model(
-    tiny: Tiny, command: list[str], tmp_path: Path
-) -> None:
-    run(*command)
+def test_masks_of_everything_by_an_exported_model(tiny: Tiny, int8: Path) -> None:
     everything = ["points_per_side=2", "pred_iou_thresh=0", "stability_score_thresh=0"]
     run(
         *("everything", "--images", tiny.images(), "--limit", 1, "--out", "all"),
-        *("--checkpoint", "int8", "--backend", "openvino", "--options", *everything),
+        *("--checkpoint", int8, "--backend", "openvino", "--options", *everything),
     )
     content = json.loads(Path("all/masks.json").read_text())
     assert len(content["annotations"]) >= 1

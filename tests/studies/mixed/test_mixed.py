@@ -19,7 +19,7 @@ from ptq4sam.model.insertion import insert_quantizers, model_units
 from ptq4sam.quantization.modes import quantizers
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.studies.mixed.allocation import Option, allocate
-from ptq4sam.studies.mixed.prices import Budget, prices_of, read_budget
+from ptq4sam.studies.mixed.prices import Budget, Prices, prices_of, read_budget
 from ptq4sam.studies.mixed.run import choose, falling, require_possible
 from ptq4sam.studies.sensitivity import study as study_module
 from tests.families.efficientvit.conftest import TINY_VARIANT as TINY_EFFICIENTVIT
@@ -37,6 +37,12 @@ PAIRS = list(itertools.product(BITS, BITS))
 @pytest.fixture(scope="module")
 def scheme() -> Scheme:
     return Scheme.from_yaml(SCHEMES / "ptq4sam-s44.yaml")
+
+
+@pytest.fixture(scope="module")
+def prices(scheme: Scheme) -> Prices:
+    """Of vit_nano, whose encoder is quantized."""
+    return prices_of("vit_nano", scheme, True, PAIRS)
 
 
 def best_of_all(units: dict[str, list[Option]], limits: list[int]) -> float:
@@ -85,13 +91,16 @@ def test_an_impossible_program_is_told() -> None:
 
 
 @pytest.mark.parametrize(("encoder", "side"), [(True, None), (False, None), (True, 128)])
-def test_prices_are_what_cost_counts(scheme: Scheme, encoder: bool, side: int | None) -> None:
-    prices = prices_of("vit_nano", scheme, encoder, PAIRS, side)
+def test_prices_are_what_cost_counts(
+    scheme: Scheme, encoder: bool, side: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VARIANTS, "tiny", TINY_VARIANT)
+    prices = prices_of("tiny", scheme, encoder, PAIRS, side)
     draw = random.Random(0)
     chosen = {unit: draw.choice(PAIRS) for unit in prices.units}
     levels: dict[str, int | str] = {unit: f"w{w}a{a}" for unit, (w, a) in chosen.items()}
     mixed = scheme.with_units(levels)
-    total = count("vit_nano", mixed, quantize_encoder=encoder, image_size=side).total
+    total = count("tiny", mixed, quantize_encoder=encoder, image_size=side).total
     assert prices.total(chosen) == (total.weight_bytes, total.bit_operations)
 
 
@@ -126,8 +135,9 @@ def test_units_without_quantizers_have_no_bits_to_choose(
     assert chosen.keys() == {name for name, _ in model_units(sam)} - bare
 
 
-def test_what_is_chosen_keeps_the_budget_and_spends_it_on_the_fragile(scheme: Scheme) -> None:
-    prices = prices_of("vit_nano", scheme, True, PAIRS)
+def test_what_is_chosen_keeps_the_budget_and_spends_it_on_the_fragile(
+    scheme: Scheme, prices: Prices
+) -> None:
     budget = read_budget(["w4a4"], "vit_nano", scheme, True)
     assert budget == Budget(*prices.total(dict.fromkeys(prices.units, (4, 4))))
     fragile = "mask_decoder.transformer.final_attn_token_to_image"
@@ -163,8 +173,7 @@ def test_budgets_as_people_write_them(scheme: Scheme) -> None:
         read("small")
 
 
-def test_a_budget_below_the_least_says_what_is_possible(scheme: Scheme) -> None:
-    prices = prices_of("vit_nano", scheme, True, PAIRS)
+def test_a_budget_below_the_least_says_what_is_possible(prices: Prices) -> None:
     least = prices.total(dict.fromkeys(prices.units, (3, 3)))
     require_possible(Budget(*least), prices, (3, 3))
     for budget in (Budget(least[0] - 1), Budget(None, least[1] - 1)):
@@ -248,5 +257,6 @@ def test_bad_input(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = ["--output", str(tmp_path / "s.yaml"), "--work-dir", str(tmp_path / "m")]
-    assert main(["mixed", *tiny_sam.arguments(), *options, *output]) == 2
+    two = ["--bits", "4", "8"]
+    assert main(["mixed", *tiny_sam.arguments(), *two, *options, *output]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
