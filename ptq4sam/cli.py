@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -45,7 +46,11 @@ _VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for an error the user can fix)."""
-    parsed = build_parser().parse_args(arguments)
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.run is None:
+        parser.print_help(sys.stderr)
+        return 2
     return guarded(lambda: _run(parsed), verbose=parsed.verbose)
 
 
@@ -57,13 +62,21 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line with all its verbs."""
-    parser = OneLineParser(prog="ptq4sam", description=__doc__)
+    parser = OneLineParser(
+        prog="ptq4sam",
+        description="Quantize Segment Anything models after training, score, export and compare "
+        "them. `ptq4sam VERB --help` has the flags of a verb, docs/commands.md what to use for "
+        "what, and `ptq4sam demo` needs nothing.",
+    )
     parser.add_argument("--version", action="version", version=f"ptq4sam {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log details")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    parser.set_defaults(run=None)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     for verb, (purpose, path) in _VERBS.items():
         module = import_module(path)
-        own = verbs.add_parser(verb, help=purpose)
+        own = verbs.add_parser(
+            verb, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}."
+        )
         module.add_arguments(own)
         own.set_defaults(run=module.run)
     return parser

@@ -8,7 +8,12 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam demo`."""
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"))
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path("work_dirs/demo"),
+        help="scenes, models, scores and pictures are written here (work_dirs/demo)",
+    )
 
 
 def run(parsed: argparse.Namespace) -> int:

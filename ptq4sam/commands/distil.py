@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="pictures that ranges come from, with --scheme; default: the first photographs",
     )
-    parser.add_argument("--calibration-annotations", type=Path, metavar="B.json")
+    parser.add_argument(
+        "--calibration-annotations", type=Path, metavar="B.json", help="their COCO instances file"
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -71,7 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="F.safetensors", help="the weights"
     )
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/distil"))
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path("work_dirs/distil"),
+        help="log and journal are written here (work_dirs/distil)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with a killed training")
     parser.add_argument(
         "--workers",

@@ -11,7 +11,7 @@ from ptq4sam.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam download`."""
-    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="as --list has them")
     parser.add_argument("--list", action="store_true", help="what there is, and what is here")
     parser.add_argument(
         "--root", type=Path, default=Path(), help="folder of ckpt/ and data/; default: here"

@@ -12,7 +12,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam evaluate`."""
     add_run_arguments(parser, images_required=True)
     parser.add_argument("--show-dir", type=Path, help="write pictures with masks here")
-    parser.add_argument("--show-score-thr", type=float, default=0.3, metavar="T")
+    parser.add_argument(
+        "--show-score-thr",
+        type=float,
+        default=0.3,
+        metavar="T",
+        help="draw masks of this score and more (0.3)",
+    )
     parser.add_argument("--output", type=Path, help="write the masks as COCO results JSON")
     add_backend_arguments(parser)
 

@@ -28,7 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, required=True, help="a picture or a folder")
     add_model(parser)
     parser.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for masks.json, a COCO instances file, and pictures",
+    )
     add_set(
         parser,
         "segment-anything's settings, e.g. points_per_side=16 crop_n_layers=1; an unknown key "

@@ -18,7 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint", type=Path, help="float weights of a model given by name")
     parser.add_argument("--format", required=True, metavar="F", help="onnx or openvino")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for encoder, decoder and a JSON file about them",
+    )
     parser.add_argument(
         "--fast",
         action="store_true",

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    Flags: TypeAlias = argparse._ActionsContainer
+    """A parser, or a group of flags in it."""
 
 SOURCES = (
     "boxes.json, ground-truth[:all], clicks[:N], scene-detector, onnx:FILE, yolox:FILE.pth, "
@@ -21,84 +26,98 @@ MODELS = (
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, images_required: bool) -> None:
-    """The flags of a run: model, scheme, pictures, prompts, engine."""
-    add_model(parser)
-    parser.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
-    parser.add_argument(
+    """The flags of a run, in groups: model and scheme, pictures, calibration, prompts, engine."""
+    group = parser.add_argument_group("model and scheme")
+    add_model(group)
+    group.add_argument("--checkpoint", type=Path, help="float weights or a quantized model")
+    group.add_argument(
         "--float-checkpoint",
         type=Path,
         metavar="F",
         help="float weights that a quantized --checkpoint is compared with",
     )
-    parser.add_argument(
+    group.add_argument(
         "--scheme",
         type=Path,
         help="quantize by this: ptq4sam-l44 or another name of exp/, or a file",
     )
-    add_set(parser, "override the scheme, e.g. recon.iters=500", old="--scheme-options")
-    add_decoder_only(parser)
-    add_images(parser, required=images_required)
-    parser.add_argument(
+    add_set(group, "override the scheme, e.g. recon.iters=500", old="--scheme-options")
+    add_decoder_only(group)
+    group = parser.add_argument_group("pictures to score on")
+    add_images(group, required=images_required)
+    group.add_argument(
         "--annotations",
         type=Path,
         metavar="A.json",
-        help="COCO instances file; without it masks and pictures are written, but not scored",
+        help="COCO instances file; nothing is scored without it",
     )
-    parser.add_argument(
+    add_limit(group, "evaluate the first N pictures only")
+    add_skip_bad(group)
+    add_recursive(group)
+    _add_calibration(parser.add_argument_group("calibration"))
+    _add_prompting(parser.add_argument_group("prompts and masks"))
+    group = parser.add_argument_group("run")
+    add_device(group)
+    add_seed(group)
+    group.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path("work_dirs"),
+        help="results and log are written here (work_dirs)",
+    )
+    add_engine_arguments(group)
+
+
+def _add_calibration(group: Flags) -> None:
+    """What ranges come from."""
+    group.add_argument(
+        "--calibration-images", type=Path, metavar="D", help="pictures, as --images has them"
+    )
+    group.add_argument(
+        "--calibration-annotations", type=Path, metavar="B.json", help="their COCO instances file"
+    )
+    group.add_argument(
+        "--calibration-prompts", metavar="PROMPTS", help="as --prompts, for calibration pictures"
+    )
+    group.add_argument(
+        "--calibration-size", type=int, metavar="N", help="how many pictures; default: the scheme's"
+    )
+
+
+def _add_prompting(group: Flags) -> None:
+    """What boxes there are, how they prompt, and which masks they get."""
+    group.add_argument(
         "--prompts",
         default="ground-truth",
         help=f"where boxes come from, default ground-truth: {SOURCES}",
     )
-    parser.add_argument(
-        "--calibration-images", type=Path, metavar="D", help="pictures that ranges come from"
-    )
-    parser.add_argument("--calibration-annotations", type=Path, metavar="B.json")
-    parser.add_argument("--calibration-prompts", help="as --prompts, for calibration pictures")
-    parser.add_argument(
-        "--calibration-size",
-        type=int,
-        metavar="N",
-        help="calibrate in the scheme: how many pictures",
-    )
-    add_limit(parser, "evaluate the first N pictures only")
-    add_skip_bad(parser)
-    add_recursive(parser)
-    _add_prompting(parser)
-    add_device(parser)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs"))
-    add_engine_arguments(parser)
-
-
-def _add_prompting(parser: argparse.ArgumentParser) -> None:
-    """How boxes prompt, and which masks they get."""
-    parser.add_argument(
+    group.add_argument(
         "--score-threshold",
         type=float,
         default=0.0,
         metavar="T",
         help="use boxes from this score on",
     )
-    parser.add_argument(
+    group.add_argument(
         "--max-per-image", type=int, default=100, metavar="N", help="use the best N boxes (100)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--best-in-multi-mask",
         action="store_true",
         help="take the best of SAM's three masks by its own prediction, not the single one",
     )
-    parser.add_argument(
+    group.add_argument(
         "--cascade",
         action="store_true",
         help="prompt again with the box and the mask",
     )
-    parser.add_argument("--no-sam-iou", action="store_true", help="score without predicted IoUs")
-    parser.add_argument(
+    group.add_argument("--no-sam-iou", action="store_true", help="score without predicted IoUs")
+    group.add_argument(
         "--keep-scores", action="store_true", help="masks have their boxes' scores as they are"
     )
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+def add_engine_arguments(parser: Flags) -> None:
     """The flags of the reconstruction engine, the same for every command that quantizes."""
     parser.add_argument(
         "--preset",
@@ -132,7 +151,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: Flags) -> None:
     """The flag of which SAM it is."""
     parser.add_argument(
         "--model",
@@ -140,22 +159,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_decoder_only(parser: argparse.ArgumentParser) -> None:
+def add_decoder_only(parser: Flags) -> None:
     """The flag of which part is quantized."""
     parser.add_argument("--decoder-only", action="store_true", help="leave the image encoder float")
 
 
-def add_limit(parser: argparse.ArgumentParser, told: str) -> None:
+def add_limit(parser: Flags, told: str) -> None:
     """The flag of how many pictures there are, and what is told of it."""
     parser.add_argument("--limit", type=int, metavar="N", help=told)
 
 
-def add_skip_bad(parser: argparse.ArgumentParser) -> None:
+def add_skip_bad(parser: Flags) -> None:
     """The flag of what becomes of damaged pictures."""
     parser.add_argument("--skip-bad", action="store_true", help="skip damaged pictures")
 
 
-def add_recursive(parser: argparse.ArgumentParser) -> None:
+def add_recursive(parser: Flags) -> None:
     """The flag of which pictures a folder has."""
     parser.add_argument(
         "--recursive",
@@ -164,7 +183,7 @@ def add_recursive(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_set(parser: argparse.ArgumentParser, told: str, old: str | None = None) -> None:
+def add_set(parser: Flags, told: str, old: str | None = None) -> None:
     """The flag that sets single values, and what is told of it.
 
     Args:
@@ -181,7 +200,7 @@ def add_set(parser: argparse.ArgumentParser, told: str, old: str | None = None) 
         )
 
 
-def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def add_images(parser: Flags, *, required: bool) -> None:
     """The flag of which pictures."""
     parser.add_argument(
         "--images",
@@ -194,6 +213,11 @@ def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: Flags) -> None:
     """The flag of where torch computes."""
     parser.add_argument("--device", help="cpu or cuda:0; default: CUDA where there is one")
+
+
+def add_seed(parser: Flags) -> None:
+    """The flag of what chance does."""
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random (0)")

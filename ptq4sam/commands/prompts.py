@@ -27,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset", dest="images", type=Path, help=argparse.SUPPRESS
     )  # its old name
     parser.add_argument("--annotations", type=Path, metavar="A.json", help="COCO instances file")
-    parser.add_argument("--output", type=Path, required=True, metavar="BOXES.json")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="BOXES.json",
+        help="the boxes, as --prompts takes them",
+    )
     add_limit(parser, "the first N pictures only")
     add_skip_bad(parser)
     add_recursive(parser)

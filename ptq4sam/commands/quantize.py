@@ -39,10 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drop-pictures", type=int, metavar="N", help="pictures that single units are measured on"
     )
     parser.add_argument(
-        "--validation-images", type=Path, help="pictures for --max-drop; default: --images"
+        "--validation-images",
+        type=Path,
+        metavar="D",
+        help="pictures for --max-drop; default: --images",
     )
-    parser.add_argument("--validation-annotations", type=Path, metavar="C.json")
-    parser.add_argument("--validation-limit", type=int, metavar="N")
+    parser.add_argument(
+        "--validation-annotations", type=Path, metavar="C.json", help="their COCO instances file"
+    )
+    parser.add_argument(
+        "--validation-limit", type=int, metavar="N", help="the first N of them only"
+    )
 
 
 def run(parsed: argparse.Namespace) -> int:

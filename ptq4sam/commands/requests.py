@@ -217,4 +217,8 @@ def execute(settings: RunSettings) -> int:
         return 0
     sys.stdout.write(summary_table(metrics, terminal_width()) + "\n")
     sys.stdout.write(f"written to {settings.work_dir / 'metrics.json'}\n")
+    if (model := settings.save_model) is not None:
+        sys.stdout.write(
+            f"written to {model}; score it with ptq4sam evaluate --checkpoint {model}\n"
+        )
     return 0

@@ -6,13 +6,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from ptq4sam.commands.flags import add_seed
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ptq4sam scenes`."""
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=32, metavar="N")
-    parser.add_argument("--val", type=int, default=100, metavar="N")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", type=Path, help="receives images/ and annotations/")
+    parser.add_argument(
+        "--train", type=int, default=32, metavar="N", help="scenes to calibrate on (32)"
+    )
+    parser.add_argument("--val", type=int, default=100, metavar="N", help="scenes to score (100)")
+    add_seed(parser)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -59,8 +59,12 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the pictures that trials are evaluated and calibrated on."""
     parser.add_argument("--images", type=Path, help="evaluate these pictures")
     parser.add_argument("--annotations", type=Path, metavar="A.json", help="COCO instances file")
-    parser.add_argument("--calibration-images", type=Path)
-    parser.add_argument("--calibration-annotations", type=Path, metavar="B.json")
+    parser.add_argument(
+        "--calibration-images", type=Path, metavar="D", help="calibrate on these pictures"
+    )
+    parser.add_argument(
+        "--calibration-annotations", type=Path, metavar="B.json", help="their COCO instances file"
+    )
     add_limit(parser, "evaluate the first N pictures only")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptq4sam.commands.flags import add_decoder_only, add_device
+from ptq4sam.commands.flags import add_decoder_only, add_device, add_seed
 from ptq4sam.commands.sweep import (
     add_crew_arguments,
     add_picture_arguments,
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_decoder_only(parser)
     add_device(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    add_seed(parser)
     add_crew_arguments(parser)
     parser.add_argument(
         "--work-dir",
@@ -166,11 +167,23 @@ def _fill(parsed: argparse.Namespace, cells: Sequence[Cell]) -> list[Row]:
 
 
 def _list(cells: Sequence[Cell]) -> None:
+    """The cells, those of a detector and a SAM that lack the same together."""
+    from ptq4sam.columns import terminal_width, wrapped
     from ptq4sam.studies.table.render import how_to_get
 
-    for cell in cells:
-        lacks = f": missing {cell.lacks}" if cell.missing else ""
-        sys.stdout.write(f"{cell.name}{lacks}\n")
+    width = terminal_width()
+    for (detector, model, lacks), group in groupby(
+        cells, lambda cell: (cell.detector, cell.model, cell.lacks)
+    ):
+        state = f"missing {lacks}" if lacks else "can run"
+        sys.stdout.write(f"{wrapped(f'{detector} {model}: {state}', width)}\n")
+        widths: dict[str, list[str]] = {}
+        for bits, some in groupby(group, lambda cell: cell.width):
+            methods = ", ".join(dict.fromkeys(cell.method for cell in some))
+            widths.setdefault(methods, []).append(bits)
+        for methods, same in widths.items():
+            text = methods if [methods] == same else f"{', '.join(same)}: {methods}"
+            sys.stdout.write(f"{wrapped(text, width, '  ')}\n")
     present = sum(not cell.missing for cell in cells)
     sys.stdout.write(f"{len(cells)} cells, {present} of them can run\n")
     for line in how_to_get(one for cell in cells for one in cell.missing):

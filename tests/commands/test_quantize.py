@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ptq4sam.quantization.scheme import Scheme
-from tests.tiny_runs import AP, QUICK, SCHEMES, Quantized, Tiny, refusal
+from tests.tiny_runs import AP, QUICK, SCHEMES, Quantized, Tiny, refusal, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
 
@@ -42,3 +42,22 @@ def test_quantize_needs_a_scheme_and_a_name_for_its_output(
     scheme = tiny.scheme("config44", "compat=published")
     assert "*.safetensors" in refusal(capsys, *asked, *scheme, "--output", "q.pth")
     assert "published" in refusal(capsys, *asked, *scheme, "--output", "q.safetensors")
+
+
+def test_the_last_line_names_the_model_and_what_to_do_with_it(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheme = tiny.scheme("minmax44")
+    run(
+        "quantize",
+        *tiny.model(),
+        *tiny.data(),
+        *scheme,
+        "--decoder-only",
+        "--output",
+        "q.safetensors",
+    )
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == (
+        "written to q.safetensors; score it with ptq4sam evaluate --checkpoint q.safetensors"
+    )

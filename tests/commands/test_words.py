@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
-from ptq4sam.cli import build_parser
+from ptq4sam.cli import build_parser, main
 
 RUN = ["--images", "i", "--prompts", "b.json"]
 
@@ -49,6 +50,32 @@ def test_help_has_the_new_words_and_one_device(
     for old in ("--out ", "--options", "--scheme-options", "--dataset"):
         assert old not in told
     assert "cpu or cuda:0; default: CUDA where there is one" in told
+
+
+def _every_verb() -> dict[str, argparse.ArgumentParser]:
+    (verbs,) = (
+        action
+        for action in build_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    return dict(verbs.choices)
+
+
+def test_help_says_what_a_verb_does_and_what_each_flag_is_for() -> None:
+    verbs = _every_verb()
+    assert len(verbs) > 15
+    assert [name for name, verb in verbs.items() if not verb.description] == []
+    untold = [
+        (name, flag.dest) for name, verb in verbs.items() for flag in verb._actions if not flag.help
+    ]
+    assert untold == []
+
+
+def test_without_a_verb_the_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert all(f"    {verb}" in told.err for verb in _every_verb())
 
 
 def test_a_data_set_in_one_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
