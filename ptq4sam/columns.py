@@ -18,10 +18,18 @@ def terminal_width() -> int | None:
 
 
 def wrapped(text: str, width: int | None, indent: str = "") -> str:
-    """A sentence in lines of at most so many characters; in one line where there is no width."""
+    """A sentence in lines of at most so many characters, words whole; one line without a width."""
     if width is None:
         return indent + text
-    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
+    # A name with hyphens is to be copied, so that it stays whole.
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def aligned(

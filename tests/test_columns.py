@@ -58,3 +58,4 @@ def test_sentences_are_wrapped_for_terminals_alone() -> None:
     text = "one sentence of several words"
     assert wrapped(text, None, "  ") == f"  {text}"
     assert wrapped(text, 14, "  ") == "  one sentence\n  of several\n  words"
+    assert wrapped("get sam-vit-b", 10) == "get\nsam-vit-b", "a name to be copied stays whole"

@@ -87,6 +87,8 @@ def cells(row: Row) -> list[str]:
 def terminal(rows: Sequence[Row], width: int | None = None) -> Group:
     """For rich: a heading for each detector and SAM; columns without any entry are left out.
 
+    What cells lack is told once below a heading, errors of each.
+
     Args:
         rows: of the table.
         width: of the terminal; None for no limit.
@@ -99,14 +101,18 @@ def terminal(rows: Sequence[Row], width: int | None = None) -> Group:
         line[-1] = row.status
     table = [[line[c] for c in used] for line in [list(_SHORT), *lines]]
     head, *texts = aligned(table, words, width)
-    shown, heading = [Text(head, style="bold")], ""
+    shown, heading, lacking = [Text(head, style="bold")], "", ""
     for row, text, problem in zip(rows, texts, problems, strict=True):
         if heading != (heading := f"{row.cell.boxes}, {row.cell.model}"):
             shown.append(Text(heading))
+            lacking = ""
         style = _STYLES.get(row.status, "")
         shown.append(Text(text, style))
-        if problem:
+        # Cells of a detector and a SAM mostly lack the same files.
+        if problem and problem != lacking:
             shown.append(Text(wrapped(problem, width, "  "), style))
+        if row.status == "missing":
+            lacking = problem
     return Group(*shown)
 
 

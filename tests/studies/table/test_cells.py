@@ -147,7 +147,11 @@ def test_mistakes_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_dry_run_lists_cells_and_downloads(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table", "coco", "--dry-run", "--detectors", "dino", "--bits", "6"]) == 0
     told = capsys.readouterr().out
-    assert "dino vit_h qdrop W6A6: missing focalnet-dino-l, sam-vit-h, coco-val" in told
+    assert "dino vit_h: missing focalnet-dino-l, sam-vit-h, coco-val" in told
+    rows = [line for line in told.splitlines() if line.startswith("  W6A6: ")]
+    assert [line.count(",") + 1 for line in rows] == [12, 12, 12]
+    assert all("minmax, percentile" in line for line in rows)
+    assert told.count("  float\n") == 3
     assert "39 cells, 0 of them can run" in told
     assert "missing: ptq4sam download focalnet-dino-l sam-vit-b" in told
     assert not Path("work_dirs").exists()

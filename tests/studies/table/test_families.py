@@ -134,7 +134,7 @@ def test_a_dry_run_lists_cells_and_one_command(
     assert main(["table", table, "--dry-run", *size]) == 0
     told = capsys.readouterr().out
     model = table if table == "tinysam" else "efficientvit_sam_l0"
-    assert f"lvis-vitdet {model} float: missing " in told
+    assert f"lvis-vitdet {model}: missing " in told
     assert "0 of them can run" in told
     (command,) = [line for line in told.splitlines() if "ptq4sam download" in line]
     download = "tinysam" if table == "tinysam" else "efficientvit-sam-l0"
@@ -142,8 +142,8 @@ def test_a_dry_run_lists_cells_and_one_command(
     assert not Path("work_dirs").exists()
     assert main(["table", table, "--dry-run", "--profile", "nano"]) == 0
     told = capsys.readouterr().out
-    assert "\nscenes-truth vit_nano float\n" in told
-    assert "mini-truth vit_nano float: missing data/coco_mini" in told
+    assert "\nscenes-truth vit_nano: can run\n  float\n" in told
+    assert "mini-truth vit_nano: missing data/coco_mini" in told
 
 
 def test_a_model_without_weights_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,6 +145,18 @@ def test_on_a_narrow_terminal_every_number_is_whole() -> None:
     assert lines.count("YOLOX-L, 100% & more, vit_b") == 1
 
 
+def test_what_cells_lack_is_told_once_a_heading_and_errors_always() -> None:
+    failed, missing = ROWS[2:]
+    other = replace(missing, cell=replace(missing.cell, model="vit_l"))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render.terminal([missing, failed, failed, missing, other], 80))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    told = [line.strip() for line in lines if line.startswith("  ")]
+    lacks, error = "missing: sam-vit-b", "failed: no | memory"
+    assert told[-4:] == [lacks, error, error, lacks]
+    assert told.count(lacks) == 2
+
+
 def test_a_form_that_is_not_known(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"name it \*\.md, \*\.csv or \*\.tex"):
         render.write(tmp_path / "t.html", ROWS, "Title", [])
