@@ -100,8 +100,10 @@ class Registry(Mapping[str, T]):
         if name in self.names:
             return
         near = difflib.get_close_matches(name, self.names, n=1)
-        known = ", ".join(self.names) or f"none ({EXTENSIONS} names modules that register some)"
+        known = ", ".join(self.names) or "none"
         hint = f"did you mean {near[0]!r}?" if near else f"allowed: {known}"
+        if not os.environ.get(EXTENSIONS):
+            hint += f"; one of your own needs {EXTENSIONS}=FILE"
         raise FieldError(key, f"{name!r} given; {hint}")
 
 

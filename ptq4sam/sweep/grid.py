@@ -68,8 +68,17 @@ def shown(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
-        return "/".join(map(shown, value))
+        return "/".join(map(shown, value)) or "none"
+    if isinstance(value, dict):
+        return "/".join(f"{key}({_settings(own)})" for key, own in value.items()) or "none"
     return "-" if value is None else str(value)
+
+
+def _settings(own: object) -> str:
+    """What stands in the brackets behind a name: its settings, or its value."""
+    if isinstance(own, dict):
+        return " ".join(f"{key}={shown(value)}" for key, value in own.items())
+    return shown(own)
 
 
 @dataclass(frozen=True)

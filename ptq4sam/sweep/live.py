@@ -67,7 +67,8 @@ def picture(
         for task, started in state.running.values()
     ]
     parts.append(ProgressBar(total=len(every), completed=len(ended), width=60))
-    parts.append(Text(_words(sweep, state, workers, elapsed)))
+    # The bar does not end its line.
+    parts.append(Text("\n" + _words(sweep, state, workers, elapsed)))
     return Group(*parts)
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -160,10 +161,15 @@ def _serve(make: Make, number: int, count: int, connection: Connection, log: Pat
         os.dup2(file.fileno(), 2)
         # Python's own streams of a Windows console do not follow their descriptors.
         sys.stdout = sys.stderr = file
-        worker = make(number, count)
-        with contextlib.suppress(EOFError, BrokenPipeError):
-            while True:
-                connection.send(worker.do(connection.recv()))
+        try:
+            worker = make(number, count)
+            with contextlib.suppress(EOFError, BrokenPipeError):
+                while True:
+                    connection.send(worker.do(connection.recv()))
+        except Exception:
+            # While the log is open: whoever is told of the end looks there for the reason.
+            traceback.print_exc()
+            sys.exit(1)
 
 
 def _end_with_parent() -> None:
@@ -186,7 +192,7 @@ def _death(process: BaseProcess) -> str:
             "fewer workers, or calibrate on fewer pictures"
         )
     how = f"by signal {-code}" if code is not None and code < 0 else f"with status {code}"
-    return f"its worker ended {how}: its log is in the sweep's folder"
+    return f"its worker ended {how}: its log is in workers/ of the sweep's folder"
 
 
 @contextlib.contextmanager

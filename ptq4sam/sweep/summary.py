@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptq4sam.evaluation.overlap import MEAN_IOU
 from ptq4sam.files import write_text
 from ptq4sam.runs.summary import COLUMNS
 from ptq4sam.sweep.grid import Sweep, Trial, short, shown
@@ -18,6 +19,9 @@ from ptq4sam.sweep.store import TrialRecord
 _SEED = "seed"
 _CHANGE = "change"
 """Of the score that counts, against the float model's: mean IoU in percentage points, else AP."""
+
+_DECIDING = {MEAN_IOU: "IoU", "AP": "AP"}
+"""Scores that may count, the first one first, and how the column of their change names them."""
 
 _PARTS_OF_AP = ("AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR")
 
@@ -63,7 +67,9 @@ def metrics_of(found: Iterable[Row], brief: bool = False) -> list[tuple[str, str
     """
     found = list(found)
     scores = [column for column in COLUMNS if not (brief and column[0] in _PARTS_OF_AP)]
-    columns = [*scores, (_CHANGE, "change")]
+    changed = {_changed(row.record.metrics) for row in found if row.record is not None}
+    of = next((title for key, title in _DECIDING.items() if key in changed), "")
+    columns = [*scores, (_CHANGE, f"{of} change")]
     return [
         (key, title) for key, title in columns if any(row.metric(key) is not None for row in found)
     ]
@@ -76,7 +82,8 @@ def float_lines(found: Iterable[Row]) -> list[str]:
         if row.record is None or "float" not in row.record.metrics:
             continue
         scores = row.record.metrics["float"]
-        values = [f"{title} {_number(scores.get(key))}" for key, title in COLUMNS if key in scores]
+        known = ((title, scores.get(key)) for key, title in COLUMNS)
+        values = [f"{title} {_number(value)}" for title, value in known if value is not None]
         lines[f"float {row.trial.settings.model}: {', '.join(values)}"] = None
     return list(lines)
 
@@ -170,12 +177,19 @@ def write(sweep: Sweep, found: Sequence[Row], folder: Path) -> list[Path]:
     return written
 
 
-def _change(metrics: Mapping[str, Any]) -> float | None:
+def _changed(metrics: Mapping[str, Any]) -> str | None:
+    """The score that counts: the first that is known of both models."""
     reference = metrics.get("float", {})
-    for key, factor in (("mean_iou", 100), ("AP", 1)):
-        if metrics.get(key) is not None and reference.get(key) is not None:
-            return factor * (float(metrics[key]) - float(reference[key]))
-    return None
+    known = (key for key in _DECIDING if None not in (metrics.get(key), reference.get(key)))
+    return next(known, None)
+
+
+def _change(metrics: Mapping[str, Any]) -> float | None:
+    key = _changed(metrics)
+    if key is None:
+        return None
+    factor = 100 if key == MEAN_IOU else 1
+    return factor * (float(metrics[key]) - float(metrics["float"][key]))
 
 
 def _number(value: float | None, signed: bool = False) -> str:

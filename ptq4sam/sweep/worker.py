@@ -22,6 +22,7 @@ from ptq4sam.model.calibration import calibrate
 from ptq4sam.model.insertion import insert_quantizers
 from ptq4sam.numerics import reproducible
 from ptq4sam.progress import silent
+from ptq4sam.quantization.registry import load_extensions
 from ptq4sam.runs.auditing import audit_run, require_passed
 from ptq4sam.runs.context import Opened
 from ptq4sam.runs.parts import Parts
@@ -64,6 +65,8 @@ class Worker:
     _opened: Opened = field(default_factory=lambda: Opened(_OPEN))
 
     def __post_init__(self) -> None:
+        # Before the first task arrives: its settings may be of their classes.
+        load_extensions()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
 

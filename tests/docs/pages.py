@@ -17,7 +17,7 @@ import pytest
 from ptq4sam.cli import build_parser, main
 
 _FENCE = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_FILE = re.compile(r"# (\w+\.py)\n")
+_FILE = re.compile(r"# (\w+\.(?:py|yaml))\n")
 
 # What a reader runs in minutes runs here in seconds.
 _SMALL = (
@@ -42,7 +42,7 @@ class Block:
     """A fenced block.
 
     Attributes:
-        language: "python" or "bash".
+        language: "python", "yaml" or "bash".
         kind: "", "official" or "install".
         text: what is in it.
     """

@@ -26,14 +26,18 @@ def test_a_name_is_registered_once() -> None:
         registry.register("Mine")(float)
 
 
-def test_unknown_names_name_the_nearest() -> None:
+def test_unknown_names_name_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(EXTENSIONS, raising=False)
     registry: Registry[type] = Registry("thing", ["MinMaxObserver"])
     registry.require("MinMaxObserver", "observer")
     with pytest.raises(ConfigError, match="observer: 'MinMax' given; did you mean 'MinMaxObs"):
         registry.require("MinMax", "observer")
     with pytest.raises(ConfigError, match="allowed: MinMaxObserver"):
         registry.require("x", "observer")
-    with pytest.raises(ConfigError, match=f"allowed: none .{EXTENSIONS} names modules"):
+    with pytest.raises(ConfigError, match=f"allowed: none; one of your own needs {EXTENSIONS}="):
+        Registry("method").require("x", "methods")
+    monkeypatch.setenv(EXTENSIONS, "json")
+    with pytest.raises(ConfigError, match=r"allowed: none$"):
         Registry("method").require("x", "methods")
 
 

@@ -31,6 +31,8 @@ class FakeWorker:
             os.kill(os.getpid(), signal.SIGKILL)
         if task.label == "exits":
             os._exit(7)
+        if task.label == "raises":
+            raise RuntimeError("not an outcome")
         if task.label == "slow":
             time.sleep(0.3)
         if task.label == "long":

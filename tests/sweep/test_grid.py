@@ -7,7 +7,7 @@ import yaml
 
 from ptq4sam.errors import ConfigError
 from ptq4sam.quantization.registry import EXTENSIONS
-from ptq4sam.sweep.grid import Sweep, read_sweep
+from ptq4sam.sweep.grid import Sweep, read_sweep, shown
 from ptq4sam.sweep.tasks import calibration_key, calibration_scheme
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +67,16 @@ def test_values_with_names_exclusions_and_inclusions(tmp_path: Path) -> None:
     ]
     assert widths == [(4, 4), (4, 4), (4, 8), (6, 6)]
     assert sweep.trials[-1].settings.seed == 7
+
+
+def test_methods_are_told_apart(tmp_path: Path) -> None:
+    methods = [[], {"key-centring": {}, "bimodal-integration": {"beta": 0.5}}]
+    with pytest.raises(ConfigError):  # what is shown is not what is read
+        read(tmp_path, {"base": {"scheme": SCHEME}, "grid": {"scheme.methods": ["none"]}})
+    assert [shown(value) for value in methods] == [
+        "none",
+        "key-centring()/bimodal-integration(beta=0.5)",
+    ]
 
 
 def test_two_ways_to_say_the_same_are_one_trial(

@@ -37,6 +37,16 @@ def test_a_worker_that_is_killed_costs_its_trial_alone(tmp_path: Path) -> None:
     assert "FAKE_WORKER" not in os.environ
 
 
+def test_why_a_worker_ended_is_in_its_log(tmp_path: Path) -> None:
+    with Processes(FakeWorker, 1, tmp_path / "logs") as pool:
+        pool.give(task("a", "raises"))
+        ((_, outcome),) = pool.wait(60)
+    assert "ended with status 1: its log is in workers/" in str(outcome.error)
+    log = (tmp_path / "logs" / "worker0.log").read_text()
+    assert "RuntimeError: not an outcome" in log
+    assert "lost sys.stderr" not in log
+
+
 def test_the_end_of_a_sweep_ends_its_workers(tmp_path: Path) -> None:
     with Processes(FakeWorker, 2, tmp_path / "logs") as pool:
         pool.give(task("a", "long"))

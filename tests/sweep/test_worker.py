@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.prompts.scene_detector import SceneDetector
+from ptq4sam.quantization.registry import EXTENSIONS
 from ptq4sam.runs import models, quantizing
 from ptq4sam.runs.run import Run
 from ptq4sam.runs.settings import RunSettings
@@ -174,3 +176,13 @@ def test_float_model_that_cannot_be_loaded_fails_its_trials(tiny: Tiny, tmp_path
     state = do(sweep, tmp_path / "w")
     assert {record.status for record in state.records.values()} == {"failed"}
     assert all("no.pth: no such file" in record.error for record in state.records.values())
+
+
+def test_a_worker_has_loaded_extensions_before_its_first_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A task's settings may be of a class of theirs, which cannot be unpickled otherwise.
+    (tmp_path / "of_a_user.py").write_text("WORD = 1")
+    monkeypatch.setenv(EXTENSIONS, str(tmp_path / "of_a_user.py"))
+    Worker(Folder(tmp_path))
+    assert sys.modules.pop("ptq4sam_extension_of_a_user").WORD == 1
