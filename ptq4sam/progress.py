@@ -13,6 +13,9 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_BAR = 26
+"""Characters for a short bar, percents and the time that is left."""
+
 
 class Progress(Protocol):
     """Wraps steps so that someone may watch them being consumed."""
@@ -34,7 +37,16 @@ def bars(steps: Sequence[T], description: str) -> Iterable[T]:
     console = Console(stderr=True)
     if not console.is_terminal:
         return told(steps, description, Ticker())
-    return track(steps, description, total=len(steps), console=console)
+    shown = shortened(description, console.width - _BAR)
+    return track(steps, shown, total=len(steps), console=console)
+
+
+def shortened(text: str, room: int) -> str:
+    """A description of so many characters: of one that is longer its first word and its end."""
+    if len(text) <= room:
+        return text
+    first = text.partition(" ")[0] + " ..."
+    return first + text[-max(room - len(first), 1) :]
 
 
 class Ticker:

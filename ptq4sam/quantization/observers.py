@@ -49,7 +49,7 @@ class Observer(nn.Module):
         if channel_axis is not None and (self.per_tensor_only or self.averages):
             raise ConfigError(
                 f"{type(self).__name__} was asked for one range a channel, it has one a tensor: "
-                "use MinMaxObserver, MSEObserver or MSEFastObserver, or no channel axis"
+                "use one that has, as MinMaxObserver or MSEObserver, or no channel axis"
             )
         self.grid = grid
         self.channel_axis = channel_axis
