@@ -50,17 +50,19 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam.sam.model import Sam
     from ptq4sam.sizes import format_bytes
 
+    missing = Missing()
     if is_quantized_file(parsed.model):
         if parsed.checkpoint is not None:
-            raise ConfigError(f"{parsed.model} has its weights: leave --checkpoint away")
+            raise ConfigError(f"{parsed.model} has its weights: omit --checkpoint")
         sam: Sam = load(parsed.model)
     elif parsed.model.endswith(".safetensors"):
+        missing.look_for("quantized model", Path(parsed.model))
+        missing.report()
         raise ConfigError(
             f"{parsed.model} is no quantized model: name a float one (vit_b) and give its weights "
             "by --checkpoint"
         )
     else:
-        missing = Missing()
         look_for_sam(missing, parsed.model, parsed.checkpoint)
         missing.report()
         sam = load_sam(parsed.model, parsed.checkpoint)

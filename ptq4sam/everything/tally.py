@@ -82,4 +82,4 @@ class Tally:
         name = max(self.dropped, key=self.dropped.__getitem__)
         best = {PREDICTED_IOU: self.best_iou, STABILITY: self.best_stability}.get(name)
         seen = "" if best is None else f"; the highest was {best:.3f}"
-        return f"nothing is left: {_MENDED[name]} {name} (option {name}){seen}"
+        return f"nothing is left: {_MENDED[name]} {name}{seen}"

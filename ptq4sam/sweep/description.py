@@ -13,7 +13,8 @@ from ptq4sam.sweep.settings import TrialSettings
 def write_description(sweep: Sweep, path: Path) -> None:
     """Write a sweep's name and trials."""
     trials = [
-        {"values": trial.values, "settings": trial.settings.to_dict()} for trial in sweep.trials
+        {"values": trial.values, "settings": trial.settings.to_dict(), "key": trial.key}
+        for trial in sweep.trials
     ]
     write_json({"name": sweep.name, "trials": trials}, path, compact=True)
 
@@ -22,7 +23,7 @@ def read_description(path: Path) -> Sweep:
     """The sweep of a file.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: it is missing or damaged, or names what only an extension has.
     """
     if not path.exists():
         raise DataError(
@@ -34,14 +35,15 @@ def read_description(path: Path) -> Sweep:
         return Sweep(content["name"], tuple(_trial(one) for one in content["trials"]))
     except (ConfigError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} is damaged ({error}): start the sweep again, which repeats nothing and "
-            "writes it anew"
+            f"{path} cannot be read ({error}): if it is damaged, start the sweep again, which "
+            "repeats nothing and writes it anew"
         ) from error
 
 
 def _trial(content: dict[str, object]) -> Trial:
     settings = TrialSettings.from_dict(content["settings"])
-    values = content["values"]
-    if not isinstance(values, dict):
-        raise TypeError(f"values {values!r}")
-    return Trial(values, settings, settings.key())
+    values, key = content["values"], content["key"]
+    if not isinstance(values, dict) or not isinstance(key, str):
+        raise TypeError(f"values {values!r}, key {key!r}")
+    # The key of the records: extensions, which are in it, may be others than those of the sweep.
+    return Trial(values, settings, key)

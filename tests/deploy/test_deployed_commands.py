@@ -88,7 +88,7 @@ def test_an_exported_folder_needs_no_backend(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["export", "nowhere.safetensors", "--format", "onnx"], "no quantized model"),
+        (["export", "nowhere.safetensors", "--format", "onnx"], "not there: quantized model now"),
         (["export", "vit_b", "--format", "onnx"], "vit_b"),
         (["export", "vit_nano", "--format", "tflite"], "use onnx or openvino"),
         (["evaluate", "--backend", "openvino"], "give it as the checkpoint"),

@@ -68,7 +68,7 @@ def test_the_command_says_what_to_lower_where_nothing_is_left(
     assert first.startswith("0 masks on 1 pictures")
     assert lines[0] == "4 points, 12 masks proposed; dropped for"
     assert lines[1].strip() == "12 a predicted IoU not above 0.99 (pred_iou_thresh)"
-    assert lines[2].startswith("nothing is left: lower pred_iou_thresh (option pred_iou_thresh")
+    assert lines[2].startswith("nothing is left: lower pred_iou_thresh; the highest was")
     assert 0 < float(lines[2].rpartition(" ")[2]) < 0.99
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptq4sam.cli import main
+from ptq4sam.quantization.registry import EXTENSIONS
 from ptq4sam.report.writing import write_report
 from ptq4sam.sweep.description import read_description, write_description
 from ptq4sam.sweep.grid import Sweep, read_sweep
@@ -54,6 +55,16 @@ def bimodal() -> Sweep:
 def test_a_description_is_read_as_it_was_written(tmp_path: Path, bimodal: Sweep) -> None:
     write_description(bimodal, tmp_path / "sweep.json")
     assert read_description(tmp_path / "sweep.json") == bimodal
+
+
+def test_records_are_found_whatever_extensions_there_are_now(
+    tmp_path: Path, bimodal: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_description(bimodal, tmp_path / "sweep.json")
+    (tmp_path / "mine.py").write_text("")
+    monkeypatch.setenv(EXTENSIONS, str(tmp_path / "mine.py"))
+    read = read_description(tmp_path / "sweep.json")
+    assert [trial.key for trial in read.trials] == [trial.key for trial in bimodal.trials]
 
 
 def test_means_and_spreads_over_seeds(tmp_path: Path, bimodal: Sweep) -> None:
@@ -108,7 +119,7 @@ def test_bad_input(tmp_path: Path, bimodal: Sweep, capsys: pytest.CaptureFixture
     folder = write_sweep(tmp_path, bimodal, 1)
     described = folder.description.read_text()
     folder.description.write_text(described.replace('"trials"', '"trails"'))
-    assert "sweep.json is damaged" in refusal()
+    assert "sweep.json cannot be read" in refusal()
     folder.description.unlink()
     assert "start the sweep again with this work directory" in refusal()
     folder.description.write_text(described)
