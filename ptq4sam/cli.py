@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -46,11 +45,7 @@ _VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for an error the user can fix)."""
-    parser = build_parser()
-    parsed = parser.parse_args(arguments)
-    if parsed.run is None:
-        parser.print_help(sys.stderr)
-        return 2
+    parsed = build_parser().parse_args(arguments)
     return guarded(lambda: _run(parsed), verbose=parsed.verbose)
 
 
@@ -70,8 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ptq4sam {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log details")
-    parser.set_defaults(run=None)
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for verb, (purpose, path) in _VERBS.items():
         module = import_module(path)
         own = verbs.add_parser(

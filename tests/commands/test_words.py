@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq4sam.cli import build_parser, main
+from ptq4sam.cli import build_parser
 
 RUN = ["--images", "i", "--prompts", "b.json"]
 
@@ -69,13 +69,6 @@ def test_help_says_what_a_verb_does_and_what_each_flag_is_for() -> None:
         (name, flag.dest) for name, verb in verbs.items() for flag in verb._actions if not flag.help
     ]
     assert untold == []
-
-
-def test_without_a_verb_the_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert all(f"    {verb}" in told.err for verb in _every_verb())
 
 
 def test_a_data_set_in_one_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
