@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ptq4sam.commands.flags import add_seed
+from ptq4sam.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,9 @@ def run(parsed: argparse.Namespace) -> int:
     from ptq4sam.data.scenes import write_scenes
     from ptq4sam.locks import alone_in
 
+    for count in (parsed.train, parsed.val):
+        if count < 1:
+            raise ConfigError(f"a data set needs at least one scene, {count} were asked for")
     with alone_in(parsed.folder):
         for offset, (name, count) in enumerate((("train", parsed.train), ("val", parsed.val))):
             images, annotations = write_scenes(parsed.folder, count, 2 * parsed.seed + offset, name)

@@ -140,7 +140,8 @@ class InstancesFile:
             self._check_fields(entry, {**needed, **given}, where)
             if entry["id"] in seen:
                 raise DataError(
-                    f"{self._path} is not in COCO format: {what} id {entry['id']} is there twice"
+                    f"{self._path} is not in COCO format: {what} id {entry['id']} is there twice: "
+                    "give each its own"
                 )
             seen.add(entry["id"])
         return entries

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -11,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+_OF_2014 = re.compile(r"coco_(?:train|val|test)2014_")
 
 
 def named_file(entry: Mapping[str, Any]) -> Any:
@@ -93,6 +96,9 @@ class PictureFinder:
             is_only = last[rest[-1]] == 1 or (dropped == 0 and whole["/".join(parts)] == 1)
             if is_only or (dropped and parts[:dropped] == above[-dropped:]):
                 yield rest
+        # COCO's files had the split in their names until 2014.
+        if parts and last[parts[-1]] == 1 and (of_2014 := _OF_2014.match(parts[-1])):
+            yield [parts[-1][of_2014.end() :]]
 
     def _below(self, parts: list[str]) -> Path | None:
         place = self.folder

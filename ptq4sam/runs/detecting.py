@@ -9,10 +9,11 @@ import torch
 from ptq4sam import parallel
 from ptq4sam.data import ImageSet
 from ptq4sam.downloads import Missing
+from ptq4sam.errors import ConfigError
 from ptq4sam.numerics import reproducible
 from ptq4sam.progress import Progress, silent
 from ptq4sam.prompts import CacheFolders, Prompts, PromptSource, cached, open_prompts, write_results
-from ptq4sam.prompts.spec import look_for_prompts
+from ptq4sam.prompts.spec import is_boxes_file, look_for_prompts
 from ptq4sam.runs.needed import look_for_data
 from ptq4sam.runs.settings import DataSettings
 
@@ -44,7 +45,10 @@ def detect(
 
     Raises:
         MissingError: the detector or the data are not there.
+        ConfigError: the file has a name by which no boxes could be given again.
     """
+    if not is_boxes_file(path.name):
+        raise ConfigError(f"asked to write boxes to {path}: name it *.json, as prompts are named")
     missing = Missing()
     look_for_prompts(missing, spec)
     look_for_data(missing, data)

@@ -270,6 +270,10 @@ def _require_inputs(request: DistillationRequest) -> None:
     missing.report()
     if request.output.is_dir():
         raise ConfigError(f"asked to write file {request.output}, which is a folder: name a file")
+    if request.output.suffix != ".safetensors":
+        raise ConfigError(
+            f"asked to write weights to {request.output}: name it *.safetensors, as what it is"
+        )
     for folder in (request.work_dir, request.output.parent):
         refusal = refusal_to_write(folder)
         if refusal is not None:

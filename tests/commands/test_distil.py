@@ -72,6 +72,7 @@ def test_a_stopped_training_is_not_lost(
         (["--teacher", "vit_nano"], "prompts of student tiny:embed_dim=16 lie in a square of 64"),
         (["--annotations", "none.json"], "annotations none.json"),
         (["--settings", "none.yaml"], "none.yaml: no such settings file"),
+        (["--output", "o.pth"], "weights to o.pth: name it *.safetensors"),
     ],
 )
 def test_mistakes_are_told_before_training(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ptq4sam.cli import main
-from tests.tiny_runs import Tiny, read_metrics, run
+from tests.tiny_runs import Tiny, read_metrics, refusal, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
 
@@ -35,3 +35,11 @@ def test_a_data_set_can_be_named_by_its_annotations(tiny: Tiny) -> None:
 def test_prompts_of_no_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prompts", "--detector", "scene-detector", "--output", "boxes.json"]) == 2
     assert "give --images" in capsys.readouterr().err
+
+
+def test_boxes_are_written_under_a_name_that_prompts_have(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["prompts", "--detector", "scene-detector", "--images", tiny.images()]
+    assert "boxes to b.txt: name it *.json" in refusal(capsys, *asked, "--output", "b.txt")
+    assert not Path("b.txt").exists()

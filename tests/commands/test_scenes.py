@@ -26,3 +26,11 @@ def test_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert said[1].startswith("2 scenes in a/images/val")
     assert not np.array_equal(train.load(train.images[0]), val.load(val.images[0]))
     assert "at least one scene" in refusal(capsys, "scenes", "b", "--train", 0)
+
+
+def test_no_scenes_are_refused_before_any_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refusal(capsys, "scenes", tmp_path / "s", "--train", 2, "--val", -1)
+    assert "needs at least one scene, -1 were asked for" in told
+    assert not (tmp_path / "s").exists()

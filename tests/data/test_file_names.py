@@ -44,6 +44,8 @@ def _files(folder: Path, *names: str) -> Path:
         ("/home/me/data/x/a.png", "x/a.png"),
         ("../elsewhere/a.png", "a.png"),
         ("a", "a.png"),
+        ("COCO_val2014_a.png", "a.png"),
+        ("val2014/COCO_val2014_a.png", "a.png"),
         ("a.v2", "a.v2.png"),
         ("x/a", "x/a.png"),
         (" a.png ", "a.png"),
