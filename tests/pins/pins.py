@@ -79,13 +79,13 @@ def quantized(case: str, quick: bool = False) -> QuantizedSam:
 
     Args:
         case: a key of CASES.
-        quick: without searches for ranges, and with two steps of learning at most: for what holds
+        quick: with hardly a search for ranges, and two steps of learning at most: for what holds
             of any quantized model.
     """
     file, overrides = CASES[case]
     scheme = Scheme.from_yaml(SCHEMES / f"{file}.yaml").with_overrides(*overrides)
     if quick:
-        scheme = scheme.with_overrides(*QUICK)
+        scheme = scheme.with_overrides(*QUICK, "ptq4sam.taus=[2]")
         scheme = scheme if scheme.recon is None else scheme.with_overrides("recon.iters=2")
     threads = torch.get_num_threads()
     try:
