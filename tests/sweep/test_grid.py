@@ -156,6 +156,7 @@ TRIALS = {
     "steps": 5,
     "taus": 7,
     "two-peaks": 24,
+    "efficientvit": 8,
     "units": 4,
 }
 
