@@ -42,6 +42,8 @@ from tests.full_disks import FullDisk, full_disk
 
 __all__ = ["full_disk"]
 
+pytestmark = pytest.mark.usefixtures("shared_sessions")
+
 Quantize = Callable[..., QuantizedSam]
 
 BOXES = [[5.0, 6, 40, 50], [20, 10, 60, 30], [1, 1, 70, 44]]

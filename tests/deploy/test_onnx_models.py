@@ -29,6 +29,8 @@ from tests.deploy.runtime_graphs import (
     run_graph,
 )
 
+pytestmark = pytest.mark.usefixtures("shared_sessions")
+
 Quantize = Callable[..., QuantizedSam]
 Format = dict[str, Any]
 

@@ -30,6 +30,8 @@ from ptq4sam.sam.model import Sam
 from tests.deploy.runtime_graphs import dialect, given, run_graph
 from tests.deploy.test_onnx_values import quantized_linear
 
+pytestmark = pytest.mark.usefixtures("shared_sessions")
+
 Quantize = Callable[..., QuantizedSam]
 Array = NDArray[Any]
 
