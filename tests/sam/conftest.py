@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4sam.families.sam_vit.sizes import SamVariant
+from ptq4sam.skeletons import shapes_alone
 from tests.reference_sams import build_reference, randomize_state
 
 
@@ -102,7 +103,7 @@ def sam_model(sam_model_config: Callable[[SamVariant], Any]) -> Callable[[SamVar
     from transformers import SamModel
 
     def build(variant: SamVariant) -> Any:
-        with torch.device("meta"):
+        with shapes_alone():
             model = SamModel(sam_model_config(variant))
         state = randomize_state(model.state_dict())
         tied = "shared_image_embedding.positional_embedding"

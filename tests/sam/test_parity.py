@@ -25,6 +25,8 @@ SAM_MODEL_CASES = ("box", "points", "one point", "box and points", "all")
 
 # The second block is global; at 1024 px the first pads its grid of 64 to windows of 70.
 CUT = {name: replace(SIZES[name], depth=2, global_attn_indexes=(1,)) for name in ("vit_l", "vit_h")}
+# All of its blocks, which see a quarter of the pixels.
+VIT_B = replace(SIZES["vit_b"], image_size=512)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def decode_by_sam_model(
 
 @dataclass(frozen=True)
 class VitB:
-    """A full ViT-B that went through a SamModel directory, and its embedding of one picture."""
+    """A ViT-B that went through a SamModel directory, and its embedding of one picture."""
 
     theirs: Any
     ours: Sam
@@ -92,11 +94,11 @@ def vit_b(
     tmp_path_factory: pytest.TempPathFactory, sam_model: Callable[[SamVariant], Any]
 ) -> Iterator[VitB]:
     directory = tmp_path_factory.mktemp("sam-vit-base")
-    theirs = sam_model(SIZES["vit_b"])
+    theirs = sam_model(VIT_B)
     theirs.save_pretrained(directory)
     ours = load_sam("vit_b", directory)
     with torch.no_grad():
-        features = ours.image_encoder(ours.preprocess(picture(SIZES["vit_b"])))
+        features = ours.image_encoder(ours.preprocess(picture(VIT_B)))
     yield VitB(theirs, ours, features)
     for file in directory.iterdir():
         file.unlink()
@@ -163,7 +165,7 @@ def test_vit_b_equals_segment_anything(
     prompts_of_every_kind: Any,
     error_of: Any,
 ) -> None:
-    variant = SIZES["vit_b"]
+    variant = VIT_B
     reference = reference_sam(variant)
     reference.load_state_dict(vit_b.ours.state_dict())
     features = reference.image_encoder(reference.preprocess(picture(variant)))
@@ -180,7 +182,7 @@ def test_vit_b_equals_segment_anything(
 
 @pytest.mark.timeout(900)
 def test_vit_b_equals_sam_model(vit_b: VitB, prompts_of_every_kind: Any, error_of: Any) -> None:
-    variant = SIZES["vit_b"]
+    variant = VIT_B
     features = vit_b.theirs.get_image_embeddings(vit_b.ours.preprocess(picture(variant)))
     assert error_of(vit_b.features, features) < TOLERANCE
     check_decoding(

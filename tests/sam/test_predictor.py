@@ -17,6 +17,7 @@ from ptq4sam.families.sam_vit.sizes import SIZES, SamVariant
 from ptq4sam.sam.geometry import Geometry
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor, resized_picture
+from ptq4sam.skeletons import shapes_alone
 
 HEIGHT, WIDTH = 150, 203
 
@@ -156,7 +157,7 @@ def test_300_boxes_within_a_memory_budget_equal_those_at_once(
 
 def test_the_budget_of_sams_own_decoder_is_16_prompts(predictor: Predictor) -> None:
     assert Predictor(predictor.sam).prompts_at_once == 128
-    with torch.device("meta"):
+    with shapes_alone():
         assert Predictor(build_sam("vit_b")).prompts_at_once == 16
     with pytest.raises(ValueError, match="positive"):
         Predictor(predictor.sam, 0)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -21,13 +22,15 @@ from ptq4sam.operators.base import quantized_operators
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.addresses import Address, select
 from ptq4sam.sam.model import Sam
+from ptq4sam.skeletons import shapes_alone
 from ptq4sam.studies.sensitivity.targets import targets_of
 from tests.families.efficientvit.conftest import GOLDEN
 from tests.tiny_runs import SCHEMES
 
 
+@cache
 def addresses(name: str) -> dict[str, Address]:
-    with torch.device("meta"):
+    with shapes_alone():
         sam = build_variant(name, PUBLISHED[name])
     found = ((path, sam.description.address_of(path)) for path, _ in sam.named_modules())
     return {path: address for path, address in found if address is not None}

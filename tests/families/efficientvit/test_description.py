@@ -15,6 +15,7 @@ from ptq4sam.families.efficientvit.variants import PUBLISHED, SIZES, build_varia
 from ptq4sam.operators.base import INPUT, PORTABLE, QUANTIZED, WORK
 from ptq4sam.operators.linear_attention import ReluLinearAttention
 from ptq4sam.sam.model import Sam
+from ptq4sam.skeletons import shapes_alone
 from tests.families.efficientvit.conftest import TINY, tiny_sam
 
 MULTIPLIES = (nn.Conv2d, nn.Linear, ReluLinearAttention)
@@ -29,7 +30,7 @@ def modules(sam: Sam) -> dict[str, nn.Module]:
 
 
 def on_meta(size: EfficientViTSize) -> Sam:
-    with torch.device("meta"):
+    with shapes_alone():
         return build_variant("any", size)
 
 

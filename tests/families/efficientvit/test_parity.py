@@ -17,6 +17,7 @@ from ptq4sam.families.efficientvit.variants import PUBLISHED, build_variant
 from ptq4sam.families.efficientvit.weights import fold_state
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor
+from ptq4sam.skeletons import shapes_alone
 from tests.families.efficientvit.conftest import GOLDEN, golden, official_state
 
 TOLERANCE = 2e-5
@@ -24,7 +25,7 @@ TOLERANCE = 2e-5
 
 @pytest.mark.parametrize("name", list(PUBLISHED))
 def test_names_shapes_and_types_are_the_published_ones(name: str) -> None:
-    with torch.device("meta"):
+    with shapes_alone():
         state = build_variant(name, PUBLISHED[name], folded=False).state_dict()
     lines = [
         f"{key} {'x'.join(map(str, value.shape)) or 'scalar'} {str(value.dtype)[6:]}"
@@ -38,7 +39,7 @@ def test_names_shapes_and_types_are_the_published_ones(name: str) -> None:
 @cache
 def model(name: str) -> tuple[Sam, Mapping[str, Tensor]]:
     """A folded SAM with weights by the rule, and what the published program gives."""
-    with torch.device("meta"):
+    with shapes_alone():
         shapes = build_variant(name, PUBLISHED[name], folded=False)
         sam = build_variant(name, PUBLISHED[name])
     sam.load_state_dict(fold_state(official_state(shapes)), assign=True)
@@ -157,7 +158,7 @@ def test_backbone_equals_timms(size: EfficientViTSize) -> None:
     theirs_of = pytest.importorskip(
         "timm.models.efficientvit_mit", reason="timm is not installed (the extra test has it)"
     )
-    with torch.device("meta"):
+    with shapes_alone():
         theirs = theirs_of.EfficientVitLarge(
             widths=size.widths, depths=size.depths, head_dim=32, norm_eps=1e-6, head_widths=(8, 8)
         )

@@ -30,6 +30,7 @@ from ptq4sam.quantization.modes import quantizer_mode, quantizers
 from ptq4sam.quantization.quantizers import AffineQuantizer, Mode
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
+from ptq4sam.skeletons import shapes_alone
 from tests.families.efficientvit.conftest import TINY, TINY_VARIANT, golden, official_state
 from tests.golden_weights import official_weights
 from tests.tiny_runs import SCHEMES
@@ -131,7 +132,7 @@ def unfolded() -> Sam:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sam = build_variant("tiny_efficientvit", TINY, folded=False)
-    with torch.device("meta"):
+    with shapes_alone():
         shapes = build_variant("tiny_efficientvit", TINY, folded=False)
     state = official_state(shapes)
     sam.load_state_dict({k: v for k, v in state.items() if k.startswith("image_")}, strict=False)
@@ -151,7 +152,7 @@ def test_what_is_simulated(unfolded: Sam, items: list[CalibrationItem], name: st
         "mix-dwsc": {"depthwise", "project"},
         "mix-mbc-neck": {"expand", "depthwise", "project", "join", "output"},
     }[name]
-    with torch.device("meta"):
+    with shapes_alone():
         source = build_variant("tiny_efficientvit", TINY, folded=False)
     # Three sites a convolution, one behind each norm and activation, eight of the attention.
     sites = {"Conv2d": 3, "BatchNorm2d": 1, "GELU": 1, "ChannelGELU": 1, "ReluLinearAttention": 8}

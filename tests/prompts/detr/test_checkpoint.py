@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ptq4sam.errors import CheckpointError
 from ptq4sam.prompts.detr.checkpoint import load_into, read_tensors, rename
 from ptq4sam.prompts.detr.detector import DETR_VARIANTS
+from ptq4sam.skeletons import shapes_alone
 from tests import detr_layouts
 
 LAYOUTS = {"hdetr": detr_layouts.hdetr_r50, "focalnet-dino": detr_layouts.focalnet_dino_l}
@@ -25,7 +26,7 @@ def test_full_size_model_has_the_published_names_and_shapes(kind: str) -> None:
     # Tensors of full shape that hold one number.
     state = {name: torch.zeros(()).expand(shape) for name, shape in LAYOUTS[kind]().items()}
     found = rename(state, variant.rules, variant.unused, "published")
-    with torch.device("meta"):
+    with shapes_alone():
         model = variant.build()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == expected
@@ -33,7 +34,7 @@ def test_full_size_model_has_the_published_names_and_shapes(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "millions"), [("hdetr", 48), ("focalnet-dino", 228)])
 def test_number_of_parameters(kind: str, millions: int) -> None:
-    with torch.device("meta"):
+    with shapes_alone():
         model = DETR_VARIANTS[kind].build()
     assert sum(weight.numel() for weight in model.parameters()) / 1e6 == pytest.approx(
         millions, abs=1
@@ -134,7 +135,7 @@ def test_copies_must_be_equal(kind: str, copy: str) -> None:
 )
 def test_weights_must_fit_in_both_directions(change: dict[str, Tensor | None], told: str) -> None:
     state = {k: v for k, v in (STATE | change).items() if v is not None}
-    with torch.device("meta"):
+    with shapes_alone():
         model = nn.Linear(3, 2)
     with pytest.raises(CheckpointError, match=told) as caught:
         load_into(model, state, "x.pth")
@@ -142,7 +143,7 @@ def test_weights_must_fit_in_both_directions(change: dict[str, Tensor | None], t
 
 
 def test_weights_become_float32_of_their_own() -> None:
-    with torch.device("meta"):
+    with shapes_alone():
         model = nn.Linear(3, 2)
     state = {name: tensor.half() for name, tensor in STATE.items()}
     load_into(model, state, "x.pth")
