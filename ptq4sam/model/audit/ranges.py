@@ -34,10 +34,15 @@ class Reach:
             self._low = torch.minimum(low, self._low.to(low))
             self._high = torch.maximum(high, self._high.to(high))
 
-    def problems(self) -> Iterator[str]:
-        """No values at all, or values that lie elsewhere than the grid."""
+    def problems(self, in_reach: bool = True) -> Iterator[str]:
+        """No values at all, or values that lie elsewhere than the grid.
+
+        Args:
+            in_reach: whether they should lie where the grid is.
+        """
         if self.calls == 0:
             yield "no activation passed it"
+        if self.calls == 0 or not in_reach:
             return
         low, high = float(self._low), float(self._high)
         first, last = self.quantizer.grid_in_use().ends()

@@ -171,6 +171,11 @@ def test_what_is_simulated(unfolded: Sam, items: list[CalibrationItem], name: st
     exact = unfolded.image_encoder(items[0].pixels)
     error = (found.image_encoder(items[0].pixels) - exact).norm() / exact.norm()
     assert 0 < error < 0.3
+    # Sums of a trained attention differ a thousandfold between pictures; it averages their ends.
+    for path, quantizer in quantizers(found):
+        if path.endswith("sums_quantizer"):
+            quantizer.scale *= 2000
+    assert audit(found, lambda: forward(found, items[0])).passed
 
 
 def test_it_goes_to_no_device(unfolded: Sam, items: list[CalibrationItem], tmp_path: Path) -> None:
