@@ -40,7 +40,7 @@ def load_sam(
         name: a key of `families.VARIANTS`: vit_b, mobile_sam, ...
         checkpoint: a file of torch.save or safetensors, under official or SamModel names; of a SAM
             with a ViT also the directory of a Hugging Face SamModel. None: the weights that ship
-            with the package, which only vit_nano has.
+            with the package, which the small ones have.
         device: where the model shall live.
         folded: fold batch normalisations, as for inference; with them is what `compat: study`
             simulates.

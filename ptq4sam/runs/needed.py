@@ -49,9 +49,7 @@ def look_for_sam(missing: Missing, model: str | None, checkpoint: Path | None) -
     name = model or DEFAULT_MODEL
     advice = "name another, or none for the embedded weights"
     variant = VARIANTS.get(name)
-    if variant is not None and variant.weights.trained_by is not None:
-        advice = f"none is published: train it by {variant.weights.trained_by}"
-    elif variant is not None and variant.weights.download is not None:
+    if variant is not None and variant.weights.download is not None:
         advice = f"the official one: ptq4sam download {variant.weights.download}"
     missing.look_for("SAM", checkpoint, advice)
 

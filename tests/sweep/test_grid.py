@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.families import VARIANTS
 from ptq4sam.quantization.registry import EXTENSIONS
 from ptq4sam.sweep.grid import Sweep, read_sweep, shown
 from ptq4sam.sweep.tasks import calibration_key, calibration_scheme
@@ -167,7 +168,7 @@ def test_sweeps_that_ship_run_on_what_ships(name: str) -> None:
     assert len(sweep.trials) == TRIALS[name]
     for trial in sweep.trials:
         settings = trial.settings
-        assert settings.model in ("vit_nano", "vit_nano_bimodal")
+        assert VARIANTS[settings.model].weights.embedded is not None
         assert (settings.checkpoint, settings.data) == (None, None)
 
 

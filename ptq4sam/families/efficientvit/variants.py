@@ -97,14 +97,7 @@ def _published(name: str) -> Variant:
 
 VARIANTS = (
     *map(_published, PUBLISHED),
-    variant(
-        "efficientvit_sam_nano",
-        NANO,
-        Weights(
-            "efficientvit_sam_nano.safetensors",
-            trained_by="ptq4sam distil with the settings tools/efficientvit_sam_nano.yaml",
-        ),
-    ),
+    variant("efficientvit_sam_nano", NANO, Weights("efficientvit_sam_nano.safetensors")),
 )
 
 

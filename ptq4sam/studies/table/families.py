@@ -257,9 +257,6 @@ class StudyTable:
             for path, enough in dict.fromkeys(needed)
             if path is not None and not path.exists()
         ]
-        trained_by = VARIANTS[model].weights.trained_by
-        if found and trained_by is not None and found[0].what == str(_checkpoint(model)):
-            found[0] = MissingInput(found[0].what, remedy=f"{model}: train it by {trained_by}")
         if measure.by_lvis and find_spec("faster_coco_eval") is None:
             found.append(_LVIS_PACKAGE)
         return tuple(dict.fromkeys(found))

@@ -52,10 +52,19 @@ def build_on_meta(name: str) -> torch.nn.Module:
         return build_sam(name)
 
 
-def test_a_trained_file_loads_and_none_ships(tmp_path: Path) -> None:
-    assert variant_of(NAME).weights.embedded is None
+def test_its_weights_ship_with_their_normalisations() -> None:
+    """The study's simulation does not fold them."""
+    model, unfolded = load_sam(NAME), load_sam(NAME, folded=False)
+    image = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        (found,), (expected,) = model.embed(image), unfolded.embed(image)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert variant_of(NAME).weights.embedded.stat().st_size <= 8e6
     with pytest.raises(CheckpointError, match="train them by ptq4sam distil"):
-        load_sam(NAME)
+        load_sam(f"{NAME}:neck_depth=2")
+
+
+def test_a_trained_file_loads(tmp_path: Path) -> None:
     unfolded = build_sam(NAME, folded=False)
     torch.save(unfolded.state_dict(), tmp_path / "nano.pt")
     found = load_sam(NAME, tmp_path / "nano.pt").state_dict()

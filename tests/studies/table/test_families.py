@@ -146,13 +146,12 @@ def test_a_dry_run_lists_cells_and_one_command(
     assert "mini-truth vit_nano: missing data/coco_mini" in told
 
 
-def test_a_model_without_weights_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_small_model_needs_nothing_for_scenes(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["table", "efficientvit", "--profile", "nano", "--models", "efficientvit_sam_nano"]
     assert main([*asked, "--detectors", "scenes-truth", "--dry-run"]) == 0
     told = capsys.readouterr().out
-    lines = [line for line in told.splitlines() if line.startswith("missing: ")]
-    assert len(lines) <= 1
-    assert all("efficientvit_sam_nano" in line for line in lines)
+    assert "5 cells, 5 of them can run" in told
+    assert "missing" not in told
 
 
 def test_rows_show_sizes_and_both_figures() -> None:
