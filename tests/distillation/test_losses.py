@@ -67,11 +67,22 @@ def test_truth_is_focal_and_dice() -> None:
             focal = 0.0
             for x, y in zip(logits[n, m].tolist(), labels[n].tolist(), strict=True):
                 p = 1 / (1 + math.exp(-x))
-                right, alpha = (p, 0.25) if y else (1 - p, 0.75)
-                focal -= alpha * (1 - right) ** 2 * math.log(right)
+                right = p if y else 1 - p
+                focal -= (1 - right) ** 2 * math.log(right)
             p, y = logits[n, m, :NEAR_POINTS].sigmoid(), labels[n, :NEAR_POINTS]
             dice = 1 - (2 * float(p @ y) + 1) / (float(p.sum() + y.sum()) + 1)
             assert found[n, m].item() == pytest.approx(20 * focal / POINTS + 3 * dice, rel=1e-4)
+
+
+def test_what_is_object_as_often_as_not_stays_in_the_middle() -> None:
+    """A class balance would move outlines inwards, and masks would shrink."""
+    logits = torch.zeros(2, 1, POINTS, requires_grad=True)
+    labels = torch.zeros(2, POINTS)
+    labels[1] = 1
+    truth_loss(logits, labels, 1.0, 0.0).sum().backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad.sum(0), torch.zeros(1, POINTS))
+    assert bool((logits.grad[0] > 0).all())
 
 
 def test_a_lone_click_is_judged_by_the_best_of_three() -> None:
