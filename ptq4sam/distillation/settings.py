@@ -24,8 +24,8 @@ class Terms(Record):
         token: L1 distance of the decoder's output tokens behind its transformer.
         mask: L1 distance of mask logits.
         hardness: weigh masks by how far the student is behind the teacher on them.
-        focal: focal loss of masks (Lin et al. 2017), without its class balance; 20 to a dice of 1 as
-            in SAM's paper.
+        focal: focal loss of masks (Lin et al. 2017) without its class balance; 20 to a dice of 1,
+            as in SAM's paper.
         dice: dice loss of masks.
         iou: L1 distance of predicted IoUs from those that masks have.
     """
