@@ -28,8 +28,9 @@ def test_a_worker_that_is_killed_costs_its_trial_alone(tmp_path: Path) -> None:
     assert "ended with status 7" in records[3].error
     assert records[4].error == "out of memory"
     done = [record for record in records if record.status == "done"]
-    # Two workers did all, one process each until it was killed.
-    assert {record.worker for record in done} == {"worker 0 of 2", "worker 1 of 2"}
+    # Two workers did all, one process each until it was killed; how they share it is a matter of
+    # how soon a killed one is back.
+    assert {record.worker.split()[1] for record in records} == {"0", "1"}
     assert len({record.metrics["process"] for record in done}) <= 4
     assert all(
         record.metrics["environment"] == f"number {record.worker.split()[1]}" for record in done
