@@ -190,14 +190,16 @@ def evaluate_sam(
     predictor = Predictor(sam)
     reference_predictor = Predictor(reference) if reference is not None else None
     outcomes: list[_Outcome | None] = []
-    given: list[tuple[ImageRecord, Prompts]] = []
+    # Boxes of a detector; those of a file are looked at when it is opened.
+    detected: list[tuple[ImageRecord, Prompts]] = []
     for record in progress(parallel.share(images), "segmenting"):
         image = dataset.load_or_skip(record)
         if image is None:
             outcomes.append(None)
             continue
         prompts = select(source.prompts(record, image), prompting)
-        given.append((record, prompts))
+        if not isinstance(source, (CocoResults, GroundTruth)):
+            detected.append((record, prompts))
         if len(prompts.boxes) == 0:
             outcomes.append(_Outcome())
             continue
@@ -213,12 +215,12 @@ def evaluate_sam(
         if found is None:
             dataset.leave_out(record)
     evaluation = _summarize(dataset, every, score, reference is not None)
-    # Boxes of a file were looked at when it was opened.
+    # Those of a file were looked at when it was opened.
     if parallel.is_first() and not isinstance(source, CocoResults):
         used = Counter(result["category_id"] for result in evaluation.results)
         warn_of_categories(source.name, used, dataset)
-        if not isinstance(source, GroundTruth):
-            warn_of_miscategorized(source.name, dataset, given)
+        if detected:
+            warn_of_miscategorized(source.name, dataset, detected)
     return evaluation
 
 
