@@ -102,13 +102,19 @@ def plain_attention(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_order(device: torch.device) -> Iterator[None]:
-    """Add in one order on a CPU, whose threads add what is scattered as they come."""
+    """Add in one order on a CPU, whose threads add what is scattered as they come.
+
+    Memory is not filled before it is written, which torch does beside it and which takes time.
+    """
     before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(before or device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = before and filled
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @dataclass

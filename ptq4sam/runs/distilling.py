@@ -27,8 +27,9 @@ from ptq4sam.distillation.students import finished_state, new_student, require_p
 from ptq4sam.distillation.training import STATE, Training
 from ptq4sam.distillation.views import Views
 from ptq4sam.downloads import Missing
-from ptq4sam.errors import ConfigError
+from ptq4sam.errors import CheckpointError, ConfigError
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.families import variant_of
 from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.files import refusal_to_write, replacing
 from ptq4sam.model.insertion import QuantizedSam
@@ -243,10 +244,18 @@ def _require_nothing_lost(folder: Path) -> None:
 
 
 def _student(request: DistillationRequest, device: torch.device) -> Sam | None:
-    """A student that begins with weights; None for one that begins at random."""
+    """A student that begins with weights; None for one that begins at random.
+
+    A float one learns with its batch normalisations where its file has them.
+    """
     name = request.settings.student
     if request.init is None and request.scheme is None:
         return None
+    if request.scheme is None and variant_of(name).unfolded is not None:
+        try:
+            return load_sam(name, request.init, device, folded=False)
+        except CheckpointError:
+            _log.info("no batch normalisations in the weights: the student learns without")
     return load_sam(name, request.init, device)
 
 

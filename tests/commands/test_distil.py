@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ptq4sam.distillation.training import CURVES, STATE
 from ptq4sam.errors import DataError
+from ptq4sam.families import variant_of
 from ptq4sam.families.checkpoint import load_sam
 from ptq4sam.runs import distilling
 from tests.tiny_runs import refusal, run
@@ -41,6 +44,21 @@ def test_a_student_is_trained_scored_and_reported(
     page = (tmp_path / "work" / "report.html").read_text()
     assert "tiny:embed_dim=16 learns from tiny" in page
     assert page.count("<svg") >= 5
+
+
+def test_a_student_keeps_the_normalisations_that_it_begins_with(tiny_sam: TinySam) -> None:
+    name = "efficientvit_sam_nano"
+    weights = variant_of(name).weights.embedded
+    run(
+        *("distil", "--student", name, "--init", weights, *tiny_sam.data("train")),
+        *("--output", "out.safetensors", "--work-dir", "work", "--workers", 0, "--set", *QUICK),
+    )
+    before, after = load_file(weights), load_file("out.safetensors")
+    assert before.keys() == after.keys()
+    means = [key for key in before if key.endswith("running_mean")]
+    assert len(means) == 26
+    assert all(not torch.equal(before[key], after[key]) for key in means)
+    load_sam(name, "out.safetensors")
 
 
 def test_a_stopped_training_is_not_lost(
