@@ -1,7 +1,8 @@
-"""Write the figures of docs/methods.md, and their drawing, from a finished sweep of methods.
+"""Write the figures of docs/methods.md, and their drawing, from finished sweeps of methods.
 
-    ptq4sam sweep exp/sweeps/methods.yaml --work-dir DIR ...
-    python tools/write_methods.py DIR [--said TEXT]
+    ptq4sam sweep exp/sweeps/methods.yaml --work-dir PHOTOS --images ... --annotations ... ...
+    ptq4sam sweep exp/sweeps/methods.yaml --work-dir SCENES --limit 15
+    python tools/write_methods.py PHOTOS SCENES [--said TEXT]
 
 The table and the drawing (docs/methods.svg) replace what is between the page's marks.
 """
@@ -9,12 +10,14 @@ The table and the drawing (docs/methods.svg) replace what is between the page's 
 from __future__ import annotations
 
 import argparse
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_sets import machine
 
 from ptq4sam.files import write_text
-from ptq4sam.report.figures import QUANTIZED, bars
+from ptq4sam.report.figures import FLOAT, QUANTIZED, bars
 from ptq4sam.sweep.description import read_description
 from ptq4sam.sweep.store import read_records
 from ptq4sam.sweep.summary import Row, rows
@@ -25,38 +28,91 @@ PAGE = _ROOT / "docs" / "methods.md"
 DRAWING = PAGE.with_suffix(".svg")
 BEGIN, END = "<!-- figures of the sweep -->", "<!-- end of the figures -->"
 AXIS = "added"
+TITLES = ("coco_mini val", "scenes")
 
 
-def table(done: list[Row], said: str) -> str:
-    """The trials, the best first, in Markdown."""
-    first = done[0].record
-    assert first is not None
-    exact = float(first.metrics["float"]["mean_iou"])
+@dataclass(frozen=True)
+class Measured:
+    """The trials of one sweep that have ended.
+
+    Attributes:
+        title: of the pictures.
+        by_name: what was added, and its trials, one a seed.
+    """
+
+    title: str
+    by_name: dict[str, list[Row]]
+
+    @classmethod
+    def of(cls, title: str, path: Path) -> Measured:
+        """Read a work directory."""
+        folder = Folder(path)
+        found: dict[str, list[Row]] = {}
+        for row in rows(read_description(folder.description), read_records(folder.store)):
+            if row.status == "done":
+                found.setdefault(str(row.trial.values[AXIS]), []).append(row)
+        return cls(title, found)
+
+    def agreements(self, name: str) -> list[float]:
+        """With the float model's masks, by seed."""
+        return [row.metric("agreement") or 0.0 for row in self.by_name[name]]
+
+    def changes(self, name: str) -> list[float]:
+        """Points of mean IoU, by seed."""
+        return [row.metric("change") or 0.0 for row in self.by_name[name]]
+
+    def said(self) -> str:
+        """Float score, pictures and objects."""
+        record = next(iter(self.by_name.values()))[0].record
+        assert record is not None
+        metrics = record.metrics
+        return (
+            f"{self.title}: {metrics['pictures']} pictures, {metrics['masks']} objects, float "
+            f"{float(metrics['float']['mean_iou']):.3f}"
+        )
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean, and standard deviation where there is one."""
+    said = format(statistics.mean(values), form)
+    if len(values) < 2:
+        return said
+    return f"{said} ± {format(statistics.stdev(values), form.removeprefix('+'))}"
+
+
+def table(sweeps: list[Measured], names: list[str], said: str) -> str:
+    """What was added, the best first, in Markdown."""
+    seeds = max(len(found) for found in sweeps[0].by_name.values())
     lines = [
-        f"{said} Float: mean IoU {exact:.3f}. {first.metrics['masks']} objects on "
-        f"{first.metrics['pictures']} pictures. Measured on {machine()}.",
+        f"{said} {'; '.join(sweep.said() for sweep in sweeps)}. {seeds} seeds, each with "
+        "calibration pictures of its own: mean and standard deviation. Change is in points of "
+        f"mean IoU. Measured on {machine()}.",
         "",
         "![Agreement with the float model's masks, by method](methods.svg)",
         "",
-        "| on top of PTQ4SAM-S, W4A4 | mean IoU | change | agreement |",
-        "|---|---|---|---|",
+        "| on top of PTQ4SAM-S, W4A4 |"
+        + "".join(f" {sweep.title}: change | agreement |" for sweep in sweeps),
+        "|---|" + "---|---|" * len(sweeps),
     ]
-    for row in done:
-        iou, agreement = row.metric("mean_iou"), row.metric("agreement")
-        assert iou is not None
-        assert agreement is not None
-        change = f"{100 * (iou - exact):+.1f}"
-        name = row.trial.values[AXIS]
-        lines.append(f"| {name} | {iou:.3f} | {change} | {agreement:.3f} |")
+    for name in names:
+        cells = [name]
+        for sweep in sweeps:
+            ended = name in sweep.by_name
+            cells.append(spread(sweep.changes(name), "+.1f") if ended else "-")
+            cells.append(spread(sweep.agreements(name), ".3f") if ended else "-")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def drawing(done: list[Row]) -> str:
+def drawing(sweeps: list[Measured], names: list[str]) -> str:
     """Agreement by method, as a file of its own."""
-    names = [str(row.trial.values[AXIS]) for row in done]
-    values = [row.metric("agreement") or 0.0 for row in done]
+    shown = [name for name in names if all(name in sweep.by_name for sweep in sweeps)]
+    series = [
+        (sweep.title, colour, [statistics.mean(sweep.agreements(name)) for name in shown])
+        for sweep, colour in zip(sweeps, (QUANTIZED, FLOAT), strict=False)
+    ]
     label = "agreement with the float model's masks"
-    drawn = bars(names, [(label, QUANTIZED, values)], label, label, numbers="{:.3f}")
+    drawn = bars(shown, series, label, label, numbers="{:.3f}")
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return drawn.replace("<svg ", f"<svg {spaces} ", 1) + "\n"
 
@@ -64,18 +120,18 @@ def drawing(done: list[Row]) -> str:
 def main() -> None:
     """Write both."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sweep", type=Path, help="work directory of the sweep")
+    parser.add_argument("photographs", type=Path, help="work directory of a sweep")
+    parser.add_argument("scenes", type=Path, nargs="?", help="that of one on scenes")
     parser.add_argument("--said", default="", help="how it was measured, in a sentence")
     arguments = parser.parse_args()
-    folder = Folder(arguments.sweep)
-    found = rows(read_description(folder.description), read_records(folder.store))
-    done = [row for row in found if row.status == "done"]
-    done.sort(key=lambda row: row.metric("agreement") or 0.0, reverse=True)
+    folders = [path for path in (arguments.photographs, arguments.scenes) if path is not None]
+    sweeps = [Measured.of(title, path) for title, path in zip(TITLES, folders, strict=False)]
+    names = sorted(sweeps[0].by_name, key=lambda name: -statistics.mean(sweeps[0].agreements(name)))
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    text = f"{before}{BEGIN}\n\n{table(done, arguments.said)}\n\n{END}{after}"
+    text = f"{before}{BEGIN}\n\n{table(sweeps, names, arguments.said)}\n\n{END}{after}"
     write_text(text, PAGE)
-    write_text(drawing(done), DRAWING)
+    write_text(drawing(sweeps, names), DRAWING)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
     [
         ("observers.py", ["--side", "16", "--bits", "3", "--keys", "64"], 2),
         ("quantized_forward.py", ["--model", SMALL, "--rounds", "1", "--device", "cpu"], 1),
+        ("joint_units.py", ["--pictures", "1", "--steps", "3"], 2),
     ],
 )
 def test_a_table_comes_out(script: str, arguments: list[str], rows: int) -> None:
