@@ -45,11 +45,13 @@ class Measured:
 
     @classmethod
     def of(cls, title: str, path: Path) -> Measured:
-        """Read a work directory."""
+        """Read a work directory: the seeds that have ended for everything that was added."""
         folder = Folder(path)
+        every = rows(read_description(folder.description), read_records(folder.store))
+        waiting = {row.trial.values["seed"] for row in every if row.status != "done"}
         found: dict[str, list[Row]] = {}
-        for row in rows(read_description(folder.description), read_records(folder.store)):
-            if row.status == "done":
+        for row in every:
+            if row.trial.values["seed"] not in waiting:
                 found.setdefault(str(row.trial.values[AXIS]), []).append(row)
         return cls(title, found)
 
@@ -83,10 +85,15 @@ def spread(values: list[float], form: str) -> str:
 def table(sweeps: list[Measured], names: list[str], said: str) -> str:
     """What was added, the best first, in Markdown."""
     seeds = max(len(found) for found in sweeps[0].by_name.values())
+    told = "One seed."
+    if seeds > 1:
+        told = (
+            f"{seeds} seeds, each with calibration pictures of its own: mean and standard "
+            "deviation."
+        )
     lines = [
-        f"{said} {'; '.join(sweep.said() for sweep in sweeps)}. {seeds} seeds, each with "
-        "calibration pictures of its own: mean and standard deviation. Change is in points of "
-        f"mean IoU. Measured on {machine()}.",
+        f"{said} {'; '.join(sweep.said() for sweep in sweeps)}. {told} Change is in points of mean "
+        f"IoU. Measured on {machine()}.",
         "",
         "![Agreement with the float model's masks, by method](methods.svg)",
         "",

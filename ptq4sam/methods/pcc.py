@@ -166,10 +166,14 @@ class PccMethod(Method[Pcc]):
         """Choose the ranges of one attention and leave them on; yields slots that changed."""
         for slot, quantizer in parts.slots().items():
             quantizer.mode = Mode.FLOAT
-            values = _input_of(parts.owner, seen.inputs, quantizer)
+            values = _inputs_of(parts.owner, seen.inputs, quantizer)[0]
             quantizer.mode = Mode.QUANTIZE
+            asked: tuple[nn.Module, tuple[Tensor, ...]] = parts.owner, seen.inputs
+            if goal.weights is None and slot in (QUERY, KEY):
+                # Where it looks follows from what comes to the attention itself.
+                asked = parts.core, _inputs_of(parts.owner, seen.inputs, parts.core)
             kept = best = (quantizer.scale.detach().clone(), quantizer.zero_point.detach().clone())
-            least = self._loss(parts, seen.inputs, goal)
+            least = self._loss(parts, asked, goal)
             if quantizer.channel_axis is None:
                 values = values.flatten()
             else:
@@ -178,17 +182,20 @@ class PccMethod(Method[Pcc]):
             for low, high in percentile_ranges(values, self.settings.percentiles):
                 tried = quantizer.grid.affine_parameters(low, high)
                 quantizer.set_parameters(*tried)
-                loss = self._loss(parts, seen.inputs, goal)
+                loss = self._loss(parts, asked, goal)
                 if loss < least:
                     least, best = loss, tried
             quantizer.set_parameters(*best)
             if best is not kept:
                 yield slot
 
-    def _loss(self, parts: AttentionParts, inputs: tuple[Tensor, ...], goal: _Goal) -> float:
-        seen = _Seen()
-        with _watching(parts, seen):
-            parts.owner(*inputs)
+    def _loss(
+        self, parts: AttentionParts, asked: tuple[nn.Module, tuple[Tensor, ...]], goal: _Goal
+    ) -> float:
+        """Of the attention, or its core, with these inputs."""
+        seen, (module, inputs) = _Seen(), asked
+        with _watching(parts, seen, module):
+            module(*inputs)
         if goal.weights is None:
             return mask_loss(mask_of(seen.attention(), self.settings.share), goal.mask)
         errors = (seen.output - goal.output).square() * goal.weights
@@ -215,10 +222,10 @@ class _Seen:
     """What an attention saw when it was first called.
 
     Attributes:
-        inputs: of its owner.
+        inputs: of its owner, or of its core.
         pieces: softmax outputs [batch, heads, n, m] in pieces: rows within heads.
         queries: how many there are in all.
-        output: of its owner.
+        output: of the same.
     """
 
     inputs: tuple[Tensor, ...] = ()
@@ -238,8 +245,8 @@ class _Seen:
 
 
 @contextmanager
-def _watching(parts: AttentionParts, seen: _Seen) -> Iterator[None]:
-    """Keep what the first call of an attention sees."""
+def _watching(parts: AttentionParts, seen: _Seen, module: nn.Module) -> Iterator[None]:
+    """Keep what the first call of an attention, or of its core, sees."""
     calls = 0
 
     def begin(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -257,8 +264,8 @@ def _watching(parts: AttentionParts, seen: _Seen) -> Iterator[None]:
             seen.output = output
 
     handles = [
-        parts.owner.register_forward_pre_hook(begin),
-        parts.owner.register_forward_hook(end),
+        module.register_forward_pre_hook(begin),
+        module.register_forward_hook(end),
         parts.weighs.register_forward_pre_hook(keep),
     ]
     try:
@@ -286,15 +293,15 @@ def _run(
     seen = {name: _Seen() for name in parts}
     with ExitStack() as watches:
         for name, attention in parts.items():
-            watches.enter_context(_watching(attention, seen[name]))
+            watches.enter_context(_watching(attention, seen[name], attention.owner))
         transformer(*given)
     return seen
 
 
-def _input_of(owner: nn.Module, inputs: tuple[Tensor, ...], quantizer: nn.Module) -> Tensor:
-    """What comes to a quantizer when its owner is run."""
-    found: list[Tensor] = []
-    handle = quantizer.register_forward_pre_hook(lambda _module, given: found.append(given[0]))
+def _inputs_of(owner: nn.Module, inputs: tuple[Tensor, ...], part: nn.Module) -> tuple[Tensor, ...]:
+    """What comes to a part of an attention when that is run."""
+    found: list[tuple[Tensor, ...]] = []
+    handle = part.register_forward_pre_hook(lambda _module, given: found.append(given))
     try:
         owner(*inputs)
     finally:
