@@ -107,14 +107,15 @@ def one_order(device: torch.device) -> Iterator[None]:
     Memory is not filled before it is written, which torch does beside it and which takes time.
     """
     before = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(before or device.type == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = before and filled
+    memory.fill_uninitialized_memory = before and filled
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
 
 
 @dataclass
