@@ -151,7 +151,7 @@ TRIALS = {
     "bits": 24,
     "calibration": 16,
     "drop": 10,
-    "methods": 16,
+    "methods": 69,
     "published": 10,
     "seeds": 8,
     "steps": 5,
