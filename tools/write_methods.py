@@ -20,7 +20,7 @@ from ptq4sam.files import write_text
 from ptq4sam.report.figures import FLOAT, QUANTIZED, bars
 from ptq4sam.sweep.description import read_description
 from ptq4sam.sweep.store import read_records
-from ptq4sam.sweep.summary import Row, rows
+from ptq4sam.sweep.summary import Row, rows, spread
 from ptq4sam.sweep.tasks import Folder
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -57,11 +57,16 @@ class Measured:
 
     def agreements(self, name: str) -> list[float]:
         """With the float model's masks, by seed."""
-        return [row.metric("agreement") or 0.0 for row in self.by_name[name]]
+        return self._values(name, "agreement")
 
     def changes(self, name: str) -> list[float]:
         """Points of mean IoU, by seed."""
-        return [row.metric("change") or 0.0 for row in self.by_name[name]]
+        return self._values(name, "change")
+
+    def _values(self, name: str, metric: str) -> list[float]:
+        values = [row.metric(metric) for row in self.by_name[name]]
+        assert None not in values, f"{name} has no {metric}"
+        return [value for value in values if value is not None]
 
     def said(self) -> str:
         """Float score, pictures and objects."""
@@ -72,14 +77,6 @@ class Measured:
             f"{self.title}: {metrics['pictures']} pictures, {metrics['masks']} objects, float "
             f"{float(metrics['float']['mean_iou']):.3f}"
         )
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean, and standard deviation where there is one."""
-    said = format(statistics.mean(values), form)
-    if len(values) < 2:
-        return said
-    return f"{said} ± {format(statistics.stdev(values), form.removeprefix('+'))}"
 
 
 def table(sweeps: list[Measured], names: list[str], said: str) -> str:
@@ -104,22 +101,19 @@ def table(sweeps: list[Measured], names: list[str], said: str) -> str:
     for name in names:
         cells = [name]
         for sweep in sweeps:
-            ended = name in sweep.by_name
-            cells.append(spread(sweep.changes(name), "+.1f") if ended else "-")
-            cells.append(spread(sweep.agreements(name), ".3f") if ended else "-")
+            cells += [spread(sweep.changes(name), True), spread(sweep.agreements(name), False)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def drawing(sweeps: list[Measured], names: list[str]) -> str:
     """Agreement by method, as a file of its own."""
-    shown = [name for name in names if all(name in sweep.by_name for sweep in sweeps)]
     series = [
-        (sweep.title, colour, [statistics.mean(sweep.agreements(name)) for name in shown])
+        (sweep.title, colour, [statistics.mean(sweep.agreements(name)) for name in names])
         for sweep, colour in zip(sweeps, (QUANTIZED, FLOAT), strict=False)
     ]
     label = "agreement with the float model's masks"
-    drawn = bars(shown, series, label, label, numbers="{:.3f}")
+    drawn = bars(names, series, label, label, numbers="{:.3f}")
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return drawn.replace("<svg ", f"<svg {spaces} ", 1) + "\n"
 

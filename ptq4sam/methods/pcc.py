@@ -88,8 +88,8 @@ class AttentionParts:
         found = {
             "query projection's input": self.query.quantizer(INPUT),
             "key projection's input": self.key.quantizer(INPUT),
-            "query": self.core.quantizer(QUERY),
-            "key": self.core.quantizer(KEY),
+            QUERY: self.core.quantizer(QUERY),
+            KEY: self.core.quantizer(KEY),
         }
         affine = {slot: quantizer.as_affine() for slot, quantizer in found.items()}
         return {slot: quantizer for slot, quantizer in affine.items() if quantizer is not None}

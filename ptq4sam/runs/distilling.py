@@ -255,7 +255,10 @@ def _student(request: DistillationRequest, device: torch.device) -> Sam | None:
         try:
             return load_sam(name, request.init, device, folded=False)
         except CheckpointError:
+            # They may be folded already; whatever else is wrong is said here.
+            student = load_sam(name, request.init, device)
             _log.info("no batch normalisations in the weights: the student learns without")
+            return student
     return load_sam(name, request.init, device)
 
 

@@ -117,7 +117,7 @@ def table_over_seeds(sweep: Sweep, found: Sequence[Row], brief: bool = False) ->
     scores = metrics_of(found, brief)
     lines = [[*map(short, axes), "seeds", *(title for _, title in scores)]]
     for values, group in groups.items():
-        cells = [_spread([row.metric(key) for row in group], key == _CHANGE) for key, _ in scores]
+        cells = [spread([row.metric(key) for row in group], key == _CHANGE) for key, _ in scores]
         lines.append([*values, str(len(group)), *cells])
     return lines
 
@@ -199,14 +199,21 @@ def _number(value: float | None, signed: bool = False) -> str:
     return f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
 
 
-def _spread(values: Sequence[float | None], signed: bool) -> str:
+def spread(values: Sequence[float | None], signed: bool) -> str:
+    """Mean and standard deviation of a score over seeds; of one seed, its number alone.
+
+    Args:
+        values: one a seed; None where there is none.
+        signed: a change.
+    """
     known = [value for value in values if value is not None]
     if not known:
         return ""
     mean = statistics.fmean(known)
-    spread = statistics.stdev(known) if len(known) > 1 else 0.0
+    if len(known) == 1:
+        return _number(mean, signed)
     digits = 3 if abs(mean) <= 1 and not signed else 1
-    return f"{_number(mean, signed)} ± {spread:.{max(digits, 1)}f}"
+    return f"{_number(mean, signed)} ± {statistics.stdev(known):.{digits}f}"
 
 
 def _markdown_table(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ptq4sam.distillation.training import CURVES, STATE
 from ptq4sam.errors import DataError
@@ -46,7 +46,9 @@ def test_a_student_is_trained_scored_and_reported(
     assert page.count("<svg") >= 5
 
 
-def test_a_student_keeps_the_normalisations_that_it_begins_with(tiny_sam: TinySam) -> None:
+def test_a_student_keeps_the_normalisations_that_it_begins_with(
+    tiny_sam: TinySam, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "efficientvit_sam_nano"
     weights = variant_of(name).weights.embedded
     run(
@@ -58,7 +60,18 @@ def test_a_student_keeps_the_normalisations_that_it_begins_with(tiny_sam: TinySa
     means = [key for key in before if key.endswith("running_mean")]
     assert len(means) == 26
     assert all(not torch.equal(before[key], after[key]) for key in means)
-    load_sam(name, "out.safetensors")
+    assert "learns without" not in capsys.readouterr().err
+    folded = load_sam(name, "out.safetensors").state_dict()
+    save_file({key: value.contiguous() for key, value in folded.items()}, "folded.safetensors")
+    again = ["--init", "folded.safetensors", "--output", "again.safetensors", "--work-dir", "two"]
+    command = ["distil", "--student", name, *tiny_sam.data("train"), *again, "--workers", 0]
+    run(*command, "--set", *QUICK)
+    assert "learns without" in " ".join(capsys.readouterr().err.split())
+    assert not [key for key in load_file("again.safetensors") if "running_mean" in key]
+    torch.save({}, "empty.pth")
+    said = refusal(capsys, *command, "--init", "empty.pth", "--set", *QUICK)
+    assert "empty.pth" in said
+    assert "learns without" not in said
 
 
 def test_a_stopped_training_is_not_lost(

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.methods import pcc
 from ptq4sam.methods.pcc import Pcc, mask_loss, mask_of, percentile_ranges
 from ptq4sam.model.audit import audit
 from ptq4sam.model.calibration import CalibrationItem, run_item
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.quantization.base import Quantizer
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 
@@ -93,6 +95,35 @@ def test_attentions_look_where_they_did(
     changed = quantized.applied["pcc"]
     assert any(name.startswith(f"{FIRST}: ") for name in changed)
     assert audit(quantized, lambda: forward(quantized)).findings == ()
+
+
+def test_a_core_alone_tells_what_its_whole_attention_does(
+    sam: Sam,
+    items: list[CalibrationItem],
+    make_scheme: Callable[..., Scheme],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs_of, loss = pcc._inputs_of, pcc.PccMethod._loss
+    whole: dict[nn.Module, tuple[Tensor, ...]] = {}
+    compared = []
+
+    def noted(owner: nn.Module, inputs: tuple[Tensor, ...], part: nn.Module) -> tuple[Tensor, ...]:
+        if isinstance(part, Quantizer):
+            whole[owner] = inputs
+        return inputs_of(owner, inputs, part)
+
+    def both(self: Any, parts: Any, asked: Any, goal: Any) -> float:
+        found = loss(self, parts, asked, goal)
+        if asked[0] is parts.core:
+            asked = parts.owner, whole[parts.owner]
+            compared.append((found, loss(self, parts, asked, goal)))
+        return found
+
+    monkeypatch.setattr(pcc, "_inputs_of", noted)
+    monkeypatch.setattr(pcc.PccMethod, "_loss", both)
+    quantize_sam(sam, items[:1], make_scheme(4, ptq4sam={}).with_overrides("methods=[pcc]"))
+    assert len({found for found, _ in compared}) > 10
+    assert all(found == expected for found, expected in compared)
 
 
 def test_the_observed_ranges_stay_where_none_is_better(
