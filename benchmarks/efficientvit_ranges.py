@@ -34,6 +34,7 @@ ROWS = (
     ("ours, W4A4", "w8a8", ("w_qconfig.bit=4", "a_qconfig.bit=4", "a_qconfig.symmetric=false")),
 )
 """Titles, files in exp/efficientvit_sam, and what is changed of them."""
+TITLES = tuple(title for title, _, _ in ROWS)
 
 
 def uneven_sam(name: str, spread: float, kinds: Sequence[str]) -> Sam:
@@ -79,8 +80,10 @@ def folded(sam: Sam) -> Sam:
 
 
 @torch.no_grad()
-def errors(name: str, spread: float, kinds: Sequence[str]) -> dict[str, float]:
-    """Relative errors of the embedding by row; arguments as for `uneven_sam`."""
+def errors(
+    name: str, spread: float, kinds: Sequence[str], rows: Sequence[str] = TITLES
+) -> dict[str, float]:
+    """Relative errors of the embedding by title of a row; other arguments as for `uneven_sam`."""
     whole = uneven_sam(name, spread, kinds)
     plain = folded(whole)
     side, prompts = plain.geometry.encoder_side, plain.geometry.prompt_side
@@ -89,6 +92,8 @@ def errors(name: str, spread: float, kinds: Sequence[str]) -> dict[str, float]:
     exact = plain.image_encoder(pictures[1])
     found = {}
     for title, file, changes in ROWS:
+        if title not in rows:
+            continue
         read = Scheme.from_yaml(ROOT / "exp" / "efficientvit_sam" / f"{file}.yaml")
         scheme = read.with_overrides(*changes)
         quantized = quantize_sam(whole if scheme.compat == STUDY else plain, items, scheme)
@@ -111,8 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=["depthwise", "fused"],
         help="where channels are uneven",
     )
+    parser.add_argument("--rows", nargs="+", default=TITLES, choices=TITLES, help="some alone")
     given = parser.parse_args(arguments)
-    errors(given.model, given.spread, given.kinds)
+    errors(given.model, given.spread, given.kinds, given.rows)
     return 0
 
 

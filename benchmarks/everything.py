@@ -40,21 +40,33 @@ if TYPE_CHECKING:
 
 MODELS = ("ptq4sam", "segment-anything")
 
-WAYS: dict[str, dict[str, Any] | None] = {
-    "plain": None,
-    "published points": {"grid": "published"},
-    "two rounds": {},
-    "two rounds, relative": {"relative": True, "high_score_thresh": 0.9},
-    "two rounds, relative to 0.7": {"relative": True, "high_score_thresh": 0.7},
-    "batches, relative": {"relative": True, "high_score_thresh": 0.9, "batch": 64},
-    "batches until two find nothing": {
-        "relative": True,
-        "high_score_thresh": 0.9,
-        "batch": 64,
-        "patience": 2,
-    },
+RELATIVE = ("hierarchical.relative=true", "hierarchical.high_score_thresh=0.9")
+EVERYWHERE = ("hierarchical.relative=true", "hierarchical.high_score_thresh=1")
+WAYS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "plain, fewer duplicates removed": ("box_nms_thresh=0.85",),
+    "published points": ("hierarchical.grid=published",),
+    "two rounds": ("hierarchical.grid=plain",),
+    "two rounds, relative": RELATIVE,
+    "two rounds, relative to 0.7": (RELATIVE[0], "hierarchical.high_score_thresh=0.7"),
+    "batches, relative": (*RELATIVE, "hierarchical.batch=64"),
+    "batches until two find nothing": (
+        *RELATIVE,
+        "hierarchical.batch=64",
+        "hierarchical.patience=2",
+    ),
+    "half of the points, spread": (
+        *EVERYWHERE,
+        "hierarchical.share=0.5",
+        "box_nms_thresh=0.8",
+    ),
+    "35 % of the points, spread": (
+        *EVERYWHERE,
+        "hierarchical.share=0.35",
+        "box_nms_thresh=0.85",
+    ),
 }
-"""Settings of the hierarchical mode, by the name of a row; None for the plain one."""
+"""Settings of a way, by the name of a row; with any of the hierarchical mode it is on."""
 
 
 @dataclass
@@ -84,8 +96,9 @@ def compare(
     from ptq4sam.sam.predictor import Predictor
 
     plain = EverythingSettings.suited_to(sam.name).with_overrides(*options)
+    staged = replace(plain, hierarchical=Hierarchical())
     settings: dict[str, EverythingSettings] = {
-        name: plain if way is None else replace(plain, hierarchical=Hierarchical(**way))
+        name: (staged if "hierarchical." in "".join(way) else plain).with_overrides(*way)
         for name, way in WAYS.items()
         if name in ways
     }

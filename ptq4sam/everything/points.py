@@ -2,7 +2,7 @@
 
 The hierarchical way is TinySAM's (Shu et al., 2023, section 3.4): a sparse grid, then the points of
 the dense grid at which no mask is confident. Written from the paper and from what the released
-generator does; what its points do otherwise is in docs/everything.md.
+generator does; what its points do otherwise is in docs/everything.md. `share` is ours.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class _Hierarchy:
         self._size = crop.size
         per_side = settings.points_in_layer(crop.layer)
         parts = sparse_and_rest if rule.grid == "plain" else published_points
-        self._asked, self._waiting = parts(crop.size, per_side, rule.coarser)
+        self._asked, rest = parts(crop.size, per_side, rule.coarser)
+        most = round(rule.share * (len(self._asked) + len(rest)))
+        self._waiting = farthest_first(self._asked, rest, max(0, most - len(self._asked)))
         self._confidence = torch.full((len(self._waiting),), -torch.inf, dtype=torch.float64)
         self._rounds, self._distinct, self._in_vain = 0, 0, 0
 
@@ -115,6 +117,30 @@ class _Hierarchy:
             self._in_vain = 0 if len(kept) > self._distinct else self._in_vain + 1
         self._distinct = len(kept)
         return self._in_vain < self._rule.patience
+
+
+def farthest_first(chosen: Points, others: Points, count: int) -> Points:
+    """Some of the other points, spread evenly: each the farthest from all before (Gonzalez, 1985).
+
+    Args:
+        chosen: points that are there already, at least one.
+        others: points to choose among.
+        count: how many; all others where they are not more.
+
+    Returns:
+        The points in the order of `others`.
+    """
+    if count >= len(others):
+        return others
+    taken = np.zeros(len(others), np.bool_)
+    nearest = np.full(len(others), np.inf)
+    for point in chosen:
+        nearest = np.minimum(nearest, ((others - point) ** 2).sum(axis=1))
+    for _ in range(count):
+        farthest = int(nearest.argmax())
+        taken[farthest] = True
+        nearest = np.minimum(nearest, ((others - others[farthest]) ** 2).sum(axis=1))
+    return others[taken]
 
 
 def sparse_and_rest(size: tuple[int, int], per_side: int, coarser: int) -> tuple[Points, Points]:

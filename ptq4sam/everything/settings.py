@@ -24,6 +24,8 @@ class Hierarchical(Record):
         batch: after the sparse grid, ask so many points at a time, the least covered first, and
             look at what they found; 0 asks them all at once, as published.
         patience: stop after so many batches in a row that found no further mask; 0 for never.
+        share: of the points of both grids ask at most so many, those of the dense grid that lie
+            farthest from all chosen before (ours).
     """
 
     coarser: int = 4
@@ -32,6 +34,7 @@ class Hierarchical(Record):
     grid: Literal["plain", "published"] = "plain"
     batch: int = 0
     patience: int = 0
+    share: float = 1.0
 
     def _validate(self) -> None:
         self._require(self.coarser >= 2, "coarser", "2 or more")
@@ -43,6 +46,7 @@ class Hierarchical(Record):
         self._require(
             self.patience == 0 or self.batch > 0, "patience", "0 where points are asked at once"
         )
+        self._require(0 < self.share <= 1, "share", "above 0, to 1")
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,29 @@ def test_a_skipped_picture_does_not_count(scenes: CocoDataset, tmp_path: Path) -
     assert _shifted(dataset, 0).summarize()["AR"] == pytest.approx(100)
 
 
+def test_recall_is_of_up_to_100_masks_of_a_category(scenes: CocoDataset, tmp_path: Path) -> None:
+    """With 12 objects of one category a limit of 10, which COCO also has, would leave two out."""
+    content = json.loads(scenes.path.read_text())
+    content["images"] = content["images"][:1]
+    category = content["categories"][0]["id"]
+    content["annotations"] = [
+        {
+            "id": 1 + place,
+            "image_id": content["images"][0]["id"],
+            "category_id": category,
+            "segmentation": [[8 * place, 4, 8 * place + 6, 4, 8 * place + 6, 10, 8 * place, 10]],
+            "bbox": [8 * place, 4, 6, 6],
+            "area": 36,
+            "iscrowd": 0,
+        }
+        for place in range(12)
+    ]
+    path = tmp_path / "twelve.json"
+    path.write_text(json.dumps(content))
+    dataset = CocoDataset(scenes.images[0].path.parent, path)
+    assert _shifted(dataset, 0).summarize()["AR"] == pytest.approx(100)
+
+
 def test_an_annotation_with_id_0_can_be_found(scenes: CocoDataset, tmp_path: Path) -> None:
     """COCOeval takes a match with the object 0 for none, unless ids are renumbered."""
     content = json.loads(scenes.path.read_text())

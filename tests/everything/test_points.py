@@ -16,7 +16,13 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.everything import EverythingSettings, FoundMasks, Hierarchical, MaskGenerator
 from ptq4sam.everything.crops import Crop, grid_of
 from ptq4sam.everything.filters import without_duplicates
-from ptq4sam.everything.points import Points, points_of, published_points, sparse_and_rest
+from ptq4sam.everything.points import (
+    Points,
+    farthest_first,
+    points_of,
+    published_points,
+    sparse_and_rest,
+)
 from ptq4sam.sam.model import Sam
 from ptq4sam.sam.predictor import Predictor
 
@@ -36,6 +42,20 @@ def test_both_parts_are_the_plain_grid(size: tuple[int, int], per_side: int, coa
     assert len(sparse) + len(rest) == len(plain)
     assert rows(sparse) | rows(rest) == rows(plain)
     assert len(sparse) == math.ceil(per_side / coarser) ** 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 20, 59, 60, 99])
+def test_each_point_is_the_farthest_from_all_before(count: int) -> None:
+    chosen, others = sparse_and_rest((48, 64), 8, 4)
+    taken = [tuple(point) for point in chosen]
+    left = [tuple(point) for point in others]
+    for _ in range(min(count, len(left))):
+        distances = [min(math.dist(point, one) for one in taken) for point in left]
+        taken.append(left.pop(distances.index(max(distances))))
+    found = farthest_first(chosen, others, count)
+    assert [tuple(point) for point in found] == [
+        tuple(point) for point in others if tuple(point) in taken
+    ]
 
 
 def neighbours_by_hand(width: int, height: int) -> list[tuple[float, float]]:
@@ -100,6 +120,22 @@ def test_a_point_is_asked_where_no_mask_is_confident() -> None:
     assert len(first) == 4
     assert (second[:, 0] > 32).all()
     assert len(second) == 32 - 2
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.5, 32), (0.3, 19), (0.01, 4)])
+def test_a_share_of_the_points_is_asked_and_confidence_still_counts(
+    share: float, count: int
+) -> None:
+    everywhere = asked_after(Hierarchical(share=share), lambda logits: logits.fill_(-9.0))
+    assert sum(len(points) for points in everywhere) == count
+    covered = asked_after(Hierarchical(share=share), lambda logits: logits.fill_(9.0))
+    assert [len(points) for points in covered] == [4]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_is_above_zero_and_at_most_all(share: float) -> None:
+    with pytest.raises(ConfigError, match=r"share: .* above 0, to 1"):
+        Hierarchical(share=share)
 
 
 def test_several_masks_are_confident_together() -> None:

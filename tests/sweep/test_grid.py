@@ -155,6 +155,7 @@ TRIALS = {
     "published": 10,
     "seeds": 8,
     "steps": 5,
+    "tinysam": 24,
     "taus": 7,
     "two-peaks": 24,
     "efficientvit": 8,
