@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -115,6 +115,30 @@ class Searched:
         slots = (self.product.first, self.product.second)
         given = [self.operator.quantizer(s)(x) for s, x in zip(slots, operands, strict=True)]
         return self.product.module(*given)  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def held(self, seen: Sequence[Seen], slot: str) -> Iterator[Sequence[Seen]]:
+        """The same products with what a slot gives in its place, which is computed once."""
+        quantizer = self.operator.quantizer(slot)
+        if slot == WEIGHT:
+            layer = cast(QuantizedLayer, self.operator)
+            own, layer.weight.data = layer.weight.data, quantizer(layer.weight).detach()
+            try:
+                with quantizer_mode(quantizer, Mode.FLOAT):
+                    yield seen
+            finally:
+                layer.weight.data = own
+            return
+        place = 0 if slot == self.product.first else 1
+
+        def quantized(picture: Seen) -> Seen:
+            operands = list(picture.operands)
+            operands[place] = quantizer(operands[place])
+            return replace(picture, operands=tuple(operands))
+
+        held = [quantized(picture) for picture in seen]
+        with quantizer_mode(quantizer, Mode.FLOAT):
+            yield held
 
     def error(self, seen: Sequence[Seen], slot: str) -> Tensor:
         """Weighed squared errors of the output over all pictures, float64.
@@ -236,9 +260,11 @@ class RangeSearchMethod(Method[RangeSearch]):
     ) -> Tensor:
         """The first of the least error, for each scale of the slot."""
         errors = []
-        for index in range(options.count):
-            options.use(index)
-            errors.append(searched.error(seen, slot))
+        (other,) = (name for name in searched.turns if name != slot)
+        with searched.held(seen, other) as held:
+            for index in range(options.count):
+                options.use(index)
+                errors.append(searched.error(held, slot))
         return torch.stack(errors).argmin(0)
 
 

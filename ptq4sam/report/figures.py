@@ -72,6 +72,22 @@ def axes(
     return figure, all_axes
 
 
+def logarithmic_y(one: Axes) -> None:
+    """Make an axis of values logarithmic, with plain numbers: typeset powers take half the time."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            # Empty where there is no room.
+            shown = super().__call__(x, pos)
+            return (f"{x:g}" if x >= 0.01 else f"{x:.0e}".replace("e-0", "e-")) if shown else ""
+
+    one.set_yscale("log")
+    one.yaxis.set_major_formatter(Plain())
+    one.yaxis.set_minor_formatter(Plain(labelOnlyBase=False))
+    one.tick_params(which="minor", colors=INK, labelsize=8.5)
+
+
 def svg(figure: Figure, label: str) -> str:
     """The figure as an SVG element.
 

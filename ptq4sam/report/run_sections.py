@@ -13,7 +13,7 @@ from ptq4sam.report.distribution_plots import (
     layer_plot,
     softmax_plot,
 )
-from ptq4sam.report.figures import FLOAT, INK, QUANTIZED, THIRD, axes, bars, svg
+from ptq4sam.report.figures import FLOAT, INK, QUANTIZED, THIRD, axes, bars, logarithmic_y, svg
 from ptq4sam.report.page import Block, Plot, Plots, Section, Table, Text
 from ptq4sam.runs.record import PartRecord, UnitRecord
 from ptq4sam.sam.description import TRANSFORMER
@@ -125,7 +125,7 @@ def loss_plot(unit: UnitRecord) -> Plot:
     one.axhline(unit.after, color=INK, linewidth=1, linestyle=(0, (4, 2)))
     values = [value for value in (*unit.curve, unit.before, unit.after) if value > 0]
     if values and max(values) / min(values) > 20:
-        one.set_yscale("log")
+        logarithmic_y(one)
     caption = f"{unit.before:.4g} before, {unit.after:.4g} after {unit.steps} steps"
     if unit.fell_back:
         caption += "; worse by learning, so left rounded to nearest"

@@ -79,8 +79,8 @@ def quantized(case: str, quick: bool = False) -> QuantizedSam:
 
     Args:
         case: a key of CASES.
-        quick: with hardly a search for ranges, and two steps of learning at most: for what holds
-            of any quantized model.
+        quick: on one scene, with hardly a search for ranges, and two steps of learning at most:
+            for what holds of any quantized model.
     """
     file, overrides = CASES[case]
     scheme = Scheme.from_yaml(SCHEMES / f"{file}.yaml").with_overrides(*overrides)
@@ -91,7 +91,8 @@ def quantized(case: str, quick: bool = False) -> QuantizedSam:
     try:
         torch.set_num_threads(1)
         with reproducible():
-            items = [_item(nano(), generate_scene(seed)) for seed in CALIBRATION]
+            seeds = CALIBRATION[:1] if quick else CALIBRATION
+            items = [_item(nano(), generate_scene(seed)) for seed in seeds]
             return quantize_sam(nano(), items, scheme, seed=1)
     finally:
         torch.set_num_threads(threads)
