@@ -34,6 +34,8 @@ import torch
 from devices import add_device, finish, peak_mib
 from sam_memory import ALLOCATORS, resident_mib
 
+from ptq4sam.allocator import keep_freed_memory
+
 if TYPE_CHECKING:
     from ptq4sam.everything import EverythingSettings
     from ptq4sam.sam.model import PromptableModel
@@ -220,6 +222,7 @@ def main() -> None:
         parser.error("--images and --annotations go together")
     write = sys.stdout.write
     if given.images:
+        keep_freed_memory()
         sam = open_model(given.name, given.checkpoint, given.device)
         ways = ["plain", *given.ways]
         write_comparison(

@@ -1,11 +1,12 @@
 """Measure whether deployed models do what the simulation promises, and write docs/agreement.md.
 
-    python tools/write_agreement.py --coco-mini DIR --out docs/agreement.md
+    python tools/write_agreement.py --limit 12 --coco-mini DIR --out docs/agreement.md
+    python tools/write_agreement.py --model efficientvit_sam_nano --limit 12 ...
 
-vit_nano is quantized by each scheme, saved and exported; then the float model, the simulation, the
-integer reference and the exported files are scored on the same boxes (ground truth) by the same
-code. What is finished in the work directory is not measured again. Without --coco-mini only the
-generated scenes are measured.
+A small SAM is quantized by each scheme, saved and exported; then the float model, the simulation,
+the integer reference and the exported files are scored on the same boxes (ground truth) by the same
+code. Each model has its part of the page, others stay. What is finished in the work directory is
+not measured again. Without --coco-mini only the generated scenes are measured.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ptq4sam.sam.model import Features
 import numpy as np
 import torch
 from data_sets import Data, data_sets, machine
+from pages import with_part
 from torch import Tensor
 
 from ptq4sam.cli import main as ptq4sam
@@ -49,8 +51,11 @@ from ptq4sam.sam.predictor import Predictor
 _log = logging.getLogger("write_agreement")
 _ROOT = Path(__file__).resolve().parents[1]
 
-MODEL = "vit_nano"
-SCHEMES = {"W8A8": "w8a8", "W6A6": "ptq4sam-s66", "W4A4": "ptq4sam-s44"}
+SCHEMES = {
+    "vit_nano": {"W8A8": "w8a8", "W6A6": "ptq4sam-s66", "W4A4": "ptq4sam-s44"},
+    "efficientvit_sam_nano": {"W8A8": "efficientvit_sam/w8a8"},
+}
+"""By model, files in exp by the names of rows."""
 FLOAT, SIMULATION = "float", "simulation"
 NOISES = {f"noise-{size:g}": size for size in (1e-7, 1e-6)}
 """Of normalised pixels, the smaller one a float32's own rounding: a byte of a picture is 1e-2."""
@@ -91,7 +96,9 @@ class Measurement:
 
     def __init__(self, data: Data, arguments: argparse.Namespace) -> None:
         self._data = data
-        self._folder: Path = arguments.work_dir / data.name.replace(" ", "_")
+        self._model: str = arguments.model
+        self._schemes = SCHEMES[self._model]
+        self._folder: Path = arguments.work_dir / self._model / data.name.replace(" ", "_")
         self._limit: int | None = arguments.limit
         self._calibration: int = arguments.calibration
         self._only_measured: bool = arguments.only_measured
@@ -102,7 +109,7 @@ class Measurement:
         None where it was not measured and is not to be.
         """
         kind = BACKENDS.get(backend)
-        name = FLOAT if scheme is None else f"{SCHEMES[scheme]}-{kind}"
+        name = FLOAT if scheme is None else f"{Path(self._schemes[scheme]).name}-{kind}"
         path = self._folder / f"{name}.json"
         if not path.exists() and self._only_measured:
             return None
@@ -129,7 +136,7 @@ class Measurement:
     def _open(self, scheme: str | None, backend: str) -> tuple[PromptableModel, list[Path]]:
         """The model, and the files that it is read from."""
         if scheme is None:
-            return load_sam(MODEL), [ASSETS / f"{MODEL}.safetensors"]
+            return load_sam(self._model), [ASSETS / f"{self._model}.safetensors"]
         checkpoint = self._quantized(scheme)
         kind = BACKENDS[backend]
         if kind == BACKENDS[SIMULATION]:
@@ -145,16 +152,17 @@ class Measurement:
         return open_backend(folder, runtime), [folder / name for name in manifest["files"]]
 
     def _quantized(self, scheme: str) -> Path:
-        path = self._folder / f"{SCHEMES[scheme]}.safetensors"
+        file = self._schemes[scheme]
+        path = self._folder / f"{Path(file).name}.safetensors"
         if not path.exists():
             data = self._data
             _run(
                 "quantize",
-                *("--model", MODEL, "--scheme", _ROOT / "exp" / f"{SCHEMES[scheme]}.yaml"),
+                *("--model", self._model, "--scheme", _ROOT / "exp" / f"{file}.yaml"),
                 *("--calibration-images", data.calibration_images),
                 *("--calibration-annotations", data.calibration_annotations),
                 *("--calibration-size", self._calibration, "--output", path),
-                *("--work-dir", self._folder / SCHEMES[scheme]),
+                *("--work-dir", self._folder / Path(file).name),
             )
         return path
 
@@ -213,14 +221,14 @@ def section(data: Data, arguments: argparse.Namespace) -> list[str]:
     if reference is None:
         return []
     lines = [
-        f"## {data.name}",
+        f"### {data.name}",
         "",
         f"{reference['pictures']} pictures, {len(reference['masks'])} objects.",
         "",
         *HEADER,
         cells("", FLOAT, reference, None),
     ]
-    for scheme in SCHEMES:
+    for scheme in SCHEMES[arguments.model]:
         simulation = measurement.row(scheme, SIMULATION)
         for backend in BACKENDS:
             row = measurement.row(scheme, backend)
@@ -262,32 +270,37 @@ def _verdict(agreement: float, difference: float) -> str:
     return f"misses {' and '.join(missed)}" if missed else "met"
 
 
-_INTRODUCTION = """\
+_TOP = f"""\
 # Does the device do what the simulation says?
 
-Written by `python tools/write_agreement.py`; every number was measured by it. `vit_nano` (encoder
-and decoder quantized, {calibration} calibration pictures) with ground-truth boxes, scored by the
-same code on every backend, on the first {limit} pictures of each data set. Bytes are those of the
-files that a backend reads: the simulation and the integer reference read the packed
+Written by `python tools/write_agreement.py`; every number was measured by it. Small SAMs, encoder
+and decoder quantized, with ground-truth boxes, scored by the same code on every backend. Bytes are
+those of the files that a backend reads: the simulation and the integer reference read the packed
 file, ONNX Runtime and OpenVINO what `ptq4sam export` wrote (codes of 6 bits in bytes). Times are of
-a machine that was shared, {threads} thread(s): ratios in docs/benchmarks.md are measured apart.
+a machine that was shared: ratios in [benchmarks.md](benchmarks.md) are measured apart.
 
-The goal is an IoU of masks with the simulation of {goal}, and an AP within {goal_ap} of its own.
+The goal is an IoU of masks with the simulation of {GOAL}, and an AP within {GOAL_AP} of its own.
 The last column says which rows meet it. Every product of codes is a sum of whole numbers that is
 exact wherever it is computed, and what lies between them is made of operations that all round alike
 (`quantization/portable.py`): the integer reference, ONNX Runtime and OpenVINO have the
 simulation's codes; masks may differ by last bits of the float layers behind the last quantizer.
 "OpenVINO, fast" is `ptq4sam export --fast`: its own norms, softmaxes and GELUs differ in the last
 bit, a few codes of a picture in the middle of two are rounded the other way, and the network
-amplifies each. Rows of the simulation
-with noise on the normalised pixels (deviation 1) say how much so little does to it. On few pictures
-the AP moves by several tenths for one mask.
+amplifies each. Rows of the simulation with noise on the normalised pixels (deviation 1) say how
+much so little does to it. On few pictures the AP moves by several tenths for one mask.
+"""
+
+_OF_MODEL = """\
+## {model}
+
+{calibration} calibration pictures; {limit} pictures of each data set; {threads} thread(s).
 """
 
 
 def main() -> None:
     """Measure everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=SCHEMES, default="vit_nano", help="default: vit_nano")
     parser.add_argument("--coco-mini", type=Path, help="folder of coco_mini")
     parser.add_argument("--calibration", type=int, default=32, help="calibration pictures")
     parser.add_argument("--limit", type=int, help="evaluate the first pictures only")
@@ -303,17 +316,17 @@ def main() -> None:
     available = data_sets(arguments.work_dir, arguments.coco_mini)
     sections = [section(data, arguments) for data in available]
     used = ", ".join(f"{name} {version}" for name, version in sorted(versions().items()))
-    introduction = _INTRODUCTION.format(
+    introduction = _OF_MODEL.format(
+        model=arguments.model,
         calibration=arguments.calibration,
-        limit=arguments.limit or "all",
+        limit="all" if arguments.limit is None else f"the first {arguments.limit}",
         threads=torch.get_num_threads(),
-        goal=GOAL,
-        goal_ap=GOAL_AP,
     )
     parts = [introduction, *("\n".join(lines) for lines in sections)]
     parts.append(f"Measured on {arguments.machine}; {used}.\n")
+    old = arguments.out.read_text() if arguments.out.exists() else ""
     with replacing(arguments.out) as temporary:
-        temporary.write_text("\n".join(parts))
+        temporary.write_text(with_part(old, _TOP, "\n".join(parts)))
 
 
 if __name__ == "__main__":

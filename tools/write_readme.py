@@ -38,8 +38,8 @@ _MODELS = {"float": None, "W6A6": "ptq4sam-s66", "W4A4": "ptq4sam-s44"}
 
 def readme_table(results: str) -> list[str]:
     """README's table, from the first part of docs/results.md: a row a method, each data set."""
-    results = re.split(r"^# ", results, flags=re.MULTILINE)[1]
-    sections = re.findall(r"^## (.+)\n\n(\d+) pictures.*\n\n((?:\|.*\n)+)", results, re.MULTILINE)
+    results = re.split(r"^## ", results, flags=re.MULTILINE)[1]
+    sections = re.findall(r"^### (.+)\n\n(\d+) pictures.*\n\n((?:\|.*\n)+)", results, re.MULTILINE)
     rows: dict[str, list[str]] = {}
     heads = ["method"]
     for name, pictures, table in sections:

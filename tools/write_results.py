@@ -17,7 +17,6 @@ import concurrent.futures
 import csv
 import json
 import logging
-import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from data_sets import Data, data_sets, machine
+from pages import with_part
 from write_readme import README, with_table
 
 from ptq4sam.families import build_sam
@@ -127,7 +127,7 @@ def table(benchmark: Benchmark, rows: list[Row]) -> list[str]:
     base = rows[0]
     pictures, masks = base.truth["pictures"], base.truth["masks"]
     lines = [
-        f"## {benchmark.name}",
+        f"### {benchmark.name}",
         "",
         f"{pictures} pictures, {masks} objects; AP with boxes of {benchmark.detector_name}.",
         "",
@@ -166,28 +166,36 @@ def _clicks(rows: list[Row]) -> list[str]:
     return lines
 
 
-_INTRODUCTION = """\
-# Results of {model}
+_TOP = """\
+# Results
 
-Written by `python tools/write_results.py`; every number was measured by it. `{model}` has
-{parameters:.1f} million parameters and was trained on few pictures: these figures show what
-quantization costs, they do not compare with those of the official SAM.
+Written by `python tools/write_results.py`; every number was measured by it. The models are small
+and were trained on few pictures: these figures show what quantization costs, they do not compare
+with those of the official SAM.
 
 Mean IoU and agreement (mean IoU with the float model's masks) are with ground-truth boxes; change
-is in points of mean IoU. {reconstruction}{calibration} calibration pictures; the image encoder is
-quantized too. Clicks are made as in interactive segmentation (docs/prompts.md), with the mean IoU
-after each; "IoU off" is how far predicted IoUs are from true ones, on average. Each row is one run,
-of one seed: figures that lie a few tenths apart, or AP a point, may change their order with another
-(docs/experiments.md has deviations over three seeds). Every quantized model passed the audit.
+is in points of mean IoU. The image encoder is quantized too. Clicks are made as in interactive
+segmentation ([prompts.md](prompts.md)), with the mean IoU after each; "IoU off" is how far
+predicted IoUs are from true ones, on average. Each row is one run, of one seed: figures that lie a
+few tenths apart, or AP a point, may change their order with another
+([experiments.md](experiments.md) has deviations over three seeds). Every quantized model passed the
+audit.
+"""
+
+
+_OF_MODEL = """\
+## {model}
+
+{parameters:.1f} million parameters; {calibration} calibration pictures.{reconstruction}
 """
 
 
 _RECONSTRUCTION = """\
-QDrop and PTQ4SAM-L reconstruct {steps} steps a unit with learning rates
-raised to match (published: 20,000 steps); """
+ QDrop and PTQ4SAM-L reconstruct {steps} steps a unit with learning rates raised to match
+(published: 20,000 steps)."""
 
 _BIMODAL = """\
-# What is done about bimodal keys
+## What is done about bimodal keys
 
 Keys of three attentions of `vit_nano_bimodal` were given two peaks that the float masks do not see;
 `vit_nano` itself has none. BIG folds the signs of these three and nothing of `vit_nano`; in both it
@@ -221,21 +229,12 @@ def bimodal_part(sweep: Path) -> str:
     return introduction + "\n".join(lines) + f"\n\nMeasured on {machine()}.\n"
 
 
-def with_part(old: str, part: str) -> str:
-    """A page whose part of the same title is this one, or that ends with it."""
-    parts = re.split(r"^(?=# )", old, flags=re.MULTILINE)
-    title = part.splitlines()[0]
-    kept = {known.splitlines()[0]: known.strip() for known in parts if known.strip()}
-    kept[title] = part.strip()
-    return "\n\n".join(kept.values()) + "\n"
-
-
 def page(sections: list[list[str]], arguments: argparse.Namespace, versions: dict[str, str]) -> str:
     """The part of one model."""
     used = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     weights = build_sam(arguments.model).parameters()
     parts = [
-        _INTRODUCTION.format(
+        _OF_MODEL.format(
             model=arguments.model,
             parameters=sum(weight.numel() for weight in weights) / 1e6,
             reconstruction=""
@@ -303,7 +302,7 @@ def main() -> None:
 
 def _write(part: str, out: Path) -> None:
     old = out.read_text(encoding="utf-8") if out.exists() else ""
-    write_text(with_part(old, part), out)
+    write_text(with_part(old, _TOP, part), out)
     if out == _ROOT / "docs" / "results.md":
         readme = with_table(README.read_text(encoding="utf-8"), out.read_text(encoding="utf-8"))
         write_text(readme, README)
