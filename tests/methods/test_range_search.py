@@ -18,7 +18,7 @@ from ptq4sam.model.audit import audit
 from ptq4sam.model.calibration import CalibrationItem, run_item
 from ptq4sam.model.insertion import QuantizedSam, insert_quantizers
 from ptq4sam.model.quantize import quantize_sam
-from ptq4sam.operators.base import quantized_operators
+from ptq4sam.operators.base import quantized_layers, quantized_operators
 from ptq4sam.quantization.choices import parameters_of
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizers
@@ -270,6 +270,10 @@ def test_two_searches_end_alike(sam: Sam, items: list[CalibrationItem]) -> None:
     first, second = (quantize_sam(sam, items[:2], scheme(steps=5, rounds=1)) for _ in range(2))
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
+    # What was tried on the way has left no trace in weights.
+    exact = dict(quantized_layers(insert_quantizers(sam, scheme())))
+    for name, layer in quantized_layers(first):
+        assert torch.equal(layer.weight, layer.weight_quantizer(exact[name].weight)), name
 
 
 def test_hybrid_grids_are_chosen_by_it_too(
