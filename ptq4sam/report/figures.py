@@ -73,7 +73,7 @@ def axes(
 
 
 def logarithmic_y(one: Axes) -> None:
-    """Make an axis of values logarithmic, with plain numbers: typeset ones take a third of the time."""
+    """Make an axis of values logarithmic; its numbers are plain, since typeset ones take long."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
