@@ -12,8 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ptq4sam.deploy.container import CHECKSUM, DESCRIPTION, signed
+from ptq4sam.deploy.export import export
+from ptq4sam.deploy.targets import FORMATS
 from ptq4sam.deploy.targets.onnxruntime import OnnxRuntimeSession
 from ptq4sam.deploy.targets.openvino import OpenVinoSession
+from ptq4sam.model.insertion import QuantizedSam
 from tests.deploy.sessions import opened_once
 from tests.model.conftest import (  # noqa: F401
     forward,
@@ -33,6 +36,30 @@ def shared_sessions() -> Iterator[None]:
         for kind in (OnnxRuntimeSession, OpenVinoSession):
             patch.setattr(kind, "__init__", opened_once(kind.__init__))
         yield
+
+
+@pytest.fixture(scope="module")
+def exported_before() -> dict[str, bytes]:
+    """Files of both exports of `quantize(8)`, by name, as soon as a test has made them."""
+    return {}
+
+
+@pytest.fixture
+def folder(
+    quantize: Callable[..., QuantizedSam],  # noqa: F811
+    exported_before: dict[str, bytes],
+    tmp_path: Path,
+) -> tuple[QuantizedSam, Path]:
+    """A model of 8 bits, and both of its exports, a test's own files."""
+    model, path = quantize(8), tmp_path / "exported"
+    if not exported_before:
+        for runtime_format in FORMATS:
+            export(model, path, runtime_format)
+        exported_before |= {file.name: file.read_bytes() for file in path.iterdir()}
+    path.mkdir(exist_ok=True)
+    for name, content in exported_before.items():
+        (path / name).write_bytes(content)
+    return model, path
 
 
 @pytest.fixture

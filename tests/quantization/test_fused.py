@@ -1,33 +1,22 @@
 """Compiled kernels: the same values as operations one by one, and a way back without a compiler."""
 
-import logging
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._inductor.config
 from torch import Tensor
 
-from ptq4sam.methods import granularity_points
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
-from ptq4sam.operators import activation, norm
-from ptq4sam.operators import attention as attention_operator
-from ptq4sam.quantization import fused, grid, portable, rounding, whole
-from ptq4sam.quantization import hard_numbers as hard
+from ptq4sam.quantization import fused, grid, whole
 from ptq4sam.quantization.dropping import choose, keep_some_float
 from ptq4sam.quantization.fused import FEWEST_ELEMENTS, fused_exactly
 from ptq4sam.quantization.grid import Grid, fake_quantize, fake_quantize_some
 from ptq4sam.quantization.rounding import AdaRoundQuantizer
 from tests.devices import on_devices
+from tests.quantization.compilers import messages, needs_compiler, usable_compiler
 
 SIDE = 1024
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 Result = tuple[Tensor, ...]
 
@@ -37,11 +26,6 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 def random_bits(x: Tensor) -> torch.Generator:
     return torch.Generator(x.device).manual_seed(3)
-
-
-def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the package said, without torch's own."""
-    return [r.getMessage() for r in caplog.records if r.name.startswith("ptq4sam")]
 
 
 def affine(x: Tensor) -> Result:
@@ -243,133 +227,6 @@ def test_a_function_of_too_many_kernels_leaves_others_theirs(
     assert messages(caplog) == []
 
 
-def usable_compiler() -> fused._Compiler:
-    compiler = fused._Compiler()
-    compiler._usable["cpu"] = True
-    return compiler
-
-
-def test_small_tensors_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compile(*_args: object, **_options: object) -> None:
-        raise AssertionError("compiled")
-
-    monkeypatch.setattr(torch, "compile", no_compile)
-    monkeypatch.setattr(fused._compiler, "_usable", {"cpu": True})
-    run = fused.fused(lambda x: x + 1)
-    assert run(torch.zeros(3)).tolist() == [1, 1, 1]
-    with pytest.raises(AssertionError, match="compiled"):
-        run(torch.zeros(FEWEST_ELEMENTS))
-
-
-def test_a_kernel_is_made_when_the_time_it_takes_was_spent(monkeypatch: pytest.MonkeyPatch) -> None:
-    worth = fused.WORTH_COMPILING
-    clock = iter([0.0, 0.75 * worth, 10.0, 10.0 + 0.3 * worth])
-    monkeypatch.setattr(fused.time, "thread_time", lambda: next(clock))
-    monkeypatch.setattr(torch, "compile", lambda function, **_options: lambda x: -function(x))
-    monkeypatch.setattr(fused, "_compiler", usable_compiler())
-    monkeypatch.delenv(fused.SWITCH)
-    run = fused.fused(lambda x: x + 1)
-    x = torch.zeros(FEWEST_ELEMENTS)
-    assert [float(run(x)[0]) for _ in range(4)] == [1, 1, -1, -1]
-
-
-def test_a_huge_tensor_is_compiled_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **_options: lambda x: -function(x))
-    monkeypatch.setattr(fused, "_compiler", usable_compiler())
-    monkeypatch.setattr(fused, "LARGEST_UNCOMPILED", FEWEST_ELEMENTS)
-    monkeypatch.delenv(fused.SWITCH)
-    assert float(fused.fused(lambda x: x + 1)(torch.zeros(FEWEST_ELEMENTS))[0]) == -1
-
-
-@pytest.mark.parametrize(("own", "expected"), [(None, True), (False, None)])
-def test_the_compiler_is_not_tested_unless_the_user_wants_it(
-    own: bool | None, expected: bool | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[object] = []
-
-    def remember(
-        function: Callable[[Tensor], Tensor], options: dict[str, object], **_: object
-    ) -> object:
-        given.append(options.get("cpp.vec_isa_ok"))
-        return function
-
-    monkeypatch.setattr(torch, "compile", remember)
-    monkeypatch.setattr(fused, "_compiler", usable_compiler())
-    with torch._inductor.config.patch({"cpp.vec_isa_ok": own}):
-        fused.fused(lambda x: x + 1)(torch.zeros(FEWEST_ELEMENTS))
-    assert given == [expected]
-
-
-_TO_POINTS = """
-import torch
-from ptq4sam.methods.granularity_points import point_parameters, to_points
-from ptq4sam.quantization import fused
-to_points(torch.rand(2**18), *point_parameters(torch.tensor(0.9), torch.tensor(4.0), 64))
-print(torch.backends.cpu.get_cpu_capability(), fused._compiler._told)
-"""
-
-
-@needs_compiler
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="one set of vector instructions"
-)
-def test_kernels_on_disk_are_those_of_the_processor(tmp_path: Path) -> None:
-    """torch takes one made for wider vectors, and half of what it gives was never computed."""
-    told = []
-    for capability in ("avx512", "avx2"):
-        environment = {
-            **os.environ,
-            "ATEN_CPU_CAPABILITY": capability,
-            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-            fused.SWITCH: "1",
-        }
-        command = [sys.executable, "-c", _TO_POINTS]
-        told.append(subprocess.run(command, env=environment, capture_output=True, text=True).stdout)
-    assert told == ["AVX512 set()\n", "AVX2 set()\n"]
-
-
-def test_a_failing_compiler_is_said_once_and_left(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def failing(_function: object, **_options: object) -> Callable[[Tensor], Tensor]:
-        def run(_x: Tensor) -> Tensor:
-            raise torch._dynamo.exc.BackendCompilerFailed(
-                lambda: None, RuntimeError("no g++ here"), None
-            )
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", failing)
-    monkeypatch.setattr(fused, "_compiler", usable_compiler())
-    run = fused.fused(lambda x: x + 1)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert run(torch.zeros(FEWEST_ELEMENTS)).sum() == FEWEST_ELEMENTS
-    (told,) = messages(caplog)
-    assert "no kernel could be compiled" in told
-
-
-@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
-def test_the_switch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", shutil.which("true") or "")
-    monkeypatch.delenv(fused.SWITCH, raising=False)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": False}
-    assert fused._Compiler().usable(kind) is there[kind]
-    monkeypatch.setenv(fused.SWITCH, "0")
-    assert not fused._Compiler().usable(kind)
-
-
-def test_a_gpu_needs_no_compiler_of_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
-    monkeypatch.delenv(fused.SWITCH, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    compiler = fused._Compiler()
-    assert not compiler.usable("cpu")
-    assert compiler.usable("cuda")
-    compiler.give_up("cpu", RuntimeError("none"))
-    assert compiler.usable("cuda")
-
-
 def test_one_kernel_of_adaptive_granularity_serves_all_shapes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -387,178 +244,6 @@ def test_one_kernel_of_adaptive_granularity_serves_all_shapes(
             assert torch.equal(quantizer.steps(x).flatten(), expected[1])
             assert torch.equal(quantizer.codes(x).flatten(), expected[2])
     assert "no kernel could be compiled" not in caplog.text
-
-
-def test_used_up_memory_is_not_a_missing_compiler(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tries: list[Tensor] = []
-
-    def full(_function: object, **_options: object) -> Callable[[Tensor], Tensor]:
-        def run(x: Tensor) -> Tensor:
-            tries.append(x)
-            if len(tries) > 1:
-                return x + 1
-            raise torch._dynamo.exc.BackendCompilerFailed(
-                lambda: None, RuntimeError("CUDA out of memory. Tried to allocate"), None
-            )
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", full)
-    monkeypatch.setattr(fused, "_compiler", usable_compiler())
-    run = fused.fused(lambda x: x + 1)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run(torch.zeros(FEWEST_ELEMENTS))
-    assert "no kernel" not in caplog.text
-    run(torch.zeros(FEWEST_ELEMENTS))
-    assert len(tries) == 2
-
-
-def test_a_kernel_with_other_numbers_is_said_once_and_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of its device alone: kernels of functions that are not compared go on."""
-    monkeypatch.setattr(fused, "_compiler", usable_compiler())
-    # A compiler that is off by one in a single place of the second set of arguments.
-    calls: list[Tensor] = []
-
-    def compiled(function: Callable[[Tensor], Tensor], **_options: object) -> object:
-        def run(x: Tensor) -> Tensor:
-            calls.append(x)
-            result = function(x)
-            if x[0] == 2:
-                result[-1] += 1
-            return result
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    arguments = fused_exactly(lambda _x: iter([(torch.ones(5),), (torch.full((5,), 2.0),)]))
-    exact, plain = arguments(torch.square), fused.fused(torch.square)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert torch.equal(exact(torch.ones(FEWEST_ELEMENTS)), torch.ones(FEWEST_ELEMENTS))
-        assert len(calls) == 2
-        arguments(torch.square)(torch.ones(FEWEST_ELEMENTS))
-        plain(torch.ones(FEWEST_ELEMENTS))
-    assert len(calls) == 5
-    (told,) = messages(caplog)
-    assert "gives other numbers on cpu" in told
-
-
-def test_what_is_no_number_is_equal_to_itself() -> None:
-    nan = torch.tensor([1.0, torch.nan])
-    assert fused._same(nan, nan.clone())
-    assert not fused._same(nan, torch.ones(2))
-    assert not fused._same(torch.ones(2), nan)
-
-
-def flat_calls() -> dict[str, tuple[object, Callable[..., Tensor], tuple[object, ...]]]:
-    """Each function whose kernel is compared: its module, and arguments of a call."""
-    x, attention = torch.zeros(2**21), torch.zeros(2**21)
-    number = torch.tensor
-    points = granularity_points.point_parameters(number(0.7), number(2.0), 16)
-    scale, middles = points[:2]
-    some = choose(x, 0.5, None)
-    rows, channels = torch.zeros(4096, 512), torch.zeros(512)
-    affine_parameters = (number(0.21), number(7.0), 0, 255)
-    chosen_affine = (*some.parts(), *affine_parameters[:2], x.new_empty(()), 0, 255)
-    weight = torch.zeros(1024, 1024)
-    by_channel = (torch.full((1024, 1), 0.3), torch.full((1024, 1), 7.0))
-    points_of_some = (*some.parts(), *points, x.new_empty(()))
-    return {
-        "affine": (grid, grid._move_to_grid, (x, *affine_parameters)),
-        "steps": (grid, grid._steps_from_zero, (x, *affine_parameters)),
-        "weights": (grid, grid._move_to_grid, (weight, *by_channel, 0, 15)),
-        "some": (grid, grid._move_some_to_grid, (some.rows(x), *chosen_affine)),
-        "rounding": (
-            rounding,
-            rounding._soften,
-            (weight, weight.clone(), *by_channel, weight.new_empty(()), 0, 15),
-        ),
-        "codes": (
-            granularity_points,
-            granularity_points._clamped_codes,
-            (attention, scale, middles, number(2, dtype=torch.int32), 16),
-        ),
-        "points": (granularity_points, granularity_points._to_points, (attention, *points)),
-        "whole points": (
-            granularity_points,
-            granularity_points._whole_points,
-            (attention, *points, number(2.0**20)),
-        ),
-        "some points": (
-            granularity_points,
-            granularity_points._quantize_some,
-            (some.rows(attention), *points_of_some),
-        ),
-        "softmax": (portable, attention_operator._softmax, (rows, rows[:, :1])),
-        "gelu": (portable, activation._gelu, (x,)),
-        "norm": (portable, norm._norm_of_rows, (rows, channels, channels, 1e-6)),
-        "rescaled": (whole, whole._rescaled, (rows, channels, channels)),
-    }
-
-
-def hard_arguments(function: Callable[..., Tensor]) -> Callable[..., object]:
-    """What a function of the package names as hard to round."""
-    while fused_by := getattr(function, "__wrapped__", None):
-        # What is `unwatched` is wrapped once more.
-        if any(isinstance(c.cell_contents, fused._Kernel) for c in function.__closure__ or ()):
-            break
-        function = fused_by
-    (kernel,) = (
-        cell.cell_contents
-        for cell in function.__closure__ or ()
-        if isinstance(cell.cell_contents, fused._Kernel)
-    )
-    assert kernel._hard is not None
-    return kernel._hard
-
-
-@pytest.mark.parametrize("name", list(flat_calls()))
-def test_hard_numbers_show_a_kernel_that_does_not_round_right(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By quotients as products with reciprocals, and by products and sums rounded once."""
-    module, function, arguments = flat_calls()[name]
-    makes, plain = hard_arguments(function), function.__wrapped__  # type: ignore[attr-defined]
-    sets = list(makes(*arguments))  # type: ignore[call-overload]
-    assert sum(given[0].numel() for given in sets) >= 2**19
-    for given in sets:
-        assert [type(x) for x in given] == [type(x) for x in arguments]
-    expected = [plain(*given) for given in sets]
-    assert all(map(fused._same, [plain(*given) for given in sets], expected))
-    if name == "rescaled":
-        found = [
-            (sums.double() * scale.double() + bias.double()).float() for sums, scale, bias in sets
-        ]
-    elif module is portable:
-        monkeypatch.setattr(
-            portable, "reciprocal", lambda x: x.double().pow(-1).mul(1 + 2e-8).float()
-        )
-        found = [plain(*given) for given in sets]
-    else:
-        monkeypatch.setattr(module, "divided", lambda x, divisor: x * divisor.reciprocal())
-        found = [plain(*given) for given in sets]
-    assert not all(map(fused._same, found, expected))
-
-
-@needs_compiler
-def test_a_kernel_that_divides_approximately_is_caught(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def approximately(x: Tensor, divisor: Tensor) -> Tensor:
-        return x * divisor.reciprocal() if torch.compiler.is_compiling() else x / divisor
-
-    monkeypatch.setattr(fused, "_compiler", usable_compiler())
-    monkeypatch.setattr(grid, "divided", approximately)
-    steps = fused_exactly(hard.near_steps(scale_at=1))(grid._steps_from_zero.__wrapped__)  # type: ignore[attr-defined]
-    x = torch.arange(FEWEST_ELEMENTS).float() * 0.9375
-    with caplog.at_level(logging.WARNING):
-        found = steps(x, torch.tensor(0.9375), torch.tensor(0.0), 0, 65_535)
-    assert torch.equal(found, torch.arange(FEWEST_ELEMENTS).clamp(max=65_535).float())
-    assert "gives other numbers on cpu" in caplog.text
 
 
 @on_devices
