@@ -42,31 +42,23 @@ if TYPE_CHECKING:
 
 MODELS = ("ptq4sam", "segment-anything")
 
-RELATIVE = ("hierarchical.relative=true", "hierarchical.high_score_thresh=0.9")
-EVERYWHERE = ("hierarchical.relative=true", "hierarchical.high_score_thresh=1")
+_RELATIVE, _THRESHOLD = "hierarchical.relative=true", "hierarchical.high_score_thresh"
+# Above any share of the highest logit: no point is left out.
+_ALL = (_RELATIVE, f"{_THRESHOLD}=1")
 WAYS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "plain, fewer duplicates removed": ("box_nms_thresh=0.85",),
     "published points": ("hierarchical.grid=published",),
     "two rounds": ("hierarchical.grid=plain",),
-    "two rounds, relative": RELATIVE,
-    "two rounds, relative to 0.7": (RELATIVE[0], "hierarchical.high_score_thresh=0.7"),
-    "batches, relative": (*RELATIVE, "hierarchical.batch=64"),
+    "two rounds, relative": (_RELATIVE, f"{_THRESHOLD}=0.9"),
+    "two rounds, relative to 0.7": (_RELATIVE, f"{_THRESHOLD}=0.7"),
+    "batches, relative": (_RELATIVE, f"{_THRESHOLD}=0.9", "hierarchical.batch=64"),
     "batches until two find nothing": (
-        *RELATIVE,
-        "hierarchical.batch=64",
-        "hierarchical.patience=2",
+        *(_RELATIVE, f"{_THRESHOLD}=0.9"),
+        *("hierarchical.batch=64", "hierarchical.patience=2"),
     ),
-    "half of the points, spread": (
-        *EVERYWHERE,
-        "hierarchical.share=0.5",
-        "box_nms_thresh=0.8",
-    ),
-    "35 % of the points, spread": (
-        *EVERYWHERE,
-        "hierarchical.share=0.35",
-        "box_nms_thresh=0.85",
-    ),
+    "half of the points, spread": (*_ALL, "hierarchical.share=0.5", "box_nms_thresh=0.8"),
+    "35 % of the points, spread": (*_ALL, "hierarchical.share=0.35", "box_nms_thresh=0.85"),
 }
 """Settings of a way, by the name of a row; with any of the hierarchical mode it is on."""
 
@@ -100,7 +92,7 @@ def compare(
     plain = EverythingSettings.suited_to(sam.name).with_overrides(*options)
     staged = replace(plain, hierarchical=Hierarchical())
     settings: dict[str, EverythingSettings] = {
-        name: (staged if "hierarchical." in "".join(way) else plain).with_overrides(*way)
+        name: (staged if any(map(_is_hierarchical, way)) else plain).with_overrides(*way)
         for name, way in WAYS.items()
         if name in ways
     }
@@ -123,6 +115,10 @@ def compare(
             row.masks += len(found)
             row.best += best_ious(objects, found.segmentations).tolist()
     return rows
+
+
+def _is_hierarchical(option: str) -> bool:
+    return option.startswith("hierarchical.")
 
 
 @contextlib.contextmanager
