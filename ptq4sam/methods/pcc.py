@@ -11,9 +11,10 @@ numbers, the same for all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from ptq4sam.methods.method import METHODS, Calibration, Method
 from ptq4sam.methods.task_gradients import squared_gradients
-from ptq4sam.operators.base import INPUT, KEY, QUERY, SOFTMAX, QuantizedLayer, QuantizedOperator
+from ptq4sam.operators.base import INPUT, KEY, QUERY, QuantizedLayer, QuantizedOperator
 from ptq4sam.quantization.affine import AffineQuantizer
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
@@ -34,6 +35,8 @@ _PERCENTILES = (
 )
 _MOST = 2**21
 """Numbers of a tensor that percentiles are taken of."""
+
+QUERY_INPUT, KEY_INPUT = "query projection's input", "key projection's input"
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,23 @@ class AttentionParts:
     value: QuantizedLayer
     core: QuantizedOperator
 
-    @property
-    def weighs(self) -> nn.Module:
-        """What multiplies softmax outputs and values."""
-        return next(p.module for p in self.core.products() if p.first == SOFTMAX)
+    def logits(self, query: Tensor, key: Tensor) -> Tensor:
+        """What the softmax is taken of [batch, heads, n, m], with ranges as they are.
+
+        Args:
+            query: what comes to the attention [batch, heads, n, head_dim].
+            key: the same [batch, heads, m, head_dim].
+        """
+        product = next(p.module for p in self.core.products() if p.first == QUERY)
+        operands = self.core.quantizer(QUERY)(query), self.core.quantizer(KEY)(key)
+        logits: Tensor = product(*operands)
+        return logits
 
     def slots(self) -> dict[str, AffineQuantizer]:
         """Quantizers whose ranges are chosen, in their order, by slot; affine ones only."""
         found = {
-            "query projection's input": self.query.quantizer(INPUT),
-            "key projection's input": self.key.quantizer(INPUT),
+            QUERY_INPUT: self.query.quantizer(INPUT),
+            KEY_INPUT: self.key.quantizer(INPUT),
             QUERY: self.core.quantizer(QUERY),
             KEY: self.core.quantizer(KEY),
         }
@@ -95,9 +105,12 @@ class AttentionParts:
         return {slot: quantizer for slot, quantizer in affine.items() if quantizer is not None}
 
 
-def mask_of(attention: Tensor, share: float) -> Tensor:
-    """Places above a share of each query's largest, booleans in the shape of [..., n, m]."""
-    return attention > share * attention.amax(-1, keepdim=True)
+def mask_of(logits: Tensor, share: float) -> Tensor:
+    """Places above a share of each query's largest attention, booleans in the shape of [..., n, m].
+
+    By logits: of a softmax's numbers, the quotient is what their difference says.
+    """
+    return logits > logits.amax(-1, keepdim=True) + math.log(share)
 
 
 def mask_loss(found: Tensor, wanted: Tensor) -> float:
@@ -137,18 +150,16 @@ class PccMethod(Method[Pcc]):
         changed: dict[str, None] = {}
         with quantizer_mode(calibration.sam, Mode.FLOAT):
             given = _first_inputs(transformer, calibration)
-            seen = _run(transformer, given, parts)
+            inputs = _run(transformer, given, parts)
             weights = self._weights(calibration, parts, len(given[0]))
             goals = {
-                name: _Goal(
-                    mask_of(one.attention(), self.settings.share), one.output, weights.get(name)
-                )
-                for name, one in seen.items()
+                name: self._goal(attention, inputs[name], weights.get(name))
+                for name, attention in parts.items()
             }
             for _ in range(self.settings.passes):
                 for name, attention in parts.items():
-                    seen = _run(transformer, given, {name: attention})
-                    for slot in self._choose(attention, seen[name], goals[name]):
+                    (came,) = _run(transformer, given, {name: attention}).values()
+                    for slot in self._choose(attention, came, goals[name]):
                         changed[f"{name}: {slot}"] = None
         return list(changed)
 
@@ -162,18 +173,25 @@ class PccMethod(Method[Pcc]):
         owners = {name: part.owner for name, part in parts.items()}
         return squared_gradients(calibration.sam, item.pixels, item.boxes[:boxes], owners, seed=0)
 
-    def _choose(self, parts: AttentionParts, seen: _Seen, goal: _Goal) -> Iterator[str]:
+    def _goal(
+        self, parts: AttentionParts, inputs: tuple[Tensor, ...], weights: Tensor | None
+    ) -> _Goal:
+        if weights is not None:
+            return _Goal(parts.owner(*inputs), weights)
+        query, key, _ = _inputs_of(parts.owner, inputs, parts.core)
+        return _Goal(mask_of(parts.logits(query, key), self.settings.share), None)
+
+    def _choose(
+        self, parts: AttentionParts, inputs: tuple[Tensor, ...], goal: _Goal
+    ) -> Iterator[str]:
         """Choose the ranges of one attention and leave them on; yields slots that changed."""
         for slot, quantizer in parts.slots().items():
             quantizer.mode = Mode.FLOAT
-            values = _inputs_of(parts.owner, seen.inputs, quantizer)[0]
+            values = _inputs_of(parts.owner, inputs, quantizer)[0]
             quantizer.mode = Mode.QUANTIZE
-            asked: tuple[nn.Module, tuple[Tensor, ...]] = parts.owner, seen.inputs
-            if goal.weights is None and slot in (QUERY, KEY):
-                # Where it looks follows from what comes to the attention itself.
-                asked = parts.core, _inputs_of(parts.owner, seen.inputs, parts.core)
+            loss = self._loss(parts, slot, inputs, goal)
             kept = best = (quantizer.scale.detach().clone(), quantizer.zero_point.detach().clone())
-            least = self._loss(parts, asked, goal)
+            least = loss()
             if quantizer.channel_axis is None:
                 values = values.flatten()
             else:
@@ -182,24 +200,36 @@ class PccMethod(Method[Pcc]):
             for low, high in percentile_ranges(values, self.settings.percentiles):
                 tried = quantizer.grid.affine_parameters(low, high)
                 quantizer.set_parameters(*tried)
-                loss = self._loss(parts, asked, goal)
-                if loss < least:
-                    least, best = loss, tried
+                if (its := loss()) < least:
+                    least, best = its, tried
             quantizer.set_parameters(*best)
             if best is not kept:
                 yield slot
 
     def _loss(
-        self, parts: AttentionParts, asked: tuple[nn.Module, tuple[Tensor, ...]], goal: _Goal
-    ) -> float:
-        """Of the attention, or its core, with these inputs."""
-        seen, (module, inputs) = _Seen(), asked
-        with _watching(parts, seen, module):
-            module(*inputs)
-        if goal.weights is None:
-            return mask_loss(mask_of(seen.attention(), self.settings.share), goal.mask)
-        errors = (seen.output - goal.output).square() * goal.weights
-        return float(errors.sum(dtype=torch.float64))
+        self, parts: AttentionParts, slot: str, inputs: tuple[Tensor, ...], goal: _Goal
+    ) -> Callable[[], float]:
+        """The loss of an attention with these inputs, as ranges of one slot change."""
+        weights = goal.weights
+        if weights is not None:
+
+            def of_output() -> float:
+                errors = (parts.owner(*inputs) - goal.wanted).square() * weights
+                return float(errors.sum(dtype=torch.float64))
+
+            return of_output
+        query, key, _ = _inputs_of(parts.owner, inputs, parts.core)
+        heads = query.shape[1]
+
+        def of_masks() -> float:
+            # Only what changes with the slot is projected again.
+            changed = (
+                _by_head(parts.query(inputs[0]), heads) if slot == QUERY_INPUT else query,
+                _by_head(parts.key(inputs[1]), heads) if slot == KEY_INPUT else key,
+            )
+            return mask_loss(mask_of(parts.logits(*changed), self.settings.share), goal.wanted)
+
+        return of_masks
 
 
 @dataclass(frozen=True)
@@ -207,72 +237,12 @@ class _Goal:
     """What an attention of the float model gives.
 
     Attributes:
-        mask: of its softmax outputs.
-        output: behind its last projection.
-        weights: of squared errors of the output, in its shape; None where masks are compared.
+        wanted: the mask of where it looks, or what is behind its last projection.
+        weights: of squared errors of that, in its shape; None where masks are compared.
     """
 
-    mask: Tensor
-    output: Tensor
+    wanted: Tensor
     weights: Tensor | None
-
-
-@dataclass
-class _Seen:
-    """What an attention saw when it was first called.
-
-    Attributes:
-        inputs: of its owner, or of its core.
-        pieces: softmax outputs [batch, heads, n, m] in pieces: rows within heads.
-        queries: how many there are in all.
-        output: of the same.
-    """
-
-    inputs: tuple[Tensor, ...] = ()
-    pieces: list[Tensor] = field(default_factory=list)
-    queries: int = 0
-    output: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
-
-    def attention(self) -> Tensor:
-        """All pieces together."""
-        heads, rows = [], []
-        for piece in self.pieces:
-            rows.append(piece)
-            if sum(part.shape[-2] for part in rows) == self.queries:
-                heads.append(torch.cat(rows, dim=-2))
-                rows = []
-        return torch.cat(heads, dim=1)
-
-
-@contextmanager
-def _watching(parts: AttentionParts, seen: _Seen, module: nn.Module) -> Iterator[None]:
-    """Keep what the first call of an attention, or of its core, sees."""
-    calls = 0
-
-    def begin(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
-            seen.inputs, seen.queries = inputs, inputs[0].shape[-2]
-
-    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if calls == 1:
-            seen.pieces.append(inputs[0].detach())
-
-    def end(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if calls == 1:
-            seen.output = output
-
-    handles = [
-        module.register_forward_pre_hook(begin),
-        module.register_forward_hook(end),
-        parts.weighs.register_forward_pre_hook(keep),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first_inputs(transformer: nn.Module, calibration: Calibration) -> tuple[Tensor, ...]:
@@ -288,14 +258,23 @@ def _first_inputs(transformer: nn.Module, calibration: Calibration) -> tuple[Ten
 
 def _run(
     transformer: nn.Module, given: tuple[Tensor, ...], parts: dict[str, AttentionParts]
-) -> dict[str, _Seen]:
-    """Pass through the transformer as it is; returns what attentions saw."""
-    seen = {name: _Seen() for name in parts}
-    with ExitStack() as watches:
+) -> dict[str, tuple[Tensor, ...]]:
+    """Pass through the transformer as it is; returns what came to attentions."""
+    found: dict[str, tuple[Tensor, ...]] = {}
+
+    def see(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: found.update({name: inputs})
+
+    with ExitStack() as hooks:
         for name, attention in parts.items():
-            watches.enter_context(_watching(attention, seen[name], attention.owner))
+            hooks.callback(attention.owner.register_forward_pre_hook(see(name)).remove)
         transformer(*given)
-    return seen
+    return found
+
+
+def _by_head(projected: Tensor, heads: int) -> Tensor:
+    """[batch, tokens, dim] to [batch, heads, tokens, dim / heads]."""
+    return projected.reshape(*projected.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _inputs_of(owner: nn.Module, inputs: tuple[Tensor, ...], part: nn.Module) -> tuple[Tensor, ...]:
