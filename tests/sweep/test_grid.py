@@ -152,6 +152,7 @@ TRIALS = {
     "calibration": 16,
     "drop": 10,
     "methods": 69,
+    "methods-l": 72,
     "published": 10,
     "seeds": 8,
     "steps": 5,
