@@ -52,6 +52,15 @@ WAYS: dict[str, tuple[str, ...]] = {
     "two rounds": ("hierarchical.grid=plain",),
     "two rounds, relative": (_RELATIVE, f"{_THRESHOLD}=0.9"),
     "two rounds, relative to 0.7": (_RELATIVE, f"{_THRESHOLD}=0.7"),
+    "relative to 0.6, fewer duplicates removed": (
+        *(_RELATIVE, f"{_THRESHOLD}=0.6", "box_nms_thresh=0.85"),
+    ),
+    "relative to 0.55, fewer duplicates removed": (
+        *(_RELATIVE, f"{_THRESHOLD}=0.55", "box_nms_thresh=0.85"),
+    ),
+    "relative to 0.5, fewer duplicates removed": (
+        *(_RELATIVE, f"{_THRESHOLD}=0.5", "box_nms_thresh=0.85"),
+    ),
     "batches, relative": (_RELATIVE, f"{_THRESHOLD}=0.9", "hierarchical.batch=64"),
     "batches until two find nothing": (
         *(_RELATIVE, f"{_THRESHOLD}=0.9"),
