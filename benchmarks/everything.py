@@ -52,15 +52,14 @@ WAYS: dict[str, tuple[str, ...]] = {
     "two rounds": ("hierarchical.grid=plain",),
     "two rounds, relative": (_RELATIVE, f"{_THRESHOLD}=0.9"),
     "two rounds, relative to 0.7": (_RELATIVE, f"{_THRESHOLD}=0.7"),
-    "relative to 0.6, fewer duplicates removed": (
-        *(_RELATIVE, f"{_THRESHOLD}=0.6", "box_nms_thresh=0.85"),
-    ),
-    "relative to 0.55, fewer duplicates removed": (
-        *(_RELATIVE, f"{_THRESHOLD}=0.55", "box_nms_thresh=0.85"),
-    ),
-    "relative to 0.5, fewer duplicates removed": (
-        *(_RELATIVE, f"{_THRESHOLD}=0.5", "box_nms_thresh=0.85"),
-    ),
+    **{
+        f"relative to {share}, fewer duplicates removed": (
+            _RELATIVE,
+            f"{_THRESHOLD}={share}",
+            "box_nms_thresh=0.85",
+        )
+        for share in (0.6, 0.55, 0.5)
+    },
     "batches, relative": (_RELATIVE, f"{_THRESHOLD}=0.9", "hierarchical.batch=64"),
     "batches until two find nothing": (
         *(_RELATIVE, f"{_THRESHOLD}=0.9"),

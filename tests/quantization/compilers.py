@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 
 from ptq4sam.quantization import fused
 
@@ -18,3 +19,8 @@ def usable_compiler() -> fused._Compiler:
     compiler = fused._Compiler()
     compiler._usable["cpu"] = True
     return compiler
+
+
+def compiler_failed(reason: str) -> Exception:
+    """What torch raises where a kernel cannot be made."""
+    return torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError(reason), None)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ptq4sam.quantization import fused
 from ptq4sam.quantization.fused import FEWEST_ELEMENTS
-from tests.quantization.compilers import messages, needs_compiler, usable_compiler
+from tests.quantization.compilers import compiler_failed, messages, needs_compiler, usable_compiler
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -104,9 +104,7 @@ def test_a_failing_compiler_is_said_once_and_left(
 ) -> None:
     def failing(_function: object, **_options: object) -> Callable[[Tensor], Tensor]:
         def run(_x: Tensor) -> Tensor:
-            raise torch._dynamo.exc.BackendCompilerFailed(
-                lambda: None, RuntimeError("no g++ here"), None
-            )
+            raise compiler_failed("no g++ here")
 
         return run
 
@@ -151,9 +149,7 @@ def test_used_up_memory_is_not_a_missing_compiler(
             tries.append(x)
             if len(tries) > 1:
                 return x + 1
-            raise torch._dynamo.exc.BackendCompilerFailed(
-                lambda: None, RuntimeError("CUDA out of memory. Tried to allocate"), None
-            )
+            raise compiler_failed("CUDA out of memory. Tried to allocate")
 
         return run
 
