@@ -101,6 +101,8 @@ def softmax_plot(attention: AttentionRecord) -> Plot:
     if softmax.tau is not None:
         spacing = {1: "2", 2: "√2", 4: "⁴√2"}.get(softmax.tau, f"2^(1/{softmax.tau})")
         chosen = f"chosen τ = {softmax.tau}, levels a factor of {spacing} apart"
+    elif softmax.points is not None:
+        chosen = f"levels of a grid of its own, whole multiples of {softmax.scale:.3g}"
     else:
         chosen = f"evenly spaced levels, step {softmax.scale:.3g}"
     top = (

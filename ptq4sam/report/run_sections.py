@@ -46,13 +46,16 @@ def softmax_section(found: Distributions) -> Section:
         "part are below the lowest level: they become it, or 0. A larger τ puts levels closer "
         "together and covers less."
     )
-    rows = [
-        [a.name, "-" if a.softmax.tau is None else str(a.softmax.tau), f"{a.softmax.scale:.4g}"]
-        for a in found.attentions
-    ]
-    table = Table("Chosen granularity of each attention", ["attention", "τ", "scale"], rows)
     blocks = _by_part(found.attentions, lambda a: a.name, softmax_plot, "Attentions", first=True)
-    return Section("softmax", "Softmax outputs", [*blocks, table], intro)
+    rows = [
+        [a.name, str(a.softmax.tau), f"{a.softmax.scale:.4g}"]
+        for a in found.attentions
+        if a.softmax.tau is not None
+    ]
+    if rows:
+        head = ["attention", "τ", "scale"]
+        blocks.append(Table("Chosen granularity of each attention", head, rows))
+    return Section("softmax", "Softmax outputs", blocks, intro)
 
 
 def channels_section(found: Distributions) -> Section:

@@ -191,7 +191,7 @@ def _axis_plot(
     if others == [()]:
         series = [(short(axis), QUANTIZED, [means[(value,)].mean for value in values])]
         errors = [[means[(value,)].spread for value in values]]
-        names = [f"{short(axis)} {value}" for value in values]
+        names = list(values)
     else:
         groups = others[:_MOST_GROUPS]
         names = [_named(varied, place, other) for other in groups]

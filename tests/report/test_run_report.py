@@ -8,6 +8,17 @@ import pytest
 
 from ptq4sam.cli import main
 from ptq4sam.files import write_json
+from ptq4sam.model.distributions import (
+    AttentionRecord,
+    ChannelRanges,
+    Distributions,
+    Histogram,
+    Keys,
+    Range,
+    Softmax,
+)
+from ptq4sam.report.distribution_plots import softmax_plot
+from ptq4sam.report.run_sections import softmax_section
 from ptq4sam.report.writing import write_report
 from ptq4sam.runs.quantizing import JOURNAL
 from ptq4sam.runs.record import RECORD, RunRecord
@@ -218,3 +229,24 @@ def test_operations_are_those_of_what_is_quantized(folder: Path) -> None:
     write_json({**metrics, **told}, folder / "metrics.json")
     assert storage() < whole / 2
     assert "image encoder float" in write_report(folder).read_text()
+
+
+def test_levels_of_softmax_outputs_are_said_as_what_they_are() -> None:
+    seen = Histogram(-24, 0, (1, 2, 3, 4))
+    grids = {
+        "levels a factor of √2 apart": Softmax(seen, 4, 0.9, tau=2),
+        "evenly spaced levels, step 0.05": Softmax(seen, 4, 0.05),
+        "levels of a grid of its own, whole multiples of 0.1, 4 levels up to 0.7": Softmax(
+            seen, 2, 0.1, points=(0.1, 0.3, 0.7)
+        ),
+    }
+    ranges = ChannelRanges(1, 1, (-1.0,), (1.0,))
+    keys = Keys(seen, ranges)
+    records = [AttentionRecord("a", False, keys, Range(4, -1, 1), s, None) for s in grids.values()]
+    for told, record in zip(grids, records, strict=True):
+        assert told in softmax_plot(record).caption
+    titles = [
+        [block.caption for block in softmax_section(Distributions((one,), ())).blocks[1:]]
+        for one in records
+    ]
+    assert titles == [["Chosen granularity of each attention"], [], []]
