@@ -4,8 +4,9 @@
     ptq4sam sweep exp/sweeps/methods.yaml --work-dir SCENES --limit 15
     python tools/write_methods.py PHOTOS SCENES [--said TEXT]
 
-and those on top of PTQ4SAM-L with `--sweep methods-l`. The table and the drawing
-(docs/methods.svg, docs/methods-l.svg) replace what is between the page's marks.
+and with `--part` those of sweeps on top of PTQ4SAM-L (methods-l) and of tiny_vit_nano (methods-tiny:
+`--set model=tiny_vit_nano`). The table and the drawing (docs/methods.svg, docs/methods-l.svg, ...)
+replace what is between the page's marks. A seed counts when all of its trials have ended.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ from ptq4sam.sweep.tasks import Folder
 
 _ROOT = Path(__file__).resolve().parents[1]
 PAGE = _ROOT / "docs" / "methods.md"
-SWEEPS = {"methods": "PTQ4SAM-S", "methods-l": "PTQ4SAM-L"}
-"""What methods are added to, by the sweep's name, which its drawing has too."""
+PARTS = {
+    "methods": "PTQ4SAM-S, W4A4",
+    "methods-l": "PTQ4SAM-L, W4A4",
+    "methods-tiny": "PTQ4SAM-S, W4A4, of `tiny_vit_nano`",
+}
+"""What methods are added to, by part of the page, whose drawing is named like it."""
 BEGIN, END = "<!-- figures of {} -->", "<!-- end of the figures of {} -->"
 AXIS = "added"
 TITLES = ("coco_mini val", "scenes")
@@ -81,7 +86,7 @@ class Measured:
         )
 
 
-def table(sweep_name: str, sweeps: list[Measured], names: list[str], said: str) -> str:
+def table(part: str, sweeps: list[Measured], names: list[str], said: str) -> str:
     """What was added, the best first, in Markdown."""
     seeds = max(len(found) for found in sweeps[0].by_name.values())
     told = "One seed."
@@ -94,9 +99,9 @@ def table(sweep_name: str, sweeps: list[Measured], names: list[str], said: str) 
         f"{said} {'; '.join(sweep.said() for sweep in sweeps)}. {told} Change is in points of mean "
         f"IoU. Measured on {machine()}.",
         "",
-        f"![Agreement with the float model's masks, by method]({sweep_name}.svg)",
+        f"![Agreement with the float model's masks, by method]({part}.svg)",
         "",
-        f"| on top of {SWEEPS[sweep_name]}, W4A4 |"
+        f"| on top of {PARTS[part]} |"
         + "".join(f" {sweep.title}: change | agreement |" for sweep in sweeps),
         "|---|" + "---|---|" * len(sweeps),
     ]
@@ -125,19 +130,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("photographs", type=Path, help="work directory of a sweep")
     parser.add_argument("scenes", type=Path, nargs="?", help="that of one on scenes")
-    parser.add_argument("--sweep", default="methods", choices=list(SWEEPS))
+    parser.add_argument("--part", default="methods", choices=list(PARTS))
     parser.add_argument("--said", default="", help="how it was measured, in a sentence")
     arguments = parser.parse_args()
     folders = [path for path in (arguments.photographs, arguments.scenes) if path is not None]
     sweeps = [Measured.of(title, path) for title, path in zip(TITLES, folders, strict=False)]
     names = sorted(sweeps[0].by_name, key=lambda name: -statistics.mean(sweeps[0].agreements(name)))
-    name = arguments.sweep
-    begin, end = BEGIN.format(name), END.format(name)
+    part = arguments.part
+    begin, end = BEGIN.format(part), END.format(part)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     _, _, after = rest.partition(end)
-    text = table(name, sweeps, names, arguments.said)
+    text = table(part, sweeps, names, arguments.said)
     write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", PAGE)
-    write_text(drawing(sweeps, names), PAGE.with_name(f"{name}.svg"))
+    write_text(drawing(sweeps, names), PAGE.with_name(f"{part}.svg"))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ TRIALS = {
     "drop": 10,
     "methods": 69,
     "methods-l": 72,
-    "published": 10,
+    "published": 48,
     "seeds": 8,
     "steps": 5,
     "tinysam": 24,
