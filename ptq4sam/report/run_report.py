@@ -189,8 +189,8 @@ def _scores_section(metrics: Mapping[str, Any], record: RunRecord | None) -> Sec
         blocks = [Table("Scores", ["score", "float", name, "change"], rows)]
         blocks.append(Plots("Drawings", [_scores_plot(metrics, keys), *_picture_plots(record)]))
     intro = (
-        "Mask AP and AR as COCO defines them, in percent; mean IoU and agreement from 0 to 1. "
-        "Agreement is the mean IoU of the masks with the float model's for the same boxes."
+        f"{_scored(metrics)} Mean IoU and agreement are from 0 to 1; agreement is the mean IoU of "
+        "the masks with the float model's for the same boxes."
     )
     pairs = [
         (one.iou, one.float_iou, one.masks)
@@ -205,6 +205,22 @@ def _scores_section(metrics: Mapping[str, Any], record: RunRecord | None) -> Sec
             f"bootstrap over {said.pictures:,} pictures: {said}."
         )
     return Section("scores", "Scores", blocks, intro)
+
+
+def _scored(metrics: Mapping[str, Any]) -> str:
+    """What AP is of, how a mask gets its score, and who computed it."""
+    by = f" by {metrics['evaluator']}" if "evaluator" in metrics else ""
+    prompted = f", of masks that {metrics['prompts']} prompts" if "prompts" in metrics else ""
+    told = f"AP and AR are in percent{by}{prompted}."
+    prompting = metrics.get("asked", {}).get("prompting")
+    if prompting is None:
+        return told
+    factor = " times the IoU that the model predicts"
+    if prompting.get("keep_scores", False):  # an older version has not written it
+        factor = ""
+    elif not prompting["use_sam_iou"]:
+        factor = " times the mean probability inside the mask"
+    return f"{told} A mask's score is its prompt's{factor}."
 
 
 def _scores_plot(metrics: Mapping[str, Any], keys: Sequence[tuple[str, str]]) -> Plot:

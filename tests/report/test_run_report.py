@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -229,6 +230,23 @@ def test_operations_are_those_of_what_is_quantized(folder: Path) -> None:
     write_json({**metrics, **told}, folder / "metrics.json")
     assert storage() < whole / 2
     assert "image encoder float" in write_report(folder).read_text()
+
+
+def test_a_page_says_how_masks_are_scored(folder: Path) -> None:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics |= {"prompts": "yolox:FILE", "evaluator": "pycocotools"}
+    told = "AP and AR are in percent by pycocotools, of masks that yolox:FILE prompts."
+    factors = {
+        (True, False): " times the IoU that the model predicts",
+        (False, False): " times the mean probability inside the mask",
+        (True, True): "",
+    }
+    for (by_iou, kept), factor in factors.items():
+        asked = {"prompting": {"use_sam_iou": by_iou, "keep_scores": kept}}
+        write_json({**metrics, "asked": asked}, folder / "metrics.json")
+        write_report(folder, folder / "report.html")
+        page = html.unescape((folder / "report.html").read_text())
+        assert f"{told} A mask's score is its prompt's{factor}. Mean IoU" in page
 
 
 def test_levels_of_softmax_outputs_are_said_as_what_they_are() -> None:
