@@ -102,6 +102,15 @@ class Record:
         """
         return _read(cls, mapping)
 
+    @classmethod
+    def set_in(cls, mapping: dict[str, Any], key: str, value: object) -> None:
+        """Set a field in a mapping that will be read, as `assign`.
+
+        Raises:
+            FieldError: there is no such place.
+        """
+        assign(mapping, key, value)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping of numbers, strings and lists; `from_dict` reads it back."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
@@ -119,7 +128,7 @@ class Record:
         for assignment in assignments:
             key, text = split_assignment(assignment)
             try:
-                assign(mapping, key, yaml.safe_load(text))
+                self.set_in(mapping, key, yaml.safe_load(text))
             except yaml.YAMLError:
                 raise ConfigError(f"override {assignment!r}: the value is not YAML") from None
             except FieldError as error:

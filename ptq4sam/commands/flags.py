@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from ptq4sam.errors import ConfigError
+
 if TYPE_CHECKING:
     Flags: TypeAlias = argparse._ActionsContainer
     """A parser, or a group of flags in it."""
@@ -167,6 +169,16 @@ def add_decoder_only(parser: Flags) -> None:
 def add_limit(parser: Flags, told: str) -> None:
     """The flag of how many pictures there are, and what is told of it."""
     parser.add_argument("--limit", type=int, metavar="N", help=told)
+
+
+def require_calibration_size(size: int | None) -> None:
+    """Refuse a number of calibration pictures that is none.
+
+    Raises:
+        ConfigError: it is below 1.
+    """
+    if size is not None and size < 1:
+        raise ConfigError(f"asked for --calibration-size {size}: use 1 or more")
 
 
 def add_skip_bad(parser: Flags) -> None:

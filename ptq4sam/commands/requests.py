@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ptq4sam import parallel
 from ptq4sam.columns import terminal_width
+from ptq4sam.commands.flags import require_calibration_size
 from ptq4sam.deploy.backends import TORCH, choose_backend
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
@@ -40,11 +42,10 @@ def settings_from_arguments(
     if parsed.scheme is not None:
         scheme = with_preset(Scheme.from_yaml(parsed.scheme), parsed.preset)
         # After the preset: what was asked for by name goes before what comes along.
-        options = list(parsed.set)
+        scheme = scheme.with_overrides(*parsed.set)
         if parsed.calibration_size is not None:
-            options.append(f"calibrate={parsed.calibration_size}")
-        if options:
-            scheme = scheme.with_overrides(*options)
+            require_calibration_size(parsed.calibration_size)
+            scheme = replace(scheme, calibrate=parsed.calibration_size)
     else:
         for given in ("set", "preset", "calibration_size", "decoder_only"):
             if getattr(parsed, given) not in (None, [], False):

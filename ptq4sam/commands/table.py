@@ -9,7 +9,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptq4sam.commands.flags import add_decoder_only, add_device, add_seed
+from ptq4sam.commands.flags import (
+    add_decoder_only,
+    add_device,
+    add_seed,
+    require_calibration_size,
+)
 from ptq4sam.commands.sweep import (
     add_crew_arguments,
     add_picture_arguments,
@@ -98,6 +103,7 @@ def run(parsed: argparse.Namespace) -> int:
 
     one_of("name", parsed.table, (_COCO, *STUDIES))
     require_jobs(parsed.jobs)
+    require_calibration_size(parsed.calibration_size)
     for path in parsed.output:
         render.require_form(path)
     request = _request(parsed)

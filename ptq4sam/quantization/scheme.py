@@ -6,10 +6,11 @@ A scheme is read from YAML with the keys and values of the published PTQ4SAM con
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -291,6 +292,31 @@ class Scheme(Record):
             f"recon.scale_lr={self.recon.scale_lr * factor:.4g}",
             f"recon.rounding_lr={self.recon.rounding_lr * factor:.4g}",
         )
+
+    @classmethod
+    def set_in(cls, mapping: dict[str, Any], key: str, value: object) -> None:
+        """Set a field; `methods.pcc.share` is that of a method, however methods are written.
+
+        Raises:
+            FieldError: there is no such place, or the scheme does not have that method.
+        """
+        section, _, rest = key.partition(".")
+        name, _, setting = rest.partition(".")
+        methods = mapping.get(section)
+        if (
+            section == "methods"
+            and rest
+            and isinstance(methods, (Mapping, list, tuple, type(None)))
+        ):
+            named = {one: {} if own is None else own for one, own in _by_name(methods or {})}
+            mapping[section] = named
+            if setting and name not in named:
+                has = f"it has {', '.join(named)}" if named else "it has none"
+                whole = f"methods.{name}={{{setting}: {json.dumps(value, default=str)}}}"
+                raise FieldError(
+                    key, f"the scheme has no method {name!r}, {has}: give it whole, as {whole}"
+                )
+        super().set_in(mapping, key, value)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Scheme:

@@ -17,6 +17,7 @@ include:                     # further trials, each on top of base
 
 from __future__ import annotations
 
+import copy
 import difflib
 import itertools
 import logging
@@ -27,7 +28,7 @@ from typing import Any
 
 from ptq4sam.errors import ConfigError
 from ptq4sam.quantization.scheme import Scheme
-from ptq4sam.records import FieldError, assign, unknown_key
+from ptq4sam.records import FieldError, unknown_key
 from ptq4sam.shipped import SWEEPS, find
 from ptq4sam.sweep.settings import TrialSettings, known_keys
 from ptq4sam.yaml_files import read_yaml
@@ -35,6 +36,8 @@ from ptq4sam.yaml_files import read_yaml
 _log = logging.getLogger(__name__)
 
 _SECTIONS = ("base", "grid", "include", "exclude")
+_METHODS = "scheme.methods."
+"""Begins the keys of methods, which are as many as methods have settings."""
 Assignment = dict[str, Any]
 
 
@@ -59,8 +62,8 @@ class Trial:
 
 
 def short(axis: str) -> str:
-    """The last part of a dotted key."""
-    return axis.rpartition(".")[2]
+    """The last part of a dotted key; of a method's setting also whose it is."""
+    return axis.removeprefix("scheme.") if _METHODS in axis else axis.rpartition(".")[2]
 
 
 def shown(value: object) -> str:
@@ -175,7 +178,7 @@ class _Reader:
         try:
             settings = self._settings(assignment)
         except FieldError as error:
-            where = ", ".join(f"{key}={shown(value)}" for key, value in values.items())
+            where = ", ".join(f"{short(key)}={shown(value)}" for key, value in values.items())
             raise ConfigError(f"trial {where or 'of base'}: {error}") from None
         return Trial(values, settings, settings.key())
 
@@ -191,7 +194,8 @@ class _Reader:
                 if key.startswith("scheme."):
                     raise FieldError("scheme", f"missing; {key} changes one: name a file in base")
                 mapping[key.split(".")[0]] = {}
-            assign(mapping, key, value)
+            # Trials must not change what the next one begins with.
+            TrialSettings.set_in(mapping, key, copy.deepcopy(value))
         return TrialSettings.from_dict(mapping)
 
 
@@ -237,8 +241,10 @@ def _axes(grid: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
 
 def _require_known(key: object, section: str) -> None:
     known = list(known_keys())
-    if key in known:
+    if key in known or str(key).startswith(_METHODS):
         return
+    if f"scheme.{key}".startswith(_METHODS):
+        raise FieldError(f"{section}.{key}", f"unknown key; did you mean 'scheme.{key}'?")
     # Most forget the section that a key is in.
     inside = [name for name in known if name.endswith(f".{key}")]
     if inside:

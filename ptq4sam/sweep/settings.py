@@ -99,6 +99,23 @@ class TrialSettings(Record):
         object.__setattr__(self, "bits", None)
         object.__setattr__(self, "steps", None)
 
+    @classmethod
+    def set_in(cls, mapping: dict[str, Any], key: str, value: object) -> None:
+        """Set a field; one of the scheme as the scheme sets it.
+
+        Raises:
+            FieldError: there is no such place.
+        """
+        section, _, rest = key.partition(".")
+        inner = mapping.get(section)
+        if section != "scheme" or not rest or not isinstance(inner, dict):
+            super().set_in(mapping, key, value)
+            return
+        try:
+            Scheme.set_in(inner, rest, value)
+        except FieldError as error:
+            raise error.within(section) from None
+
     @property
     def evaluated(self) -> int | None:
         """How many pictures are evaluated at most."""

@@ -44,6 +44,17 @@ def test_quantize_needs_a_scheme_and_a_name_for_its_output(
     assert "published" in refusal(capsys, *asked, *scheme, "--output", "q.safetensors")
 
 
+def test_a_mistake_is_told_by_the_flag_that_was_written(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["quantize", *tiny.model(), *tiny.scheme("minmax44"), "--output", "q.safetensors"]
+    told = refusal(capsys, *asked, "--calibration-size", "0", "--set", "methods=[pcc]")
+    assert "asked for --calibration-size 0: use 1 or more" in told
+    told = refusal(capsys, *asked, "--calibration-size", "4", "--set", "methods=[pccc]")
+    assert " methods=[pccc]: methods: 'pccc' given" in told
+    assert "calibrate" not in told
+
+
 def test_the_last_line_names_the_model_and_what_to_do_with_it(
     tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:

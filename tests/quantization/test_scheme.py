@@ -210,6 +210,10 @@ def test_overrides() -> None:
         ("recon..iters=5", "write it as key=value"),
         ("calibrate.x=5", "calibrate: 32 has no field 'x' to set"),
         ("recon.b_range=[1", "the value is not YAML"),
+        (
+            "methods.pcc.share=0.3",
+            "no method 'pcc', it has none: give it whole, as methods.pcc={share: 0.3}",
+        ),
     ],
 )
 def test_impossible_overrides(assignment: str, message: str) -> None:
@@ -218,6 +222,21 @@ def test_impossible_overrides(assignment: str, message: str) -> None:
     assert message in str(caught.value)
     assert str(caught.value).startswith("override ")
     assert assignment in str(caught.value)
+
+
+@pytest.mark.parametrize("methods", ["[mac, pcc]", "{mac: , pcc: }", "[mac, {pcc: {share: 0.9}}]"])
+def test_a_setting_of_a_method_is_a_key(methods: str) -> None:
+    scheme = Scheme.from_dict(published()).with_overrides(
+        f"methods={methods}", "methods.pcc.share=0.3"
+    )
+    assert list(scheme.to_dict()["methods"]) == ["mac", "pcc"]
+    assert scheme.to_dict()["methods"]["pcc"]["share"] == 0.3
+    again = scheme.with_overrides("methods.pcc.share=0.25").to_dict()
+    assert again["methods"]["pcc"]["share"] == 0.25
+    with pytest.raises(ConfigError, match=r"methods\.pcc\.shar: unknown key; did you mean 'share'"):
+        scheme.with_overrides("methods.pcc.shar=0.3")
+    with pytest.raises(ConfigError, match=r"no method 'pc', it has mac, pcc: give it whole"):
+        scheme.with_overrides("methods.pc.share=0.3")
 
 
 def test_override_of_an_absent_section_says_so() -> None:

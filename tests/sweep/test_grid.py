@@ -80,6 +80,29 @@ def test_methods_are_told_apart(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("methods", [["mac", {"pcc": None}], {"mac": None, "pcc": {"share": 0.1}}])
+def test_a_setting_of_a_method_is_an_axis(tmp_path: Path, methods: object) -> None:
+    base = {"scheme": str(ROOT / "exp" / "minmax44.yaml"), "scheme.methods": methods}
+    key = "scheme.methods.pcc.share"
+    content = {"base": base, "grid": {key: [0.9, 0.5], "seed": [0]}}
+    sweep = read(tmp_path, content)
+    assert names(sweep) == [f"methods.pcc.share={share}, seed=0" for share in (0.9, 0.5)]
+    found = [trial.settings.scheme.to_dict()["methods"] for trial in sweep.trials]
+    assert [list(one) for one in found] == [["mac", "pcc"]] * 2
+    assert [one["pcc"]["share"] for one in found] == [0.9, 0.5]
+    assert len({trial.key for trial in sweep.trials}) == 2
+    (alone,) = read(tmp_path, {"base": base, "grid": {"seed": [1]}}, **{key: 0.3}).trials
+    assert alone.settings.scheme.to_dict()["methods"]["pcc"]["share"] == 0.3
+
+
+def test_a_trial_leaves_nothing_for_the_next(tmp_path: Path) -> None:
+    """A scheme that is written out in the file is not that of the trial before."""
+    scheme = yaml.safe_load((ROOT / "exp" / "minmax44.yaml").read_text())
+    content = {"base": {"scheme": scheme}, "grid": {"scheme.calibrate": [3, 5]}}
+    sweep = read(tmp_path, {**content, "include": [{"seed": 9}]})
+    assert [t.settings.scheme.calibrate for t in sweep.trials] == [3, 5, 32]
+
+
 def test_two_ways_to_say_the_same_are_one_trial(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -118,6 +141,12 @@ BASE = f"base: {{scheme: {SCHEME}}}\n"
         (BASE + "grid: {sede: [1]}", "grid.sede: unknown key; did you mean 'seed'?"),
         (BASE + "grid: {BIG: [true]}", "grid.BIG: unknown key; did you mean 'scheme.ptq4sam.BIG'"),
         (BASE + "grid: {recon.itters: [1]}", "did you mean 'scheme.recon.iters'?"),
+        (BASE + "grid: {methods.pcc.share: [1]}", "did you mean 'scheme.methods.pcc.share'?"),
+        (
+            BASE + "grid: {scheme.methods.pcc.share: [0.9]}",
+            "trial methods.pcc.share=0.9: scheme.methods.pcc.share: the scheme has no method "
+            "'pcc', it has none: give it whole, as methods.pcc={share: 0.9}",
+        ),
         (BASE + "grid: {scheme.recon.itters: [1]}", "did you mean 'scheme.recon.iters'?"),
         (BASE + "grids: {seed: [1]}", "grids: unknown key; did you mean 'grid'?"),
         ("base: {shceme: x}\ngrid: {seed: [1]}", "base.shceme: unknown key; did you mean 'scheme'"),
