@@ -4,9 +4,10 @@
     ptq4sam sweep exp/sweeps/methods.yaml --work-dir SCENES --limit 15
     python tools/write_methods.py PHOTOS SCENES [--said TEXT]
 
-and with `--part` those of sweeps on top of PTQ4SAM-L (methods-l) and of tiny_vit_nano (methods-tiny:
-`--set model=tiny_vit_nano`). The table and the drawing (docs/methods.svg, docs/methods-l.svg, ...)
-replace what is between the page's marks. A seed counts when all of its trials have ended.
+and with `--part` those of sweeps on top of PTQ4SAM-L (methods-l) and of tiny_vit_nano
+(methods-tiny: `--set model=tiny_vit_nano`). The table and the drawing (docs/methods.svg,
+docs/methods-l.svg, ...) replace what is between the page's marks. A seed counts when all of its
+trials have ended.
 """
 
 from __future__ import annotations
