@@ -302,13 +302,10 @@ class Scheme(Record):
         """
         section, _, rest = key.partition(".")
         name, _, setting = rest.partition(".")
-        methods = mapping.get(section)
-        if (
-            section == "methods"
-            and rest
-            and isinstance(methods, (Mapping, list, tuple, type(None)))
-        ):
-            named = {one: {} if own is None else own for one, own in _by_name(methods or {})}
+        methods = () if mapping.get(section) is None else mapping[section]
+        if section == "methods" and rest and isinstance(methods, (Mapping, list, tuple)):
+            every = methods if isinstance(methods, Mapping) else tuple(methods)
+            named = {one: {} if own is None else own for one, own in _by_name(every)}
             mapping[section] = named
             if setting and name not in named:
                 has = f"it has {', '.join(named)}" if named else "it has none"
