@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ptq4sam.errors import ConfigError, ResourceError, in_one_line
+from ptq4sam.extensions import extensions_fingerprint
 from ptq4sam.files import read_json, replacing, write_json
 from ptq4sam.methods.reconstruction import UnitLosses
 from ptq4sam.model.calibration import CalibrationItem
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.numerics import description
 from ptq4sam.quantization.fused import compiles
-from ptq4sam.quantization.registry import extensions_fingerprint
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 from ptq4sam.version import __version__

@@ -12,24 +12,18 @@ PTQ4SAM_EXTENSIONS (separated as in PATH) are imported first, in workers of a sw
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib.util
-import os
-import sys
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.extensions import load_extensions, note, told_of_extensions
 from ptq4sam.records import FieldError, Record
 
 if TYPE_CHECKING:
     from ptq4sam.quantization.affine import AffineQuantizer
     from ptq4sam.quantization.base import Quantizer
     from ptq4sam.quantization.observers import Observer
-
-EXTENSIONS = "PTQ4SAM_EXTENSIONS"
-"""Environment variable: modules or .py files that register observers, quantizers, methods."""
 
 T = TypeVar("T")
 Kind = TypeVar("Kind")
@@ -49,6 +43,8 @@ class Registry(Mapping[str, T]):
         self._published = tuple(published)
         self._modules = dict(published) if isinstance(published, Mapping) else {}
         self._items: dict[str, T] = {}
+        self.check: Callable[[str, Any], None] = lambda _name, _item: None
+        """Refuses what cannot be used, by its name."""
 
     def __getitem__(self, name: str) -> T:
         if name not in self._items and name in self._modules:
@@ -70,7 +66,7 @@ class Registry(Mapping[str, T]):
         """Decorator: make a class or function known under a name.
 
         Raises:
-            ConfigError: the name is taken.
+            ConfigError: the name is taken, or the class cannot be used.
         """
 
         def decorate(item: Kind) -> Kind:
@@ -79,7 +75,9 @@ class Registry(Mapping[str, T]):
                     f"there is another {self.kind} {name!r}: register yours under another name"
                 )
             taken: Any = item
+            self.check(name, taken)
             self._items[name] = taken
+            note(taken, f"{self.kind} {name}")
             return item
 
         return decorate
@@ -102,8 +100,7 @@ class Registry(Mapping[str, T]):
         near = difflib.get_close_matches(name, self.names, n=1)
         known = ", ".join(self.names) or "none"
         hint = f"did you mean {near[0]!r}?" if near else f"allowed: {known}"
-        if not os.environ.get(EXTENSIONS):
-            hint += f"; one of your own needs {EXTENSIONS}=FILE"
+        hint += told_of_extensions(f"@{self.kind.upper()}S.register({name!r})")
         raise FieldError(key, f"{name!r} given; {hint}")
 
 
@@ -176,62 +173,3 @@ METHODS: Registry[MethodKind] = Registry(
     },
 )
 """Methods that change a model around its calibration, and those from outside."""
-
-
-def load_extensions() -> None:
-    """Import what the environment variable names, each once.
-
-    Raises:
-        ConfigError: one of them cannot be imported.
-    """
-    for name in filter(None, os.environ.get(EXTENSIONS, "").split(os.pathsep)):
-        try:
-            _import(name)
-        except (ImportError, OSError, SyntaxError) as error:
-            raise ConfigError(
-                f"{EXTENSIONS} names {name}, which cannot be imported ({error}): give a module or "
-                "the path of a .py file"
-            ) from error
-
-
-def extensions_fingerprint() -> str:
-    """Identifies what the modules and files of the environment variable say; empty without any.
-
-    Of a module that cannot be found its name alone counts: whoever needs it says so.
-    """
-    names = list(filter(None, os.environ.get(EXTENSIONS, "").split(os.pathsep)))
-    if not names:
-        return ""
-    content = hashlib.sha256()
-    for name in names:
-        path = Path(name) if name.endswith(".py") else _file_of(name)
-        content.update(path.read_bytes() if path is not None and path.is_file() else name.encode())
-    return content.hexdigest()[:16]
-
-
-def _file_of(module: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except ImportError:
-        return None
-    return Path(spec.origin) if spec is not None and spec.origin is not None else None
-
-
-def _import(name: str) -> None:
-    if not name.endswith(".py"):
-        importlib.import_module(name)
-        return
-    module_name = f"ptq4sam_extension_{Path(name).stem}"
-    if module_name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(module_name, name)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # As for any import: known while it runs, gone where it fails.
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise

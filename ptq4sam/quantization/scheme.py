@@ -30,7 +30,7 @@ from ptq4sam.quantization.slots import (
     selected,
     slot_formats,
 )
-from ptq4sam.records import FieldError, Record
+from ptq4sam.records import FieldError, NoSettings, Record
 from ptq4sam.shipped import SCHEMES, find
 from ptq4sam.yaml_files import read_yaml
 
@@ -66,6 +66,13 @@ def _with_settings(methods: Mapping[str, object] | tuple[object, ...]) -> dict[s
     for name, settings in _by_name(methods):
         METHODS.require(name, "methods")
         kind = METHODS[name].settings_type
+        if settings and kind is NoSettings:
+            given = ", ".join(map(str, settings)) if isinstance(settings, Mapping) else settings
+            raise FieldError(
+                "methods",
+                f"{name} has no settings, {given} given: leave it out; a method of your own names "
+                "the record of its settings by settings_type",
+            )
         try:
             found[name] = (
                 settings if isinstance(settings, kind) else kind.from_section(settings or {})

@@ -15,9 +15,9 @@ from typing import Any
 from ptq4sam.data.images import check_limit
 from ptq4sam.errors import ConfigError
 from ptq4sam.evaluation.prompting import Prompting
+from ptq4sam.extensions import extensions_fingerprint
 from ptq4sam.families import VARIANTS
 from ptq4sam.prompts.spec import is_boxes_file
-from ptq4sam.quantization.registry import extensions_fingerprint
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.records import FieldError, Record
 from ptq4sam.runs.settings import DEFAULT_MODEL, DataSettings, RunSettings

@@ -16,13 +16,13 @@ import torch
 
 from ptq4sam.errors import Ptq4samError, gpu_memory_advice, in_one_line, is_out_of_memory
 from ptq4sam.evaluation.evaluate import evaluate_sam
+from ptq4sam.extensions import load_extensions
 from ptq4sam.files import write_json
 from ptq4sam.model.calibrated import CalibratedState
 from ptq4sam.model.calibration import calibrate
 from ptq4sam.model.insertion import insert_quantizers
 from ptq4sam.numerics import reproducible
 from ptq4sam.progress import silent
-from ptq4sam.quantization.registry import load_extensions
 from ptq4sam.runs.auditing import audit_run, require_passed
 from ptq4sam.runs.context import Opened
 from ptq4sam.runs.parts import Parts

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ptq4sam.errors import CalibrationError, ConfigError, ResourceError
+from ptq4sam.extensions import EXTENSIONS
 from ptq4sam.methods import reconstruction
 from ptq4sam.model import journal as journal_module
 from ptq4sam.model.cache import ActivationCache
@@ -27,7 +28,6 @@ from ptq4sam.model.plan import make_plan
 from ptq4sam.model.quantize import calibrate, quantize_sam, reconstruct
 from ptq4sam.numerics import products_of
 from ptq4sam.quantization import fused
-from ptq4sam.quantization.registry import EXTENSIONS
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.sam.model import Sam
 from tests.model import killed_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ptq4sam.errors import ConfigError
 from ptq4sam.methods.adaptive_granularity import AdaptiveGranularityQuantizer
 from ptq4sam.methods.assignment import make_quantizer
 from ptq4sam.methods.hybrid import Hybrid, HybridQuantizer
-from ptq4sam.methods.method import Method
+from ptq4sam.methods.method import Calibration, Method
 from ptq4sam.quantization.affine import AffineQuantizer
 from ptq4sam.quantization.published import BIMODAL, BimodalIntegration
 from ptq4sam.quantization.quantizers import FixedQuantizer, LSQQuantizer, Quantizer
@@ -177,6 +178,9 @@ def doubling(monkeypatch: pytest.MonkeyPatch) -> type[Method[Doubling]]:
     class _Doubling(Method[Doubling]):
         settings_type = Doubling
 
+        def after_ranges(self, calibration: Calibration) -> Sequence[str]:
+            return [str(calibration)]
+
     return _Doubling
 
 
@@ -187,6 +191,11 @@ def test_a_method_of_ones_own_has_settings(doubling: type[Method[Doubling]]) -> 
     assert given.method_settings["doubling"] == Doubling(3.0)
     with pytest.raises(ConfigError, match=r"methods\.doubling\.factr: unknown .* 'factor'"):
         scheme_with("methods={doubling: {factr: 3}}")
+
+
+def test_settings_of_a_method_that_has_none_are_refused() -> None:
+    with pytest.raises(ConfigError, match="methods: key-centring has no settings, share given: "):
+        scheme_with("methods={key-centring: {share: 1}}")
 
 
 def test_granularity_is_another_way_to_write_ch_axis() -> None:

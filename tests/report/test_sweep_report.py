@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptq4sam.cli import main
-from ptq4sam.quantization.registry import EXTENSIONS
+from ptq4sam.extensions import EXTENSIONS
 from ptq4sam.report.writing import write_report
 from ptq4sam.sweep.description import read_description, write_description
 from ptq4sam.sweep.grid import Sweep, read_sweep

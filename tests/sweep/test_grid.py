@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.extensions import EXTENSIONS
 from ptq4sam.families import VARIANTS
-from ptq4sam.quantization.registry import EXTENSIONS
 from ptq4sam.sweep.grid import Sweep, read_sweep, shown
 from ptq4sam.sweep.tasks import calibration_key, calibration_scheme
 

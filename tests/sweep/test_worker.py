@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from ptq4sam.extensions import EXTENSIONS
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.prompts.scene_detector import SceneDetector
-from ptq4sam.quantization.registry import EXTENSIONS
 from ptq4sam.runs import models, quantizing
 from ptq4sam.runs.run import Run
 from ptq4sam.runs.settings import RunSettings
