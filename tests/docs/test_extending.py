@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from ptq4sam import families
+from ptq4sam.errors import ConfigError
 from ptq4sam.families import build_sam
 from ptq4sam.methods.method import Calibration
 from ptq4sam.model.audit import audit
-from ptq4sam.model.calibration import CalibrationItem, run_decoder
+from ptq4sam.model.calibration import CalibrationItem, calibrate, run_decoder
 from ptq4sam.model.insertion import insert_quantizers, model_units
 from ptq4sam.model.quantize import quantize_sam
+from ptq4sam.operators.base import activation_slots
 from ptq4sam.quantization.grid import Grid
 from ptq4sam.quantization.modes import quantizer_mode
 from ptq4sam.quantization.quantizers import Mode
@@ -87,6 +89,33 @@ def test_method(examples: dict[str, Any]) -> None:
     assert "transformer.final_attn_token_to_image" in changed
     assert not torch.equal(final.v_proj.weight, before)
     torch.testing.assert_close(kept[-1], kept[0], rtol=1e-4, atol=1e-5)
+
+
+def test_method_that_sets_ranges(examples: dict[str, Any]) -> None:
+    sam = insert_quantizers(
+        build_sam("vit_nano").eval(), Scheme.from_yaml(SCHEMES / "ptq4sam-s44.yaml"), True
+    )
+    torch.manual_seed(0)
+    item = CalibrationItem(torch.randn(1, 3, 256, 256), torch.tensor([[20.0, 30.0, 90.0, 120.0]]))
+    calibrate(sam, [item])
+    before = {
+        path: affine.parameters_in_use()
+        for path, quantizer in activation_slots(sam)
+        if (affine := quantizer.as_affine()) is not None
+    }
+    kind = METHODS["clip-share"]
+    calibration = Calibration(sam, [item], lambda _item: None)
+    changed = kind(kind.settings_type.from_dict({"share": 0.5})).after_ranges(calibration)
+    # All but softmax, whose grid is not even.
+    assert set(changed) == set(before)
+    assert 0 < len(changed) < len(list(activation_slots(sam)))
+    for path, quantizer in activation_slots(sam):
+        if path in before:
+            scale, zero_point = quantizer.as_affine().parameters_in_use()
+            assert torch.equal(scale, 0.5 * before[path][0])
+            assert torch.equal(zero_point, before[path][1])
+    with pytest.raises(ConfigError, match="share: 2.0 given, allowed: above 0, up to 1"):
+        kind.settings_type.from_dict({"share": 2})
 
 
 @torch.no_grad()
