@@ -29,6 +29,11 @@ def note(item: Any, what: str) -> None:
         _REGISTERED[item] = what
 
 
+def foreign_name(item: object) -> str | None:
+    """What a class or function is registered as, where it is not of this package."""
+    return _REGISTERED.get(item)
+
+
 def load_extensions() -> None:
     """Import what the environment variable names, each once.
 

@@ -15,11 +15,13 @@ from ptq4sam.errors import (
     in_one_line,
     is_out_of_memory,
 )
+from ptq4sam.extensions import fault_of_extension
 
 
 def guarded(action: Callable[[], int], verbose: bool = False) -> int:
     """Run an action with the log on stderr and named errors as one line.
 
+    So are errors in code of extensions, whose traceback is in the log's details.
     What the terminal's encoding lacks, as Windows' own lack most letters, is written as an escape.
     """
     from rich.console import Console
@@ -34,8 +36,11 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_path=False, log_time_format="[%X]")
     logger = logging.getLogger("ptq4sam")
+    level = logging.DEBUG if verbose else logging.INFO
+    # The log of a run in its work directory has details whether the terminal shows them or not.
+    handler.setLevel(level)
     logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.setLevel(level)
     try:
         status = action()
         sys.stdout.flush()
@@ -50,10 +55,13 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
         logger.debug("where it happened", exc_info=True)
         lost = error.filename is None and _is_output_lost()
         return _refuse(f"{'standard output: ' if lost else ''}{in_one_line(error)}")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        fault = None if is_out_of_memory(error) else fault_of_extension(error)
+        if fault is None and not is_out_of_memory(error):
             raise
         logger.debug("where it happened", exc_info=True)
+        if fault is not None:
+            return _refuse(fault)
         what = str(error)[:120] or "in Python"
         return _refuse(
             f"out of memory ({what}): lower the memory budget, or calibrate on fewer "

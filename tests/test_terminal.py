@@ -7,6 +7,7 @@ import errno
 import pytest
 import torch
 
+from ptq4sam import extensions
 from ptq4sam.terminal import guarded
 
 
@@ -52,3 +53,28 @@ def test_other_runtime_errors_are_not_hidden(message: str) -> None:
 
     with pytest.raises(RuntimeError, match=message):
         guarded(fail)
+
+
+@pytest.mark.parametrize("error", [NameError, RuntimeError])
+@pytest.mark.parametrize("verbose", [False, True])
+def test_errors_in_code_of_extensions_are_one_line(
+    error: type[Exception],
+    verbose: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Mine:
+        def hook(self) -> int:
+            raise error("a mistake\nof mine")
+
+    # As if it were in a module of its own.
+    monkeypatch.setattr(extensions, "_REGISTERED", {Mine: "method mine"})
+    line = Mine.hook.__code__.co_firstlineno + 1
+    assert guarded(Mine().hook, verbose) == 2
+    told = capsys.readouterr().err
+    end = f"test_terminal.py:{line}): {error.__name__}: a mistake of mine\n"
+    assert told.endswith(end)
+    last = told.splitlines()[-1]
+    assert last.startswith("error: method mine (")
+    assert ("where it happened" in told) is verbose
+    assert verbose or told.count("\n") == 1

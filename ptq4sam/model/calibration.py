@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ptq4sam import parallel
 from ptq4sam.allocator import release_freed_memory
-from ptq4sam.errors import CalibrationError
-from ptq4sam.methods.method import METHODS, Calibration, Method
+from ptq4sam.errors import CalibrationError, ConfigError
+from ptq4sam.methods.method import METHODS, Calibration, Hook, Method
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.operators.base import observe_weights, weight_quantizers
 from ptq4sam.progress import Progress, silent
@@ -31,8 +30,6 @@ from ptq4sam.sam.model import Sam
 from ptq4sam.threads import suited_to_model
 
 _log = logging.getLogger(__name__)
-
-Hook = Literal["before_ranges", "after_ranges", "after_reconstruction"]
 
 BOXES_AT_ONCE = 100
 """Most boxes that the decoder takes at once while it is calibrated and reconstructed.
@@ -152,6 +149,9 @@ def apply_methods(
         items: calibration pictures.
         hook: which.
         exact: the calibrated model with its quantizers off, after reconstruction.
+
+    Raises:
+        ConfigError: a hook does not say what it changed.
     """
     reference = sam if exact is None else exact
     calibration = Calibration(
@@ -166,10 +166,27 @@ def apply_methods(
         with contextlib.ExitStack() as stack, torch.no_grad():
             if hook == "before_ranges":
                 stack.enter_context(quantizer_mode(sam, Mode.FLOAT))
-            changed = list(getattr(method, hook)(calibration))
+            changed = _paths(getattr(method, hook)(calibration), f"{name}: {hook}")
         sam.applied[name] = sam.applied.get(name, []) + changed
-        told = f"changed {', '.join(changed)}" if changed else "found nothing to change"
-        _log.info("%s %s", name, told)
+        places = "1 place" if len(changed) == 1 else f"{len(changed)} places"
+        _log.info("%s %s", name, f"changed {places}" if changed else "found nothing to change")
+        _log.debug("%s changed %s", name, ", ".join(changed))
+
+
+def _paths(changed: object, whose: str) -> list[str]:
+    """What a hook says that it changed.
+
+    Raises:
+        ConfigError: it is no sequence of paths.
+    """
+    if isinstance(changed, Iterable) and not isinstance(changed, str):
+        paths = list(changed)
+        if all(isinstance(path, str) for path in paths):
+            return paths
+    raise ConfigError(
+        f"method {whose} returned {repr(changed)[:60]}: let it return a list of the paths that it "
+        "changed, an empty one where it changed nothing"
+    )
 
 
 def observe_pictures(

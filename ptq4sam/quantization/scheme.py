@@ -66,7 +66,7 @@ def _with_settings(methods: Mapping[str, object] | tuple[object, ...]) -> dict[s
     for name, settings in _by_name(methods):
         METHODS.require(name, "methods")
         kind = METHODS[name].settings_type
-        if settings and kind is NoSettings:
+        if settings and kind is NoSettings and not isinstance(settings, kind):
             given = ", ".join(map(str, settings)) if isinstance(settings, Mapping) else settings
             raise FieldError(
                 "methods",

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ptq4sam import parallel
-from ptq4sam.errors import ResourceError, reason
+from ptq4sam.errors import Ptq4samError, ResourceError, reason
+from ptq4sam.extensions import fault_of_extension
 
 LOG = "run.log"
 """Its name."""
@@ -34,23 +35,31 @@ def package_log_to(handler: logging.Handler, level: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Also write the package's log into a file, the first process's."""
+    """Also write the package's log, with details, into a file, the first process's."""
     if not parallel.is_first():
         yield
         return
     handler = _LogFile(path)
-    before = logging.getLogger("ptq4sam").level
     try:
-        with package_log_to(handler, min(logging.INFO, before) if before else logging.INFO):
+        with package_log_to(handler, logging.DEBUG):
             yield
     except BaseException as error:
         # On the terminal it is told by whoever catches it.
-        what = f"stopped: {' '.join(str(error).split()) or type(error).__name__}"
+        said = fault_of_extension(error) or " ".join(str(error).split()) or type(error).__name__
+        expected = isinstance(error, Ptq4samError) or not isinstance(error, Exception)
         with contextlib.suppress(ResourceError):
-            handler.handle(logging.LogRecord(__name__, logging.ERROR, "", 0, what, None, None))
+            if not expected:
+                handler.handle(_error("where it happened", error))
+            handler.handle(_error(f"stopped: {said}"))
         raise
     finally:
         handler.close()
+
+
+def _error(what: str, error: BaseException | None = None) -> logging.LogRecord:
+    """A line of the log, and a traceback below it."""
+    where = None if error is None else (type(error), error, error.__traceback__)
+    return logging.LogRecord(__name__, logging.ERROR, "", 0, what, None, where)
 
 
 class _LogFile(logging.FileHandler):

@@ -29,7 +29,7 @@ class State:
         records: of the trials that have ended, now or before, by key.
         shared: how many pieces of shared work were done, by kind.
         seconds: of the trials that were done now.
-        failed: errors of shared work, by its key.
+        failed: outcomes of shared work that failed, by its key, with its label in the error.
     """
 
     waiting: list[Task]
@@ -37,7 +37,7 @@ class State:
     running: dict[str, tuple[Task, float]] = field(default_factory=dict)
     shared: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, Outcome] = field(default_factory=dict)
 
     def time_left(self, workers: int) -> float | None:
         """Seconds that the rest will take, by the mean of the trials so far; None without any."""
@@ -63,7 +63,7 @@ def schedule(
 ) -> State:
     """Do all tasks; a trial's record is in the store as soon as it has ended.
 
-    A task whose needs failed fails with their error; shared work is done once.
+    A task whose needs failed fails with their error and log; shared work is done once.
 
     Args:
         tasks: each behind what it needs.
@@ -81,7 +81,7 @@ def schedule(
         for task in _doomed(state.waiting, state.failed):
             state.waiting.remove(task)
             why = next(state.failed[key] for key in task.needs if key in state.failed)
-            _end(state, store, task, Outcome(why), 0.0)
+            _end(state, store, task, why, 0.0)
         while pool.free and (ready := _next(state.waiting, there)) is not None:
             state.waiting.remove(ready)
             state.running[ready.key] = (ready, time.monotonic())
@@ -102,7 +102,7 @@ def _next(waiting: list[Task], there: set[str]) -> Task | None:
     return next((task for task in waiting if there.issuperset(task.needs)), None)
 
 
-def _doomed(waiting: list[Task], failed: dict[str, str]) -> list[Task]:
+def _doomed(waiting: list[Task], failed: dict[str, Outcome]) -> list[Task]:
     return [task for task in waiting if not failed.keys().isdisjoint(task.needs)]
 
 
@@ -111,7 +111,8 @@ def _end(state: State, store: Store, task: Task, outcome: Outcome, seconds: floa
         state.shared[task.kind] += 1
         _log.info("%s: %s", task.label, outcome.error or f"{seconds:.1f} s")
         if outcome.error is not None:
-            state.failed[task.key] = f"{task.label}: {outcome.error}"
+            why = f"{task.label}: {outcome.error}"
+            state.failed[task.key] = Outcome(why, versions=outcome.versions, log=outcome.log)
         return
     now = datetime.now(timezone.utc).timestamp()
     record = TrialRecord(

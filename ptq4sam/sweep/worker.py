@@ -16,7 +16,7 @@ import torch
 
 from ptq4sam.errors import Ptq4samError, gpu_memory_advice, in_one_line, is_out_of_memory
 from ptq4sam.evaluation.evaluate import evaluate_sam
-from ptq4sam.extensions import load_extensions
+from ptq4sam.extensions import fault_of_extension, load_extensions
 from ptq4sam.files import write_json
 from ptq4sam.model.calibrated import CalibratedState
 from ptq4sam.model.calibration import calibrate
@@ -196,7 +196,9 @@ def _in_one_line(error: Exception) -> str:
     if is_out_of_memory(error):
         told = what[:200] or "in Python"
         return f"out of memory ({told}): calibrate on fewer pictures{gpu_memory_advice(error)}"
-    return what if isinstance(error, Ptq4samError) else f"{type(error).__name__}: {what[:500]}"
+    if isinstance(error, Ptq4samError):
+        return what
+    return fault_of_extension(error) or f"{type(error).__name__}: {what[:500]}"
 
 
 @contextlib.contextmanager

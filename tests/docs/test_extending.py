@@ -114,7 +114,7 @@ def test_method_that_sets_ranges(examples: dict[str, Any]) -> None:
             scale, zero_point = quantizer.as_affine().parameters_in_use()
             assert torch.equal(scale, 0.5 * before[path][0])
             assert torch.equal(zero_point, before[path][1])
-    with pytest.raises(ConfigError, match="share: 2.0 given, allowed: above 0, up to 1"):
+    with pytest.raises(ConfigError, match=r"share: 2\.0 given, allowed: above 0, up to 1"):
         kind.settings_type.from_dict({"share": 2})
 
 

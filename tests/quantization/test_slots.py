@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -196,6 +196,8 @@ def test_a_method_of_ones_own_has_settings(doubling: type[Method[Doubling]]) -> 
 def test_settings_of_a_method_that_has_none_are_refused() -> None:
     with pytest.raises(ConfigError, match="methods: key-centring has no settings, share given: "):
         scheme_with("methods={key-centring: {share: 1}}")
+    scheme = scheme_with("methods=[key-centring]")
+    assert replace(scheme, calibrate=2).method_settings == scheme.method_settings
 
 
 def test_granularity_is_another_way_to_write_ch_axis() -> None:

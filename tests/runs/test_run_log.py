@@ -26,6 +26,25 @@ def test_what_is_logged_is_in_the_file(tmp_path: Path) -> None:
     assert lines[0].endswith("INFO ptq4sam.tests: Übung 漢字")
 
 
+def test_details_are_in_the_file(tmp_path: Path) -> None:
+    with logging_to(tmp_path / "run.log"):
+        _log.debug("a detail")
+    assert "DEBUG ptq4sam.tests: a detail" in (tmp_path / "run.log").read_text()
+
+
+def test_an_error_that_nobody_expects_leaves_its_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    with pytest.raises(ZeroDivisionError), logging_to(path):
+        raise ZeroDivisionError("nothing\nthere")
+    log = path.read_text().splitlines()
+    assert "Traceback (most recent call last):" in log
+    assert log[-1].endswith("stopped: nothing there")
+    with pytest.raises(ResourceError), logging_to(path):
+        raise ResourceError("full")
+    (line,) = path.read_text().splitlines()
+    assert line.endswith("stopped: full")
+
+
 def test_a_full_disk_ends_the_run_with_one_line(
     tmp_path: Path, full_disk: FullDisk, capsys: pytest.CaptureFixture[str]
 ) -> None:

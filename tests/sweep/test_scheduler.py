@@ -42,6 +42,8 @@ def test_a_failure_costs_only_what_needs_it(tmp_path: Path) -> None:
         "c": "done",
     }
     assert state.records["a"].error == "float: fails: out of memory"
+    # What it needed knows why.
+    assert state.records["a"].log == "log of boxes"
     assert state.records["b"].error == "out of memory"
 
 

@@ -11,6 +11,7 @@ import torch
 from ptq4sam.extensions import EXTENSIONS
 from ptq4sam.model.insertion import QuantizedSam
 from ptq4sam.prompts.scene_detector import SceneDetector
+from ptq4sam.quantization.registry import METHODS
 from ptq4sam.runs import models, quantizing
 from ptq4sam.runs.run import Run
 from ptq4sam.runs.settings import RunSettings
@@ -169,6 +170,35 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
         assert record.status == "failed"
         assert told in record.error
         assert type(error).__name__ in record.log
+
+
+FAILING = """
+from ptq4sam.methods.method import METHODS, Method
+
+@METHODS.register("failing")
+class Failing(Method):
+    def after_ranges(self, calibration):
+        return changd
+"""
+
+
+def test_a_fault_of_an_extension_is_told_with_its_line_and_traceback(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "failing.py"
+    mine.write_text(FAILING)
+    monkeypatch.setenv(EXTENSIONS, str(mine))
+    monkeypatch.setattr(METHODS, "_items", dict(METHODS._items))
+    sweep = sweep_of(tiny, tmp_path, "{seed: [0, 1]}", "scheme.methods: [failing]", "limit: 1")
+    state = do(sweep, tmp_path / "w")
+    sys.modules.pop("ptq4sam_extension_failing")
+    for record in state.records.values():
+        # The shared calibration failed, whose log says where.
+        told = f"method failing ({mine}:7): NameError: name 'changd' is not defined"
+        assert record.error == f"calibration of vit_nano: {told}"
+        assert "Traceback" in record.log
+        assert f'File "{mine}", line 7, in after_ranges' in record.log
+        assert record.versions
 
 
 def test_float_model_that_cannot_be_loaded_fails_its_trials(tiny: Tiny, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ptq4sam.sweep.grid import Sweep, Trial
 from ptq4sam.sweep.scheduler import State
 from ptq4sam.sweep.settings import TrialSettings
 from ptq4sam.sweep.store import TrialRecord
-from ptq4sam.sweep.tasks import Folder, float_key
+from ptq4sam.sweep.tasks import Folder, Outcome, float_key
 
 Status = Literal["done", "failed", "open", "missing"]
 Metric = Literal["AP", "mean_iou"]
@@ -222,10 +222,12 @@ def comparisons(found: Sequence[Row]) -> Iterator[str]:
         above[block] = row
 
 
-def _float_row(cell: Cell, failed: Mapping[str, str], folder: Folder) -> Row:
+def _float_row(cell: Cell, failed: Mapping[str, Outcome], folder: Folder) -> Row:
     key = float_key(cell.settings)
     path = folder.result("float", key)
     if path.exists():
         score, sizes = _scores(cell, FloatResults.load(path).metrics)
         return Row(cell, "done", score, score, sizes=sizes)
-    return Row(cell, "failed", problem=failed[key]) if key in failed else Row(cell, "open")
+    return (
+        Row(cell, "failed", problem=failed[key].error or "") if key in failed else Row(cell, "open")
+    )
