@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Do what is left of the table and show all of it; 1 where cells have failed."""
+    """Do what is left of the table and show all of it; 1 where cells failed or none can run."""
     from ptq4sam.studies.table import render
     from ptq4sam.studies.table.cells import Table, one_of
     from ptq4sam.studies.table.families import STUDIES, StudyTable
@@ -121,6 +121,9 @@ def run(parsed: argparse.Namespace) -> int:
     for path in parsed.output:
         render.write(path, rows, title, _notes(parsed.table, request))
         sys.stdout.write(f"written to {path}\n")
+    if all(cell.missing for cell in cells):
+        sys.stdout.write("no cell can run: get what is missing, or choose others\n")
+        return 1
     return 1 if any(row.status == "failed" for row in rows) else 0
 
 
@@ -140,6 +143,7 @@ def _request(parsed: argparse.Namespace) -> Request:
                 "images": str(folder / "images" / f"{split}2017"),
                 "annotations": str(folder / "annotations" / f"instances_{split}.json"),
             }
+    _require_there(given, parsed.coco_mini)
     return Request(
         profile=parsed.profile,
         detectors=parsed.detectors,
@@ -156,9 +160,25 @@ def _request(parsed: argparse.Namespace) -> Request:
     )
 
 
+def _require_there(given: Mapping[str, Mapping[str, str]], folder: Path | None) -> None:
+    """Refuse pictures that were named and are not there: others would be scored instead.
+
+    Args:
+        given: as `pictures` has them.
+        folder: of coco_mini, where they are named by it.
+    """
+    for name, paths in given.items():
+        prefix = "calibration-" if name == "calibration" else ""
+        for kind, path in paths.items():
+            asked = f"--{prefix}{kind}" if folder is None else f"--coco-mini {folder}:"
+            if not Path(path).exists():
+                raise ConfigError(f"asked for {asked} {path}, which is not there: name another")
+
+
 def _fill(parsed: argparse.Namespace, cells: Sequence[Cell]) -> list[Row]:
     """Run what is present and has not ended before."""
     from ptq4sam.studies.table.rows import rows, sweep_of
+    from ptq4sam.sweep.description import write_description
     from ptq4sam.sweep.running import Crew, finish
     from ptq4sam.sweep.store import Store
     from ptq4sam.sweep.tasks import Folder
@@ -167,6 +187,7 @@ def _fill(parsed: argparse.Namespace, cells: Sequence[Cell]) -> list[Row]:
     folder = Folder(parsed.work_dir or Path("work_dirs") / "table" / name)
     sweep, floats = sweep_of(f"table {parsed.table}", cells)
     with Store(folder.store) as store:
+        write_description(sweep, folder.description)
         crew = Crew(parsed.jobs, parsed.ray)
         state = finish(sweep, folder, store, crew, parsed.retry_failed, floats)
     return list(rows(cells, state, folder))

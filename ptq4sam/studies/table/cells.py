@@ -51,6 +51,11 @@ class Profile:
     models: tuple[str, ...]
 
 
+COCO_MINI = Path("data/coco_mini")
+_OTHER_DATA = (
+    "{} is not there: give --coco-mini DIR, or --images, --annotations, --calibration-images and "
+    "--calibration-annotations"
+)
 _NANO = "yolox/yolox_nano-sam-vit-nano.py"
 
 PROFILES = {
@@ -286,4 +291,8 @@ def missing_input(path: Path, enough: int | None) -> MissingInput:
         enough: how many pictures of a folder are needed; None for all.
     """
     asset = asset_at(path, enough)
+    if asset is None and COCO_MINI.name in path.parts:
+        folder = Path(*path.parts[: path.parts.index(COCO_MINI.name) + 1])
+        lacking = path if folder.exists() else folder
+        return MissingInput(str(lacking), remedy=_OTHER_DATA.format(lacking))
     return MissingInput(str(path), None if asset is None else asset.name)

@@ -16,7 +16,7 @@ from ptq4sam.evaluation.prompting import Prompting
 from ptq4sam.families import VARIANTS
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.shipped import SCHEMES, located
-from ptq4sam.studies.table.cells import Request, chosen, missing_input, one_of
+from ptq4sam.studies.table.cells import COCO_MINI, Request, chosen, missing_input, one_of
 from ptq4sam.studies.table.published import FLOAT, family_content, published_of_family
 from ptq4sam.studies.table.rows import Cell, Metric, MissingInput
 from ptq4sam.sweep.settings import Pictures, TrialSettings
@@ -30,7 +30,6 @@ _TRAIN = Pictures(_COCO / "train2017", _COCO / "annotations/instances_train2017.
 _VAL = Pictures(_COCO / "val2017", _COCO / "annotations/instances_val2017.json")
 _LVIS = Pictures(_COCO, Path("data/lvis/lvis_v1_val.json"))
 _COCO_BOXES, _LVIS_BOXES = "data/coco/coco_vitdet.json", "data/lvis/lvis_vitdet.json"
-_MINI = Path("data/coco_mini")
 _EVERY_ANNOTATION = "ground-truth:all"
 _LVIS_PACKAGE = MissingInput(
     "faster-coco-eval", remedy="faster-coco-eval: pip install 'ptq4sam[evaluation]'"
@@ -113,8 +112,10 @@ MEASURES = {
             "coco_mini, annotated boxes",
             _ANNOTATED,
             _EVERY_ANNOTATION,
-            Pictures(_MINI / "images/val2017", _MINI / "annotations/instances_val.json"),
-            Pictures(_MINI / "images/train2017", _MINI / "annotations/instances_train.json"),
+            Pictures(COCO_MINI / "images/val2017", COCO_MINI / "annotations/instances_val.json"),
+            Pictures(
+                COCO_MINI / "images/train2017", COCO_MINI / "annotations/instances_train.json"
+            ),
         ),
         "scenes-truth": Measure("generated scenes, annotated boxes", _ANNOTATED, _EVERY_ANNOTATION),
         "scenes": Measure("generated scenes, scene detector", "AP", "scene-detector"),

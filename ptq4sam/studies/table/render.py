@@ -54,7 +54,7 @@ _SHORT = tuple(
 """Titles of the other columns, for a terminal."""
 _STYLES = {"failed": "red", "missing": "dim", "open": "dim"}
 _MISSING = "missing: "
-_OTHER_DATA = "{} is not there: give pictures of your own, or the folder of coco_mini"
+_OTHER_DATA = "{} is not there: give pictures of your own by --images, --annotations and the like"
 
 
 def cells(row: Row) -> list[str]:
@@ -159,8 +159,8 @@ def how_to_get(missing: Iterable[MissingInput]) -> list[str]:
     unique = list(dict.fromkeys(missing))
     names = list(dict.fromkeys(one.asset for one in unique if one.asset is not None))
     lines = [f"{_MISSING}ptq4sam download {' '.join(names)}"] if names else []
-    others = [one for one in unique if one.asset is None]
-    return lines + [_MISSING + (one.remedy or _OTHER_DATA.format(one.what)) for one in others]
+    others = (one.remedy or _OTHER_DATA.format(one.what) for one in unique if one.asset is None)
+    return lines + [f"{_MISSING}{other}" for other in dict.fromkeys(others)]
 
 
 def markdown(rows: Sequence[Row], title: str, notes: Sequence[str]) -> str:

@@ -111,6 +111,10 @@ def test_every_row_is_printed_and_nothing_is_repeated(
 
     assert main(asked) == 0
     told = capsys.readouterr().out
+    assert main(["report", "work_dirs/table/nano"]) == 0
+    page = Path("work_dirs/table/nano/report.html").read_text()
+    assert "2 of 2" in page
+    assert "percentile" in page
     assert "MinMax" in told
     assert "Percentile" in told
     connection = sqlite3.connect("work_dirs/table/nano/sweep.sqlite")
@@ -142,6 +146,24 @@ def test_mistakes_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert "use 1 or more" in refused("coco", "--jobs", "0")
     assert "name it *.md" in refused("coco", "--out", "t.xls")
     assert "for --profile nano" in refused("coco", "--coco-mini", "x")
+    # Scenes alone would be scored.
+    told = refused("coco", "--profile", "nano", "--coco-mini", "no")
+    assert "--coco-mini no: no/images/val2017, which is not there" in " ".join(told.split())
+    told = refused("coco", "--images", "no", "--annotations", "no.json")
+    assert "asked for --images no, which is not there" in told
+
+
+def test_a_table_of_which_nothing_can_run_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--methods", "minmax", "--bits", "4"]
+    assert main(["table", "coco", "--detectors", "hdetr", "--models", "vit_b", *few]) == 1
+    told = capsys.readouterr().out
+    assert "missing: ptq4sam download hdetr-r50 sam-vit-b coco-val" in told
+    assert told.endswith("no cell can run: get what is missing, or choose others\n")
+    asked = ["table", "coco", "--profile", "nano", "--detectors", "coco-mini", *few]
+    assert main(asked) == 1
+    told = capsys.readouterr().out
+    assert told.count("is not there") == 1
+    assert "data/coco_mini is not there: give --coco-mini DIR, or --images" in told
 
 
 def test_a_dry_run_lists_cells_and_downloads(capsys: pytest.CaptureFixture[str]) -> None:
