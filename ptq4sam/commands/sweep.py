@@ -70,6 +70,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do what is left of a sweep and show all of it; 1 where trials have failed."""
+    from ptq4sam.sweep.ended import ended_lines
     from ptq4sam.sweep.grid import read_sweep
     from ptq4sam.sweep.settings import require_pictures
     from ptq4sam.sweep.store import Store
@@ -77,12 +78,13 @@ def run(parsed: argparse.Namespace) -> int:
 
     require_jobs(parsed.jobs)
     sweep = read_sweep(parsed.file, overrides(parsed))
+    folder = Folder(parsed.work_dir or Path("work_dirs") / "sweeps" / sweep.name)
     if parsed.dry_run:
-        sys.stdout.write("".join(f"{trial.name}\n" for trial in sweep.trials))
+        names = [trial.name for trial in sweep.trials]
+        sys.stdout.write("".join(f"{line}\n" for line in (*names, *ended_lines(sweep, folder))))
         return 0
     for trial in sweep.trials:
         require_pictures(trial.settings)
-    folder = Folder(parsed.work_dir or Path("work_dirs") / "sweeps" / sweep.name)
     with Store(folder.store) as store:
         return _go_on(parsed, sweep, folder, store)
 

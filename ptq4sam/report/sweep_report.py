@@ -30,6 +30,7 @@ from ptq4sam.report.page import (
 )
 from ptq4sam.sizes import format_seconds
 from ptq4sam.sweep.description import read_description
+from ptq4sam.sweep.ended import told_of_others
 from ptq4sam.sweep.grid import Sweep, short, shown
 from ptq4sam.sweep.store import read_records
 from ptq4sam.sweep.summary import Row, float_lines, rows, table, table_over_seeds
@@ -69,18 +70,24 @@ def sweep_page(folder: Folder) -> Page:
         StoreError: the records are damaged.
     """
     sweep = read_description(folder.description)
-    found = rows(sweep, read_records(folder.store))
+    records = read_records(folder.store)
+    found = rows(sweep, records)
     done = [row for row in found if row.status == "done"]
     sections: list[Section] = []
     if done:
         sections.append(_axes_section(sweep, done))
     sections += [_trials_section(sweep, found), _machine_section(found)]
     return Page(
-        f"Sweep {sweep.name}", f"Report of {folder.path}", sections, _tiles(found), _banners(found)
+        f"Sweep {sweep.name}",
+        f"Report of {folder.path}",
+        sections,
+        _tiles(found),
+        _banners(found, told_of_others(sweep.trials, records)),
     )
 
 
-def _banners(found: Sequence[Row]) -> list[Banner]:
+def _banners(found: Sequence[Row], others: str) -> list[Banner]:
+    """What keeps the sweep from being whole; `others` says which trials no longer count."""
     count = {status: sum(row.status == status for row in found) for status in ("open", "failed")}
     banners = []
     if count["open"]:
@@ -90,6 +97,8 @@ def _banners(found: Sequence[Row]) -> list[Banner]:
                 "same command goes on with it."
             )
         )
+    if others:
+        banners.append(Banner(f"{others}."))
     if count["failed"]:
         banners.append(
             Banner(

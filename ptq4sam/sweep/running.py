@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ptq4sam.machine import cores
+from ptq4sam.sweep.ended import told_of_others
 from ptq4sam.sweep.grid import Sweep
 from ptq4sam.sweep.processes import Pool, Processes
 from ptq4sam.sweep.scheduler import State, schedule
@@ -68,6 +69,8 @@ def finish(
     ]
     before = len(sweep.trials) - len(left)
     _log.info("sweep %s: %d trials, %d of them ended before", sweep.name, len(sweep.trials), before)
+    if told := told_of_others(sweep.trials, records):
+        _log.warning("%s", told)
     tasks = plan(left, folder, floats)
     if not tasks:
         return State([], records)

@@ -14,6 +14,13 @@ from pathlib import Path
 import pytest
 
 from ptq4sam.cli import main
+from ptq4sam.extensions import EXTENSIONS
+from ptq4sam.report.writing import write_report
+from ptq4sam.sweep import running
+from ptq4sam.sweep.description import write_description
+from ptq4sam.sweep.grid import read_sweep
+from ptq4sam.sweep.store import Store, TrialRecord
+from ptq4sam.sweep.tasks import Folder
 from tests.tiny_runs import SCHEMES
 
 FILE = f"""
@@ -119,5 +126,42 @@ def test_a_dry_run_lists_the_trials(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(asked) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "bits=4, observer=MinMaxObserver"
-    assert len(told) == 6
+    assert told[6:] == ["6 trials, 0 of them ended before"]
     assert not (tmp_path / "w").exists()
+
+
+def test_trials_of_another_version_of_an_extension_are_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file, mine, folder = tmp_path / "s.yaml", tmp_path / "mine.py", Folder(tmp_path / "w")
+    file.write_text(FILE)
+    mine.write_text("rate = 1\n")
+    monkeypatch.setenv(EXTENSIONS, str(mine))
+    sweep = read_sweep(file)
+    write_description(sweep, folder.description)
+    with Store(folder.store) as store:
+        for trial in sweep.trials[:2]:
+            settings = trial.settings.to_dict()
+            store.append(TrialRecord(trial.key, trial.name, "done", 0, settings, ""))
+    asked = ["sweep", str(file), "--dry-run", "--work-dir", str(folder.path)]
+
+    def told() -> list[str]:
+        assert main(asked) == 0
+        return capsys.readouterr().out.splitlines()[6:]
+
+    assert told() == ["6 trials, 2 of them ended before"]
+    mine.write_text("rate = 2\n")
+    again = f"2 trials ended with other versions of mine.py ({EXTENSIONS}): they do not count"
+    assert told() == ["6 trials, 0 of them ended before", again]
+    edited = read_sweep(file)
+    with Store(folder.store) as store, monkeypatch.context() as patched:
+        patched.setattr(running, "plan", lambda *_: [])
+        running.finish(edited, folder, store, running.Crew())
+    assert again in [record.getMessage() for record in caplog.records]
+    write_description(edited, folder.description)
+    page = write_report(folder.path).read_text()
+    assert "6 of 6 trials are open" in page
+    assert again in page
