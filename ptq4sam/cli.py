@@ -46,7 +46,18 @@ _VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for an error the user can fix)."""
     parsed = build_parser().parse_args(arguments)
-    return guarded(lambda: _run(parsed), verbose=parsed.verbose)
+    return guarded(lambda: _run(parsed), parsed.verbose, _goes_on(parsed))
+
+
+def _goes_on(parsed: argparse.Namespace) -> str:
+    """How a command goes on when it was interrupted; empty where it starts anew."""
+    # A run that quantizes nothing has nothing to go on with; a training has, without a scheme.
+    kept = parsed.verb == "distil" or getattr(parsed, "scheme", None) is not None
+    if parsed.verb in ("sweep", "table") or (kept and getattr(parsed, "resume", False)):
+        return "the same command goes on with it"
+    if kept and hasattr(parsed, "resume"):
+        return "the same command with --resume goes on with it"
+    return ""
 
 
 def _run(parsed: argparse.Namespace) -> int:
@@ -72,5 +83,5 @@ def build_parser() -> argparse.ArgumentParser:
             verb, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}."
         )
         module.add_arguments(own)
-        own.set_defaults(run=module.run)
+        own.set_defaults(run=module.run, verb=verb)
     return parser

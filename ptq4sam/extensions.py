@@ -55,15 +55,11 @@ def load_extensions() -> None:
             raise _broken(name, error) from error
 
 
-def told_of_extensions(example: str) -> str:
-    """Which extensions were read and what they registered, behind "; "; how to name one else.
-
-    Args:
-        example: what a class needs above it to be registered.
-    """
+def told_of_extensions() -> str:
+    """Which extensions were read and what they registered; how to name one where none is."""
     names = _named()
     if not names:
-        return f"; one of your own needs {EXTENSIONS}=FILE"
+        return f"one of your own needs {EXTENSIONS}=FILE"
     told = []
     for name in names:
         module = _module_name(name)
@@ -72,9 +68,8 @@ def told_of_extensions(example: str) -> str:
             for item, what in _REGISTERED.items()
             if f"{item.__module__}.".startswith(f"{module}.")
         ]
-        registers = f"registers {', '.join(has)}" if has else "registers nothing"
-        told.append(f"{name} was read and {registers}")
-    return f"; {'; '.join(told)}: yours needs {example} above its class"
+        told.append(f"{name} was read and registers {', '.join(has) or 'nothing'}")
+    return "; ".join(told)
 
 
 def fault_of_extension(error: BaseException) -> str | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 from ptq4sam.errors import (
     MissingError,
@@ -18,11 +21,16 @@ from ptq4sam.errors import (
 from ptq4sam.extensions import fault_of_extension
 
 
-def guarded(action: Callable[[], int], verbose: bool = False) -> int:
+def guarded(action: Callable[[], int], verbose: bool = False, goes_on: str = "") -> int:
     """Run an action with the log on stderr and named errors as one line.
 
     So are errors in code of extensions, whose traceback is in the log's details.
     What the terminal's encoding lacks, as Windows' own lack most letters, is written as an escape.
+
+    Args:
+        action: gives the exit status.
+        verbose: log details.
+        goes_on: how an interrupted one goes on, where it does.
     """
     from rich.console import Console
     from rich.logging import RichHandler
@@ -42,7 +50,8 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
     logger.addHandler(handler)
     logger.setLevel(level)
     try:
-        status = action()
+        with _ending_in_order():
+            status = action()
         sys.stdout.flush()
         return status
     except MissingError as error:
@@ -68,11 +77,33 @@ def guarded(action: Callable[[], int], verbose: bool = False) -> int:
             "pictures (calibrate in the scheme); finished units are kept: resume the run"
             f"{gpu_memory_advice(error)}"
         )
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+    except KeyboardInterrupt as error:
+        what, status = ("ended", 143) if isinstance(error, _Terminated) else ("interrupted", 130)
+        sys.stderr.write(f"{what}{goes_on and f': {goes_on}'}\n")
+        return status
     finally:
         logger.removeHandler(handler)
+
+
+class _Terminated(KeyboardInterrupt):
+    """The system, a scheduler or a shell asked the process to end."""
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Whoever ends the process by SIGTERM interrupts it, as Ctrl-C does, in the `with` block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _is_output_lost() -> bool:

@@ -97,6 +97,8 @@ def test_what_was_read_and_what_it_registers_is_told(write: Write) -> None:
     with pytest.raises(ConfigError) as caught:
         METHODS.require("mine", "methods")
     told = str(caught.value)
+    with pytest.raises(ConfigError, match=r"did you mean 'clip-share'\? mine/nothing\.py was read"):
+        METHODS.require("clip-shar", "methods")
     assert "; mine/nothing.py was read and registers nothing; mine/clip.py was read and " in told
     assert told.endswith(
         "registers method clip-share: yours needs @METHODS.register('mine') above its class"
@@ -104,7 +106,7 @@ def test_what_was_read_and_what_it_registers_is_told(write: Write) -> None:
 
 
 def test_without_any_the_variable_is_named(write: Write) -> None:
-    assert told_of_extensions("") == f"; one of your own needs {EXTENSIONS}=FILE"
+    assert told_of_extensions() == f"one of your own needs {EXTENSIONS}=FILE"
 
 
 def test_a_fault_is_told_with_whose_it_is_and_where(write: Write) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 
 import pytest
 import torch
@@ -78,3 +80,23 @@ def test_errors_in_code_of_extensions_are_one_line(
     assert last.startswith("error: method mine (")
     assert ("where it happened" in told) is verbose
     assert verbose or told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "told"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended")],
+)
+def test_how_an_interrupted_command_goes_on(
+    number: signal.Signals, status: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+
+    def interrupt() -> int:
+        os.kill(os.getpid(), number)
+        return 0
+
+    assert guarded(interrupt) == status
+    assert capsys.readouterr().err == f"{told}\n"
+    assert guarded(interrupt, goes_on="the same command goes on") == status
+    assert capsys.readouterr().err == f"{told}: the same command goes on\n"
+    assert signal.getsignal(number) is before

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from ptq4sam.errors import ConfigError
-from ptq4sam.extensions import load_extensions, note, told_of_extensions
+from ptq4sam.extensions import EXTENSIONS, load_extensions, note, told_of_extensions
 from ptq4sam.records import FieldError, Record
 
 if TYPE_CHECKING:
@@ -98,9 +99,13 @@ class Registry(Mapping[str, T]):
         if name in self.names:
             return
         near = difflib.get_close_matches(name, self.names, n=1)
-        known = ", ".join(self.names) or "none"
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {known}"
-        hint += told_of_extensions(f"@{self.kind.upper()}S.register({name!r})")
+        if near:
+            hint = f"did you mean {near[0]!r}? {told_of_extensions()}"
+        else:
+            known = ", ".join(self.names) or "none"
+            hint = f"allowed: {known}; {told_of_extensions()}"
+            if os.environ.get(EXTENSIONS):
+                hint += f": yours needs @{self.kind.upper()}S.register({name!r}) above its class"
         raise FieldError(key, f"{name!r} given; {hint}")
 
 
