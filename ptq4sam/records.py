@@ -8,7 +8,6 @@ every mistake becomes one line: which key, what was given, what is allowed.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import types
 import typing
@@ -20,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.nearest import nearest
 
 R = TypeVar("R", bound="Record")
 
@@ -182,9 +182,10 @@ def unknown_key(key: str, known: Iterable[str]) -> FieldError:
 def nearest_of(name: str, known: Iterable[str]) -> str:
     """The end of a message on a name that is not known: the nearest one, or all."""
     known = list(known)
-    plain = {one.lower(): one for one in known}
-    close = [plain[one] for one in difflib.get_close_matches(name.lower(), plain, n=1)]
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    close = nearest(name, known)
+    if close is not None:
+        return f"did you mean {close!r}?"
+    return f"known are {', '.join(known)}" if known else "there is none"
 
 
 def _item(target: object, part: str, path: str) -> Any:

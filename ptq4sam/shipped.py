@@ -6,10 +6,10 @@ In a checkout they lie at its top (`exp/`, `projects/`, `mmdetection/`); a wheel
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.nearest import nearest
 
 _PACKAGE = Path(__file__).resolve().parent
 _ASSETS = _PACKAGE / "assets"
@@ -55,8 +55,8 @@ def find(given: str | Path, folder: Path, what: str) -> Path:
         return path
     if str(given) in names:
         return names[str(given)]
-    near = difflib.get_close_matches(str(given).lower(), names, n=1)
-    hint = f"did you mean {near[0]}? there are" if near else "there are"
+    near = nearest(str(given), names)
+    hint = f"did you mean {near}? there are" if near else "there are"
     raise ConfigError(
         f"no {what} is named {str(given)!r}: {hint} {', '.join(names)}; or give a file"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.nearest import nearest
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -43,8 +43,8 @@ def read_yaml(path: Path, what: str) -> object:
         return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f"; did you mean {path.with_name(close[0])}?" if close else ""
+        close = nearest(path.name, siblings)
+        hint = f"; did you mean {path.with_name(close)}?" if close else ""
         raise ConfigError(f"{path}: no such {what}{hint}") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
+
+from ptq4sam.nearest import nearest
 
 _CHOICES = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 
@@ -18,8 +19,8 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Tell what is wrong, and leave with status 2."""
         found = _CHOICES.search(message)
-        near = [] if found is None else difflib.get_close_matches(found[1], _words(found[2]), n=1)
-        hint = f": did you mean {near[0]}?" if near else ""
+        near = None if found is None else nearest(found[1], _words(found[2]))
+        hint = f": did you mean {near}?" if near else ""
         sys.stderr.write(f"error: {' '.join(message.split())}{hint}; see {self.prog} --help\n")
         sys.exit(2)
 
@@ -30,8 +31,8 @@ class OneLineParser(argparse.ArgumentParser):
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            hint = f": did you mean {near[0]}?" if near else ""
+            near = nearest(flag, self._option_string_actions)
+            hint = f": did you mean {near}?" if near else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return parsed, unknown
 

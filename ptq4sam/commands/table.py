@@ -196,7 +196,6 @@ def _fill(parsed: argparse.Namespace, cells: Sequence[Cell]) -> list[Row]:
 def _list(cells: Sequence[Cell]) -> None:
     """The cells, those of a detector and a SAM that lack the same together."""
     from ptq4sam.columns import terminal_width, wrapped
-    from ptq4sam.studies.table.render import how_to_get
 
     width = terminal_width()
     for (detector, model, lacks), group in groupby(
@@ -213,7 +212,7 @@ def _list(cells: Sequence[Cell]) -> None:
             sys.stdout.write(f"{wrapped(text, width, '  ')}\n")
     present = sum(not cell.missing for cell in cells)
     sys.stdout.write(f"{len(cells)} cells, {present} of them can run\n")
-    for line in how_to_get(one for cell in cells for one in cell.missing):
+    for line in _how_to_get(cells):
         sys.stdout.write(f"{line}\n")
 
 
@@ -225,9 +224,23 @@ def _tell(rows: Sequence[Row]) -> None:
 
     console = Console(soft_wrap=not sys.stdout.isatty())
     console.print(render.terminal(rows, terminal_width()))
-    missing = [one for row in rows for one in row.cell.missing]
-    for line in [*render.legend(rows), *render.how_to_get(missing)]:
+    for line in [*render.legend(rows), *_how_to_get([row.cell for row in rows])]:
         console.print(line, markup=False, highlight=False)
+
+
+def _how_to_get(cells: Sequence[Cell]) -> list[str]:
+    """What to do for all that cells lack, a line each."""
+    from ptq4sam.studies.table.cells import COCO_MINI
+    from ptq4sam.studies.table.render import how_to_get
+
+    missing = [one for cell in cells for one in cell.missing]
+    lines = how_to_get(missing)
+    if any(COCO_MINI.name in one.what for one in missing):
+        lines.append(
+            "give --coco-mini DIR, or --images, --annotations, --calibration-images and "
+            "--calibration-annotations"
+        )
+    return lines
 
 
 def _notes(table: str, request: Request) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.nearest import nearest
 
 
 @dataclass(frozen=True)
@@ -281,8 +281,8 @@ def find_asset(name: str) -> Asset:
     """
     if name in ASSETS:
         return ASSETS[name]
-    near = difflib.get_close_matches(name, ASSETS, n=1)
-    hint = f"did you mean {near[0]}?" if near else "ptq4sam download lists what there is"
+    near = nearest(name, ASSETS)
+    hint = f"did you mean {near}?" if near else "ptq4sam download lists what there is"
     raise ConfigError(f"asked to download {name!r}, which is not known: {hint}")
 
 

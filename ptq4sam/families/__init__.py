@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from importlib import import_module
 
@@ -11,6 +10,7 @@ import yaml
 
 from ptq4sam.errors import ConfigError
 from ptq4sam.families.family import Variant
+from ptq4sam.nearest import nearest
 from ptq4sam.sam.model import Sam
 from ptq4sam.skeletons import shapes_alone
 
@@ -38,8 +38,8 @@ def variant_of(name: str, folded: bool = True) -> Variant:
     own, _, sizes = name.partition(":")
     if own not in VARIANTS:
         plain = own.lower().replace("-", "_").removeprefix("sam_")
-        near = difflib.get_close_matches(plain, VARIANTS, n=1, cutoff=0.85)
-        hint = f"did you mean {near[0]}? Else " if near else ""
+        near = nearest(plain, VARIANTS, cutoff=0.85)
+        hint = f"did you mean {near}? Else " if near else ""
         raise ConfigError(f"unknown SAM {own!r}: {hint}choose one of {', '.join(VARIANTS)}")
     variant = _sized(VARIANTS[own], name, sizes) if sizes else VARIANTS[own]
     if folded:

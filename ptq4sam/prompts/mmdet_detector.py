@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import warnings
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from torch import nn
 from ptq4sam import numerics
 from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import ConfigError, DependencyError
+from ptq4sam.nearest import nearest
 from ptq4sam.prompts.categories import category_ids_by_number
 from ptq4sam.prompts.detections import file_digest
 from ptq4sam.prompts.mmdet_checkpoint import load_weights
@@ -153,8 +153,8 @@ def _find(config: str) -> Path:
     if (shipped / name).is_file():
         return shipped / name
     known = [str(path.relative_to(shipped)) for path in shipped.glob("*/*.py")]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "see mmdetection/configs"
+    near = nearest(name, known)
+    hint = f"did you mean {near}?" if near else "see mmdetection/configs"
     raise ConfigError(f"no configuration {config}, neither here nor in mmdet: {hint}")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ptq4sam.downloads import ASSETS, Missing
 from ptq4sam.errors import ConfigError
+from ptq4sam.nearest import nearest
 
 BOXES = "boxes"
 """The kind of a source that is a file of boxes."""
@@ -137,8 +137,8 @@ def _hint(text: str) -> str:
         return f"did you mean onnx:{text}? "
     if Path(text).is_file():
         return "a file of boxes is a list of COCO results, named *.json; "
-    near = difflib.get_close_matches(kind, [name for name in FORMS if name != BOXES], n=1)
-    return f"did you mean {FORMS[near[0]]}? " if near else ""
+    near = nearest(kind, (name for name in FORMS if name != BOXES))
+    return f"did you mean {FORMS[near]}? " if near else ""
 
 
 def look_for_prompts(missing: Missing, text: str, what: str = "detector") -> None:

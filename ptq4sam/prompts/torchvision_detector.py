@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from ptq4sam import numerics
 from ptq4sam.data.images import ImageRecord, reason
 from ptq4sam.errors import CheckpointError, ConfigError
+from ptq4sam.nearest import nearest
 from ptq4sam.pickles import UNREADABLE, load_pickle
 from ptq4sam.prompts.detections import candidates, file_digest, package_version
 from ptq4sam.prompts.record import Prompts, clean
@@ -108,8 +108,8 @@ def _models(name: str) -> Any:
 
     names = models.list_models(module=models.detection)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        near = nearest(name, names)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(names)}"
         raise ConfigError(f"torchvision has no detection model {name!r}: {hint}")
     return models
 

@@ -18,7 +18,6 @@ include:                     # further trials, each on top of base
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq4sam.errors import ConfigError
+from ptq4sam.nearest import nearest
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.records import FieldError, unknown_key
 from ptq4sam.shipped import SWEEPS, find
@@ -250,11 +250,10 @@ def _require_known(key: object, section: str) -> None:
     if inside:
         raise FieldError(f"{section}.{key}", f"unknown key; did you mean {inside[0]!r}?")
     leaves = {short(name): name for name in known}
-    near = difflib.get_close_matches(short(str(key)), leaves, n=1)
-    close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
-    hints = close or [leaves[name] for name in near]
-    if hints:
-        raise FieldError(f"{section}.{key}", f"unknown key; did you mean {hints[0]!r}?")
+    close, leaf = nearest(str(key), known, cutoff=0.8), nearest(short(str(key)), leaves)
+    if close is not None or leaf is not None:
+        hint = close or leaves[str(leaf)]
+        raise FieldError(f"{section}.{key}", f"unknown key; did you mean {hint!r}?")
     raise unknown_key(str(key), (name for name in known if "." not in name)).within(section)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from ptq4sam.data.file_names import PictureFinder, named_file
 from ptq4sam.downloads import where_from
 from ptq4sam.errors import ConfigError, DataError
 from ptq4sam.files import read_json
+from ptq4sam.nearest import nearest
 from ptq4sam.runs.configs.experiment import DataConfig
 from ptq4sam.runs.configs.literals import load_config
 from ptq4sam.shipped import CONFIGS, located
@@ -49,8 +49,8 @@ def find_dataset(given: str, section: Section = "data", named: Path | None = Non
         return _configured(named / f"{given}.py", section)
     if path.is_dir():
         return DataConfig(path)
-    near = difflib.get_close_matches(given, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = nearest(given, names)
+    hint = f"did you mean {near}? " if near else ""
     known = f"there are {', '.join(names)} in {named}" if names else f"there are none in {named}"
     raise ConfigError(
         f"no data set is named {given!r}: {hint}{known}; or give a configuration .py, "

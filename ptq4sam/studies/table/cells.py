@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from ptq4sam.downloads import asset_at
 from ptq4sam.errors import ConfigError
+from ptq4sam.nearest import nearest
 from ptq4sam.prompts.spec import PACKAGES, parse_spec
 from ptq4sam.quantization.scheme import Scheme
 from ptq4sam.runs.configs.experiment import DataConfig, ExperimentConfig
@@ -52,10 +52,6 @@ class Profile:
 
 
 COCO_MINI = Path("data/coco_mini")
-_OTHER_DATA = (
-    "{} is not there: give --coco-mini DIR, or --images, --annotations, --calibration-images and "
-    "--calibration-annotations"
-)
 _NANO = "yolox/yolox_nano-sam-vit-nano.py"
 
 PROFILES = {
@@ -260,8 +256,8 @@ def one_of(kind: str, name: str, known: Mapping[str, object] | Sequence[str]) ->
     """
     if name in known:
         return name
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+    near = nearest(name, known)
+    hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
     raise ConfigError(f"the table has no {kind} {name!r}: {hint}")
 
 
@@ -294,5 +290,5 @@ def missing_input(path: Path, enough: int | None) -> MissingInput:
     if asset is None and COCO_MINI.name in path.parts:
         folder = Path(*path.parts[: path.parts.index(COCO_MINI.name) + 1])
         lacking = path if folder.exists() else folder
-        return MissingInput(str(lacking), remedy=_OTHER_DATA.format(lacking))
+        return MissingInput(str(lacking), remedy=f"{lacking} is not there")
     return MissingInput(str(path), None if asset is None else asset.name)

@@ -54,7 +54,6 @@ _SHORT = tuple(
 """Titles of the other columns, for a terminal."""
 _STYLES = {"failed": "red", "missing": "dim", "open": "dim"}
 _MISSING = "missing: "
-_OTHER_DATA = "{} is not there: give pictures of your own by --images, --annotations and the like"
 
 
 def cells(row: Row) -> list[str]:
@@ -159,7 +158,11 @@ def how_to_get(missing: Iterable[MissingInput]) -> list[str]:
     unique = list(dict.fromkeys(missing))
     names = list(dict.fromkeys(one.asset for one in unique if one.asset is not None))
     lines = [f"{_MISSING}ptq4sam download {' '.join(names)}"] if names else []
-    others = (one.remedy or _OTHER_DATA.format(one.what) for one in unique if one.asset is None)
+    others = (
+        one.remedy or f"{one.what} is not there: name another"
+        for one in unique
+        if one.asset is None
+    )
     return lines + [f"{_MISSING}{other}" for other in dict.fromkeys(others)]
 
 

@@ -78,6 +78,8 @@ def test_what_is_there_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         (Request(detectors=["yolo"]), "no detector 'yolo': did you mean 'yolox'"),
         (Request(models=["vitb"]), "no model 'vitb': did you mean 'vit_b'"),
         (Request(methods=["ptq4sam"]), "no method 'ptq4sam': did you mean 'ptq4sam-[sl]'"),
+        (Request(methods=["ptq4samL"]), "no method 'ptq4samL': did you mean 'ptq4sam-l'"),
+        (Request(methods=["PTQ4SAM_S"]), "no method 'PTQ4SAM_S': did you mean 'ptq4sam-s'"),
         (Request(bits=[8]), "no bits '8': there are 6, 4"),
     ],
 )
@@ -163,7 +165,7 @@ def test_a_table_of_which_nothing_can_run_fails(capsys: pytest.CaptureFixture[st
     assert main(asked) == 1
     told = capsys.readouterr().out
     assert told.count("is not there") == 1
-    assert "data/coco_mini is not there: give --coco-mini DIR, or --images" in told
+    assert "data/coco_mini is not there\ngive --coco-mini DIR, or --images" in told
 
 
 def test_a_dry_run_lists_cells_and_downloads(capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,6 +172,5 @@ def test_one_command_gets_all_that_is_missing() -> None:
     assert render.how_to_get([*missing, library, MissingInput("data/x")]) == [
         "missing: ptq4sam download sam-vit-b coco-val",
         "missing: needs mmdetection: ./environment.sh mmdet",
-        "missing: data/x is not there: give pictures of your own by --images, --annotations and "
-        "the like",
+        "missing: data/x is not there: name another",
     ]
